@@ -1,0 +1,119 @@
+//! `check`: would the relay run? Looks at everything and changes nothing.
+
+use std::time::Duration;
+
+use super::{Failure, chain};
+use crate::config::{BrokerUrl, Config, Declare};
+use crate::publisher::Link;
+use crate::spool::{Inspection, inspect};
+use crate::topology::{Comparison, Plan, compare};
+
+/// For one answer of the broker.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The findings, printed as they come.
+struct Table {
+    problems: usize,
+}
+
+impl Table {
+    fn good(&self, what: &str, finding: &str) {
+        println!("  ok    {what:<34} {finding}");
+    }
+
+    fn bad(&mut self, what: &str, finding: &str) {
+        self.problems += 1;
+        println!("  WRONG {what:<34} {finding}");
+    }
+}
+
+pub async fn run(config: &Config) -> Result<(), Failure> {
+    let mut table = Table { problems: 0 };
+    table.good("configuration", "every key is valid");
+    check_signature(config, &table);
+    check_spool(config, &mut table);
+    let mut compared = false;
+    for url in &config.broker.urls {
+        let what = format!("broker {}:{}", url.host(), url.port());
+        match Link::open(url, "prism-relay check", config.broker.connect_timeout).await {
+            Ok(link) => {
+                table.good(&what, &format!("logged in to {url}"));
+                // The nodes of a cluster share their topology, so one look is enough.
+                if !compared {
+                    compared = true;
+                    check_topology(config, &link, url, &mut table).await;
+                }
+                link.close().await;
+            }
+            Err(error) => table.bad(&what, &chain(&error)),
+        }
+    }
+    match table.problems {
+        0 => {
+            println!("all is well");
+            Ok(())
+        }
+        count => {
+            println!("{count} of these need your attention");
+            Err(Failure::Reported)
+        }
+    }
+}
+
+fn check_signature(config: &Config, table: &Table) {
+    let signature = &config.signature;
+    let finding = match (signature.secrets.len(), signature.required) {
+        (0, _) => "not checked: signature.required is false and there is no secret".to_owned(),
+        (count, true) => format!("required; secrets: {count}"),
+        (count, false) => format!("checked where present, but not required; secrets: {count}"),
+    };
+    table.good("signature", &finding);
+}
+
+fn check_spool(config: &Config, table: &mut Table) {
+    let path = config.spool.path.display();
+    match inspect(&config.spool.path) {
+        Ok(Inspection::Absent { folder }) => match tempfile_in(&folder) {
+            Ok(()) => table.good("spool", &format!("{path} will be created")),
+            Err(error) => table.bad("spool", &format!("{path} cannot be created: {}: {error}", folder.display())),
+        },
+        Ok(Inspection::Present { ledger, in_use }) => {
+            let user = if in_use { ", in use by a running relay" } else { "" };
+            let finding = format!("{path}: {} pending, {} parked{user}", ledger.pending, ledger.parked);
+            if ledger.balances() {
+                table.good("spool", &finding);
+            } else {
+                table.bad("spool", &format!("{finding}; its totals do not add up: {ledger:?}"));
+            }
+        }
+        Err(error) => table.bad("spool", &chain(&error)),
+    }
+}
+
+/// Whether a file can be made here; it is gone again at once.
+fn tempfile_in(folder: &std::path::Path) -> std::io::Result<()> {
+    let path = folder.join(format!(".prism-relay-check-{}", std::process::id()));
+    std::fs::File::create_new(&path)?;
+    std::fs::remove_file(&path)
+}
+
+async fn check_topology(config: &Config, link: &Link, url: &BrokerUrl, table: &mut Table) {
+    if config.topology.declare == Declare::Off {
+        table.good("topology", "not looked at: topology.declare is off");
+        return;
+    }
+    let plan = Plan::new(&config.topology, &config.broker.exchange);
+    for entity in plan.entities() {
+        let what = entity.to_string();
+        match tokio::time::timeout(ANSWER_TIMEOUT, compare(&link.connection, entity)).await {
+            Ok(Ok(Comparison::Same)) => table.good(&what, "as configured"),
+            Ok(Ok(Comparison::Absent)) if config.topology.declare == Declare::Active => {
+                table.good(&what, "does not exist yet; the relay will create it");
+            }
+            Ok(Ok(Comparison::Absent)) => table.bad(&what, "does not exist, and topology.declare is passive"),
+            Ok(Ok(Comparison::Differs(error))) => table.bad(&what, &chain(&error)),
+            Ok(Err(error)) => return table.bad(&what, &format!("the connection to {url} broke: {error}")),
+            Err(_) => return table.bad(&what, &format!("no answer from {url} within {ANSWER_TIMEOUT:?}")),
+        }
+    }
+}

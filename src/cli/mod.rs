@@ -1,0 +1,133 @@
+//! The command line: one file a command, and the exit codes. 0 done, 1 failed, 64 wrong usage or configuration.
+
+mod check;
+mod send;
+mod tail;
+
+use std::error::Error;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+use thiserror::Error;
+
+use crate::config::{Config, ConfigError, Purpose};
+use crate::{relay, telemetry};
+
+/// EX_USAGE of sysexits.h: a service manager should not try again.
+const EXIT_USAGE: u8 = 64;
+
+/// A durable webhook-to-RabbitMQ relay for the Prism body-scan API.
+///
+/// Every setting has a default, can be set in a TOML file (--config), and in the environment as
+/// PRISM_RELAY__SECTION__KEY.
+#[derive(Parser)]
+#[command(name = "prism-relay", version)]
+struct Arguments {
+    /// The configuration file (TOML).
+    #[arg(long, global = true, value_name = "FILE")]
+    config: Option<PathBuf>,
+
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the relay (the default).
+    Serve,
+    /// Check the configuration, the broker, its topology and the spool, without changing anything.
+    Check,
+    /// Play Prism: send signed webhooks, with Prism's retries.
+    Send(send::Options),
+    /// Print events as they pass.
+    Tail(tail::Options),
+}
+
+/// Why a command did not do what it was asked for.
+#[derive(Debug, Error)]
+enum Failure {
+    #[error("{0}")]
+    Usage(String),
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Failed(#[from] Box<dyn Error + Send + Sync>),
+    /// Everything has been said already.
+    #[error("failed")]
+    Reported,
+}
+
+impl Failure {
+    fn new(error: impl Error + Send + Sync + 'static) -> Self {
+        Self::Failed(Box::new(error))
+    }
+}
+
+/// Runs the command that the process was started with.
+pub fn run() -> ExitCode {
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            // --help and --version are errors to clap, but not to us.
+            let wrong = error.use_stderr();
+            let _ = error.print();
+            return if wrong { ExitCode::from(EXIT_USAGE) } else { ExitCode::SUCCESS };
+        }
+    };
+    match execute(arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            match &failure {
+                Failure::Reported => {}
+                failure => eprintln!("prism-relay: {}", chain(failure)),
+            }
+            match failure {
+                Failure::Usage(_) | Failure::Config(_) => ExitCode::from(EXIT_USAGE),
+                Failure::Failed(_) | Failure::Reported => ExitCode::FAILURE,
+            }
+        }
+    }
+}
+
+fn execute(arguments: Arguments) -> Result<(), Failure> {
+    let command = arguments.command.unwrap_or(Command::Serve);
+    let purpose = match command {
+        Command::Serve | Command::Check => Purpose::Serve,
+        Command::Send(_) | Command::Tail(_) => Purpose::Client,
+    };
+    let environment =
+        std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
+    let config = Config::load(arguments.config.as_deref(), environment, purpose)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Failure::new)?;
+    runtime.block_on(async {
+        match command {
+            Command::Serve => {
+                telemetry::init(&config.log);
+                relay::serve(config).await.map_err(Failure::new)
+            }
+            Command::Check => check::run(&config).await,
+            Command::Send(options) => send::run(&config, options).await,
+            Command::Tail(options) => tail::run(&config, options).await,
+        }
+    })
+}
+
+/// An error and all its causes in one line, each said once.
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    text
+}
+
+/// The definition of the command line, for tests and generated documentation.
+pub fn definition() -> clap::Command {
+    Arguments::command()
+}

@@ -1,0 +1,302 @@
+//! `send`: plays Prism, retries and all, and tells what became of each event.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::num::{NonZeroU64, NonZeroUsize};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
+use hyper::{Request, StatusCode, Uri};
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioExecutor;
+use indicatif::{ProgressBar, ProgressStyle};
+use jiff::Timestamp;
+use serde_json::json;
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio::time::{MissedTickBehavior, timeout};
+use uuid::Uuid;
+
+use super::Failure;
+use crate::config::Config;
+use crate::event::DOCUMENTED_TYPES;
+use crate::secret::Secret;
+use crate::signature::{SIGNATURE_HEADER, TIMESTAMP_HEADER, sign};
+
+/// The pauses before Prism's second, third and fourth try. After the fourth it gives up.
+const RETRIES: [Duration; 3] = [Duration::ZERO, Duration::from_secs(5), Duration::from_secs(30)];
+
+/// How long an answer may take. Prism's own limit is not documented.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+
+#[derive(clap::Args)]
+pub struct Options {
+    /// Where to post [default: http.listen and http.path of the configuration]
+    #[arg(long)]
+    url: Option<Uri>,
+    /// An event type to send; give it several times for several in turn [default: the six documented ones]
+    #[arg(long = "type", value_name = "TYPE")]
+    types: Vec<String>,
+    /// How many events to send [default: one of each type]
+    #[arg(long)]
+    count: Option<NonZeroU64>,
+    /// Events a second [default: as fast as the answers come]
+    #[arg(long, value_parser = rate)]
+    rate: Option<f64>,
+    /// Events under way at a time, at most
+    #[arg(long, default_value = "64")]
+    concurrency: NonZeroUsize,
+    /// Send the contents of this file as the body of every event, as it is
+    #[arg(long, value_name = "FILE", conflicts_with = "types")]
+    body: Option<PathBuf>,
+    /// Do not sign, even if the configuration has a secret
+    #[arg(long)]
+    unsigned: bool,
+    /// Give an event up after its first failure, unlike Prism
+    #[arg(long)]
+    no_retry: bool,
+}
+
+fn rate(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(rate) if (0.001..=1_000_000.0).contains(&rate) => Ok(rate),
+        _ => Err("give a number of events a second, from 0.001 to 1000000".to_owned()),
+    }
+}
+
+/// What every event needs.
+struct Sender {
+    client: Client<HttpConnector, Full<Bytes>>,
+    url: Uri,
+    secret: Option<Secret>,
+    retries: &'static [Duration],
+}
+
+/// What became of one event.
+struct Fate {
+    /// The outcome of each try: a status, or why there was none.
+    tries: Vec<Result<StatusCode, &'static str>>,
+    /// Of the last try, if it was answered 2xx.
+    latency: Option<Duration>,
+}
+
+pub async fn run(config: &Config, options: Options) -> Result<(), Failure> {
+    let secret = match (options.unsigned, config.signature.secrets.first()) {
+        (true, _) => None,
+        (false, Some(secret)) => Some(secret.clone()),
+        (false, None) => {
+            let hint = "there is no secret to sign with: set signature.secrets, or send with --unsigned";
+            return Err(Failure::Usage(hint.to_owned()));
+        }
+    };
+    let url = match options.url {
+        Some(url) => url,
+        None => own_url(config)?,
+    };
+    if url.scheme_str() != Some("http") {
+        return Err(Failure::Usage(format!("{url}: only http:// addresses can be posted to")));
+    }
+    let types = if options.types.is_empty() { DOCUMENTED_TYPES.map(str::to_owned).to_vec() } else { options.types };
+    let fixed_body = options.body.as_ref().map(std::fs::read).transpose().map_err(|error| {
+        Failure::Usage(format!("cannot read {}: {error}", options.body.as_deref().unwrap_or("".as_ref()).display()))
+    })?;
+    let fixed_body = fixed_body.map(Bytes::from);
+    let count = options.count.map_or(if fixed_body.is_some() { 1 } else { types.len() as u64 }, NonZeroU64::get);
+
+    let client = Client::builder(TokioExecutor::new()).build_http();
+    let retries: &[Duration] = if options.no_retry { &[] } else { &RETRIES };
+    let sender = Arc::new(Sender { client, url, secret, retries });
+    let body = |index: u64| match &fixed_body {
+        Some(body) => body.clone(),
+        None => payload(&types[(index % types.len() as u64) as usize], index),
+    };
+    let started = Instant::now();
+    let fates = send_all(&sender, count, options.rate, options.concurrency.get(), body).await;
+    println!("{}", summary(&fates, started.elapsed()));
+    if fates.iter().any(|fate| fate.latency.is_none()) { Err(Failure::Reported) } else { Ok(()) }
+}
+
+/// Where a relay with this configuration takes webhooks.
+fn own_url(config: &Config) -> Result<Uri, Failure> {
+    let mut address = config.http.listen;
+    if address.port() == 0 {
+        return Err(Failure::Usage("http.listen has no fixed port: tell where to post with --url".to_owned()));
+    }
+    if address.ip().is_unspecified() {
+        address.set_ip(if address.is_ipv4() {
+            IpAddr::V4(Ipv4Addr::LOCALHOST)
+        } else {
+            IpAddr::V6(Ipv6Addr::LOCALHOST)
+        });
+    }
+    format!("http://{address}{}", config.http.path).parse().map_err(Failure::new)
+}
+
+async fn send_all(
+    sender: &Arc<Sender>,
+    count: u64,
+    rate: Option<f64>,
+    concurrency: usize,
+    body: impl Fn(u64) -> Bytes,
+) -> Vec<Fate> {
+    let progress = progress_bar(count);
+    let places = Arc::new(Semaphore::new(concurrency));
+    let mut pace = rate.map(|rate| tokio::time::interval(Duration::from_secs_f64(1.0 / rate)));
+    if let Some(pace) = &mut pace {
+        // A late tick is made up for, so that the rate holds on average.
+        pace.set_missed_tick_behavior(MissedTickBehavior::Burst);
+    }
+    let (mut under_way, mut fates) = (JoinSet::new(), Vec::new());
+    for index in 0..count {
+        if let Some(pace) = &mut pace {
+            pace.tick().await;
+        }
+        let place = Arc::clone(&places).acquire_owned().await;
+        let (sender, body, progress) = (Arc::clone(sender), body(index), progress.clone());
+        under_way.spawn(async move {
+            let fate = sender.send(body).await;
+            drop(place);
+            progress.inc(1);
+            fate
+        });
+        while let Some(Ok(fate)) = under_way.try_join_next() {
+            fates.push(fate);
+        }
+    }
+    fates.extend(under_way.join_all().await);
+    progress.finish_and_clear();
+    fates
+}
+
+fn progress_bar(count: u64) -> ProgressBar {
+    let template = "{bar:40} {pos}/{len} events, {per_sec}, {eta} left";
+    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    // indicatif draws on standard error, and only if that is a terminal.
+    ProgressBar::new(count).with_style(style)
+}
+
+impl Sender {
+    async fn send(&self, body: Bytes) -> Fate {
+        let mut tries = Vec::new();
+        for pause in std::iter::once(&Duration::ZERO).chain(self.retries) {
+            tokio::time::sleep(*pause).await;
+            let started = Instant::now();
+            let outcome = self.attempt(body.clone()).await;
+            let success = outcome.is_ok_and(|status| status.is_success());
+            tries.push(outcome);
+            if success {
+                return Fate { tries, latency: Some(started.elapsed()) };
+            }
+        }
+        Fate { tries, latency: None }
+    }
+
+    async fn attempt(&self, body: Bytes) -> Result<StatusCode, &'static str> {
+        let mut request = Request::post(&self.url).header("content-type", "application/json");
+        if let Some(secret) = &self.secret {
+            let timestamp = format!("{:.0}", Timestamp::now());
+            request =
+                request.header(SIGNATURE_HEADER, sign(secret, &timestamp, &body)).header(TIMESTAMP_HEADER, timestamp);
+        }
+        let request = request.body(Full::new(body)).map_err(|_| "the request could not be made")?;
+        let answer = async {
+            let response = self.client.request(request).await.map_err(|_| "no connection, or it broke")?;
+            let status = response.status();
+            // Read to the end, so that the connection can be used again.
+            response.into_body().collect().await.map_err(|_| "the answer broke off")?;
+            Ok(status)
+        };
+        timeout(ANSWER_TIMEOUT, answer).await.unwrap_or(Err("no answer in time"))
+    }
+}
+
+/// An event as Prism sends it, with ids of its own.
+fn payload(event_type: &str, index: u64) -> Bytes {
+    let state = match event_type.rsplit('.').next() {
+        Some("started") => "PROCESSING",
+        Some("failed") => "FAILED",
+        _ => "READY",
+    };
+    let mut payload = json!({
+        "scanId": Uuid::now_v7(),
+        "userId": Uuid::now_v7(),
+        "userToken": format!("sample-user-{index}"),
+        "state": state,
+    });
+    if event_type.starts_with("body_shape_prediction.") {
+        payload["bodyShapePredictionId"] = json!(Uuid::now_v7());
+    }
+    Bytes::from(json!({ "eventType": event_type, "payload": payload }).to_string())
+}
+
+fn summary(fates: &[Fate], elapsed: Duration) -> String {
+    let mut outcomes: BTreeMap<String, usize> = BTreeMap::new();
+    for outcome in fates.iter().flat_map(|fate| &fate.tries) {
+        let name = match outcome {
+            Ok(status) => format!("answered {}", status.as_u16()),
+            Err(reason) => (*reason).to_owned(),
+        };
+        *outcomes.entry(name).or_default() += 1;
+    }
+    let mut latencies: Vec<Duration> = fates.iter().filter_map(|fate| fate.latency).collect();
+    latencies.sort_unstable();
+    let requests: usize = outcomes.values().sum();
+    let given_up = fates.len() - latencies.len();
+    let rate = fates.len() as f64 / elapsed.as_secs_f64().max(0.001);
+
+    let mut text = format!("{:<28} {:>9}", "events", fates.len());
+    let mut line = |name: &str, value: String| {
+        let _ = write!(text, "\n{name:<28} {value:>9}");
+    };
+    line("accepted", latencies.len().to_string());
+    line("given up", given_up.to_string());
+    line("requests", requests.to_string());
+    for (name, count) in &outcomes {
+        line(&format!("  {name}"), count.to_string());
+    }
+    line("seconds", format!("{:.1}", elapsed.as_secs_f64()));
+    line("events a second", format!("{rate:.0}"));
+    for (name, share) in [("p50", 0.5), ("p99", 0.99), ("max", 1.0)] {
+        if let Some(latency) = quantile(&latencies, share) {
+            line(&format!("time to the 2xx, {name} (ms)"), format!("{:.1}", latency.as_secs_f64() * 1000.0));
+        }
+    }
+    text
+}
+
+/// The smallest value that at least this share of the sorted values do not exceed.
+fn quantile(sorted: &[Duration], share: f64) -> Option<Duration> {
+    let rank = (sorted.len() as f64 * share).ceil() as usize;
+    sorted.get(rank.saturating_sub(1)).copied()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::event::Envelope;
+
+    #[test]
+    fn every_payload_is_an_envelope_of_its_type() {
+        for event_type in DOCUMENTED_TYPES.iter().copied().chain(["capture_data.validation.failed"]) {
+            let body = payload(event_type, 1);
+            let envelope = Envelope::parse(&body).unwrap();
+            assert_eq!(envelope.event_type, event_type);
+            assert_eq!(envelope.prediction_id.is_some(), event_type.starts_with("body_shape_prediction."));
+        }
+    }
+
+    #[test]
+    fn quantiles_are_nearest_rank() {
+        let values: Vec<_> = (1..=100).map(Duration::from_millis).collect();
+        assert_eq!(quantile(&values, 0.5), Some(Duration::from_millis(50)));
+        assert_eq!(quantile(&values, 0.99), Some(Duration::from_millis(99)));
+        assert_eq!(quantile(&values, 1.0), Some(Duration::from_millis(100)));
+        assert_eq!(quantile(&values[..1], 0.5), Some(Duration::from_millis(1)));
+        assert_eq!(quantile(&[], 0.5), None);
+    }
+}

@@ -1,0 +1,112 @@
+//! One address of the broker, with a password that cannot be printed.
+
+use std::fmt;
+use std::net::Ipv6Addr;
+
+use lapin::uri::{AMQPScheme, AMQPUri};
+
+use crate::secret::Secret;
+
+/// An `amqp://` URI whose `Display` and `Debug` leave the password out.
+#[derive(Clone)]
+pub struct BrokerUrl(AMQPUri);
+
+impl BrokerUrl {
+    /// The error completes the sentence "the value ..." and does not quote it.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let mut uri: AMQPUri =
+            text.parse().map_err(|_| "is not a URL such as amqp://user:password@host:5672/%2f".to_owned())?;
+        if uri.scheme == AMQPScheme::AMQPS {
+            return Err("is an amqps URL: TLS to the broker is not supported yet".to_owned());
+        }
+        if uri.vhost.is_empty() {
+            return Err("ends with `/`, which names the virtual host \"\"; write /%2f for the default one".to_owned());
+        }
+        if uri.vhost.contains('/') && uri.vhost != "/" {
+            return Err(
+                "has more than one `/` after the host; percent-encode those in the virtual host as %2f".to_owned()
+            );
+        }
+        // The URI parser silently turns an IPv6 literal into "localhost".
+        if let Some(literal) = ipv6_literal(text) {
+            let address: Ipv6Addr = literal.parse().map_err(|_| "has an invalid IPv6 address".to_owned())?;
+            uri.authority.host = address.to_string();
+        }
+        Ok(Self(uri))
+    }
+
+    pub fn set_password(&mut self, password: &Secret) {
+        password.expose().clone_into(&mut self.0.authority.userinfo.password);
+    }
+
+    pub fn set_heartbeat(&mut self, seconds: u16) {
+        self.0.query.heartbeat = Some(seconds);
+    }
+
+    /// The whole URI, password and all: for the handshake only.
+    pub fn expose(&self) -> &AMQPUri {
+        &self.0
+    }
+
+    pub fn host(&self) -> &str {
+        &self.0.authority.host
+    }
+
+    pub fn port(&self) -> u16 {
+        self.0.authority.port
+    }
+
+    pub fn vhost(&self) -> &str {
+        &self.0.vhost
+    }
+}
+
+fn ipv6_literal(url: &str) -> Option<&str> {
+    let authority = url.split_once("://")?.1.split(['/', '?']).next()?;
+    authority.rsplit('@').next()?.strip_prefix('[')?.split(']').next()
+}
+
+impl fmt::Display for BrokerUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let host = if self.host().contains(':') { format!("[{}]", self.host()) } else { self.host().to_owned() };
+        let vhost = self.vhost().replace('%', "%25").replace('/', "%2f");
+        write!(f, "amqp://{}@{host}:{}/{vhost}", self.0.authority.userinfo.username, self.port())
+    }
+}
+
+impl fmt::Debug for BrokerUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_password_is_not_shown() {
+        let mut url = BrokerUrl::parse("amqp://me:hunter2@broker:5673/%2f").unwrap();
+        url.set_password(&Secret::new("hunter3"));
+        assert_eq!(format!("{url} {url:?}"), "amqp://me@broker:5673/%2f amqp://me@broker:5673/%2f");
+        assert_eq!(url.expose().authority.userinfo.password, "hunter3");
+    }
+
+    #[test]
+    fn an_ipv6_address_stays_one() {
+        let url = BrokerUrl::parse("amqp://a:b@[::1]:5673/v").unwrap();
+        assert_eq!((url.host(), url.port(), url.vhost()), ("::1", 5673, "v"));
+        assert_eq!(url.to_string(), "amqp://a@[::1]:5673/v");
+    }
+
+    #[test]
+    fn no_path_is_the_default_virtual_host_and_an_empty_one_is_a_mistake() {
+        assert_eq!(BrokerUrl::parse("amqp://localhost").unwrap().vhost(), "/");
+        for bad in
+            ["amqp://localhost/", "amqp://localhost/a/b", "amqps://localhost", "http://localhost", "localhost", ""]
+        {
+            let error = BrokerUrl::parse(bad).unwrap_err();
+            assert!(bad.is_empty() || !error.contains(bad), "{error}");
+        }
+    }
+}

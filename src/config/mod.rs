@@ -1,0 +1,390 @@
+//! What the code may assume: every value here has been read, bounded and checked against the others.
+//!
+//! [`Config::load`] merges the layers (see [`raw`]), reads every key, and reports all mistakes at once, each with its
+//! key. Nobody else reads a file or the environment.
+
+mod broker_url;
+mod raw;
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use ipnet::IpNet;
+use thiserror::Error;
+
+pub use broker_url::BrokerUrl;
+use raw::Raw;
+
+use crate::secret::Secret;
+use crate::topology::{DEAD, UNROUTED};
+
+/// The defaults, which are also the documentation of every key.
+pub const DEFAULT_TOML: &str = include_str!("../../config/default.toml");
+
+#[derive(Debug)]
+pub struct Config {
+    pub http: Http,
+    pub signature: Signature,
+    pub spool: Spool,
+    pub dedupe: Dedupe,
+    pub broker: Broker,
+    pub topology: Topology,
+    pub ops: Ops,
+    pub log: Log,
+    pub shutdown: Shutdown,
+}
+
+#[derive(Clone, Debug)]
+pub struct Http {
+    pub listen: SocketAddr,
+    /// Starts with `/`.
+    pub path: String,
+    pub body_bytes_max: usize,
+    pub header_timeout: Duration,
+    pub body_timeout: Duration,
+    /// At least 1.
+    pub connections_max: usize,
+    /// Empty: everyone.
+    pub allowed_sources: Vec<IpNet>,
+    pub trusted_proxies: Vec<IpNet>,
+}
+
+#[derive(Debug)]
+pub struct Signature {
+    pub required: bool,
+    pub secrets: Vec<Secret>,
+    pub tolerance: Duration,
+}
+
+#[derive(Clone, Debug)]
+pub struct Spool {
+    pub path: PathBuf,
+    pub max_bytes: u64,
+    pub durability: Durability,
+}
+
+/// What an event survives once it has been answered 200.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Durability {
+    /// A power loss: every commit is synced to the disk.
+    Disk,
+    /// A crash of the relay, but not one of the machine.
+    Process,
+}
+
+#[derive(Clone, Debug)]
+pub struct Dedupe {
+    /// Zero: off.
+    pub window: Duration,
+    pub entries_max: usize,
+}
+
+#[derive(Clone, Debug)]
+pub struct Broker {
+    /// At least one.
+    pub urls: Vec<BrokerUrl>,
+    pub exchange: String,
+    /// At least 1.
+    pub window: usize,
+    /// Not below `heartbeat`.
+    pub confirm_timeout: Duration,
+    pub heartbeat_seconds: u16,
+    pub connect_timeout: Duration,
+    pub reconnect_min: Duration,
+    pub reconnect_max: Duration,
+    pub parked_retry: Duration,
+}
+
+#[derive(Clone, Debug)]
+pub struct Topology {
+    pub declare: Declare,
+    pub queues: Vec<Queue>,
+}
+
+/// What the relay does about the topology when it connects.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Declare {
+    /// Creates what is missing.
+    Active,
+    /// Checks that everything exists.
+    Passive,
+    /// Nothing.
+    Off,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Queue {
+    pub name: String,
+    pub bindings: Vec<String>,
+}
+
+#[derive(Debug)]
+pub struct Ops {
+    pub listen: SocketAddr,
+}
+
+#[derive(Debug)]
+pub struct Log {
+    pub format: LogFormat,
+    pub filter: tracing_subscriber::filter::Targets,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    Auto,
+    Pretty,
+    Json,
+}
+
+#[derive(Debug)]
+pub struct Shutdown {
+    pub grace: Duration,
+}
+
+/// All that is wrong with a configuration, one line a mistake.
+#[derive(Debug, Error)]
+#[error("{}", self.list())]
+pub struct ConfigError {
+    mistakes: Vec<String>,
+}
+
+impl ConfigError {
+    fn list(&self) -> String {
+        let count = match self.mistakes.len() {
+            1 => "a mistake".to_owned(),
+            count => format!("{count} mistakes"),
+        };
+        format!("the configuration has {count}:\n  {}", self.mistakes.join("\n  "))
+    }
+}
+
+/// Who asks: the client commands work without the secret that the relay itself cannot do without.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    Serve,
+    Client,
+}
+
+const KIB: u64 = 1024;
+const MIB: u64 = 1024 * KIB;
+const SECOND: Duration = Duration::from_secs(1);
+const HOUR: Duration = Duration::from_secs(3600);
+const DAY: Duration = Duration::from_secs(24 * 3600);
+const MILLISECOND: Duration = Duration::from_millis(1);
+
+/// What AMQP calls a short string, for the names of exchanges and queues and for binding keys.
+const SHORT_STRING_BYTES_MAX: usize = 255;
+
+impl Config {
+    /// Reads the defaults, then `file`, then the variables in `environment` that start with `PRISM_RELAY__`.
+    pub fn load(
+        file: Option<&Path>,
+        environment: impl IntoIterator<Item = (String, String)>,
+        purpose: Purpose,
+    ) -> Result<Self, ConfigError> {
+        let mut raw = Raw::merge(file, environment).map_err(|mistake| ConfigError { mistakes: vec![mistake] })?;
+        let config = Self {
+            http: Http::read(&mut raw),
+            signature: Signature::read(&mut raw, purpose),
+            spool: Spool::read(&mut raw),
+            dedupe: Dedupe::read(&mut raw),
+            broker: Broker::read(&mut raw),
+            topology: Topology::read(&mut raw),
+            ops: Ops { listen: raw.read("ops.listen", address).unwrap_or(UNSPECIFIED) },
+            log: Log::read(&mut raw),
+            shutdown: Shutdown { grace: raw.duration("shutdown.grace", MILLISECOND..=HOUR) },
+        };
+        match raw.finish() {
+            mistakes if mistakes.is_empty() => Ok(config),
+            mistakes => Err(ConfigError { mistakes }),
+        }
+    }
+}
+
+impl Http {
+    fn read(raw: &mut Raw) -> Self {
+        Self {
+            listen: raw.read("http.listen", address).unwrap_or(UNSPECIFIED),
+            path: raw.read("http.path", webhook_path).unwrap_or_default(),
+            body_bytes_max: raw.bytes("http.body_bytes_max", 1..=128 * MIB) as usize,
+            header_timeout: raw.duration("http.header_timeout", MILLISECOND..=HOUR),
+            body_timeout: raw.duration("http.body_timeout", MILLISECOND..=HOUR),
+            connections_max: raw.number("http.connections_max", 1..=1_000_000),
+            allowed_sources: raw.list("http.allowed_sources", network),
+            trusted_proxies: raw.list("http.trusted_proxies", network),
+        }
+    }
+}
+
+impl Signature {
+    fn read(raw: &mut Raw, purpose: Purpose) -> Self {
+        let required = raw.one_of("signature.required", &[("true", true), ("false", false)]);
+        let mut secrets = raw.list("signature.secrets", |text| Ok(Secret::new(text)));
+        if let Some(lines) = raw.file("signature.secrets_file") {
+            if !secrets.is_empty() {
+                raw.mistake("signature.secrets_file", "is set together with signature.secrets; set one of them");
+            }
+            secrets = lines.lines().filter(|line| !line.is_empty()).map(Secret::new).collect();
+        }
+        if required && secrets.is_empty() && purpose == Purpose::Serve {
+            raw.mistake(
+                "signature.secrets",
+                "is empty, so nothing could be accepted; set it (or signature.secrets_file) to the secret of the \
+                 Prism account, or set signature.required to false if the account does not sign",
+            );
+        }
+        Self { required, secrets, tolerance: raw.duration("signature.tolerance", SECOND..=DAY) }
+    }
+}
+
+impl Spool {
+    fn read(raw: &mut Raw) -> Self {
+        let path = |text: &str| if text.is_empty() { Err("is empty".to_owned()) } else { Ok(PathBuf::from(text)) };
+        Self {
+            path: raw.read("spool.path", path).unwrap_or_default(),
+            max_bytes: raw.bytes("spool.max_bytes", 1..=u64::from(u32::MAX) * KIB),
+            durability: raw.one_of("spool.durability", &[("disk", Durability::Disk), ("process", Durability::Process)]),
+        }
+    }
+}
+
+impl Dedupe {
+    fn read(raw: &mut Raw) -> Self {
+        Self {
+            window: raw.duration("dedupe.window", Duration::ZERO..=DAY),
+            entries_max: raw.number("dedupe.entries_max", 1..=10_000_000),
+        }
+    }
+}
+
+impl Broker {
+    fn read(raw: &mut Raw) -> Self {
+        let mut urls = raw.list("broker.urls", BrokerUrl::parse);
+        if urls.is_empty() && !raw.has_mistake("broker.urls") {
+            raw.mistake("broker.urls", "names no broker");
+        }
+        let password = raw.read("broker.password", |text| Ok(text.to_owned()));
+        let from_file = raw.file("broker.password_file");
+        if password.is_some() && from_file.is_some() {
+            raw.mistake("broker.password_file", "is set together with broker.password; set one of them");
+        }
+        let heartbeat = raw.duration("broker.heartbeat", SECOND..=HOUR);
+        if heartbeat.subsec_nanos() != 0 {
+            raw.mistake("broker.heartbeat", "AMQP counts it in whole seconds");
+        }
+        let heartbeat_seconds = heartbeat.as_secs() as u16;
+        for url in &mut urls {
+            if let Some(password) = password.as_ref().or(from_file.as_ref()) {
+                url.set_password(&Secret::new(password));
+            }
+            url.set_heartbeat(heartbeat_seconds);
+        }
+        let confirm_timeout = raw.duration("broker.confirm_timeout", SECOND..=HOUR);
+        if confirm_timeout < heartbeat {
+            raw.mistake(
+                "broker.confirm_timeout",
+                "is below broker.heartbeat, so a slow broker would be taken for dead",
+            );
+        }
+        let reconnect_min = raw.duration("broker.reconnect_min", MILLISECOND..=HOUR);
+        let reconnect_max = raw.duration("broker.reconnect_max", MILLISECOND..=HOUR);
+        if reconnect_max < reconnect_min {
+            raw.mistake("broker.reconnect_max", "is below broker.reconnect_min");
+        }
+        Self {
+            urls,
+            exchange: raw.read("broker.exchange", exchange_name).unwrap_or_default(),
+            window: raw.number("broker.window", 1..=65_535),
+            confirm_timeout,
+            heartbeat_seconds,
+            connect_timeout: raw.duration("broker.connect_timeout", MILLISECOND..=HOUR),
+            reconnect_min,
+            reconnect_max,
+            parked_retry: raw.duration("broker.parked_retry", MILLISECOND..=DAY),
+        }
+    }
+}
+
+impl Topology {
+    fn read(raw: &mut Raw) -> Self {
+        let choices = [("active", Declare::Active), ("passive", Declare::Passive), ("off", Declare::Off)];
+        let declare = raw.one_of("topology.declare", &choices);
+        let mut queues: Vec<Queue> = Vec::new();
+        for (index, mut table) in raw.tables("topology.queues").into_iter().enumerate() {
+            let key = format!("topology.queues[{index}]");
+            let name = table.remove("name").and_then(|value| value.into_string().ok()).unwrap_or_default();
+            if let Err(what) = own_name(&name) {
+                raw.mistake(&format!("{key}.name"), format_args!("{name:?} {what}"));
+            }
+            if queues.iter().any(|queue| queue.name == name) {
+                raw.mistake(&format!("{key}.name"), format_args!("{name:?} is there twice"));
+            }
+            let bindings = table.remove("bindings").and_then(|value| value.try_deserialize().ok()).unwrap_or_default();
+            let queue = Queue { name, bindings };
+            if queue.bindings.is_empty() {
+                raw.mistake(
+                    &format!("{key}.bindings"),
+                    "takes a list of at least one topic pattern, such as [\"scan.#\"]",
+                );
+            }
+            for binding in queue.bindings.iter().filter(|binding| binding.len() > SHORT_STRING_BYTES_MAX) {
+                raw.mistake(&format!("{key}.bindings"), format_args!("{binding:?} is longer than 255 bytes"));
+            }
+            for unknown in table.keys() {
+                raw.mistake(&format!("{key}.{unknown}"), "unknown key");
+            }
+            queues.push(queue);
+        }
+        Self { declare, queues }
+    }
+}
+
+impl Log {
+    fn read(raw: &mut Raw) -> Self {
+        let formats = [("auto", LogFormat::Auto), ("pretty", LogFormat::Pretty), ("json", LogFormat::Json)];
+        let filter = |text: &str| text.parse().map_err(|_| "is no filter such as info or info,lapin=debug".to_owned());
+        Self { format: raw.one_of("log.format", &formats), filter: raw.read("log.filter", filter).unwrap_or_default() }
+    }
+}
+
+/// Stands in for an address that could not be read; the mistake is on the list, so nobody gets to use it.
+const UNSPECIFIED: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED), 0);
+
+fn address(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_| "is not an IP address with a port, such as 127.0.0.1:8080".to_owned())
+}
+
+/// A network, or a single address as the network of itself.
+fn network(text: &str) -> Result<IpNet, String> {
+    let network = text.parse().or_else(|_| text.parse::<std::net::IpAddr>().map(IpNet::from));
+    network.map_err(|_| "is neither an IP address nor a CIDR such as 203.0.113.0/24".to_owned())
+}
+
+fn webhook_path(text: &str) -> Result<String, String> {
+    if !text.starts_with('/') || text.contains(['?', '#', ' ']) {
+        return Err("is not a path such as /webhooks/prism".to_owned());
+    }
+    if text == crate::ingress::HEALTH_PATH {
+        return Err("is taken: it is where load balancers ask for the relay's health".to_owned());
+    }
+    Ok(text.to_owned())
+}
+
+fn exchange_name(text: &str) -> Result<String, String> {
+    own_name(text).map(|()| text.to_owned())
+}
+
+/// A name for an exchange or a queue that is neither RabbitMQ's nor one of the relay's fixed ones.
+fn own_name(name: &str) -> Result<(), String> {
+    match name {
+        "" => Err("is empty".to_owned()),
+        _ if name.len() > SHORT_STRING_BYTES_MAX => Err("is longer than 255 bytes".to_owned()),
+        _ if name.starts_with("amq.") => Err("begins with amq., which RabbitMQ keeps for itself".to_owned()),
+        DEAD | UNROUTED => Err("is a name that the relay uses itself".to_owned()),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,231 @@
+//! What was written: the layers merged into one flat table of keys, each read once and by name.
+//!
+//! A key that nobody has read by the end is unknown. Mistakes are collected, not returned one by one; they quote the
+//! value, unless the key may hold a secret.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Display;
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use bytesize::ByteSize;
+use config::{Environment, File, FileFormat, Map, Value, ValueKind};
+
+/// Their values are never quoted.
+const SECRET_KEYS: [&str; 3] = ["signature.secrets", "broker.urls", "broker.password"];
+
+/// How alike an unknown key has to be to a known one to be taken for a slip (Jaro-Winkler, 0 to 1).
+const LIKENESS_MIN: f64 = 0.85;
+
+pub(super) struct Raw {
+    values: BTreeMap<String, Value>,
+    file: Option<PathBuf>,
+    known: BTreeSet<String>,
+    mistakes: Vec<String>,
+}
+
+impl Raw {
+    /// Defaults, then the file, then the environment; the last one wins.
+    pub fn merge(file: Option<&Path>, environment: impl IntoIterator<Item = (String, String)>) -> Result<Self, String> {
+        let environment: Map<String, String> =
+            environment.into_iter().filter(|(name, _)| name.starts_with("PRISM_RELAY__")).collect();
+        let mut layers = config::Config::builder().add_source(File::from_str(super::DEFAULT_TOML, FileFormat::Toml));
+        if let Some(path) = file {
+            // Read here, because the library does not say why it cannot read a file, and names it its own way.
+            let text = std::fs::read_to_string(path);
+            let text = text.map_err(|error| format!("cannot read {}: {error}", path.display()))?;
+            layers = layers.add_source(File::from_str(&text, FileFormat::Toml));
+        }
+        let merged = layers
+            .add_source(
+                Environment::with_prefix("PRISM_RELAY")
+                    .prefix_separator("__")
+                    .separator("__")
+                    .source(Some(environment)),
+            )
+            .build()
+            .map_err(|error| syntax_error(&error, file))?;
+        let mut values = BTreeMap::new();
+        flatten("", merged.cache, &mut values);
+        Ok(Self { values, file: file.map(Path::to_owned), known: BTreeSet::new(), mistakes: Vec::new() })
+    }
+
+    pub fn mistake(&mut self, key: &str, what: impl Display) {
+        self.mistakes.push(format!("{key}: {what}"));
+    }
+
+    pub fn has_mistake(&self, key: &str) -> bool {
+        self.mistakes.iter().any(|mistake| mistake.starts_with(&format!("{key}:")))
+    }
+
+    /// A single value, read by `parse`, whose error completes the sentence "the value ...".
+    pub fn read<T>(&mut self, key: &str, parse: impl Fn(&str) -> Result<T, String>) -> Option<T> {
+        let value = self.take(key)?;
+        match scalar(&value) {
+            Some(text) => self.checked(key, &value, &text, &parse),
+            None => {
+                self.mistake(key, "takes a single value, not a list");
+                None
+            }
+        }
+    }
+
+    /// An array, or a text with commas as the environment has it. Empty items are passed over.
+    pub fn list<T>(&mut self, key: &str, parse: impl Fn(&str) -> Result<T, String>) -> Vec<T> {
+        let Some(value) = self.take(key) else { return Vec::new() };
+        let items: Vec<Option<String>> = match &value.kind {
+            ValueKind::Array(items) => items.iter().map(scalar).collect(),
+            _ => scalar(&value).unwrap_or_default().split(',').map(|item| Some(item.trim().to_owned())).collect(),
+        };
+        let mut read = Vec::new();
+        for item in items {
+            match item.as_deref() {
+                Some("") => {}
+                Some(text) => read.extend(self.checked(key, &value, text, &parse)),
+                None => self.mistake(key, "takes a list of single values"),
+            }
+        }
+        read
+    }
+
+    /// A list of tables: an array, or the same in TOML's own notation as a text.
+    pub fn tables(&mut self, key: &str) -> Vec<Map<String, Value>> {
+        let Some(value) = self.take(key) else { return Vec::new() };
+        let array = match &value.kind {
+            ValueKind::String(text) => config::Config::builder()
+                .add_source(File::from_str(&format!("list = {text}"), FileFormat::Toml))
+                .build()
+                .and_then(|parsed| parsed.get_array("list")),
+            _ => value.into_array(),
+        };
+        let tables = array.and_then(|items| items.into_iter().map(Value::into_table).collect());
+        tables.unwrap_or_else(|_| {
+            self.mistake(key, "takes a list of tables, such as [{ name = \"...\", bindings = [\"...\"] }]");
+            Vec::new()
+        })
+    }
+
+    pub fn duration(&mut self, key: &str, range: RangeInclusive<Duration>) -> Duration {
+        let parse = |text: &str| match humantime::parse_duration(text) {
+            Ok(duration) if range.contains(&duration) => Ok(duration),
+            Ok(_) => Err(format!(
+                "is not between {} and {}",
+                humantime::format_duration(*range.start()),
+                humantime::format_duration(*range.end())
+            )),
+            Err(_) => Err("is not a duration such as 500ms, 10s or 2m".to_owned()),
+        };
+        self.read(key, parse).unwrap_or_default()
+    }
+
+    pub fn bytes(&mut self, key: &str, range: RangeInclusive<u64>) -> u64 {
+        let parse = |text: &str| match text.parse::<ByteSize>() {
+            Ok(size) if range.contains(&size.as_u64()) => Ok(size.as_u64()),
+            Ok(_) => Err(format!("is not between {} and {}", ByteSize(*range.start()), ByteSize(*range.end()))),
+            Err(_) => Err("is not a size such as 64KiB or 1GiB".to_owned()),
+        };
+        self.read(key, parse).unwrap_or_default()
+    }
+
+    pub fn number(&mut self, key: &str, range: RangeInclusive<usize>) -> usize {
+        let parse = |text: &str| match text.parse() {
+            Ok(number) if range.contains(&number) => Ok(number),
+            _ => Err(format!("is not a whole number between {} and {}", range.start(), range.end())),
+        };
+        self.read(key, parse).unwrap_or_default()
+    }
+
+    pub fn one_of<T: Copy>(&mut self, key: &str, choices: &[(&str, T)]) -> T {
+        let parse = |text: &str| {
+            let found = choices.iter().find(|(name, _)| *name == text);
+            found.map(|(_, choice)| *choice).ok_or_else(|| {
+                let names: Vec<_> = choices.iter().map(|(name, _)| *name).collect();
+                format!("is not one of {}", names.join(", "))
+            })
+        };
+        self.read(key, parse).unwrap_or(choices[0].1)
+    }
+
+    /// The contents of the file that `key` names, without the line end at its end.
+    pub fn file(&mut self, key: &str) -> Option<String> {
+        self.read(key, |path| {
+            let text = std::fs::read_to_string(path).map_err(|error| format!("cannot be read: {error}"))?;
+            Ok(text.trim_end_matches(['\r', '\n']).to_owned())
+        })
+    }
+
+    /// All mistakes; the keys that nobody has asked for are among them.
+    pub fn finish(mut self) -> Vec<String> {
+        for (key, value) in std::mem::take(&mut self.values) {
+            let is_section = self.known.iter().any(|known| known.starts_with(&format!("{key}.")));
+            let what = match self.nearest(&key) {
+                _ if is_section => format!("is a section, [{key}], not a value"),
+                Some(near) => format!("unknown key; did you mean {near}?"),
+                None => "unknown key".to_owned(),
+            };
+            self.mistake(&key, format_args!("{what}{}", self.origin(&value)));
+        }
+        self.mistakes
+    }
+
+    fn take(&mut self, key: &str) -> Option<Value> {
+        self.known.insert(key.to_owned());
+        self.values.remove(key)
+    }
+
+    fn checked<T>(
+        &mut self,
+        key: &str,
+        value: &Value,
+        text: &str,
+        parse: &impl Fn(&str) -> Result<T, String>,
+    ) -> Option<T> {
+        let shown = if SECRET_KEYS.contains(&key) { "the value".to_owned() } else { format!("{text:?}") };
+        parse(text).map_err(|what| self.mistake(key, format_args!("{shown} {what}{}", self.origin(value)))).ok()
+    }
+
+    /// The defaults have no mistakes, so what does not come from the environment comes from the file.
+    fn origin(&self, value: &Value) -> String {
+        match (value.origin(), &self.file) {
+            (Some(origin), _) => format!(" (set in {origin})"),
+            (None, Some(file)) => format!(" (set in {})", file.display()),
+            (None, None) => String::new(),
+        }
+    }
+
+    fn nearest(&self, key: &str) -> Option<&str> {
+        let likeness = |known: &String| strsim::jaro_winkler(known, key);
+        let nearest = self.known.iter().max_by(|a, b| likeness(a).total_cmp(&likeness(b)))?;
+        (likeness(nearest) >= LIKENESS_MIN).then_some(nearest)
+    }
+}
+
+fn flatten(prefix: &str, value: Value, into: &mut BTreeMap<String, Value>) {
+    match value.kind {
+        ValueKind::Table(table) => {
+            for (name, value) in table {
+                let key = if prefix.is_empty() { name } else { format!("{prefix}.{name}") };
+                flatten(&key, value, into);
+            }
+        }
+        _ => {
+            into.insert(prefix.to_owned(), value);
+        }
+    }
+}
+
+fn scalar(value: &Value) -> Option<String> {
+    match &value.kind {
+        ValueKind::Table(_) | ValueKind::Array(_) => None,
+        kind => Some(kind.to_string()),
+    }
+}
+
+/// The first line says where, the last one what; between them stands the line of the file, which may hold a secret.
+fn syntax_error(error: &config::ConfigError, file: Option<&Path>) -> String {
+    let text = error.to_string();
+    let mut lines = text.lines().filter(|line| !line.trim().is_empty());
+    let (first, last) = (lines.next().unwrap_or_default(), lines.next_back().unwrap_or("invalid"));
+    format!("{}: {first}: {last}", file.unwrap_or(Path::new("configuration")).display())
+}

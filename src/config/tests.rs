@@ -1,0 +1,190 @@
+//! Layers, mistakes, and the two files that we ship.
+
+use std::io::Write;
+
+use super::*;
+
+const EXAMPLE: &str = include_str!("../../config/production.example.toml");
+
+/// Loads a file with these contents and these variables.
+fn load(toml: &str, environment: &[(&str, &str)], purpose: Purpose) -> Result<Config, String> {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(toml.as_bytes()).unwrap();
+    let environment = environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+    Config::load(Some(file.path()), environment, purpose)
+        .map_err(|error| error.to_string().replace(file.path().to_str().unwrap(), "FILE"))
+}
+
+fn mistakes(toml: &str, environment: &[(&str, &str)]) -> String {
+    load(toml, environment, Purpose::Client).expect_err("there is a mistake")
+}
+
+#[test]
+fn the_defaults_are_those_of_the_contract() {
+    let config = Config::load(None, [], Purpose::Client).unwrap();
+    assert_eq!(config.http.listen.to_string(), "127.0.0.1:8080");
+    assert_eq!(config.http.path, "/webhooks/prism");
+    assert_eq!(config.http.body_bytes_max, 256 * 1024);
+    assert_eq!((config.http.header_timeout, config.http.body_timeout), (10 * SECOND, 10 * SECOND));
+    assert_eq!(config.http.connections_max, 10_000);
+    assert!(config.http.allowed_sources.is_empty() && config.http.trusted_proxies.is_empty());
+    assert!(config.signature.required && config.signature.secrets.is_empty());
+    assert_eq!(config.signature.tolerance, 300 * SECOND);
+    assert_eq!(config.spool.path.to_str(), Some("data/spool.db"));
+    assert_eq!((config.spool.max_bytes, config.spool.durability), (1 << 30, Durability::Disk));
+    assert_eq!((config.dedupe.window, config.dedupe.entries_max), (120 * SECOND, 100_000));
+    assert_eq!(config.broker.urls[0].to_string(), "amqp://guest@127.0.0.1:5672/%2f");
+    assert_eq!((config.broker.exchange.as_str(), config.broker.window), ("prism.events", 1000));
+    assert_eq!((config.broker.confirm_timeout, config.broker.heartbeat_seconds), (30 * SECOND, 10));
+    assert_eq!((config.broker.reconnect_min, config.broker.reconnect_max), (100 * MILLISECOND, 15 * SECOND));
+    assert_eq!(config.topology.declare, Declare::Active);
+    assert_eq!(config.topology.queues[1].bindings, ["body_shape_prediction.#"]);
+    assert_eq!(config.ops.listen.to_string(), "127.0.0.1:9090");
+    assert_eq!(config.log.format, LogFormat::Auto);
+    assert_eq!(config.shutdown.grace, 25 * SECOND);
+}
+
+#[test]
+fn the_example_differs_from_valid_only_by_the_files_that_it_names() {
+    let error = load(EXAMPLE, &[], Purpose::Serve).unwrap_err();
+    let lines: Vec<_> = error.lines().skip(1).map(|line| line.trim().split(':').next().unwrap()).collect();
+    assert_eq!(lines, ["signature.secrets_file", "signature.secrets", "broker.password_file"], "{error}");
+
+    let secrets = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(secrets.path(), "whsec_new\nwhsec_old\n").unwrap();
+    let path = secrets.path().to_str().unwrap();
+    let twins = [("PRISM_RELAY__SIGNATURE__SECRETS_FILE", path), ("PRISM_RELAY__BROKER__PASSWORD_FILE", path)];
+    let config = load(EXAMPLE, &twins, Purpose::Serve).unwrap();
+    assert_eq!(config.broker.urls.len(), 3);
+    let secrets: Vec<_> = config.signature.secrets.iter().map(Secret::expose).collect();
+    assert_eq!(secrets, ["whsec_new", "whsec_old"]);
+}
+
+#[test]
+fn the_environment_wins_over_the_file_and_the_file_over_the_defaults() {
+    let toml = "[http]\npath = \"/file\"\nlisten = \"127.0.0.1:1\"\n[signature]\nsecrets = [\"a\"]\n";
+    let environment = [
+        ("PRISM_RELAY__HTTP__LISTEN", "127.0.0.1:2"),
+        ("PRISM_RELAY__SIGNATURE__SECRETS", "0123, b"),
+        ("PRISM_RELAY__HTTP__ALLOWED_SOURCES", "203.0.113.0/24,2001:db8::1"),
+        ("PRISM_RELAY__HTTP__CONNECTIONS_MAX", "7"),
+        ("PRISM_RELAY__SIGNATURE__REQUIRED", "false"),
+        ("PRISM_RELAY__TOPOLOGY__QUEUES", "[{ name = \"q\", bindings = [\"#\"] }]"),
+        ("PRISM_RELAYER", "somebody else's"),
+    ];
+    let config = load(toml, &environment, Purpose::Serve).unwrap();
+    assert_eq!((config.http.path.as_str(), config.http.listen.port()), ("/file", 2));
+    let secrets: Vec<_> = config.signature.secrets.iter().map(Secret::expose).collect();
+    assert_eq!(secrets, ["0123", "b"], "a secret of digits stays as it is");
+    assert_eq!(config.http.allowed_sources.len(), 2);
+    assert_eq!(config.http.connections_max, 7);
+    assert!(!config.signature.required);
+    assert_eq!(config.topology.queues, [Queue { name: "q".to_owned(), bindings: vec!["#".to_owned()] }]);
+}
+
+#[test]
+fn all_mistakes_come_in_one_message_each_with_its_key() {
+    let toml = "
+        [http]
+        listen = \"nowhere\"
+        path = \"webhooks\"
+        body_bytes_max = \"much\"
+        body_timeot = \"1s\"
+        allowed_sources = [\"10.0.0.0/99\"]
+        [spool]
+        durability = \"maybe\"
+        max_bytes = \"0\"
+        [broker]
+        urls = []
+        window = 0
+        heartbeat = \"1500ms\"
+        reconnect_max = \"1ms\"
+        [topology]
+        queues = [{ name = \"prism.dead\", bindings = [\"#\"] }, { name = \"q\", binding = \"#\" }]
+        [log]
+        filter = \"a=b=c\"
+        [shutdown]
+        grace = 5
+        [sigature]
+        required = true
+    ";
+    let text = mistakes(toml, &[("PRISM_RELAY__OPS__LISTEN", "9090")]);
+    for expected in [
+        "the configuration has 18 mistakes:",
+        "http.listen: \"nowhere\" is not an IP address with a port, such as 127.0.0.1:8080 (set in FILE)",
+        "http.path: \"webhooks\" is not a path such as /webhooks/prism",
+        "http.body_bytes_max: \"much\" is not a size such as 64KiB or 1GiB",
+        "http.body_timeot: unknown key; did you mean http.body_timeout?",
+        "http.allowed_sources: \"10.0.0.0/99\" is neither an IP address nor a CIDR",
+        "spool.durability: \"maybe\" is not one of disk, process",
+        "spool.max_bytes: \"0\" is not between",
+        "broker.urls: names no broker",
+        "broker.window: \"0\" is not a whole number between 1 and 65535",
+        "broker.heartbeat: AMQP counts it in whole seconds",
+        "broker.reconnect_max: is below broker.reconnect_min",
+        "topology.queues[0].name: \"prism.dead\" is a name that the relay uses itself",
+        "topology.queues[1].bindings: takes a list of at least one topic pattern",
+        "topology.queues[1].binding: unknown key",
+        "ops.listen: \"9090\" is not an IP address with a port, such as 127.0.0.1:8080 (set in the environment)",
+        "log.filter: \"a=b=c\" is no filter",
+        "shutdown.grace: \"5\" is not a duration such as 500ms, 10s or 2m",
+        "sigature.required: unknown key; did you mean signature.required?",
+    ] {
+        assert!(text.contains(expected), "{expected:?} is missing in:\n{text}");
+    }
+}
+
+#[test]
+fn a_value_of_the_wrong_shape_is_named() {
+    let text = mistakes("http = 3\n[spool]\npath = [\"a\"]\n[ops.listen]\nport = 1\n", &[]);
+    assert!(text.contains("http: is a section, [http], not a value"), "{text}");
+    assert!(text.contains("spool.path: takes a single value, not a list"), "{text}");
+    assert!(text.contains("ops.listen.port: unknown key"), "{text}");
+    let text = mistakes("", &[("PRISM_RELAY__TOPOLOGY__QUEUES", "prism.scan")]);
+    assert!(text.contains("topology.queues: takes a list of tables"), "{text}");
+}
+
+#[test]
+fn no_mistake_quotes_a_secret() {
+    let hush = "hunter2";
+    let texts = [
+        mistakes("[broker]\nurls = [\"http://me:hunter2@broker\"]", &[]),
+        mistakes("[signature]\nsecrets = [[\"hunter2\"]]", &[]),
+        mistakes("[signature]\nsecrets = [\"hunter2]\n", &[]),
+        mistakes("[signature]\nsecret = \"hunter2\"", &[]),
+        mistakes("", &[("PRISM_RELAY__BROKER__PASSWRD", hush)]),
+    ];
+    for text in texts {
+        assert!(!text.contains(hush), "{text}");
+    }
+    let config =
+        load("[signature]\nsecrets = [\"hunter2\"]\n[broker]\npassword = \"hunter2\"", &[], Purpose::Serve).unwrap();
+    assert!(!format!("{config:?}").contains(hush));
+}
+
+#[test]
+fn broken_or_missing_files_are_told_with_their_place() {
+    let text = mistakes("[http]\nlisten = \n", &[]);
+    assert!(text.contains("line 2") && text.contains("FILE"), "{text}");
+    let text = Config::load(Some(Path::new("/nowhere/relay.toml")), [], Purpose::Client).unwrap_err().to_string();
+    assert!(text.contains("cannot read /nowhere/relay.toml: No such file"), "{text}");
+}
+
+#[test]
+fn a_value_and_its_file_twin_exclude_each_other() {
+    let secrets = tempfile::NamedTempFile::new().unwrap();
+    let path = secrets.path().to_str().unwrap();
+    let toml = format!(
+        "[signature]\nsecrets = [\"a\"]\nsecrets_file = \"{path}\"\n[broker]\npassword = \"b\"\npassword_file = \"{path}\""
+    );
+    let text = mistakes(&toml, &[]);
+    assert!(text.contains("signature.secrets_file: is set together with signature.secrets"), "{text}");
+    assert!(text.contains("broker.password_file: is set together with broker.password"), "{text}");
+}
+
+#[test]
+fn only_the_relay_itself_needs_a_secret() {
+    assert!(load("", &[], Purpose::Client).is_ok());
+    assert!(load("", &[], Purpose::Serve).unwrap_err().contains("signature.secrets: is empty"));
+    assert!(load("[signature]\nrequired = false", &[], Purpose::Serve).is_ok());
+}

@@ -1,0 +1,347 @@
+//! What it is: the envelope, the subject, the routing key. Pure; knows neither HTTP, nor the disk, nor AMQP.
+//!
+//! The body is borrowed and never written again: what Prism signed is what the workers get.
+
+use std::borrow::Cow;
+use std::fmt;
+
+use bytes::Bytes;
+use jiff::Timestamp;
+use serde::Deserialize;
+use serde::de::{Deserializer, MapAccess, Visitor};
+use serde_json::value::RawValue;
+use sha2::{Digest, Sha256};
+use thiserror::Error;
+use uuid::Uuid;
+
+use crate::signature::{Accepted, hex};
+
+/// The six event types that Prism documents for scans and Future Me. Others come too, and are relayed as well.
+pub const DOCUMENTED_TYPES: [&str; 6] = [
+    "scan.processing.started",
+    "scan.processing.succeeded",
+    "scan.processing.failed",
+    "body_shape_prediction.processing.started",
+    "body_shape_prediction.processing.succeeded",
+    "body_shape_prediction.processing.failed",
+];
+
+/// The routing key of an event whose type is no safe topic key.
+pub const INVALID_EVENT_TYPE: &str = "invalid.event_type";
+/// The routing key of a signed body that is not an envelope.
+pub const INVALID_BODY: &str = "invalid.body";
+
+/// AMQP 0-9-1 limits a routing key to 255 bytes; the rest is left to what brokers and shovels put in front.
+const ROUTING_KEY_BYTES_MAX: usize = 200;
+
+/// One accepted webhook: all that is kept of it on disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Event {
+    /// UUIDv7, the same for every publish of this event and for every answer about it.
+    pub id: Uuid,
+    /// Wall clock, in milliseconds since 1970: what the workers are told.
+    pub accepted_ms: i64,
+    /// Whether a signature vouches for the body.
+    pub authentic: bool,
+    pub trace: Option<TraceContext>,
+    /// The bytes as they were received.
+    pub body: Bytes,
+}
+
+impl Event {
+    /// Gives an accepted body its identity.
+    pub fn new(accepted: Accepted<Bytes>, trace: Option<TraceContext>, now: Timestamp) -> Self {
+        Self {
+            id: Uuid::now_v7(),
+            accepted_ms: now.as_millisecond(),
+            authentic: accepted.authentic(),
+            trace,
+            body: accepted.into_body(),
+        }
+    }
+
+    /// What recognises a re-send: the same bytes have the same fingerprint, on every replica.
+    pub fn fingerprint(&self) -> Fingerprint {
+        Fingerprint::of(&self.body)
+    }
+}
+
+/// SHA-256 of a body.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Fingerprint(pub [u8; 32]);
+
+impl Fingerprint {
+    pub fn of(body: &[u8]) -> Self {
+        Self(Sha256::digest(body).into())
+    }
+}
+
+/// 64 lower-case hex digits.
+impl fmt::Display for Fingerprint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&hex(&self.0))
+    }
+}
+
+impl fmt::Debug for Fingerprint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// The sender's trace, to be continued by the workers (<https://www.w3.org/TR/trace-context/>).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TraceContext {
+    pub traceparent: String,
+    pub tracestate: Option<String>,
+}
+
+impl TraceContext {
+    /// Takes the two headers as they came; what is malformed is left out, as the specification asks.
+    pub fn from_headers(traceparent: Option<&[u8]>, tracestate: Option<&[u8]>) -> Option<Self> {
+        let traceparent = std::str::from_utf8(traceparent?).ok().filter(|text| is_traceparent(text))?;
+        // 512 characters are what every participant has to pass on.
+        let tracestate = tracestate
+            .and_then(|bytes| std::str::from_utf8(bytes).ok())
+            .filter(|text| !text.is_empty() && text.len() <= 512 && text.bytes().all(|b| (0x20..0x7f).contains(&b)));
+        Some(Self { traceparent: traceparent.to_owned(), tracestate: tracestate.map(str::to_owned) })
+    }
+}
+
+/// `version-traceid-parentid-flags`, in lower-case hex; later versions may append more.
+fn is_traceparent(text: &str) -> bool {
+    let mut parts = text.split('-');
+    let mut hex = |digits: usize| {
+        parts.next().is_some_and(|part| {
+            part.len() == digits && part.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+        })
+    };
+    text.len() <= 128 && !text.starts_with("ff") && hex(2) && hex(32) && hex(16) && hex(2)
+}
+
+/// Why a body is no envelope.
+#[derive(Debug, Error)]
+pub enum NotAnEnvelope {
+    #[error("the body is not UTF-8, as JSON has to be (RFC 8259, section 8.1)")]
+    Encoding,
+    #[error("the body is not JSON: {0}")]
+    Json(serde_json::Error),
+    #[error("the body is JSON, but not an object with a string `eventType`")]
+    EventType,
+}
+
+/// What the relay reads from a body, all of it borrowed where the JSON has no escapes.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Envelope<'a> {
+    pub event_type: Cow<'a, str>,
+    pub scan_id: Option<Cow<'a, str>>,
+    pub prediction_id: Option<Cow<'a, str>>,
+    pub state: Option<Cow<'a, str>>,
+}
+
+impl<'a> Envelope<'a> {
+    /// Reads the envelope. Nothing but a string `eventType` is required; a name that occurs twice counts with its
+    /// last value, as in JavaScript; a payload of another shape, or a field that is not a string, is passed over.
+    pub fn parse(body: &'a [u8]) -> Result<Self, NotAnEnvelope> {
+        let text = std::str::from_utf8(body).map_err(|_| NotAnEnvelope::Encoding)?;
+        let (mut event_type, mut payload) = (None, None);
+        let outcome = for_each_member(text, |name, value| match name {
+            "eventType" => event_type = Some(value),
+            "payload" => payload = Some(value),
+            _ => {}
+        });
+        if let Err(error) = outcome {
+            // An array or a number stops the reader at once: is the rest JSON, too?
+            return Err(match serde_json::from_str::<&RawValue>(text) {
+                Ok(_) if error.is_data() => NotAnEnvelope::EventType,
+                Ok(_) => NotAnEnvelope::Json(error),
+                Err(syntax) => NotAnEnvelope::Json(syntax),
+            });
+        }
+        let mut envelope =
+            Self { event_type: event_type.and_then(string).ok_or(NotAnEnvelope::EventType)?, ..Self::default() };
+        if let Some(payload) = payload {
+            // A payload that is no object has no fields, and that is all right.
+            let _ = for_each_member(payload.get(), |name, value| match name {
+                "scanId" => envelope.scan_id = string(value),
+                "bodyShapePredictionId" => envelope.prediction_id = string(value),
+                "state" => envelope.state = string(value),
+                _ => {}
+            });
+        }
+        Ok(envelope)
+    }
+
+    /// The topic key: the event type if it is safe as one, else [`INVALID_EVENT_TYPE`].
+    pub fn routing_key(&self) -> &str {
+        if is_topic_key(&self.event_type) { &self.event_type } else { INVALID_EVENT_TYPE }
+    }
+
+    /// Whose order has to be kept: one prediction's, or else one scan's.
+    pub fn subject(&self) -> Option<String> {
+        let prediction = self.prediction_id.as_ref().map(|id| format!("prediction:{id}"));
+        prediction.or_else(|| self.scan_id.as_ref().map(|id| format!("scan:{id}")))
+    }
+}
+
+/// Words of `[A-Za-z0-9_-]`, separated by single dots: nothing that a topic exchange could read as a wildcard.
+fn is_topic_key(text: &str) -> bool {
+    text.len() <= ROUTING_KEY_BYTES_MAX
+        && text
+            .split('.')
+            .all(|word| !word.is_empty() && word.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-'))
+}
+
+#[derive(Deserialize)]
+struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+
+fn string(value: &RawValue) -> Option<Cow<'_, str>> {
+    serde_json::from_str(value.get()).ok().map(|Text(text)| text)
+}
+
+/// Calls `take` with each member of a JSON object. The values stay raw, so that no number is too large and no
+/// nesting too deep.
+fn for_each_member<'a>(json: &'a str, take: impl FnMut(&str, &'a RawValue)) -> Result<(), serde_json::Error> {
+    struct Members<F>(F);
+
+    impl<'de, F: FnMut(&str, &'de RawValue)> Visitor<'de> for Members<F> {
+        type Value = ();
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a JSON object")
+        }
+
+        fn visit_map<M: MapAccess<'de>>(mut self, mut map: M) -> Result<(), M::Error> {
+            while let Some(Text(name)) = map.next_key::<Text<'de>>()? {
+                (self.0)(&name, map.next_value()?);
+            }
+            Ok(())
+        }
+    }
+
+    let mut json = serde_json::Deserializer::from_str(json);
+    json.deserialize_map(Members(take))?;
+    json.end()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn event_type(body: &str) -> String {
+        Envelope::parse(body.as_bytes()).unwrap().event_type.into_owned()
+    }
+
+    #[test]
+    fn every_sample_of_the_vendor_is_an_envelope_with_a_subject() {
+        for line in include_str!("../tests/samples/events.jsonl").lines() {
+            let envelope = Envelope::parse(line.as_bytes()).unwrap();
+            assert_eq!(envelope.routing_key(), envelope.event_type);
+            let kind = if envelope.event_type.starts_with("body_shape_prediction.") { "prediction:" } else { "scan:" };
+            assert!(envelope.subject().unwrap().starts_with(kind), "{line}");
+            assert!(envelope.state.is_some());
+        }
+    }
+
+    #[test]
+    fn plain_strings_are_borrowed() {
+        let envelope = Envelope::parse(br#"{"eventType":"a.b","payload":{"scanId":"1"}}"#).unwrap();
+        assert!(matches!(envelope.event_type, Cow::Borrowed("a.b")));
+        assert!(matches!(envelope.scan_id, Some(Cow::Borrowed("1"))));
+    }
+
+    #[test]
+    fn unusual_but_valid_json_is_read() {
+        assert_eq!(event_type(" {\n\"eventType\" :\t\"a\" } "), "a");
+        assert_eq!(event_type(r#"{"eventType":"a","eventType":"b"}"#), "b");
+        assert_eq!(event_type(r#"{"event\u0054ype":"scan\u002estarted"}"#), "scan.started");
+        assert_eq!(event_type(r#"{"eventType":"a","payload":{"n":1e999999,"m":123456789012345678901234567890}}"#), "a");
+        assert_eq!(event_type(r#"{"eventType":"a","payload":[1,2]}"#), "a");
+        assert_eq!(event_type(r#"{"eventType":"a","payload":null}"#), "a");
+        let deep = format!(r#"{{"eventType":"a","payload":{}{}}}"#, "[".repeat(100_000), "]".repeat(100_000));
+        assert_eq!(event_type(&deep), "a");
+    }
+
+    #[test]
+    fn fields_of_another_type_are_passed_over() {
+        let body = br#"{"eventType":"a","payload":{"scanId":7,"state":null,"bodyShapePredictionId":{"x":1}}}"#;
+        let envelope = Envelope::parse(body).unwrap();
+        assert_eq!((envelope.subject(), envelope.state), (None, None));
+    }
+
+    #[test]
+    fn what_is_no_envelope_is_told_apart() {
+        for (body, expected) in [
+            (&b"\xff"[..], "Encoding"),
+            (b"{\"eventType\":\"a\",\"payload\":\"\xff\"}", "Encoding"),
+            (b"", "Json"),
+            (b"{", "Json"),
+            (b"[1,", "Json"),
+            (b"{\"eventType\":\"a\"} x", "Json"),
+            (b"{\"eventType\":\"a\",}", "Json"),
+            (b"{\"eventType\":\"\\ud800\"}", "EventType"),
+            (b"[]", "EventType"),
+            (b"7", "EventType"),
+            (b"{}", "EventType"),
+            (b"{\"eventType\":7}", "EventType"),
+            (b"{\"eventType\":null}", "EventType"),
+        ] {
+            let error = format!("{:?}", Envelope::parse(body).unwrap_err());
+            assert!(error.starts_with(expected), "{:?}: {error}", String::from_utf8_lossy(body));
+        }
+    }
+
+    #[test]
+    fn only_safe_topic_keys_become_routing_keys() {
+        let key = |event_type: &str| {
+            Envelope { event_type: event_type.into(), ..Envelope::default() }.routing_key().to_owned()
+        };
+        for safe in ["a", "scan.processing.started", "A-1_z.b", &"a".repeat(200)] {
+            assert_eq!(key(safe), safe);
+        }
+        for unsafe_key in ["", ".", "a.", ".a", "a..b", "a.*", "#", "a b", "ä", "a\n", "a\0", &"a".repeat(201)] {
+            assert_eq!(key(unsafe_key), INVALID_EVENT_TYPE, "{unsafe_key:?}");
+        }
+    }
+
+    #[test]
+    fn a_prediction_is_its_own_subject() {
+        let body = br#"{"eventType":"a","payload":{"bodyShapePredictionId":"p","scanId":"s"}}"#;
+        assert_eq!(Envelope::parse(body).unwrap().subject().unwrap(), "prediction:p");
+    }
+
+    #[test]
+    fn malformed_traces_are_left_out() {
+        let good = b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".as_slice();
+        let trace = TraceContext::from_headers(Some(good), Some(b"a=b")).unwrap();
+        assert_eq!(trace.traceparent.as_bytes(), good);
+        assert_eq!(trace.tracestate.as_deref(), Some("a=b"));
+        assert_eq!(TraceContext::from_headers(Some(good), Some(b"\xff")).unwrap().tracestate, None);
+        assert_eq!(TraceContext::from_headers(None, Some(b"a=b")), None);
+        for bad in [&b""[..], b"00", &good[..54], b"ff-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"] {
+            assert_eq!(TraceContext::from_headers(Some(bad), None), None);
+        }
+    }
+
+    #[test]
+    fn the_fingerprint_is_sha256_in_hex() {
+        let expected = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+        assert_eq!(Fingerprint::of(b"").to_string(), expected);
+    }
+
+    proptest! {
+        #[test]
+        fn parsing_never_panics(body in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _ = Envelope::parse(&body);
+        }
+
+        #[test]
+        fn what_serde_json_reads_is_read_the_same(event_type in ".*", scan_id in ".*") {
+            let body = serde_json::json!({"eventType": event_type, "payload": {"scanId": scan_id}}).to_string();
+            let envelope = Envelope::parse(body.as_bytes()).unwrap();
+            prop_assert_eq!(&envelope.event_type, &event_type);
+            prop_assert_eq!(envelope.scan_id.as_deref(), Some(scan_id.as_str()));
+        }
+    }
+}

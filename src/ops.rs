@@ -1,0 +1,191 @@
+//! The operators' listener: health, metrics, status. It stays up until the very end, so that a drain can be watched.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue};
+use hyper::{Method, Request, Response, StatusCode};
+use jiff::Timestamp;
+use serde::Serialize;
+use tokio_util::sync::CancellationToken;
+use tracing::error;
+
+use crate::config;
+use crate::ingress::{blocker, readiness};
+use crate::metrics::Metrics;
+use crate::publisher::{BrokerState, Status};
+use crate::server::{BindError, Limits, Server};
+use crate::spool::{AppendError, ReadError, Spool};
+
+/// Operators and their scrapers are few, and patient.
+const LIMITS: Limits =
+    Limits { connections_max: 256, header_timeout: Duration::from_secs(10), silence_timeout: Duration::from_secs(120) };
+
+/// The Prometheus text format, version 0.0.4.
+const METRICS_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+/// The operators' listener, bound but not yet serving.
+pub struct Ops {
+    server: Server,
+    desk: Desk,
+}
+
+#[derive(Clone)]
+struct Desk {
+    spool: Spool,
+    broker: Arc<Status>,
+    metrics: Arc<Metrics>,
+    draining: CancellationToken,
+    started: (Instant, Timestamp),
+}
+
+/// What `/api/status` tells.
+#[derive(Serialize)]
+struct Report {
+    version: &'static str,
+    started_at: Timestamp,
+    uptime_seconds: u64,
+    /// Whether a webhook would be answered 200.
+    ready: bool,
+    /// Whether the relay is on its way out.
+    draining: bool,
+    spool: SpoolReport,
+    broker: BrokerReport,
+}
+
+#[derive(Serialize)]
+struct SpoolReport {
+    /// `accepted = confirmed + pending + parked + removed`.
+    accepted: u64,
+    confirmed: u64,
+    pending: u64,
+    parked: u64,
+    removed: u64,
+    duplicates: u64,
+    bytes: u64,
+    max_bytes: u64,
+    writable: bool,
+    /// Of the oldest pending event.
+    oldest_age_seconds: Option<f64>,
+}
+
+#[derive(Serialize)]
+struct BrokerReport {
+    #[serde(flatten)]
+    state: BrokerState,
+    /// Published and not yet confirmed.
+    in_flight: usize,
+}
+
+impl Ops {
+    /// `draining` is cancelled when the relay begins to stop.
+    pub async fn bind(
+        config: &config::Ops,
+        spool: Spool,
+        broker: Arc<Status>,
+        metrics: Arc<Metrics>,
+        draining: CancellationToken,
+    ) -> Result<Self, BindError> {
+        let server = Server::bind(config.listen, "ops.listen", LIMITS).await?;
+        let started = (Instant::now(), Timestamp::now());
+        Ok(Self { server, desk: Desk { spool, broker, metrics, draining, started } })
+    }
+
+    pub fn address(&self) -> std::io::Result<SocketAddr> {
+        self.server.address()
+    }
+
+    pub async fn run(self, shutdown: CancellationToken) {
+        let desk = self.desk;
+        let handler = move |request: Request<Incoming>, _peer| {
+            let desk = desk.clone();
+            async move { desk.answer(&request).await }
+        };
+        self.server.run(handler, shutdown).await;
+    }
+}
+
+impl Desk {
+    async fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+        if !matches!(*request.method(), Method::GET | Method::HEAD) {
+            let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "this listener takes GET and HEAD\n");
+            response.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
+            return response;
+        }
+        let answer = match request.uri().path() {
+            "/livez" => Ok(text(StatusCode::OK, "alive\n")),
+            "/readyz" => Ok(readiness(self.blocker())),
+            "/metrics" => self.metrics().await,
+            "/api/status" => self.status().await,
+            _ => Ok(text(StatusCode::NOT_FOUND, "there are /livez, /readyz, /metrics and /api/status\n")),
+        };
+        answer.unwrap_or_else(|error| {
+            error!(error = %error, cause = ?std::error::Error::source(&error), "cannot report");
+            text(StatusCode::INTERNAL_SERVER_ERROR, "cannot read the spool\n")
+        })
+    }
+
+    fn blocker(&self) -> Option<AppendError> {
+        if self.draining.is_cancelled() { Some(AppendError::Closed) } else { blocker(&self.spool) }
+    }
+
+    async fn metrics(&self) -> Result<Response<Full<Bytes>>, ReadError> {
+        let (ledger, broker) = (self.spool.gauges().ledger(), self.broker.snapshot());
+        let metrics = &self.metrics;
+        metrics.spool_events.set(ledger.pending as f64);
+        metrics.spool_bytes.set(ledger.bytes as f64);
+        metrics.spool_parked_events.set(ledger.parked as f64);
+        metrics.spool_oldest_age.set(self.oldest_age().await?.unwrap_or(0.0));
+        metrics.broker_connected.set(f64::from(u8::from(broker.connected)));
+        metrics.broker_blocked.set(f64::from(u8::from(broker.blocked.is_some())));
+        Ok(response(StatusCode::OK, METRICS_TYPE, metrics.render()))
+    }
+
+    async fn status(&self) -> Result<Response<Full<Bytes>>, ReadError> {
+        let ledger = self.spool.gauges().ledger();
+        let (started, started_at) = self.started;
+        let report = Report {
+            version: env!("CARGO_PKG_VERSION"),
+            started_at,
+            uptime_seconds: started.elapsed().as_secs(),
+            ready: self.blocker().is_none(),
+            draining: self.draining.is_cancelled(),
+            spool: SpoolReport {
+                accepted: ledger.accepted,
+                confirmed: ledger.confirmed,
+                pending: ledger.pending,
+                parked: ledger.parked,
+                removed: ledger.removed,
+                duplicates: ledger.duplicates,
+                bytes: ledger.bytes,
+                max_bytes: self.spool.max_bytes(),
+                writable: self.spool.gauges().writable(),
+                oldest_age_seconds: self.oldest_age().await?,
+            },
+            broker: BrokerReport { state: self.broker.snapshot(), in_flight: self.broker.in_flight() },
+        };
+        // Made of strings and numbers, so serialising cannot fail.
+        Ok(response(StatusCode::OK, "application/json", serde_json::to_vec(&report).unwrap_or_default()))
+    }
+
+    /// In seconds.
+    async fn oldest_age(&self) -> Result<Option<f64>, ReadError> {
+        let accepted_ms = self.spool.oldest_pending_ms().await?;
+        Ok(accepted_ms.map(|accepted_ms| (Timestamp::now().as_millisecond() - accepted_ms).max(0) as f64 / 1000.0))
+    }
+}
+
+fn text(status: StatusCode, text: &'static str) -> Response<Full<Bytes>> {
+    response(status, "text/plain; charset=utf-8", text)
+}
+
+fn response(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(body.into()));
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    response
+}

@@ -1,0 +1,110 @@
+//! One connection to the broker, with a deadline on everything and a wire that can be cut.
+//!
+//! lapin runs a thread for each connection, which ends only with its socket: a broker that accepts and says nothing,
+//! or one that blocks publishers, would keep it for ever. So the socket is ours, and letting go of a [`Link`] shuts it
+//! down.
+
+use std::net::Shutdown;
+use std::os::fd::AsFd;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use async_compat::Compat;
+use lapin::{AsyncTcpStream, Connection, ConnectionProperties, ErrorKind};
+use socket2::{SockRef, TcpKeepalive};
+use thiserror::Error;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use crate::config::BrokerUrl;
+
+/// How long a polite goodbye may take. A broker that blocks publishers does not answer it at all.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// The broker could not be reached, or did not let us in.
+#[derive(Debug, Error)]
+pub enum ConnectError {
+    #[error("cannot reach {host}:{port}: {source}")]
+    Tcp { host: String, port: u16, source: std::io::Error },
+    #[error("no answer from {url} within {timeout:?}")]
+    Timeout { url: String, timeout: Duration },
+    #[error("{url} closed the connection during the login: wrong user, password or virtual host? ({source})")]
+    Refused { url: String, source: lapin::Error },
+    #[error("the AMQP handshake with {url} failed: {source}")]
+    Handshake { url: String, source: lapin::Error },
+}
+
+/// An open connection; dropping it cuts the wire.
+pub struct Link {
+    pub connection: Connection,
+    socket: Wire,
+}
+
+/// A second handle on the socket that lapin reads and writes.
+struct Wire(std::net::TcpStream);
+
+impl Drop for Wire {
+    fn drop(&mut self) {
+        // An error means that it is down already.
+        let _ = self.0.shutdown(Shutdown::Both);
+    }
+}
+
+impl Link {
+    /// Connects and logs in within `deadline`.
+    pub async fn open(url: &BrokerUrl, name: &str, deadline: Duration) -> Result<Self, ConnectError> {
+        timeout(deadline, Self::connect(url, name))
+            .await
+            .unwrap_or_else(|_| Err(ConnectError::Timeout { url: url.to_string(), timeout: deadline }))
+    }
+
+    async fn connect(url: &BrokerUrl, name: &str) -> Result<Self, ConnectError> {
+        let tcp = |source| ConnectError::Tcp { host: url.host().to_owned(), port: url.port(), source };
+        let stream = TcpStream::connect((url.host(), url.port())).await.map_err(tcp)?;
+        stream.set_nodelay(true).map_err(tcp)?;
+        // The heartbeat finds a dead peer sooner; this is for the time before the login and while blocked.
+        SockRef::from(&stream)
+            .set_tcp_keepalive(&TcpKeepalive::new().with_time(Duration::from_secs(30)))
+            .map_err(tcp)?;
+        let socket = Wire(stream.as_fd().try_clone_to_owned().map_err(tcp)?.into());
+
+        let stream = Mutex::new(Some(stream));
+        let connect = async move |_uri, _runtime| {
+            let stream = stream.lock().ok().and_then(|mut stream| stream.take());
+            // Without recovery lapin connects once.
+            let stream = stream
+                .ok_or_else(|| lapin::Error::from(ErrorKind::InvalidConnectionState(lapin::ConnectionState::Closed)))?;
+            Ok(AsyncTcpStream::Plain(Compat::new(stream)))
+        };
+        let runtime = lapin::runtime::default_runtime()
+            .map_err(|source| ConnectError::Handshake { url: url.to_string(), source })?;
+        let properties = ConnectionProperties::default()
+            .with_connection_name(name.into())
+            .with_client_property("product".into(), "prism-relay".into())
+            .with_client_property("version".into(), env!("CARGO_PKG_VERSION").into());
+        let connection = Connection::connector(url.expose().clone(), runtime, connect, properties)
+            .await
+            .map_err(|source| explain(url, source))?;
+        Ok(Self { connection, socket })
+    }
+
+    /// Says goodbye if the broker listens, and cuts the wire.
+    pub async fn close(self) {
+        let goodbye = self.connection.close(200, "OK".into());
+        if !matches!(timeout(CLOSE_TIMEOUT, goodbye).await, Ok(Ok(()))) {
+            tracing::debug!("the broker did not answer the close");
+        }
+    }
+
+    /// Cuts the wire: whatever waits for the broker fails at once.
+    pub fn cut(&self) {
+        let _ = self.socket.0.shutdown(Shutdown::Both);
+    }
+}
+
+/// A broker that does not know the user or the virtual host says so, or just hangs up.
+fn explain(url: &BrokerUrl, source: lapin::Error) -> ConnectError {
+    let url = url.to_string();
+    let refused = matches!(crate::topology::reply_code(&source), Some(403 | 530));
+    if refused { ConnectError::Refused { url, source } } else { ConnectError::Handshake { url, source } }
+}

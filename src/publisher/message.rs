@@ -1,0 +1,136 @@
+//! The message that workers get: from a stored event to AMQP properties, headers and a routing key. Pure.
+
+use lapin::BasicProperties;
+use lapin::types::{AMQPValue, FieldTable, ShortString};
+
+use crate::event::{Envelope, Event, Fingerprint, INVALID_BODY};
+
+/// Who publishes, for the workers and the management pages.
+const APP_ID: &str = "prism-relay";
+const CONTENT_TYPE: &str = "application/json";
+/// AMQP 0-9-1: the message survives a restart of the broker.
+const PERSISTENT: u8 = 2;
+
+/// A longer value is left out of the headers. They travel in one frame that nobody checks: RabbitMQ 4.1 insists only
+/// on 8192 bytes for it, and there are at most eight headers. The body has the value anyhow.
+const HEADER_BYTES_MAX: usize = 512;
+
+/// Everything for one `basic.publish` but the body.
+pub struct Message {
+    pub routing_key: ShortString,
+    pub properties: BasicProperties,
+}
+
+impl Message {
+    pub fn new(event: &Event) -> Self {
+        let envelope = Envelope::parse(&event.body).ok();
+        let routing_key = envelope.as_ref().map_or(INVALID_BODY, Envelope::routing_key);
+        let mut properties = BasicProperties::default()
+            .with_delivery_mode(PERSISTENT)
+            .with_content_type(CONTENT_TYPE.into())
+            .with_app_id(APP_ID.into())
+            .with_message_id(short(event.id.to_string()).unwrap_or_default())
+            .with_timestamp(u64::try_from(event.accepted_ms / 1000).unwrap_or(0))
+            .with_headers(headers(event, envelope.as_ref()));
+        // A type that does not fit is in the body.
+        if let Some(event_type) = envelope.as_ref().and_then(|envelope| short(envelope.event_type.as_ref())) {
+            properties = properties.with_type(event_type);
+        }
+        Self { routing_key: short(routing_key).unwrap_or_default(), properties }
+    }
+}
+
+fn headers(event: &Event, envelope: Option<&Envelope<'_>>) -> FieldTable {
+    let mut headers = FieldTable::default();
+    let mut insert = |name: &'static str, value: Option<&str>| {
+        if let Some(value) = value.filter(|value| value.len() <= HEADER_BYTES_MAX) {
+            headers.insert(name.into(), AMQPValue::LongString(value.into()));
+        }
+    };
+    insert("prism-received-at", received_at(event.accepted_ms).as_deref());
+    insert("prism-fingerprint", Some(&Fingerprint::of(&event.body).to_string()));
+    insert("prism-verified", Some(if event.authentic { "true" } else { "false" }));
+    if let Some(envelope) = envelope {
+        insert("prism-subject", envelope.subject().as_deref());
+        insert("prism-scan-id", envelope.scan_id.as_deref());
+        insert("prism-prediction-id", envelope.prediction_id.as_deref());
+        insert("prism-state", envelope.state.as_deref());
+    }
+    if let Some(trace) = &event.trace {
+        insert("traceparent", Some(&trace.traceparent));
+        insert("tracestate", trace.tracestate.as_deref());
+    }
+    headers
+}
+
+/// RFC 3339 in UTC, always with three digits for the milliseconds.
+fn received_at(ms: i64) -> Option<String> {
+    jiff::Timestamp::from_millisecond(ms).ok().map(|time| format!("{time:.3}"))
+}
+
+/// AMQP's short strings end at 255 bytes.
+fn short(text: impl Into<String>) -> Option<ShortString> {
+    ShortString::try_new(text.into()).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bytes::Bytes;
+    use uuid::Uuid;
+
+    fn event(body: &[u8]) -> Event {
+        Event {
+            id: Uuid::now_v7(),
+            accepted_ms: 1_759_353_977_000,
+            authentic: true,
+            trace: None,
+            body: Bytes::copy_from_slice(body),
+        }
+    }
+
+    fn header(message: &Message, name: &str) -> Option<String> {
+        match message.properties.headers().as_ref()?.inner().get(name)? {
+            AMQPValue::LongString(text) => Some(text.to_string()),
+            other => panic!("{name} is no long string: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_prediction_carries_every_property_and_header_of_the_contract() {
+        let line = include_str!("../../tests/samples/events.jsonl").lines().nth(4).unwrap();
+        let event = event(line.as_bytes());
+        let message = Message::new(&event);
+        assert_eq!(message.routing_key.as_str(), "body_shape_prediction.processing.succeeded");
+        let properties = &message.properties;
+        assert_eq!(properties.delivery_mode(), &Some(2));
+        assert_eq!(properties.timestamp(), &Some(1_759_353_977));
+        assert_eq!(properties.message_id().as_ref().unwrap().as_str(), event.id.to_string());
+        assert_eq!(properties.kind().as_ref().unwrap(), &message.routing_key);
+        assert_eq!(header(&message, "prism-received-at").unwrap(), "2025-10-01T21:26:17.000Z");
+        assert_eq!(header(&message, "prism-fingerprint").unwrap().len(), 64);
+        assert_eq!(header(&message, "prism-subject").unwrap(), "prediction:0c9b6a52-3d0e-4f0f-9a3d-2f6f0a4f7d11");
+        assert_eq!(header(&message, "prism-scan-id").unwrap(), "7f2ec6e0-b06d-42b1-b2a1-fff59a458490");
+        assert_eq!(header(&message, "prism-state").unwrap(), "READY");
+        assert_eq!(header(&message, "prism-verified").unwrap(), "true");
+        assert!(!format!("{properties:?}").contains("partner-user-42"), "userToken is secret");
+        assert!(!format!("{properties:?}").contains("5304329f"), "userId is not copied");
+    }
+
+    #[test]
+    fn what_does_not_fit_is_left_out_and_nothing_panics() {
+        let long = "x".repeat(100_000);
+        let body = format!(r#"{{"eventType":"{long}","payload":{{"scanId":"{long}","state":"{long}"}}}}"#);
+        let message = Message::new(&event(body.as_bytes()));
+        assert_eq!(message.routing_key.as_str(), "invalid.event_type");
+        assert_eq!(message.properties.kind(), &None);
+        assert_eq!(header(&message, "prism-subject"), None);
+    }
+
+    #[test]
+    fn a_body_without_an_envelope_has_a_key_of_its_own() {
+        let message = Message::new(&event(b"\xff"));
+        assert_eq!(message.routing_key.as_str(), "invalid.body");
+        assert_eq!(message.properties.kind(), &None);
+    }
+}

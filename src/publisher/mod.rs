@@ -1,0 +1,148 @@
+//! Spool to broker: publish, wait for the confirm, remove. Knows nothing of HTTP.
+//!
+//! One task owns one connection and one channel in confirm mode. It publishes in the order of acceptance with a window
+//! of unconfirmed messages. Whenever anything is amiss it drops the connection, waits, connects to the next url,
+//! and starts again from the oldest unconfirmed event; what the broker had already taken is then published twice, under
+//! the same `message_id`.
+
+mod connection;
+mod message;
+mod outcome;
+mod session;
+mod status;
+
+use std::sync::Arc;
+
+use thiserror::Error;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+
+pub use connection::{ConnectError, Link};
+pub use status::{BrokerState, Status};
+
+use crate::backoff::Backoff;
+use crate::config;
+use crate::metrics::Metrics;
+use crate::spool::{ReadError, Spool};
+use crate::topology::{self, Plan, TopologyError};
+use session::{Careful, Session};
+
+/// Why there is no session with a broker at the moment.
+#[derive(Debug, Error)]
+pub enum PublisherError {
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    #[error(transparent)]
+    Topology(#[from] TopologyError),
+    #[error("the broker does not open a channel in time")]
+    Channel,
+    #[error("the connection was lost: {0}")]
+    Lost(String),
+    #[error("the broker did not confirm a publish within {0:?}")]
+    ConfirmTimeout(std::time::Duration),
+    #[error("the broker rejected a publish (nack): is a queue at its limit?")]
+    Nacked,
+    #[error("the broker refuses a message: {0}")]
+    Poison(String),
+    #[error(transparent)]
+    Spool(#[from] ReadError),
+}
+
+pub struct Publisher {
+    spool: Spool,
+    broker: config::Broker,
+    plan: Plan,
+    declare: config::Declare,
+    status: Arc<Status>,
+    metrics: Arc<Metrics>,
+}
+
+impl Publisher {
+    pub fn new(spool: Spool, broker: config::Broker, topology: &config::Topology, metrics: Arc<Metrics>) -> Self {
+        let plan = Plan::new(topology, &broker.exchange);
+        Self { spool, broker, plan, declare: topology.declare, status: Arc::new(Status::new()), metrics }
+    }
+
+    pub fn status(&self) -> Arc<Status> {
+        Arc::clone(&self.status)
+    }
+
+    /// Delivers until `drain` is cancelled, and then for as long as there is something to deliver and a broker that
+    /// takes it. Ends before only if the spool cannot be read.
+    pub async fn run(self, drain: CancellationToken) -> Result<(), PublisherError> {
+        let mut backoff = Backoff::new(self.broker.reconnect_min, self.broker.reconnect_max);
+        let mut careful = Careful::default();
+        let mut last_error = String::new();
+        for url in self.broker.urls.iter().cycle() {
+            let error = match self.deliver_to(url, &mut careful, &drain).await {
+                (_, Ok(())) => return Ok(()),
+                (_, Err(PublisherError::Spool(error))) => return Err(error.into()),
+                (progress, Err(error)) => {
+                    // A nack comes at once, however well the connection works.
+                    if progress && !matches!(error, PublisherError::Nacked) {
+                        backoff.reset();
+                        last_error.clear();
+                    }
+                    error
+                }
+            };
+            let delay = backoff.next(fastrand::f64());
+            let text = error.to_string();
+            // A broker that is away for hours is worth one line, not one for each try.
+            if text == last_error {
+                debug!(%url, error = %text, ?delay, "still no broker");
+            } else {
+                warn!(%url, error = %text, ?delay, pending = self.spool.gauges().ledger().pending, "not delivering; events are kept on disk");
+                last_error.clone_from(&text);
+            }
+            self.status.disconnected(text);
+            tokio::select! {
+                () = tokio::time::sleep(delay) => {}
+                () = drain.cancelled() => return Ok(()),
+            }
+        }
+        unreachable!("the configuration has at least one url")
+    }
+
+    /// One connection, from the login to its end. The flag tells whether anything was delivered on it.
+    async fn deliver_to(
+        &self,
+        url: &config::BrokerUrl,
+        careful: &mut Careful,
+        drain: &CancellationToken,
+    ) -> (bool, Result<(), PublisherError>) {
+        let connecting = async {
+            let link = Link::open(url, "prism-relay", self.broker.connect_timeout).await?;
+            let setup = self.set_up(&link);
+            let channel = tokio::time::timeout(self.broker.connect_timeout, setup)
+                .await
+                .map_err(|_| PublisherError::Channel)??;
+            Ok((link, channel))
+        };
+        let (link, channel) = tokio::select! {
+            connected = connecting => match connected {
+                Ok(connected) => connected,
+                Err(error) => return (false, Err(error)),
+            },
+            () = drain.cancelled() => return (false, Ok(())),
+        };
+        if self.status.connected(url) {
+            self.metrics.broker_reconnects.increment(1);
+        }
+        info!(%url, pending = self.spool.gauges().ledger().pending, "connected to the broker");
+        let session = Session::new(self, &link, channel, careful);
+        let (progress, end) = session.run(drain).await;
+        if end.is_ok() {
+            link.close().await;
+        }
+        (progress, end)
+    }
+
+    async fn set_up(&self, link: &Link) -> Result<lapin::Channel, PublisherError> {
+        topology::establish(&link.connection, &self.plan, self.declare).await?;
+        let lost = |error: lapin::Error| PublisherError::Lost(topology::reply_text(&error));
+        let channel = link.connection.create_channel().await.map_err(lost)?;
+        channel.confirm_select(lapin::options::ConfirmSelectOptions { nowait: false }).await.map_err(lost)?;
+        Ok(channel)
+    }
+}

@@ -1,0 +1,447 @@
+//! One channel's life: fill the window, settle what is confirmed, end at the first sign of trouble.
+//!
+//! Three rules keep promise 3, "leaves only when delivered":
+//!
+//! - A confirmed event is settled only once no return can be about it any more. lapin hands a return to whichever
+//!   confirm completes next, which may be another event's, but always one that completes no later. So each batch of
+//!   confirmed events is followed through the queue of futures by a marker: when the marker comes out, everything that
+//!   had completed before it has been seen.
+//! - Once a return has been seen, nothing is published or settled until every publish in flight has its outcome.
+//! - A confirm that does not come in time ends the session: some never come.
+
+use std::collections::{BTreeMap, HashMap};
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
+use std::task::Poll;
+use std::time::{Duration, Instant};
+
+use futures_util::FutureExt;
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use jiff::Timestamp;
+use lapin::options::BasicPublishOptions;
+use lapin::{Channel, Event as LapinEvent};
+use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, error, info, warn};
+use uuid::Uuid;
+
+use super::message::Message;
+use super::outcome::{Outcome, Return, classify};
+use super::{Link, Publisher, PublisherError};
+use crate::spool::{Batch, ReadError, Settlement, Stored};
+
+/// How often deadlines and parked events are looked at.
+const TICK: Duration = Duration::from_millis(250);
+
+/// Once the wire is cut lapin fails everything in flight at once; this is for the case that it does not.
+const WIND_UP_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Parked events tried in one go, one by one.
+const PARKED_AT_A_TIME: usize = 100;
+
+/// An event that has closed the channel this often, alone each time, is to blame for it.
+const STRIKES: u32 = 2;
+
+/// After the broker closed the channel over one of many messages: publish one by one until the culprit is known.
+#[derive(Debug, Default)]
+pub(super) struct Careful {
+    /// The last event that may be the culprit.
+    until: u64,
+    /// The event that was alone in flight when the channel was closed, and how often.
+    suspect: Option<(u64, u32)>,
+}
+
+/// What comes out of the queue of futures.
+enum Completion {
+    Published(u64, Outcome),
+    /// All completions before this one have been seen.
+    Marker(Vec<Confirmed>),
+}
+
+type Publishing = Pin<Box<dyn Future<Output = Completion> + Send>>;
+type Reading = Pin<Box<dyn Future<Output = Result<Batch, ReadError>> + Send>>;
+
+struct Flight {
+    id: Uuid,
+    accepted_ms: i64,
+    published_at: Instant,
+}
+
+#[derive(Clone, Copy)]
+struct Confirmed {
+    seq: u64,
+    id: Uuid,
+}
+
+pub(super) struct Session<'a> {
+    publisher: &'a Publisher,
+    link: &'a Link,
+    channel: Channel,
+    careful: &'a mut Careful,
+
+    /// Read from the spool and not yet published.
+    ahead: std::collections::VecDeque<Stored>,
+    /// The last event read.
+    cursor: u64,
+    reading: Option<Reading>,
+    /// Nothing after the cursor when it was last looked at.
+    exhausted: bool,
+    /// Parked events, to be tried one by one while nothing else is in flight.
+    parked: std::collections::VecDeque<Stored>,
+    parked_looked_at: Instant,
+    trying_parked: Option<u64>,
+
+    completions: FuturesUnordered<Publishing>,
+    flights: BTreeMap<u64, Flight>,
+    /// Since the last marker.
+    confirmed: Vec<Confirmed>,
+    /// Past their marker, but held back because of a return.
+    held: Vec<Confirmed>,
+    returned: HashMap<Uuid, String>,
+    nacked: bool,
+    blocked: bool,
+    /// Confirms are not expected to hurry before this time.
+    patience_from: Instant,
+    progress: bool,
+}
+
+impl<'a> Session<'a> {
+    pub fn new(publisher: &'a Publisher, link: &'a Link, channel: Channel, careful: &'a mut Careful) -> Self {
+        let now = Instant::now();
+        Self {
+            publisher,
+            link,
+            channel,
+            careful,
+            ahead: Default::default(),
+            cursor: 0,
+            reading: None,
+            exhausted: false,
+            parked: Default::default(),
+            // Whatever kept them from being taken may be gone with the last connection.
+            parked_looked_at: now - publisher.broker.parked_retry,
+            trying_parked: None,
+            completions: FuturesUnordered::new(),
+            flights: BTreeMap::new(),
+            confirmed: Vec::new(),
+            held: Vec::new(),
+            returned: HashMap::new(),
+            nacked: false,
+            blocked: false,
+            patience_from: now,
+            progress: false,
+        }
+    }
+
+    /// Runs until something is amiss; `Ok` once `drain` is cancelled and there is nothing left that could be delivered.
+    /// The flag tells whether anything was confirmed.
+    pub async fn run(mut self, drain: &CancellationToken) -> (bool, Result<(), PublisherError>) {
+        // What an earlier session has settled must be gone before the spool is read anew.
+        self.publisher.spool.flush().await;
+        let end = self.work(drain).await;
+        if let Err(cause) = &end {
+            self.wind_up().await;
+            self.learn_from(cause).await;
+        }
+        self.publisher.status.set_in_flight(0);
+        (self.progress, end)
+    }
+
+    async fn work(&mut self, drain: &CancellationToken) -> Result<(), PublisherError> {
+        let mut events = Box::pin(self.link.connection.events_listener());
+        let mut ticks = interval(TICK);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let spool = self.publisher.spool.clone();
+        loop {
+            if drain.is_cancelled() {
+                self.parked.clear();
+            }
+            self.fill().await;
+            if drain.is_cancelled() && (self.is_idle() || self.blocked) {
+                return Ok(());
+            }
+            if self.nacked && self.flights.is_empty() && self.completions.is_empty() {
+                return Err(PublisherError::Nacked);
+            }
+            tokio::select! {
+                // Completions first: when the broker closes the channel, they know why; the error of the connection,
+                // which often follows, does not.
+                biased;
+                Some(completion) = self.completions.next(), if !self.completions.is_empty() => {
+                    self.complete(completion).await?;
+                    // Take what else is ready, so that the spool gets few large settlements.
+                    while let Some(Some(completion)) = self.completions.next().now_or_never() {
+                        self.complete(completion).await?;
+                    }
+                    self.mark();
+                }
+                Some(batch) = next_batch(&mut self.reading), if self.reading.is_some() => {
+                    self.reading = None;
+                    self.take_batch(batch?);
+                }
+                Some(event) = events.next() => self.heed(event)?,
+                () = spool.committed().notified(), if self.exhausted => self.exhausted = false,
+                () = drain.cancelled(), if !drain.is_cancelled() => {}
+                _ = ticks.tick() => self.tick().await?,
+            }
+        }
+    }
+
+    /// Nothing to do, nothing under way.
+    fn is_idle(&self) -> bool {
+        self.exhausted && self.reading.is_none() && self.ahead.is_empty() && self.completions.is_empty()
+    }
+
+    fn may_publish(&self) -> bool {
+        !self.blocked && !self.nacked && self.returned.is_empty() && self.trying_parked.is_none()
+    }
+
+    /// Publishes what may be published now, and reads ahead.
+    async fn fill(&mut self) {
+        if self.may_publish() && !self.parked.is_empty() {
+            // Alone, because such an event may take the channel down with it.
+            if self.completions.is_empty()
+                && let Some(stored) = self.parked.pop_front()
+            {
+                self.trying_parked = Some(stored.seq);
+                // Noted before the try: should the connection break, the others are not held up by it again at once.
+                self.publisher.spool.settle(vec![Settlement::Tried(stored.seq)]).await;
+                self.publish(stored).await;
+            }
+            return;
+        }
+        while self.may_publish()
+            && let Some(next) = self.ahead.front()
+        {
+            let window = if next.seq <= self.careful.until { 1 } else { self.publisher.broker.window };
+            if self.flights.len() >= window {
+                break;
+            }
+            let stored = self.ahead.pop_front().expect("there is a front");
+            self.publish(stored).await;
+        }
+        if self.reading.is_none() && !self.exhausted && self.ahead.len() < self.publisher.broker.window / 2 + 1 {
+            let (spool, cursor, limit) = (self.publisher.spool.clone(), self.cursor, self.publisher.broker.window);
+            self.reading = Some(Box::pin(async move { spool.pending_after(cursor, limit).await }));
+        }
+        self.publisher.status.set_in_flight(self.flights.len());
+    }
+
+    fn take_batch(&mut self, batch: Batch) {
+        self.exhausted = !batch.more;
+        if let Some(last) = batch.events.last() {
+            self.cursor = last.seq;
+        }
+        self.ahead.extend(batch.events);
+    }
+
+    /// Hands the message to lapin. Its delivery tag is drawn and its frames are queued when the future is first polled,
+    /// so that is done here, in the order of the events; the rest of the way can be polled in any order.
+    async fn publish(&mut self, stored: Stored) {
+        let Stored { seq, event } = stored;
+        let flight = Flight { id: event.id, accepted_ms: event.accepted_ms, published_at: Instant::now() };
+        self.flights.insert(seq, flight);
+        let (channel, exchange) = (self.channel.clone(), self.publisher.broker.exchange.as_str().into());
+        let mut publishing: Publishing = Box::pin(async move {
+            let Message { routing_key, properties } = Message::new(&event);
+            let options = BasicPublishOptions { mandatory: true, immediate: false };
+            let sent = channel.basic_publish(exchange, routing_key, options, &event.body, properties).await;
+            let confirmed = match sent {
+                Ok(confirm) => confirm.await,
+                Err(error) => Err(error),
+            };
+            Completion::Published(seq, Outcome::of(confirmed))
+        });
+        match poll_fn(|context| Poll::Ready(publishing.as_mut().poll(context))).await {
+            Poll::Pending => self.completions.push(publishing),
+            Poll::Ready(completion) => self.completions.push(Box::pin(std::future::ready(completion))),
+        }
+    }
+
+    async fn complete(&mut self, completion: Completion) -> Result<(), PublisherError> {
+        match completion {
+            Completion::Published(seq, outcome) => return self.note(seq, outcome),
+            Completion::Marker(confirmed) if self.returned.is_empty() => self.settle(confirmed).await,
+            Completion::Marker(confirmed) => self.held.extend(confirmed),
+        }
+        if !self.returned.is_empty() && self.completions.is_empty() && self.confirmed.is_empty() {
+            self.settle_held().await;
+        }
+        Ok(())
+    }
+
+    fn note(&mut self, seq: u64, outcome: Outcome) -> Result<(), PublisherError> {
+        let metrics = &self.publisher.metrics;
+        let returned = match outcome {
+            Outcome::Acked(returned) => {
+                if let Some(flight) = self.flights.remove(&seq) {
+                    metrics.publish_confirmed.increment(1);
+                    metrics.delivery_lag.record(age(flight.accepted_ms));
+                    self.confirmed.push(Confirmed { seq, id: flight.id });
+                }
+                self.progress = true;
+                returned
+            }
+            Outcome::Nacked(returned) => {
+                // It stays in the spool; the order is kept by starting again from the oldest. A parked one has time.
+                metrics.publish_nacked.increment(1);
+                self.flights.remove(&seq);
+                self.nacked = self.trying_parked != Some(seq);
+                returned
+            }
+            Outcome::Failed(error) => return Err(classify(&error)),
+            Outcome::NotConfirmed => return Err(PublisherError::Lost("the channel is not in confirm mode".to_owned())),
+        };
+        if self.trying_parked == Some(seq) {
+            self.trying_parked = None;
+        }
+        if let Some(Return { id, reason }) = returned {
+            metrics.publish_returned.increment(1);
+            match id {
+                Some(id) => {
+                    self.returned.insert(id, reason);
+                }
+                None => error!(%reason, "the broker returned a message that is not ours"),
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends the newly confirmed events through the queue of completions. See the module's first rule.
+    fn mark(&mut self) {
+        if !self.confirmed.is_empty() {
+            let confirmed = std::mem::take(&mut self.confirmed);
+            self.completions.push(Box::pin(std::future::ready(Completion::Marker(confirmed))));
+        }
+    }
+
+    async fn settle(&mut self, confirmed: Vec<Confirmed>) {
+        let settlements = confirmed.into_iter().map(|confirmed| Settlement::Confirmed(confirmed.seq)).collect();
+        self.publisher.spool.settle(settlements).await;
+    }
+
+    /// Every publish has its outcome: now it is known which events came back.
+    async fn settle_held(&mut self) {
+        let held = std::mem::take(&mut self.held);
+        let settlements = held.into_iter().map(|Confirmed { seq, id }| match self.returned.remove(&id) {
+            Some(reason) => {
+                warn!(%id, seq, reason, "no queue takes this event: parked");
+                Settlement::Parked { seq, reason }
+            }
+            None => Settlement::Confirmed(seq),
+        });
+        let settlements = settlements.collect();
+        for (id, reason) in self.returned.drain() {
+            warn!(%id, reason, "the broker returned an event that it did not confirm; it is published again");
+        }
+        self.publisher.spool.settle(settlements).await;
+    }
+
+    fn heed(&mut self, event: LapinEvent) -> Result<(), PublisherError> {
+        match event {
+            LapinEvent::ConnectionBlocked(reason) => {
+                warn!(reason, "the broker blocks publishers; events are kept on disk");
+                self.blocked = true;
+                self.publisher.status.blocked(Some(reason));
+            }
+            LapinEvent::ConnectionUnblocked => {
+                info!("the broker takes publishes again");
+                self.blocked = false;
+                self.patience_from = Instant::now();
+                self.publisher.status.blocked(None);
+            }
+            LapinEvent::Error(error) => return Err(classify(&error)),
+            event => debug!(?event, "connection"),
+        }
+        Ok(())
+    }
+
+    async fn tick(&mut self) -> Result<(), PublisherError> {
+        if !self.link.connection.status().connected() {
+            return Err(PublisherError::Lost("the connection is closed".to_owned()));
+        }
+        // While blocked the broker holds what it has; it confirms after the alarm. Published again elsewhere, it would
+        // be there twice.
+        if let Some((_, oldest)) = self.flights.first_key_value()
+            && !self.blocked
+        {
+            let limit = self.publisher.broker.confirm_timeout;
+            if oldest.published_at.max(self.patience_from).elapsed() > limit {
+                return Err(PublisherError::ConfirmTimeout(limit));
+            }
+        }
+        self.look_at_parked().await?;
+        Ok(())
+    }
+
+    async fn look_at_parked(&mut self) -> Result<(), ReadError> {
+        let retry = self.publisher.broker.parked_retry;
+        let due = self.parked_looked_at.elapsed() >= retry;
+        if !due || !self.parked.is_empty() || self.publisher.spool.gauges().ledger().parked == 0 {
+            return Ok(());
+        }
+        let before = Timestamp::now().as_millisecond() - i64::try_from(retry.as_millis()).unwrap_or(i64::MAX);
+        let parked = self.publisher.spool.parked_before(before, PARKED_AT_A_TIME).await?;
+        if parked.len() < PARKED_AT_A_TIME {
+            self.parked_looked_at = Instant::now();
+        }
+        self.parked.extend(parked);
+        Ok(())
+    }
+
+    /// The session is over: what has come in by now still counts, the rest is published again.
+    async fn wind_up(&mut self) {
+        self.link.cut();
+        let rest = async {
+            while let Some(completion) = self.completions.next().await {
+                match completion {
+                    Completion::Published(seq, outcome) => {
+                        // Most have failed with the connection, and that is known.
+                        let _ = self.note(seq, outcome);
+                    }
+                    Completion::Marker(confirmed) => self.held.extend(confirmed),
+                }
+            }
+        };
+        if timeout(WIND_UP_TIMEOUT, rest).await.is_ok() {
+            self.held.append(&mut self.confirmed);
+            self.settle_held().await;
+        }
+        self.publisher.metrics.publish_lost.increment(self.flights.len() as u64);
+    }
+
+    /// Finds out which event makes the broker close the channel, over as many sessions as it takes.
+    async fn learn_from(&mut self, cause: &PublisherError) {
+        let PublisherError::Poison(reason) = cause else { return };
+        let lone = (self.flights.len() == 1).then(|| self.flights.first_key_value()).flatten();
+        let Some((&seq, flight)) = lone else {
+            self.careful.until = self.flights.last_key_value().map_or(self.careful.until, |(last, _)| *last);
+            return;
+        };
+        let strikes = match self.careful.suspect {
+            Some((suspect, strikes)) if suspect == seq => strikes + 1,
+            _ => 1,
+        };
+        self.careful.suspect = Some((seq, strikes));
+        self.careful.until = self.careful.until.max(seq);
+        if strikes >= STRIKES || self.trying_parked == Some(seq) {
+            warn!(id = %flight.id, seq, reason, "the broker refuses this event: parked");
+            self.publisher.metrics.publish_refused.increment(1);
+            self.careful.suspect = None;
+            let parked = Settlement::Parked { seq, reason: format!("refused: {reason}") };
+            self.publisher.spool.settle(vec![parked]).await;
+        }
+    }
+}
+
+async fn next_batch(reading: &mut Option<Reading>) -> Option<Result<Batch, ReadError>> {
+    match reading {
+        Some(reading) => Some(reading.await),
+        None => None,
+    }
+}
+
+fn age(accepted_ms: i64) -> Duration {
+    // A clock that was set back makes no negative age.
+    Duration::from_millis(u64::try_from(Timestamp::now().as_millisecond() - accepted_ms).unwrap_or(0))
+}

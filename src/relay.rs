@@ -1,0 +1,199 @@
+//! Builds the parts, owns every task, and drains them in the order of the data.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use thiserror::Error;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, timeout_at};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::config::{Config, Durability};
+use crate::ingress::Ingress;
+use crate::metrics::Metrics;
+use crate::ops::Ops;
+use crate::publisher::{Publisher, PublisherError};
+use crate::server::BindError;
+use crate::signature::Verifier;
+use crate::spool::{OpenError, Spool, WriterEnd};
+
+/// How often the histograms' raw samples are folded into buckets.
+const METRICS_UPKEEP: Duration = Duration::from_secs(5);
+
+/// Why the relay could not start, or had to stop.
+#[derive(Debug, Error)]
+pub enum RelayError {
+    #[error(transparent)]
+    Spool(#[from] OpenError),
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    #[error("cannot listen for signals, or tell the own address")]
+    System(#[from] std::io::Error),
+    #[error("the publisher has died")]
+    Publisher(#[source] PublisherError),
+    #[error("the {0} has died")]
+    Died(&'static str),
+}
+
+/// The running tasks, in the order of the data.
+struct Tasks {
+    ingress: JoinHandle<()>,
+    spool: Spool,
+    spool_writer: WriterEnd,
+    publisher: JoinHandle<Result<(), PublisherError>>,
+    ops: JoinHandle<()>,
+    upkeep: JoinHandle<()>,
+}
+
+/// Tells each part when to stop.
+#[derive(Default)]
+struct Stops {
+    ingress: CancellationToken,
+    publisher: CancellationToken,
+    ops: CancellationToken,
+}
+
+/// Runs the relay until SIGTERM or SIGINT, or until a part of it dies.
+pub async fn serve(config: Config) -> Result<(), RelayError> {
+    let mut signals = Signals::new()?;
+    let grace = config.shutdown.grace;
+    let stops = Stops::default();
+    let mut tasks = start(config, &stops).await?;
+    tokio::select! {
+        () = signals.any() => {}
+        died = tasks.death() => return Err(died),
+    }
+    let deadline = Instant::now() + grace;
+    info!(?grace, "stopping: finishing requests, then deliveries; a second signal stops at once");
+    tokio::select! {
+        drained = tasks.drain(&stops, deadline) => drained,
+        () = signals.any() => {
+            warn!("stopped at once; what is not delivered stays on disk");
+            Ok(())
+        }
+    }
+}
+
+/// Locks and binds first, then announces, then runs.
+async fn start(config: Config, stops: &Stops) -> Result<Tasks, RelayError> {
+    warn_of_weak_settings(&config);
+    let metrics = Arc::new(Metrics::new());
+    let (spool, spool_writer) = Spool::open(&config.spool, &config.dedupe, Arc::clone(&metrics))?;
+    let verifier = Verifier::new(&config.signature.secrets, config.signature.required, config.signature.tolerance);
+    let path = config.http.path.clone();
+    let ingress = Ingress::bind(config.http, verifier, spool.clone(), Arc::clone(&metrics)).await?;
+    let publisher = Publisher::new(spool.clone(), config.broker, &config.topology, Arc::clone(&metrics));
+    let ops =
+        Ops::bind(&config.ops, spool.clone(), publisher.status(), Arc::clone(&metrics), stops.ingress.clone()).await?;
+
+    info!(
+        url = format!("http://{}{path}", ingress.address()?),
+        ops = format!("http://{}", ops.address()?),
+        spool = %config.spool.path.display(),
+        pending = spool.gauges().ledger().pending,
+        version = env!("CARGO_PKG_VERSION"),
+        "accepting webhooks"
+    );
+    Ok(Tasks {
+        ingress: tokio::spawn(ingress.run(stops.ingress.clone())),
+        publisher: tokio::spawn(publisher.run(stops.publisher.clone())),
+        ops: tokio::spawn(ops.run(stops.ops.clone())),
+        upkeep: tokio::spawn(upkeep(metrics)),
+        spool,
+        spool_writer,
+    })
+}
+
+fn warn_of_weak_settings(config: &Config) {
+    if !config.signature.required {
+        warn!("signature.required is false: whoever knows the address can post events");
+        if config.signature.secrets.is_empty() {
+            warn!("there is no secret, so signatures are not checked even where they are present");
+        }
+    }
+    if config.spool.durability == Durability::Process {
+        warn!("spool.durability is \"process\": a power loss takes back events that were answered 200");
+    }
+}
+
+impl Tasks {
+    /// Resolves when a task ends that must not.
+    async fn death(&mut self) -> RelayError {
+        tokio::select! {
+            _ = &mut self.ingress => RelayError::Died("public listener"),
+            _ = &mut self.spool_writer => RelayError::Died("spool writer"),
+            ended = &mut self.publisher => match ended {
+                Ok(Err(error)) => RelayError::Publisher(error),
+                Ok(Ok(())) | Err(_) => RelayError::Died("publisher"),
+            },
+            _ = &mut self.ops => RelayError::Died("operators' listener"),
+            _ = &mut self.upkeep => RelayError::Died("metrics upkeep"),
+        }
+    }
+
+    /// In the order of the data: requests, spool, deliveries; the operators' listener last. What is not delivered by the
+    /// deadline stays on disk.
+    async fn drain(self, stops: &Stops, deadline: Instant) -> Result<(), RelayError> {
+        let Self { ingress, spool, spool_writer, publisher, ops, upkeep } = self;
+        let begun = Instant::now();
+        // Requests get half of the grace, so that slow senders do not take the deliveries' share.
+        stops.ingress.cancel();
+        within("requests", begun + (deadline - begun) / 2, ingress).await;
+        stops.publisher.cancel();
+        let published = within("deliveries", deadline, publisher).await;
+        stops.ops.cancel();
+        within("operators' requests", (Instant::now() + Duration::from_secs(1)).min(deadline), ops).await;
+        upkeep.abort();
+        let pending = spool.gauges().ledger().pending;
+        // The writer ends once nobody can send to it any more, and leaves a closed file.
+        spool.flush().await;
+        drop(spool);
+        let _ = timeout_at(deadline + Duration::from_secs(1), spool_writer).await;
+        info!(pending, "stopped");
+        match published {
+            Some(Ok(Err(error))) => Err(RelayError::Publisher(error)),
+            Some(Err(_)) => Err(RelayError::Died("publisher")),
+            Some(Ok(Ok(()))) | None => Ok(()),
+        }
+    }
+}
+
+/// Waits for a task until the deadline, and then ends it.
+async fn within<T>(what: &str, deadline: Instant, task: JoinHandle<T>) -> Option<Result<T, tokio::task::JoinError>> {
+    let abort = task.abort_handle();
+    let ended = timeout_at(deadline, task).await.ok();
+    if ended.is_none() {
+        warn!(what, "the grace is over: cut off");
+        abort.abort();
+    }
+    ended
+}
+
+async fn upkeep(metrics: Arc<Metrics>) {
+    let mut ticks = tokio::time::interval(METRICS_UPKEEP);
+    loop {
+        ticks.tick().await;
+        metrics.upkeep();
+    }
+}
+
+/// SIGTERM and SIGINT, caught from the first moment on.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    async fn any(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}

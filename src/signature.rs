@@ -1,0 +1,240 @@
+//! Who sent it: Prism's signature over the raw bytes. Pure; takes `now`; knows neither HTTP statuses nor JSON.
+//!
+//! The scheme is Prism's own: `prism-signature` is the lower-case hex of HMAC-SHA256, keyed by the secret's UTF-8
+//! bytes, over `<prism-timestamp>.<raw body>`. The timestamp is part of what is signed, so it goes into the HMAC
+//! exactly as it was received.
+
+use std::time::Duration;
+
+use hmac::{Hmac, KeyInit, Mac};
+use jiff::Timestamp;
+use sha2::Sha256;
+use subtle::{Choice, ConstantTimeEq};
+use thiserror::Error;
+
+use crate::secret::Secret;
+
+/// The header that carries the time of signing, ISO 8601.
+pub const TIMESTAMP_HEADER: &str = "prism-timestamp";
+/// The header that carries the signature.
+pub const SIGNATURE_HEADER: &str = "prism-signature";
+
+/// Why a request is not believed to come from Prism.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum Rejection {
+    #[error("the header {0} is missing")]
+    Missing(&'static str),
+    #[error("the header prism-timestamp is not an ISO 8601 time with an offset, such as 2025-10-01T21:26:17Z")]
+    InvalidTimestamp,
+    #[error("the signature matches none of the configured secrets")]
+    InvalidSignature,
+    #[error("the request was signed {age} s ago (negative: in the future); {tolerance} s either way are allowed")]
+    StaleTimestamp { age: i64, tolerance: u64 },
+}
+
+/// A body that has passed the one door of this module. `authentic` tells whether a signature vouched for it or the
+/// configuration let it pass without one.
+#[derive(Debug)]
+pub struct Accepted<B> {
+    body: B,
+    authentic: bool,
+}
+
+impl<B> Accepted<B> {
+    /// Whether a signature vouches for the body.
+    pub fn authentic(&self) -> bool {
+        self.authentic
+    }
+
+    pub fn body(&self) -> &B {
+        &self.body
+    }
+
+    pub fn into_body(self) -> B {
+        self.body
+    }
+}
+
+/// Checks signatures against a fixed set of secrets.
+#[derive(Clone)]
+pub struct Verifier {
+    keys: Vec<Hmac<Sha256>>,
+    required: bool,
+    tolerance: Duration,
+}
+
+impl Verifier {
+    /// `secrets`: any of them may have signed. `tolerance`: how far the time of signing may lie from now, either way.
+    pub fn new(secrets: &[Secret], required: bool, tolerance: Duration) -> Self {
+        Self { keys: secrets.iter().map(key).collect(), required, tolerance }
+    }
+
+    /// Lets `body` through if a secret signed it lately, or if it is unsigned and signatures are not required.
+    ///
+    /// A signature that is present is always checked, unless there is no secret to check it with: whoever may send
+    /// without a signature gains nothing by adding one, and an account that begins to sign must not lose its events.
+    pub fn verify<B: AsRef<[u8]>>(
+        &self,
+        timestamp: Option<&[u8]>,
+        signature: Option<&[u8]>,
+        body: B,
+        now: Timestamp,
+    ) -> Result<Accepted<B>, Rejection> {
+        if !self.required && (signature.is_none() || self.keys.is_empty()) {
+            return Ok(Accepted { body, authentic: false });
+        }
+        let signature = signature.ok_or(Rejection::Missing(SIGNATURE_HEADER))?;
+        let timestamp = timestamp.ok_or(Rejection::Missing(TIMESTAMP_HEADER))?;
+        let signed_at: Timestamp = std::str::from_utf8(timestamp)
+            .ok()
+            .and_then(|text| text.parse().ok())
+            .ok_or(Rejection::InvalidTimestamp)?;
+
+        if !self.any_key_signed(timestamp, body.as_ref(), signature) {
+            return Err(Rejection::InvalidSignature);
+        }
+        // Only after the signature: an authentic but late request tells the operator of a clock that is wrong.
+        let age = now.as_second() - signed_at.as_second();
+        let tolerance = self.tolerance.as_secs();
+        if now.duration_since(signed_at).unsigned_abs() > self.tolerance {
+            return Err(Rejection::StaleTimestamp { age, tolerance });
+        }
+        Ok(Accepted { body, authentic: true })
+    }
+
+    /// Tries every key, also after a match, so that the time taken does not tell which one it was.
+    fn any_key_signed(&self, timestamp: &[u8], body: &[u8], signature: &[u8]) -> bool {
+        let matches = self
+            .keys
+            .iter()
+            .fold(Choice::from(0), |found, key| found | digest(key, timestamp, body).as_bytes().ct_eq(signature));
+        matches.into()
+    }
+}
+
+/// The value of `prism-signature` for this body, as Prism computes it.
+pub fn sign(secret: &Secret, timestamp: &str, body: &[u8]) -> String {
+    digest(&key(secret), timestamp.as_bytes(), body)
+}
+
+fn key(secret: &Secret) -> Hmac<Sha256> {
+    // RFC 2104: HMAC takes keys of any length, so this cannot fail.
+    Hmac::new_from_slice(secret.expose().as_bytes()).expect("HMAC takes keys of any length")
+}
+
+fn digest(key: &Hmac<Sha256>, timestamp: &[u8], body: &[u8]) -> String {
+    let mut mac = key.clone();
+    mac.update(timestamp);
+    mac.update(b".");
+    mac.update(body);
+    hex(&mac.finalize().into_bytes())
+}
+
+/// Lower-case hex digits.
+pub fn hex(bytes: &[u8]) -> String {
+    let digit = |nibble: u8| char::from(b"0123456789abcdef"[usize::from(nibble)]);
+    bytes.iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 15)]).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TOLERANCE: Duration = Duration::from_secs(300);
+
+    fn verifier(secrets: &[&str], required: bool) -> Verifier {
+        let secrets: Vec<_> = secrets.iter().copied().map(Secret::new).collect();
+        Verifier::new(&secrets, required, TOLERANCE)
+    }
+
+    fn vectors() -> Vec<serde_json::Value> {
+        serde_json::from_str(include_str!("../tests/samples/signatures.json")).unwrap()
+    }
+
+    #[test]
+    fn every_vector_of_the_vendor_passes() {
+        for vector in vectors() {
+            let text = |name: &str| vector[name].as_str().unwrap().to_owned();
+            let timestamp = text(TIMESTAMP_HEADER);
+            let accepted = verifier(&["another", &text("secret")], true)
+                .verify(
+                    Some(timestamp.as_bytes()),
+                    Some(text(SIGNATURE_HEADER).as_bytes()),
+                    text("body"),
+                    timestamp.parse().unwrap(),
+                )
+                .unwrap();
+            assert!(accepted.authentic());
+            assert_eq!(sign(&Secret::new(text("secret")), &timestamp, text("body").as_bytes()), text(SIGNATURE_HEADER));
+        }
+    }
+
+    #[test]
+    fn a_changed_byte_anywhere_is_refused() {
+        let (timestamp, body) = ("2025-10-01T21:26:17Z", b"{}".as_slice());
+        let now = timestamp.parse().unwrap();
+        let signature = sign(&Secret::new("s"), timestamp, body);
+        let check = |timestamp: &str, signature: &str, body: &[u8]| {
+            verifier(&["s"], true)
+                .verify(Some(timestamp.as_bytes()), Some(signature.as_bytes()), body, now)
+                .map(|accepted| accepted.authentic())
+        };
+        assert_eq!(check(timestamp, &signature, body), Ok(true));
+        assert_eq!(check(timestamp, &signature, b"{ }"), Err(Rejection::InvalidSignature));
+        assert_eq!(check("2025-10-01T21:26:18Z", &signature, body), Err(Rejection::InvalidSignature));
+        for position in 0..signature.len() {
+            let mut bytes = signature.clone().into_bytes();
+            bytes[position] ^= 1;
+            let forged = String::from_utf8(bytes).unwrap();
+            assert_eq!(check(timestamp, &forged, body), Err(Rejection::InvalidSignature));
+        }
+        for forged in ["", "00", &signature[..63], &format!("{signature}0"), &signature.to_uppercase()] {
+            assert_eq!(check(timestamp, forged, body), Err(Rejection::InvalidSignature), "{forged}");
+        }
+    }
+
+    #[test]
+    fn tolerance_holds_both_ways() {
+        let signed_at: Timestamp = "2025-10-01T21:26:17Z".parse().unwrap();
+        let check = |offset: i64| {
+            let text = signed_at.to_string();
+            let signature = sign(&Secret::new("s"), &text, b"{}");
+            let now = Timestamp::from_second(signed_at.as_second() + offset).unwrap();
+            verifier(&["s"], true).verify(Some(text.as_bytes()), Some(signature.as_bytes()), b"{}", now).map(|_| ())
+        };
+        assert_eq!(check(300), Ok(()));
+        assert_eq!(check(-300), Ok(()));
+        assert_eq!(check(301), Err(Rejection::StaleTimestamp { age: 301, tolerance: 300 }));
+        assert_eq!(check(-301), Err(Rejection::StaleTimestamp { age: -301, tolerance: 300 }));
+    }
+
+    #[test]
+    fn unsigned_requests_pass_only_where_signatures_are_not_required() {
+        let now = Timestamp::UNIX_EPOCH;
+        let missing = |required| verifier(&["s"], required).verify(None, None, b"{}", now).map(|a| a.authentic());
+        assert_eq!(missing(true), Err(Rejection::Missing(SIGNATURE_HEADER)));
+        assert_eq!(missing(false), Ok(false));
+        let forged = |secrets: &[&str]| {
+            let timestamp = Some(b"1970-01-01T00:00:00Z".as_slice());
+            verifier(secrets, false).verify(timestamp, Some(b"00"), b"{}", now).map(|a| a.authentic())
+        };
+        assert_eq!(forged(&["s"]), Err(Rejection::InvalidSignature));
+        assert_eq!(forged(&[]), Ok(false));
+    }
+
+    #[test]
+    fn timestamps_that_are_no_times_are_named_as_such() {
+        for bad in ["", "now", "1759353977", "2025-10-01", "2025-10-01T21:26:17", "2025-13-01T21:26:17Z"] {
+            let signature = sign(&Secret::new("s"), bad, b"{}");
+            let result = verifier(&["s"], true).verify(
+                Some(bad.as_bytes()),
+                Some(signature.as_bytes()),
+                b"{}",
+                Timestamp::now(),
+            );
+            assert_eq!(result.map(|_| ()), Err(Rejection::InvalidTimestamp), "{bad}");
+        }
+        let result = verifier(&["s"], true).verify(Some(b"\xff"), Some(b"00"), b"{}", Timestamp::now());
+        assert_eq!(result.map(|_| ()), Err(Rejection::InvalidTimestamp));
+    }
+}

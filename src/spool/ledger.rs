@@ -1,0 +1,63 @@
+//! The lifetime totals, kept in the same transactions as the events, so that they balance at every instant.
+
+use rusqlite::{Connection, Result, Row};
+
+/// `accepted = confirmed + pending + parked + removed`, always.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Ledger {
+    /// Events ever taken; also the `seq` of the last one.
+    pub accepted: u64,
+    pub confirmed: u64,
+    /// Waiting for their confirm.
+    pub pending: u64,
+    /// Kept because the broker does not take them.
+    pub parked: u64,
+    /// Taken out by an operator.
+    pub removed: u64,
+    /// Re-sends answered with the first id; no part of the balance.
+    pub duplicates: u64,
+    /// What pending and parked events count for in `spool.max_bytes`.
+    pub bytes: u64,
+}
+
+impl Ledger {
+    pub fn balances(&self) -> bool {
+        self.accepted == self.confirmed + self.pending + self.parked + self.removed
+    }
+
+    pub(super) fn read(connection: &Connection) -> Result<Self> {
+        let mut statement = connection.prepare_cached(
+            "SELECT accepted, confirmed, pending, parked, removed, duplicates, bytes FROM ledger WHERE id = 1",
+        )?;
+        statement.query_row([], Self::from_row)
+    }
+
+    fn from_row(row: &Row<'_>) -> Result<Self> {
+        Ok(Self {
+            accepted: row.get(0)?,
+            confirmed: row.get(1)?,
+            pending: row.get(2)?,
+            parked: row.get(3)?,
+            removed: row.get(4)?,
+            duplicates: row.get(5)?,
+            bytes: row.get(6)?,
+        })
+    }
+
+    pub(super) fn write(&self, connection: &Connection) -> Result<()> {
+        let mut statement = connection.prepare_cached(
+            "UPDATE ledger SET accepted = ?1, confirmed = ?2, pending = ?3, parked = ?4, removed = ?5,
+                               duplicates = ?6, bytes = ?7 WHERE id = 1",
+        )?;
+        statement.execute((
+            self.accepted,
+            self.confirmed,
+            self.pending,
+            self.parked,
+            self.removed,
+            self.duplicates,
+            self.bytes,
+        ))?;
+        Ok(())
+    }
+}

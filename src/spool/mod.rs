@@ -1,0 +1,257 @@
+//! Durable, ordered, bounded: what has been accepted and is not yet delivered. Knows neither HTTP nor AMQP.
+//!
+//! One SQLite file, one writer thread. Whatever waits is committed in one transaction with one fsync, and only then
+//! answered; the deletion of what was delivered rides along. An event's `seq` is its number in the order of
+//! acceptance, counted over the life of the file.
+
+mod dedupe;
+mod ledger;
+mod reader;
+mod store;
+mod writer;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use thiserror::Error;
+use tokio::sync::{Notify, mpsc, oneshot};
+use uuid::Uuid;
+
+pub use ledger::Ledger;
+use reader::Reader;
+pub use reader::{Inspection, inspect};
+use store::Store;
+use writer::{Command, Writer};
+
+use crate::config;
+use crate::event::Event;
+use crate::metrics::Metrics;
+
+/// What an event counts for beside its body in `spool.max_bytes`: its row, its share of the dedupe window, and the
+/// space that SQLite leaves between rows.
+pub const EVENT_OVERHEAD_BYTES: u64 = 256;
+
+/// Appends that wait for the writer at most; further ones wait for a place. With bodies of 256 KiB this is 256 MiB.
+const INBOX_CAPACITY: usize = 1024;
+
+/// The spool could not be opened.
+#[derive(Debug, Error)]
+pub enum OpenError {
+    #[error("cannot create or open {path}")]
+    Io { path: PathBuf, source: std::io::Error },
+    #[error("{path} is in use by another relay (process {pid}); each relay needs a spool.path of its own")]
+    Locked { path: PathBuf, pid: String },
+    #[error("{path} cannot be used as a spool")]
+    Sqlite { path: PathBuf, source: rusqlite::Error },
+    #[error("{path} is an SQLite file, but not a spool of prism-relay")]
+    Foreign { path: PathBuf },
+    #[error("{path} was written by a newer prism-relay (format {found}, this one knows {known})")]
+    Newer { path: PathBuf, found: i64, known: i64 },
+}
+
+/// The event was not taken, and will not appear later.
+#[derive(Debug, Error, Clone, Copy, PartialEq, Eq)]
+pub enum AppendError {
+    #[error("the spool is full (spool.max_bytes)")]
+    Full,
+    #[error("the spool cannot be written")]
+    Unavailable,
+    #[error("the relay is shutting down")]
+    Closed,
+}
+
+/// The spool could not be read.
+#[derive(Debug, Error)]
+#[error("cannot read the spool")]
+pub struct ReadError(#[from] rusqlite::Error);
+
+/// The answer to an accepted event: it is on disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Receipt {
+    /// Of a re-send: the id of the first one.
+    pub id: Uuid,
+    pub duplicate: bool,
+}
+
+/// An event as the publisher gets it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stored {
+    /// Its number in the order of acceptance.
+    pub seq: u64,
+    pub event: Event,
+}
+
+/// Pending events in the order of acceptance.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Batch {
+    pub events: Vec<Stored>,
+    /// Whether there may be more behind them.
+    pub more: bool,
+}
+
+/// What became of a published event.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Settlement {
+    /// The broker has it, in at least one queue: it leaves the spool.
+    Confirmed(u64),
+    /// The broker does not take it: it stays, is counted apart, and is tried again slowly.
+    Parked { seq: u64, reason: String },
+    /// A parked event is about to be tried again.
+    Tried(u64),
+}
+
+/// What the last commit left behind, readable at any time without waiting.
+#[derive(Debug)]
+pub struct Gauges {
+    pending: AtomicU64,
+    parked: AtomicU64,
+    bytes: AtomicU64,
+    accepted: AtomicU64,
+    confirmed: AtomicU64,
+    removed: AtomicU64,
+    duplicates: AtomicU64,
+    writable: AtomicBool,
+}
+
+impl Gauges {
+    fn new(ledger: &Ledger) -> Self {
+        let gauges = Self {
+            pending: AtomicU64::new(0),
+            parked: AtomicU64::new(0),
+            bytes: AtomicU64::new(0),
+            accepted: AtomicU64::new(0),
+            confirmed: AtomicU64::new(0),
+            removed: AtomicU64::new(0),
+            duplicates: AtomicU64::new(0),
+            writable: AtomicBool::new(true),
+        };
+        gauges.publish(ledger);
+        gauges
+    }
+
+    fn publish(&self, ledger: &Ledger) {
+        self.pending.store(ledger.pending, Ordering::Relaxed);
+        self.parked.store(ledger.parked, Ordering::Relaxed);
+        self.bytes.store(ledger.bytes, Ordering::Relaxed);
+        self.accepted.store(ledger.accepted, Ordering::Relaxed);
+        self.confirmed.store(ledger.confirmed, Ordering::Relaxed);
+        self.removed.store(ledger.removed, Ordering::Relaxed);
+        self.duplicates.store(ledger.duplicates, Ordering::Relaxed);
+    }
+
+    /// The ledger after the last commit.
+    pub fn ledger(&self) -> Ledger {
+        Ledger {
+            accepted: self.accepted.load(Ordering::Relaxed),
+            confirmed: self.confirmed.load(Ordering::Relaxed),
+            pending: self.pending.load(Ordering::Relaxed),
+            parked: self.parked.load(Ordering::Relaxed),
+            removed: self.removed.load(Ordering::Relaxed),
+            duplicates: self.duplicates.load(Ordering::Relaxed),
+            bytes: self.bytes.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Whether the last commit went well.
+    pub fn writable(&self) -> bool {
+        self.writable.load(Ordering::Relaxed)
+    }
+}
+
+/// The face of the spool for everyone: cheap to clone.
+#[derive(Clone)]
+pub struct Spool {
+    inbox: mpsc::Sender<Command>,
+    reader: Reader,
+    gauges: Arc<Gauges>,
+    committed: Arc<Notify>,
+    max_bytes: u64,
+}
+
+/// Resolves when the writer has ended: `Ok` after every [`Spool`] is dropped, `Err` if it died.
+pub type WriterEnd = oneshot::Receiver<()>;
+
+impl Spool {
+    /// Locks and opens the file, creating it and its folder if need be, and starts the writer.
+    pub fn open(
+        spool: &config::Spool,
+        dedupe: &config::Dedupe,
+        metrics: Arc<Metrics>,
+    ) -> Result<(Self, WriterEnd), OpenError> {
+        let store = Store::open(&spool.path, spool.durability)?;
+        let sqlite = |source| OpenError::Sqlite { path: spool.path.clone(), source };
+        let gauges = Arc::new(Gauges::new(&store.ledger().map_err(sqlite)?));
+        let reader = Reader::open(&spool.path).map_err(sqlite)?;
+        let committed = Arc::new(Notify::new());
+        let (inbox, commands) = mpsc::channel(INBOX_CAPACITY);
+        let writer = Writer::new(store, spool.max_bytes, dedupe, Arc::clone(&gauges), Arc::clone(&committed), metrics)
+            .map_err(sqlite)?;
+        let (ended, end) = oneshot::channel();
+        let runtime = tokio::runtime::Handle::current();
+        std::thread::Builder::new()
+            .name("spool-writer".to_owned())
+            .spawn(move || {
+                writer.run(commands, &runtime);
+                // Nobody listens any more if the process is on its way out.
+                let _ = ended.send(());
+            })
+            .map_err(|source| OpenError::Io { path: spool.path.clone(), source })?;
+        Ok((Self { inbox, reader, gauges, committed, max_bytes: spool.max_bytes }, end))
+    }
+
+    /// Returns once the event is on disk. Dropping the future does not take the event back.
+    pub async fn append(&self, event: Event) -> Result<Receipt, AppendError> {
+        let (reply, answer) = oneshot::channel();
+        let fingerprint = event.fingerprint();
+        let command = Command::Append { event, fingerprint, reply };
+        self.inbox.send(command).await.map_err(|_| AppendError::Closed)?;
+        answer.await.map_err(|_| AppendError::Closed)?
+    }
+
+    /// Records what became of published events, without waiting for the disk: if it is lost in a crash, the events
+    /// are published again under the same ids.
+    pub async fn settle(&self, settlements: Vec<Settlement>) {
+        // The writer ends only after the publisher, or with the process.
+        let _ = self.inbox.send(Command::Settle(settlements)).await;
+    }
+
+    /// Returns once everything sent before has been committed.
+    pub async fn flush(&self) {
+        let (reply, answer) = oneshot::channel();
+        if self.inbox.send(Command::Flush(reply)).await.is_ok() {
+            let _ = answer.await;
+        }
+    }
+
+    /// The pending events after `seq`, in the order of acceptance: at most `limit`, and about 4 MiB of bodies.
+    pub async fn pending_after(&self, seq: u64, limit: usize) -> Result<Batch, ReadError> {
+        self.reader.run(move |connection| reader::pending_after(connection, seq, limit)).await
+    }
+
+    /// Parked events that were last tried before `before_ms`, the longest waiting first.
+    pub async fn parked_before(&self, before_ms: i64, limit: usize) -> Result<Vec<Stored>, ReadError> {
+        self.reader.run(move |connection| reader::parked_before(connection, before_ms, limit)).await
+    }
+
+    /// When the oldest pending event was accepted, in milliseconds since 1970.
+    pub async fn oldest_pending_ms(&self) -> Result<Option<i64>, ReadError> {
+        self.reader.run(reader::oldest_pending_ms).await
+    }
+
+    /// Wakes after a commit that brought new events.
+    pub fn committed(&self) -> &Notify {
+        &self.committed
+    }
+
+    pub fn gauges(&self) -> &Gauges {
+        &self.gauges
+    }
+
+    pub fn max_bytes(&self) -> u64 {
+        self.max_bytes
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,128 @@
+//! Reading, on a connection of its own, so that the publisher never waits for the writer (WAL lets them run side by
+//! side).
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::Bytes;
+use rusqlite::{Connection, OpenFlags, OptionalExtension, Result, Row};
+use uuid::Uuid;
+
+use super::store::lock_path;
+use super::{Batch, Ledger, ReadError, Stored};
+use crate::event::{Event, TraceContext};
+
+/// Bodies read at a time, so that large ones do not fill the memory. At least one event is read.
+const READ_BYTES: usize = 4 * 1024 * 1024;
+
+const COLUMNS: &str = "seq, id, accepted_ms, authentic, traceparent, tracestate, body";
+
+#[derive(Clone)]
+pub(super) struct Reader {
+    connection: Arc<Mutex<Connection>>,
+}
+
+impl Reader {
+    pub fn open(path: &Path) -> Result<Self> {
+        Ok(Self { connection: Arc::new(Mutex::new(open_read_only(path)?)) })
+    }
+
+    /// Runs `query` on a thread that may block.
+    pub async fn run<T, F>(&self, query: F) -> Result<T, ReadError>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Connection) -> Result<T> + Send + 'static,
+    {
+        let connection = Arc::clone(&self.connection);
+        let answer = tokio::task::spawn_blocking(move || {
+            // A query that panicked leaves nothing behind that the next one could trip over.
+            query(&connection.lock().unwrap_or_else(PoisonError::into_inner))
+        });
+        match answer.await {
+            Ok(result) => Ok(result?),
+            Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+        }
+    }
+}
+
+fn open_read_only(path: &Path) -> Result<Connection> {
+    let connection = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
+    connection.busy_timeout(std::time::Duration::from_secs(5))?;
+    Ok(connection)
+}
+
+pub(super) fn pending_after(connection: &Connection, seq: u64, limit: usize) -> Result<Batch> {
+    let sql = format!("SELECT {COLUMNS} FROM event WHERE seq > ?1 AND parked_reason IS NULL ORDER BY seq LIMIT ?2");
+    let mut statement = connection.prepare_cached(&sql)?;
+    let (events, cut_short) = collect(statement.query((seq, limit as i64))?)?;
+    let more = cut_short || events.len() == limit;
+    Ok(Batch { events, more })
+}
+
+pub(super) fn parked_before(connection: &Connection, before_ms: i64, limit: usize) -> Result<Vec<Stored>> {
+    let sql = format!(
+        "SELECT {COLUMNS} FROM event WHERE parked_reason IS NOT NULL AND tried_ms < ?1 ORDER BY tried_ms, seq LIMIT ?2"
+    );
+    let mut statement = connection.prepare_cached(&sql)?;
+    Ok(collect(statement.query((before_ms, limit as i64))?)?.0)
+}
+
+pub(super) fn oldest_pending_ms(connection: &Connection) -> Result<Option<i64>> {
+    let mut statement =
+        connection.prepare_cached("SELECT accepted_ms FROM event WHERE parked_reason IS NULL ORDER BY seq LIMIT 1")?;
+    statement.query_row([], |row| row.get(0)).optional()
+}
+
+/// The flag tells whether the bodies became too many to go on.
+fn collect(mut rows: rusqlite::Rows<'_>) -> Result<(Vec<Stored>, bool)> {
+    let (mut events, mut bytes) = (Vec::new(), 0);
+    while let Some(row) = rows.next()? {
+        let stored = stored(row)?;
+        bytes += stored.event.body.len();
+        events.push(stored);
+        if bytes >= READ_BYTES {
+            return Ok((events, true));
+        }
+    }
+    Ok((events, false))
+}
+
+fn stored(row: &Row<'_>) -> Result<Stored> {
+    let trace = match row.get::<_, Option<String>>(4)? {
+        Some(traceparent) => Some(TraceContext { traceparent, tracestate: row.get(5)? }),
+        None => None,
+    };
+    let event = Event {
+        id: Uuid::from_bytes(row.get(1)?),
+        accepted_ms: row.get(2)?,
+        authentic: row.get(3)?,
+        trace,
+        body: Bytes::from(row.get::<_, Vec<u8>>(6)?),
+    };
+    Ok(Stored { seq: row.get(0)?, event })
+}
+
+/// What `check` finds where the spool is to be.
+#[derive(Debug)]
+pub enum Inspection {
+    /// No file yet; its folder, or the nearest one above it that exists.
+    Absent {
+        folder: PathBuf,
+    },
+    Present {
+        ledger: Ledger,
+        in_use: bool,
+    },
+}
+
+/// Looks at a spool without changing it, also while a relay runs on it.
+pub fn inspect(path: &Path) -> Result<Inspection, super::OpenError> {
+    if !path.exists() {
+        let folder = path.ancestors().skip(1).find(|folder| folder.is_dir()).unwrap_or(Path::new("."));
+        return Ok(Inspection::Absent { folder: folder.to_owned() });
+    }
+    let sqlite = |source| super::OpenError::Sqlite { path: path.to_owned(), source };
+    let ledger = Ledger::read(&open_read_only(path).map_err(sqlite)?).map_err(sqlite)?;
+    let in_use = std::fs::File::open(lock_path(path)).is_ok_and(|lock| lock.try_lock_shared().is_err());
+    Ok(Inspection::Present { ledger, in_use })
+}

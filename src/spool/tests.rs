@@ -1,0 +1,341 @@
+//! The spool against a model, with reopening among the operations; and the failures that a model cannot reach.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use proptest::prelude::*;
+use tempfile::TempDir;
+use tokio::runtime::Runtime;
+
+use super::*;
+use crate::config::Durability;
+use crate::event::TraceContext;
+
+fn settings(path: &Path, max_bytes: u64) -> config::Spool {
+    config::Spool { path: path.to_owned(), max_bytes, durability: Durability::Disk }
+}
+
+fn dedupe(window: Duration) -> config::Dedupe {
+    config::Dedupe { window, entries_max: 1000 }
+}
+
+const WINDOW: Duration = Duration::from_secs(3600);
+
+fn event(body: impl Into<Vec<u8>>) -> Event {
+    Event {
+        id: Uuid::now_v7(),
+        accepted_ms: jiff::Timestamp::now().as_millisecond(),
+        authentic: true,
+        trace: None,
+        body: Bytes::from(body.into()),
+    }
+}
+
+struct Opened {
+    spool: Spool,
+    end: WriterEnd,
+}
+
+impl Opened {
+    fn open(path: &Path, max_bytes: u64, window: Duration) -> Self {
+        let metrics = Arc::new(Metrics::new());
+        let (spool, end) = Spool::open(&settings(path, max_bytes), &dedupe(window), metrics).unwrap();
+        Self { spool, end }
+    }
+
+    async fn close(self) {
+        drop(self.spool);
+        self.end.await.unwrap();
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Operation {
+    /// The body's number and its length; the same number is the same body.
+    Append(u8, u16),
+    /// Which of the pending events, counted from the oldest.
+    Confirm(usize),
+    Park(usize),
+    ConfirmParked(usize),
+    ConfirmUnknown,
+    Reopen,
+}
+
+fn operation() -> impl Strategy<Value = Operation> {
+    prop_oneof![
+        6 => (0..40u8, 0..2000u16).prop_map(|(number, length)| Operation::Append(number, length)),
+        3 => (0..10usize).prop_map(Operation::Confirm),
+        1 => (0..10usize).prop_map(Operation::Park),
+        1 => (0..10usize).prop_map(Operation::ConfirmParked),
+        1 => Just(Operation::ConfirmUnknown),
+        1 => Just(Operation::Reopen),
+    ]
+}
+
+/// What the spool should hold.
+#[derive(Default)]
+struct Model {
+    pending: BTreeMap<u64, Event>,
+    parked: BTreeMap<u64, Event>,
+    seen: HashMap<Bytes, Uuid>,
+    ledger: Ledger,
+}
+
+impl Model {
+    fn append(&mut self, event: &Event, max_bytes: u64) -> Result<Receipt, AppendError> {
+        if let Some(id) = self.seen.get(&event.body) {
+            self.ledger.duplicates += 1;
+            return Ok(Receipt { id: *id, duplicate: true });
+        }
+        let cost = event.body.len() as u64 + EVENT_OVERHEAD_BYTES;
+        if self.ledger.bytes + cost > max_bytes {
+            return Err(AppendError::Full);
+        }
+        self.ledger.accepted += 1;
+        self.ledger.pending += 1;
+        self.ledger.bytes += cost;
+        self.seen.insert(event.body.clone(), event.id);
+        self.pending.insert(self.ledger.accepted, event.clone());
+        Ok(Receipt { id: event.id, duplicate: false })
+    }
+
+    fn confirm(&mut self, seq: u64) {
+        let event = if let Some(event) = self.pending.remove(&seq) {
+            self.ledger.pending -= 1;
+            event
+        } else {
+            self.ledger.parked -= 1;
+            self.parked.remove(&seq).unwrap()
+        };
+        self.ledger.confirmed += 1;
+        self.ledger.bytes -= event.body.len() as u64 + EVENT_OVERHEAD_BYTES;
+    }
+
+    fn park(&mut self, seq: u64) {
+        let event = self.pending.remove(&seq).unwrap();
+        self.parked.insert(seq, event);
+        self.ledger.pending -= 1;
+        self.ledger.parked += 1;
+    }
+}
+
+fn nth(events: &BTreeMap<u64, Event>, n: usize) -> Option<u64> {
+    events.keys().nth(n).copied()
+}
+
+async fn check(spool: &Spool, model: &Model) {
+    spool.flush().await;
+    let ledger = spool.gauges().ledger();
+    assert_eq!(ledger, model.ledger);
+    assert!(ledger.balances(), "{ledger:?}");
+    let expect = |events: &BTreeMap<u64, Event>| -> Vec<Stored> {
+        events.iter().map(|(seq, event)| Stored { seq: *seq, event: event.clone() }).collect()
+    };
+    assert_eq!(spool.pending_after(0, 10_000).await.unwrap().events, expect(&model.pending));
+    let mut parked = spool.parked_before(i64::MAX, 10_000).await.unwrap();
+    parked.sort_by_key(|stored| stored.seq);
+    assert_eq!(parked, expect(&model.parked));
+    let oldest = model.pending.values().next().map(|event| event.accepted_ms);
+    assert_eq!(spool.oldest_pending_ms().await.unwrap(), oldest);
+}
+
+async fn replay(operations: Vec<Operation>) {
+    const MAX_BYTES: u64 = 16 * 1024;
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("spool.db");
+    let mut model = Model::default();
+    let mut opened = Opened::open(&path, MAX_BYTES, WINDOW);
+    for operation in operations {
+        let spool = &opened.spool;
+        match operation {
+            Operation::Append(number, length) => {
+                let event = event(vec![number; usize::from(length) + 1]);
+                assert_eq!(spool.append(event.clone()).await, model.append(&event, MAX_BYTES));
+            }
+            Operation::Confirm(n) => {
+                if let Some(seq) = nth(&model.pending, n) {
+                    model.confirm(seq);
+                    spool.settle(vec![Settlement::Confirmed(seq)]).await;
+                }
+            }
+            Operation::Park(n) => {
+                if let Some(seq) = nth(&model.pending, n) {
+                    model.park(seq);
+                    spool.settle(vec![Settlement::Parked { seq, reason: "test".to_owned() }]).await;
+                }
+            }
+            Operation::ConfirmParked(n) => {
+                if let Some(seq) = nth(&model.parked, n) {
+                    model.confirm(seq);
+                    spool.settle(vec![Settlement::Tried(seq), Settlement::Confirmed(seq)]).await;
+                }
+            }
+            Operation::ConfirmUnknown => spool.settle(vec![Settlement::Confirmed(1 << 40)]).await,
+            Operation::Reopen => {
+                opened.close().await;
+                opened = Opened::open(&path, MAX_BYTES, WINDOW);
+            }
+        }
+    }
+    check(&opened.spool, &model).await;
+    opened.close().await;
+    let opened = Opened::open(&path, MAX_BYTES, WINDOW);
+    check(&opened.spool, &model).await;
+    opened.close().await;
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    #[test]
+    fn behaves_like_the_model(operations in proptest::collection::vec(operation(), 1..60)) {
+        Runtime::new().unwrap().block_on(replay(operations));
+    }
+}
+
+#[tokio::test]
+async fn everything_about_an_event_comes_back_as_it_went_in() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("new/folder/spool.db");
+    let mut event = event(*b"\xff\0\"{");
+    event.authentic = false;
+    event.trace = Some(TraceContext { traceparent: "00-a-b-01".to_owned(), tracestate: Some("k=v".to_owned()) });
+    let opened = Opened::open(&path, 1 << 20, WINDOW);
+    opened.spool.append(event.clone()).await.unwrap();
+    opened.close().await;
+    let opened = Opened::open(&path, 1 << 20, WINDOW);
+    let batch = opened.spool.pending_after(0, 10).await.unwrap();
+    assert_eq!(batch, Batch { events: vec![Stored { seq: 1, event }], more: false });
+    opened.close().await;
+}
+
+#[tokio::test]
+async fn many_senders_share_commits_and_one_body_is_taken_once() {
+    let folder = TempDir::new().unwrap();
+    let opened = Opened::open(&folder.path().join("spool.db"), 1 << 30, WINDOW);
+    let senders = (0..200u32).map(|n| {
+        let spool = opened.spool.clone();
+        tokio::spawn(async move { spool.append(event((n / 2).to_string())).await.unwrap() })
+    });
+    let mut ids: HashMap<Uuid, Vec<bool>> = HashMap::new();
+    for sender in senders.collect::<Vec<_>>() {
+        let receipt = sender.await.unwrap();
+        ids.entry(receipt.id).or_default().push(receipt.duplicate);
+    }
+    assert_eq!(ids.len(), 100);
+    assert!(ids.values().all(|duplicates| duplicates.iter().filter(|duplicate| **duplicate).count() == 1));
+    let ledger = opened.spool.gauges().ledger();
+    assert_eq!((ledger.accepted, ledger.duplicates), (100, 100));
+    opened.close().await;
+}
+
+#[tokio::test]
+async fn without_a_window_every_body_counts() {
+    let folder = TempDir::new().unwrap();
+    let opened = Opened::open(&folder.path().join("spool.db"), 1 << 20, Duration::ZERO);
+    for _ in 0..3 {
+        assert!(!opened.spool.append(event("a")).await.unwrap().duplicate);
+    }
+    opened.close().await;
+}
+
+#[tokio::test]
+async fn reading_is_bounded_by_number_and_by_bytes() {
+    let folder = TempDir::new().unwrap();
+    let opened = Opened::open(&folder.path().join("spool.db"), 1 << 30, WINDOW);
+    for n in 0..10u8 {
+        opened.spool.append(event(vec![n; 1024 * 1024])).await.unwrap();
+    }
+    let two = opened.spool.pending_after(3, 2).await.unwrap();
+    assert_eq!((two.events.iter().map(|stored| stored.seq).collect::<Vec<_>>(), two.more), (vec![4, 5], true));
+    let cut = opened.spool.pending_after(0, 100).await.unwrap();
+    assert_eq!((cut.events.len(), cut.more), (4, true));
+    let rest = opened.spool.pending_after(8, 100).await.unwrap();
+    assert_eq!((rest.events.len(), rest.more), (2, false));
+    opened.close().await;
+}
+
+#[tokio::test]
+async fn a_failed_commit_refuses_its_events_and_they_never_appear() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("spool.db");
+    let opened = Opened::open(&path, 1 << 30, WINDOW);
+    opened.spool.append(event("before")).await.unwrap();
+    // A statement in the middle of the transaction fails, as it would on a full disk.
+    let meddler = rusqlite::Connection::open(&path).unwrap();
+    meddler
+        .execute_batch("CREATE TRIGGER no_more BEFORE INSERT ON event BEGIN SELECT RAISE(ABORT, 'no'); END")
+        .unwrap();
+    let refused = event("during");
+    assert_eq!(opened.spool.append(refused.clone()).await, Err(AppendError::Unavailable));
+    meddler.execute_batch("DROP TRIGGER no_more").unwrap();
+    // The same body again: the failed one has left no trace in the dedupe window.
+    let receipt = opened.spool.append(event("during")).await.unwrap();
+    assert!(!receipt.duplicate && receipt.id != refused.id);
+    assert!(opened.spool.gauges().writable());
+    let events = opened.spool.pending_after(0, 10).await.unwrap().events;
+    assert_eq!(events.len(), 2);
+    assert!(events.iter().all(|stored| stored.event.id != refused.id));
+    assert_eq!(opened.spool.gauges().ledger().accepted, 2);
+    opened.close().await;
+}
+
+#[tokio::test]
+async fn settlements_survive_a_failed_commit() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("spool.db");
+    let opened = Opened::open(&path, 1 << 30, WINDOW);
+    opened.spool.append(event("a")).await.unwrap();
+    let meddler = rusqlite::Connection::open(&path).unwrap();
+    meddler.execute_batch("CREATE TRIGGER keep BEFORE DELETE ON event BEGIN SELECT RAISE(ABORT, 'no'); END").unwrap();
+    opened.spool.settle(vec![Settlement::Confirmed(1)]).await;
+    opened.spool.flush().await;
+    assert_eq!(opened.spool.gauges().ledger().pending, 1);
+    assert!(!opened.spool.gauges().writable());
+    meddler.execute_batch("DROP TRIGGER keep").unwrap();
+    opened.spool.flush().await;
+    assert_eq!(opened.spool.gauges().ledger().confirmed, 1);
+    assert!(opened.spool.gauges().writable());
+    opened.close().await;
+}
+
+#[tokio::test]
+async fn the_file_is_private_and_has_one_relay() {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("data/spool.db");
+    let opened = Opened::open(&path, 1 << 20, WINDOW);
+    opened.spool.append(event("a")).await.unwrap();
+    for name in ["spool.db", "spool.db-wal", "spool.db-shm", "spool.db.lock"] {
+        let mode = std::fs::metadata(path.with_file_name(name)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600, "{name}");
+    }
+    let second = Spool::open(&settings(&path, 1), &dedupe(WINDOW), Arc::new(Metrics::new())).map(|_| ());
+    let text = second.unwrap_err().to_string();
+    assert!(text.contains("in use by another relay") && text.contains(&std::process::id().to_string()), "{text}");
+    let Ok(Inspection::Present { ledger, in_use: true }) = inspect(&path) else { panic!("it is in use") };
+    assert_eq!(ledger.pending, 1);
+    opened.close().await;
+    assert!(matches!(inspect(&path), Ok(Inspection::Present { in_use: false, .. })));
+}
+
+#[tokio::test]
+async fn files_that_are_no_spool_are_left_alone() {
+    let folder = TempDir::new().unwrap();
+    let open = |name: &str| {
+        let settings = settings(&folder.path().join(name), 1);
+        Spool::open(&settings, &dedupe(WINDOW), Arc::new(Metrics::new())).map(|_| ()).unwrap_err()
+    };
+    std::fs::write(folder.path().join("text"), "x".repeat(10_000)).unwrap();
+    assert!(matches!(open("text"), OpenError::Sqlite { .. }));
+    let foreign = rusqlite::Connection::open(folder.path().join("foreign")).unwrap();
+    foreign.execute_batch("CREATE TABLE t (x)").unwrap();
+    assert!(matches!(open("foreign"), OpenError::Foreign { .. }));
+    Opened::open(&folder.path().join("newer"), 1, WINDOW).close().await;
+    let newer = rusqlite::Connection::open(folder.path().join("newer")).unwrap();
+    newer.execute_batch("PRAGMA user_version = 99").unwrap();
+    assert!(matches!(open("newer"), OpenError::Newer { found: 99, .. }));
+}

@@ -1,0 +1,254 @@
+//! The one thread that writes: it takes whatever waits, commits it with one fsync, and answers.
+//!
+//! A commit that fails takes everything in it back: the webhooks are answered 503 and will not appear later, and the
+//! settlements are kept for the next commit.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use rusqlite::Result;
+use tokio::runtime::Handle;
+use tokio::sync::{Notify, mpsc, oneshot};
+use tracing::{error, info};
+
+use super::dedupe::Window;
+use super::store::Store;
+use super::{AppendError, EVENT_OVERHEAD_BYTES, Gauges, Ledger, Receipt, Settlement};
+use crate::config;
+use crate::event::{Event, Fingerprint};
+use crate::metrics::Metrics;
+
+/// Commands in one transaction at most: enough to share the fsync, few enough that the first does not wait long.
+const BATCH_MAX: usize = 1024;
+
+/// While the disk does not take writes, how often it is tried without a webhook asking.
+const PROBE_EVERY: Duration = Duration::from_secs(1);
+
+pub(super) enum Command {
+    Append {
+        event: Event,
+        fingerprint: Fingerprint,
+        reply: Reply,
+    },
+    Settle(Vec<Settlement>),
+    /// Answered after the commit.
+    Flush(oneshot::Sender<()>),
+}
+
+type Reply = oneshot::Sender<Result<Receipt, AppendError>>;
+
+pub(super) struct Writer {
+    store: Store,
+    max_bytes: u64,
+    window: Window,
+    /// What a failed commit still owes to the file.
+    settlements: Vec<Settlement>,
+    gauges: Arc<Gauges>,
+    committed: Arc<Notify>,
+    metrics: Arc<Metrics>,
+}
+
+/// What one transaction did, to be told once it is committed.
+#[derive(Default)]
+struct Outcome {
+    ledger: Ledger,
+    appended: u64,
+    replies: Vec<(Reply, Result<Receipt, AppendError>)>,
+}
+
+impl Writer {
+    pub fn new(
+        store: Store,
+        max_bytes: u64,
+        dedupe: &config::Dedupe,
+        gauges: Arc<Gauges>,
+        committed: Arc<Notify>,
+        metrics: Arc<Metrics>,
+    ) -> Result<Self> {
+        let mut window = Window::new(dedupe.window, dedupe.entries_max);
+        if window.is_on() {
+            window.load(store.seen(dedupe.entries_max)?, Timestamp::now().as_millisecond(), Instant::now());
+        }
+        Ok(Self { store, max_bytes, window, settlements: Vec::new(), gauges, committed, metrics })
+    }
+
+    /// Runs until every sender of commands is gone.
+    pub fn run(mut self, mut commands: mpsc::Receiver<Command>, runtime: &Handle) {
+        loop {
+            let first = if self.gauges.writable() {
+                commands.blocking_recv()
+            } else {
+                match runtime.block_on(async { tokio::time::timeout(PROBE_EVERY, commands.recv()).await }) {
+                    Ok(first) => first,
+                    Err(_) => {
+                        self.probe();
+                        continue;
+                    }
+                }
+            };
+            let Some(first) = first else { break };
+            let mut batch = vec![first];
+            while batch.len() < BATCH_MAX
+                && let Ok(next) = commands.try_recv()
+            {
+                batch.push(next);
+            }
+            self.process(batch);
+        }
+    }
+
+    fn process(&mut self, batch: Vec<Command>) {
+        let (mut appends, mut flushes) = (Vec::new(), Vec::new());
+        for command in batch {
+            match command {
+                Command::Append { event, fingerprint, reply } => appends.push((event, fingerprint, reply)),
+                Command::Settle(settlements) => self.settlements.extend(settlements),
+                Command::Flush(reply) => flushes.push(reply),
+            }
+        }
+        let started = Instant::now();
+        let durable = !appends.is_empty();
+        match self.transact(appends, durable) {
+            Ok(outcome) => {
+                self.succeeded(&outcome.ledger);
+                if outcome.appended > 0 {
+                    self.metrics.spool_commit_duration.record(started.elapsed());
+                    self.metrics.spool_commit_events.record(outcome.appended as f64);
+                    self.committed.notify_one();
+                }
+                for (reply, result) in outcome.replies {
+                    // A sender that has hung up does not want to know.
+                    let _ = reply.send(result);
+                }
+            }
+            Err((replies, cause)) => {
+                self.failed(&cause);
+                for reply in replies {
+                    let _ = reply.send(Err(AppendError::Unavailable));
+                }
+                // What the failed commit has left in the WAL must not come back in a crash: write over it.
+                self.probe();
+            }
+        }
+        for reply in flushes {
+            let _ = reply.send(());
+        }
+    }
+
+    /// One transaction: all of it, or nothing. `durable`: see [`Store::begin`].
+    fn transact(
+        &mut self,
+        appends: Vec<(Event, Fingerprint, Reply)>,
+        durable: bool,
+    ) -> Result<Outcome, (Vec<Reply>, rusqlite::Error)> {
+        let mut outcome = Outcome::default();
+        let mut waiting = appends.into_iter();
+        let mut before = None;
+        let result = (|| {
+            self.store.begin(durable)?;
+            outcome.ledger = self.store.ledger()?;
+            before = Some(outcome.ledger.accepted);
+            if let Some(seq) = self.window.purge(Instant::now()) {
+                self.store.forget(seq)?;
+            }
+            // First, because they make room.
+            for settlement in &self.settlements {
+                settle(&self.store, &mut outcome.ledger, settlement)?;
+            }
+            for (event, fingerprint, reply) in waiting.by_ref() {
+                outcome.replies.push((reply, Err(AppendError::Unavailable)));
+                let answer = self.append(&mut outcome.ledger, event, fingerprint)?;
+                outcome.appended += u64::from(matches!(answer, Ok(Receipt { duplicate: false, .. })));
+                outcome.replies.last_mut().expect("just pushed").1 = answer;
+            }
+            self.store.write_ledger(&outcome.ledger)?;
+            self.store.commit()
+        })();
+        match result {
+            Ok(()) => Ok(outcome),
+            Err(cause) => {
+                if let Some(seq) = before {
+                    self.window.undo_after(seq);
+                }
+                if let Err(error) = self.store.rollback() {
+                    error!(%error, "cannot roll back");
+                }
+                let replies = outcome.replies.into_iter().map(|(reply, _)| reply);
+                Err((replies.chain(waiting.map(|(_, _, reply)| reply)).collect(), cause))
+            }
+        }
+    }
+
+    /// The inner result is the answer to the webhook; the outer one concerns the whole transaction.
+    fn append(
+        &mut self,
+        ledger: &mut Ledger,
+        event: Event,
+        fingerprint: Fingerprint,
+    ) -> Result<Result<Receipt, AppendError>> {
+        if let Some(id) = self.window.find(&fingerprint) {
+            ledger.duplicates += 1;
+            return Ok(Ok(Receipt { id, duplicate: true }));
+        }
+        let cost = event.body.len() as u64 + EVENT_OVERHEAD_BYTES;
+        if ledger.bytes + cost > self.max_bytes {
+            return Ok(Err(AppendError::Full));
+        }
+        let seq = ledger.accepted + 1;
+        self.store.insert(seq, &event)?;
+        if self.window.is_on() {
+            self.store.remember(seq, &fingerprint, event.id, event.accepted_ms)?;
+            self.window.insert(seq, fingerprint, event.id, Instant::now());
+        }
+        ledger.accepted = seq;
+        ledger.pending += 1;
+        ledger.bytes += cost;
+        Ok(Ok(Receipt { id: event.id, duplicate: false }))
+    }
+
+    /// Writes something small, to see whether writing works.
+    fn probe(&mut self) {
+        match self.transact(Vec::new(), true) {
+            Ok(outcome) => self.succeeded(&outcome.ledger),
+            Err((_, cause)) => self.failed(&cause),
+        }
+    }
+
+    fn succeeded(&mut self, ledger: &Ledger) {
+        self.settlements.clear();
+        self.gauges.publish(ledger);
+        if !self.gauges.writable.swap(true, Ordering::Relaxed) {
+            info!("the spool can be written again");
+        }
+    }
+
+    /// Says so once, not with each commit.
+    fn failed(&self, cause: &rusqlite::Error) {
+        if self.gauges.writable.swap(false, Ordering::Relaxed) {
+            error!(error = %cause, "the spool cannot be written: webhooks are answered 503 until it can");
+        }
+    }
+}
+
+fn settle(store: &Store, ledger: &mut Ledger, settlement: &Settlement) -> Result<()> {
+    match settlement {
+        Settlement::Confirmed(seq) => {
+            if let Some((cost, parked)) = store.delete(*seq)? {
+                let from = if parked { &mut ledger.parked } else { &mut ledger.pending };
+                *from -= 1;
+                ledger.confirmed += 1;
+                ledger.bytes -= cost;
+            }
+        }
+        Settlement::Parked { seq, reason } => {
+            if store.park(*seq, reason, Timestamp::now().as_millisecond())? {
+                ledger.pending -= 1;
+                ledger.parked += 1;
+            }
+        }
+        Settlement::Tried(seq) => store.tried(*seq, Timestamp::now().as_millisecond())?,
+    }
+    Ok(())
+}

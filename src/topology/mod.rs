@@ -1,0 +1,181 @@
+//! What must exist on the broker: exchanges, queues, bindings. Created, checked or left alone as
+//! `topology.declare` says.
+
+mod plan;
+
+use lapin::options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions};
+use lapin::types::{FieldTable, ShortString};
+use lapin::{Channel, Connection, ErrorKind, ExchangeKind};
+use thiserror::Error;
+
+pub use plan::{Binding, Entity, Exchange, Plan, Queue};
+
+use crate::config::Declare;
+
+/// Fanout exchange and queue for what no work queue is bound to. Fixed, so that every tool finds it.
+pub const UNROUTED: &str = "prism.unrouted";
+/// Topic exchange and queue for what the workers have given up.
+pub const DEAD: &str = "prism.dead";
+
+/// What keeps the broker from being as planned; each says what to do.
+#[derive(Debug, Error)]
+pub enum TopologyError {
+    #[error(
+        "{entity} exists with other properties: {reply}. Delete it once it is empty, or give it another name in the \
+         configuration, or set topology.declare to \"passive\" to take it as it is"
+    )]
+    Clash { entity: String, reply: String },
+    #[error("{entity} does not exist. Create it, or set topology.declare to \"active\"")]
+    Missing { entity: String },
+    #[error("{entity}: the broker refuses: {reply}")]
+    Refused { entity: String, reply: String },
+    #[error("the connection failed while the topology was declared")]
+    Connection(#[from] lapin::Error),
+}
+
+/// Brings the broker to the plan, or says what differs.
+pub async fn establish(connection: &Connection, plan: &Plan, declare: Declare) -> Result<(), TopologyError> {
+    match declare {
+        Declare::Active => {
+            // The first failure ends the attempt, so one channel serves for all.
+            let channel = connection.create_channel().await?;
+            for entity in plan.entities() {
+                declare_entity(&channel, entity).await.map_err(|error| explain(entity, error))?;
+            }
+            for binding in &plan.bindings {
+                bind(&channel, binding).await.map_err(|error| explain(binding, error))?;
+            }
+            close(channel).await;
+            Ok(())
+        }
+        Declare::Passive => {
+            for entity in plan.entities() {
+                match look(connection, entity).await? {
+                    Found::Yes => {}
+                    Found::No => return Err(TopologyError::Missing { entity: entity.to_string() }),
+                    Found::Refused(error) => return Err(error),
+                }
+            }
+            Ok(())
+        }
+        Declare::Off => Ok(()),
+    }
+}
+
+/// How an entity on the broker compares with the plan.
+#[derive(Debug)]
+pub enum Comparison {
+    Same,
+    Absent,
+    Differs(TopologyError),
+}
+
+/// Compares without creating anything. AMQP cannot tell about bindings.
+pub async fn compare(connection: &Connection, entity: &Entity) -> Result<Comparison, lapin::Error> {
+    match look(connection, entity).await {
+        Ok(Found::No) => return Ok(Comparison::Absent),
+        Ok(Found::Refused(error)) => return Ok(Comparison::Differs(error)),
+        Ok(Found::Yes) => {}
+        Err(TopologyError::Connection(error)) => return Err(error),
+        Err(error) => return Ok(Comparison::Differs(error)),
+    }
+    // A passive declaration ignores arguments. A full one changes nothing where the entity exists, and compares them.
+    let channel = connection.create_channel().await?;
+    match declare_entity(&channel, entity).await {
+        Ok(()) => {
+            close(channel).await;
+            Ok(Comparison::Same)
+        }
+        Err(error) => match explain(entity, error) {
+            TopologyError::Connection(error) => Err(error),
+            error => Ok(Comparison::Differs(error)),
+        },
+    }
+}
+
+enum Found {
+    Yes,
+    No,
+    Refused(TopologyError),
+}
+
+/// On a channel of its own, because the broker closes it if the entity is missing.
+async fn look(connection: &Connection, entity: &Entity) -> Result<Found, TopologyError> {
+    let channel = connection.create_channel().await?;
+    let passive = match entity {
+        Entity::Exchange(exchange) => {
+            let options = ExchangeDeclareOptions { passive: true, durable: true, ..Default::default() };
+            channel.exchange_declare(name(&exchange.name), exchange.kind.clone(), options, FieldTable::default()).await
+        }
+        Entity::Queue(queue) => {
+            let options = QueueDeclareOptions { passive: true, durable: true, ..Default::default() };
+            channel.queue_declare(name(&queue.name), options, FieldTable::default()).await.map(|_| ())
+        }
+    };
+    match passive {
+        Ok(()) => {
+            close(channel).await;
+            Ok(Found::Yes)
+        }
+        Err(error) if reply_code(&error) == Some(404) => Ok(Found::No),
+        Err(error) => match explain(entity, error) {
+            error @ TopologyError::Connection(_) => Err(error),
+            error => Ok(Found::Refused(error)),
+        },
+    }
+}
+
+async fn declare_entity(channel: &Channel, entity: &Entity) -> Result<(), lapin::Error> {
+    match entity {
+        Entity::Exchange(Exchange { name: exchange, kind, arguments }) => {
+            let options = ExchangeDeclareOptions { durable: true, ..Default::default() };
+            channel.exchange_declare(name(exchange), kind.clone(), options, arguments.clone()).await
+        }
+        Entity::Queue(Queue { name: queue, arguments }) => {
+            let options = QueueDeclareOptions { durable: true, ..Default::default() };
+            channel.queue_declare(name(queue), options, arguments.clone()).await.map(|_| ())
+        }
+    }
+}
+
+async fn bind(channel: &Channel, binding: &Binding) -> Result<(), lapin::Error> {
+    let Binding { queue, exchange, key } = binding;
+    channel.queue_bind(name(queue), name(exchange), name(key), QueueBindOptions::default(), FieldTable::default()).await
+}
+
+/// A channel that is left behind is closed with its connection at the latest.
+async fn close(channel: Channel) {
+    let _ = channel.close(200, "OK".into()).await;
+}
+
+/// Tells the broker's own "no" from a connection that broke.
+fn explain(entity: &impl std::fmt::Display, error: lapin::Error) -> TopologyError {
+    let (entity, reply) = (entity.to_string(), reply_text(&error));
+    match reply_code(&error) {
+        Some(406) => TopologyError::Clash { entity, reply },
+        Some(404) => TopologyError::Missing { entity },
+        Some(403 | 402 | 405 | 530 | 540) => TopologyError::Refused { entity, reply },
+        _ => TopologyError::Connection(error),
+    }
+}
+
+/// The AMQP reply code of an error that the broker sent, such as 406.
+pub fn reply_code(error: &lapin::Error) -> Option<u16> {
+    match error.kind() {
+        ErrorKind::ProtocolError(error) => Some(error.get_id()),
+        _ => None,
+    }
+}
+
+/// What the broker said, without lapin's wrapping.
+pub fn reply_text(error: &lapin::Error) -> String {
+    match error.kind() {
+        ErrorKind::ProtocolError(error) => error.get_message().to_string(),
+        _ => error.to_string(),
+    }
+}
+
+/// Names are checked when the configuration is read; AMQP's short strings end at 255 bytes.
+fn name(text: &str) -> ShortString {
+    ShortString::try_new(text).unwrap_or_default()
+}

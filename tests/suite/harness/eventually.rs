@@ -1,0 +1,59 @@
+//! Waiting for something to become true. The only place of the suite that sleeps.
+
+use std::fmt::{Debug, Display};
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep, timeout_at};
+
+/// How long anything may take before a test fails. Generous: it is only ever used up by a test that fails anyway.
+pub const DEADLINE: Duration = Duration::from_secs(30);
+
+/// Time between two looks. Short enough not to slow a test down, long enough not to load the machine.
+const INTERVAL: Duration = Duration::from_millis(25);
+
+/// Calls `probe` until it gives `Ok`, and returns what is inside. An `Err` says what was seen instead.
+///
+/// # Panics
+/// After [`DEADLINE`], with `timed out waiting for: <what>` and what was last seen.
+pub async fn eventually<T, S: Display>(what: &str, probe: impl AsyncFnMut() -> Result<T, S>) -> T {
+    eventually_within(DEADLINE, what, probe).await
+}
+
+/// As [`eventually()`], with a deadline of its own.
+pub async fn eventually_within<T, S: Display>(
+    deadline: Duration,
+    what: &str,
+    probe: impl AsyncFnMut() -> Result<T, S>,
+) -> T {
+    poll(deadline, probe).await.unwrap_or_else(|seen| panic!("timed out waiting for: {what}; last seen: {seen}"))
+}
+
+/// Calls `probe` until it gives `Ok`; at the deadline, which also ends a probe that hangs, the error is what was last
+/// seen.
+pub async fn poll<T, S: Display>(
+    deadline: Duration,
+    mut probe: impl AsyncFnMut() -> Result<T, S>,
+) -> Result<T, String> {
+    let end = Instant::now() + deadline;
+    let mut last_seen = "nothing".to_owned();
+    loop {
+        match timeout_at(end, probe()).await {
+            Ok(Ok(value)) => return Ok(value),
+            Ok(Err(seen)) => last_seen = seen.to_string(),
+            Err(_) => return Err(format!("{last_seen} (and then a look that did not end)")),
+        }
+        sleep(INTERVAL).await;
+        if Instant::now() >= end {
+            return Err(last_seen);
+        }
+    }
+}
+
+/// Waits until `look` gives `expected`.
+pub async fn eventually_equal<T: PartialEq + Debug>(what: &str, expected: T, mut look: impl AsyncFnMut() -> T) {
+    eventually(what, async || {
+        let seen = look().await;
+        if seen == expected { Ok(()) } else { Err(format!("{seen:?}, not {expected:?}")) }
+    })
+    .await;
+}

@@ -1,0 +1,186 @@
+//! HTTP as Prism and the operators speak it, and bare TCP for what no HTTP client would send.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use hmac::{Hmac, KeyInit, Mac};
+use http_body_util::{BodyExt, Full};
+use hyper::body::Bytes;
+use hyper::{HeaderMap, Method, Request};
+use hyper_util::client::legacy;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioExecutor;
+use serde_json::Value;
+use sha2::Sha256;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use super::eventually::DEADLINE;
+
+/// A client that keeps its connections. It belongs to the runtime of one test.
+#[derive(Clone)]
+pub struct Client(legacy::Client<HttpConnector, Full<Bytes>>);
+
+impl Client {
+    pub fn http1() -> Self {
+        Self::new(false)
+    }
+
+    /// HTTP/2 with prior knowledge, without TLS.
+    pub fn http2() -> Self {
+        Self::new(true)
+    }
+
+    fn new(http2: bool) -> Self {
+        let mut connector = HttpConnector::new();
+        connector.set_nodelay(true);
+        Self(legacy::Client::builder(TokioExecutor::new()).http2_only(http2).build(connector))
+    }
+
+    /// One exchange. The error is a text for humans; it covers a refused connection, a reset and a missing answer.
+    pub async fn send(
+        &self,
+        method: Method,
+        url: &str,
+        headers: &[(&str, &str)],
+        body: impl Into<Bytes>,
+    ) -> Result<Answer, String> {
+        let request = headers
+            .iter()
+            .fold(Request::builder().method(method).uri(url), |request, (name, value)| request.header(*name, *value))
+            .body(Full::new(body.into()))
+            .map_err(|error| format!("{url}: {error}"))?;
+        within(DEADLINE, url, async {
+            let (head, body) = self.0.request(request).await.map_err(|error| chain(&error))?.into_parts();
+            let body = body.collect().await.map_err(|error| chain(&error))?.to_bytes();
+            Ok(Answer { status: head.status.as_u16(), headers: head.headers, body })
+        })
+        .await
+    }
+
+    pub async fn get(&self, url: &str) -> Result<Answer, String> {
+        self.send(Method::GET, url, &[], Bytes::new()).await
+    }
+}
+
+/// What a server answered.
+#[derive(Debug, Clone)]
+pub struct Answer {
+    pub status: u16,
+    pub headers: HeaderMap,
+    pub body: Bytes,
+}
+
+impl Answer {
+    /// The body as text, with a mark in place of what is not UTF-8.
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.body).into_owned()
+    }
+
+    pub fn json(&self) -> Value {
+        serde_json::from_slice(&self.body).unwrap_or_else(|error| panic!("{error} in the answer {self}"))
+    }
+
+    /// A header, if it is there and is text.
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers.get(name)?.to_str().ok()
+    }
+
+    /// This answer, if it has the wanted status; else a panic that shows it.
+    pub fn expect(self, status: u16) -> Self {
+        assert_eq!(self.status, status, "wanted another status than that of {self}");
+        self
+    }
+
+    /// The `id` of a webhook that was answered 200.
+    pub fn id(self) -> String {
+        let json = self.expect(200).json();
+        json["id"].as_str().unwrap_or_else(|| panic!("no id in {json}")).to_owned()
+    }
+}
+
+impl std::fmt::Display for Answer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} {:?}", self.status, self.text())
+    }
+}
+
+/// Prism's signature: lower-case hex of HMAC-SHA256 over `{timestamp}.{body}`. Written here once more, on purpose: the
+/// relay must not be tested against itself.
+pub fn sign(secret: &str, timestamp: &str, body: &[u8]) -> String {
+    let mut mac = Hmac::<Sha256>::new_from_slice(secret.as_bytes()).expect("HMAC takes keys of any length");
+    mac.update(timestamp.as_bytes());
+    mac.update(b".");
+    mac.update(body);
+    mac.finalize().into_bytes().iter().fold(String::new(), |hex, byte| hex + &format!("{byte:02x}"))
+}
+
+/// Now, as Prism writes it.
+pub fn now() -> String {
+    format!("{:.3}", jiff::Timestamp::now())
+}
+
+/// A bare TCP connection, for half requests, garbage and silence.
+pub struct Raw(TcpStream);
+
+impl Raw {
+    pub async fn connect(address: SocketAddr) -> Self {
+        let connect = async { TcpStream::connect(address).await.map_err(|error| chain(&error)) };
+        Self(within(DEADLINE, "a TCP connection", connect).await.unwrap_or_else(|error| panic!("{error}")))
+    }
+
+    /// Writes `bytes`; the error says that the peer does not want them any more.
+    pub async fn write(&mut self, bytes: impl AsRef<[u8]>) -> Result<(), String> {
+        let write = async { self.0.write_all(bytes.as_ref()).await.map_err(|error| chain(&error)) };
+        within(DEADLINE, "room to write", write).await
+    }
+
+    /// Says that nothing more will be written, and can still read.
+    pub async fn end(&mut self) {
+        let _ = self.0.shutdown().await;
+    }
+
+    /// Reads until there are `count` bytes or the peer closes.
+    pub async fn read(&mut self, count: usize) -> Vec<u8> {
+        self.read_until(|bytes| bytes.len() >= count).await
+    }
+
+    /// Reads until the peer closes; a reset counts as that.
+    pub async fn read_to_end(&mut self) -> Vec<u8> {
+        self.read_until(|_| false).await
+    }
+
+    /// Reads until `enough` says so or the peer closes.
+    ///
+    /// # Panics
+    /// At the deadline, with what has come.
+    pub async fn read_until(&mut self, enough: impl Fn(&[u8]) -> bool) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        let reading = async { while !enough(&bytes) && self.0.read_buf(&mut bytes).await.unwrap_or(0) > 0 {} };
+        let in_time = timeout(DEADLINE, reading).await.is_ok();
+        assert!(in_time, "timed out waiting for: more bytes; last seen: {:?}", String::from_utf8_lossy(&bytes));
+        bytes
+    }
+
+    /// Writes `bytes` to a new connection and reads until the peer closes.
+    pub async fn exchange(address: SocketAddr, bytes: impl AsRef<[u8]>) -> String {
+        let mut raw = Self::connect(address).await;
+        // A server may answer and close before it has read everything: what it said is what counts.
+        let _ = raw.write(bytes).await;
+        String::from_utf8_lossy(&raw.read_to_end().await).into_owned()
+    }
+}
+
+async fn within<T>(limit: Duration, what: &str, work: impl Future<Output = Result<T, String>>) -> Result<T, String> {
+    match timeout(limit, work).await {
+        Ok(outcome) => outcome.map_err(|error| format!("{what}: {error}")),
+        Err(_) => Err(format!("timed out waiting for: {what}")),
+    }
+}
+
+/// An error with all its causes: hyper's own says little more than "client error".
+fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}

@@ -1,0 +1,40 @@
+//! What every test of the suite stands on: real RabbitMQ nodes, the real relay, and a wire between them to cut.
+//!
+//! A test reads like this:
+//!
+//! ```ignore
+//! let vhost = Vhost::new(Node::shared().await).await;
+//! let wire = Wire::new(vhost.address());
+//! let relay = Setup::new(&vhost.url_through(&wire)).set("broker.window", 10).start().await;
+//! let id = relay.post(body).await.id();
+//! wire.cut();
+//! assert_eq!(vhost.messages("prism.scan", 1).await[0].id(), id);
+//! ```
+//!
+//! Nothing outlives the test process, however it ends: every process hangs on a [`leash::Leash`] and every folder is
+//! a [`scratch::Scratch`]. Nothing sleeps, except [`eventually()`] between two looks.
+#![allow(dead_code, unused_imports, reason = "a harness offers more than the tests of one day use")]
+
+pub mod background;
+pub mod eventually;
+pub mod http;
+pub mod leash;
+pub mod management;
+pub mod node;
+pub mod ports;
+pub mod program;
+pub mod relay;
+pub mod scratch;
+pub mod setup;
+pub mod vhost;
+pub mod wire;
+
+mod selftest;
+
+pub use eventually::{eventually, eventually_equal};
+pub use http::{Answer, Client, Raw};
+pub use node::Node;
+pub use relay::Relay;
+pub use setup::{SECRET, Setup};
+pub use vhost::{Delivery, Vhost};
+pub use wire::Wire;

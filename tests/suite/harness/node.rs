@@ -1,0 +1,333 @@
+//! A private RabbitMQ node: its own ports, its own folder, its own epmd, and no trace of it afterwards.
+//!
+//! Where it comes from:
+//! - `PRISM_TEST_RABBITMQ_BIN`: the folder of `rabbitmq-server`; `/usr/lib/rabbitmq/bin` by default. The wrappers in
+//!   `/usr/sbin` insist on users of their own and do not work here.
+//! - `PRISM_TEST_RABBITMQ_ROOT`: a root tree to run it in, such as a debootstrap of another Debian; none by default.
+//!   The node then sees a `/proc` that is mounted in a mount namespace of its own and vanishes with it. Needs root.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::net::TcpStream;
+use tokio::sync::OnceCell;
+use tokio::time::timeout;
+
+use super::eventually::{eventually_within, poll};
+use super::leash::{self, Leash};
+use super::management::{Management, encode};
+use super::ports;
+use super::scratch::Scratch;
+
+/// A boot takes 4 to 20 s, and more beside a compiler.
+const BOOT_DEADLINE: Duration = Duration::from_secs(120);
+
+/// A clean stop takes 6 s on RabbitMQ 3.10.
+const STOP_DEADLINE: Duration = Duration::from_secs(60);
+
+const EPMD_DEADLINE: Duration = Duration::from_secs(10);
+
+/// What epmd and the node's start-up say, in its folder. RabbitMQ's own log is below `log/`.
+const OUTPUT: &str = "output.log";
+
+const NAME: &str = "n1@localhost";
+
+/// Becomes the program `$2...` inside the root tree `$1`.
+const ENTER: &str = r#"mount -t proc proc "$1/proc" && exec chroot "$@""#;
+
+static SHARED: OnceCell<Result<Node, String>> = OnceCell::const_new();
+
+/// A RabbitMQ node. Dropping it kills it and removes its folder.
+pub struct Node {
+    root: Option<PathBuf>,
+    bin: PathBuf,
+    amqp: u16,
+    dist: u16,
+    epmd: u16,
+    management: Management,
+    // Dropped in this order: the node, then what it needs.
+    broker: Mutex<Option<Leash>>,
+    epmd_process: Leash,
+    folder: Scratch,
+}
+
+impl Node {
+    /// The node that all tests share; the first one waits for its boot. If that fails it fails for all, at once.
+    /// A test that stops, freezes or alarms a node takes one of its own.
+    pub async fn shared() -> &'static Self {
+        let node = SHARED.get_or_init(Self::try_start).await;
+        node.as_ref().unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// A node of one's own, ready for use.
+    pub async fn start() -> Self {
+        Self::try_start().await.unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    async fn try_start() -> Result<Self, String> {
+        let root = std::env::var_os("PRISM_TEST_RABBITMQ_ROOT").filter(|root| !root.is_empty()).map(PathBuf::from);
+        let folder = match &root {
+            Some(root) => Scratch::below(&root.join("tmp")),
+            None => Scratch::new(),
+        };
+        let epmd = ports::free();
+        let node = Self {
+            bin: std::env::var_os("PRISM_TEST_RABBITMQ_BIN")
+                .map_or_else(|| PathBuf::from("/usr/lib/rabbitmq/bin"), PathBuf::from),
+            amqp: ports::free(),
+            dist: ports::free(),
+            epmd,
+            management: Management { port: ports::free() },
+            broker: Mutex::new(None),
+            // Were it left to Erlang to start one, it would become a daemon that nobody holds.
+            epmd_process: start_epmd(root.as_deref(), folder.path(), epmd),
+            root,
+            folder,
+        };
+        node.write_files().map_err(|error| format!("cannot prepare the folder of a node: {error}"))?;
+        let epmd = poll(EPMD_DEADLINE, async || TcpStream::connect(("127.0.0.1", epmd)).await);
+        epmd.await.map_err(|error| node.explain(&format!("epmd does not listen: {error}")))?;
+        node.boot().await?;
+        Ok(node)
+    }
+
+    /// The address of AMQP, `127.0.0.1:port`.
+    pub fn address(&self) -> std::net::SocketAddr {
+        ([127, 0, 0, 1], self.amqp).into()
+    }
+
+    /// The URL of a vhost, for `guest`, who may do everything.
+    pub fn amqp_url(&self, vhost: &str) -> String {
+        format!("amqp://guest:guest@{}/{}", self.address(), encode(vhost))
+    }
+
+    pub fn management(&self) -> Management {
+        self.management
+    }
+
+    /// The folder with its data and logs.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// The pid of the Erlang VM.
+    pub fn pid(&self) -> u32 {
+        self.broker().as_ref().expect("a node that runs").pid()
+    }
+
+    /// SIGKILL: what was not fsynced by the node may be lost, its connections are reset.
+    pub async fn kill(&self) {
+        self.end("KILL").await;
+    }
+
+    /// A clean stop.
+    pub async fn stop(&self) {
+        self.end("TERM").await;
+    }
+
+    /// Boots a node again that was killed or stopped: same ports, same data.
+    pub async fn start_again(&self) {
+        assert!(self.broker().is_none(), "the node runs");
+        self.boot().await.unwrap_or_else(|error| panic!("{error}"));
+    }
+
+    /// SIGSTOP: its connections stay open, and nothing is answered.
+    pub fn freeze(&self) {
+        self.broker().as_mut().expect("a node that runs").signal("STOP");
+    }
+
+    /// SIGCONT.
+    pub fn thaw(&self) {
+        self.broker().as_mut().expect("a node that runs").signal("CONT");
+    }
+
+    /// Runs `rabbitmqctl` and returns what it prints. Takes about a second: the management API is quicker.
+    pub async fn ctl(&self, arguments: &[&str]) -> String {
+        let mut command =
+            into_tree(self.root.as_deref(), &self.bin.join("rabbitmqctl"), |program| Command::new(program));
+        command.args(["--quiet", "--timeout", "30"]).args(arguments);
+        command.env_clear().envs(self.environment()).stdin(Stdio::null());
+        let output = tokio::task::spawn_blocking(move || command.output());
+        let output = output.await.expect("a thread for rabbitmqctl").expect("run rabbitmqctl");
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
+        assert!(
+            output.status.success(),
+            "rabbitmqctl {arguments:?}: {} {}",
+            text(&output.stdout),
+            text(&output.stderr)
+        );
+        text(&output.stdout)
+    }
+
+    /// Sets the memory alarm off (`true`) or clears it: publishers are blocked meanwhile.
+    pub async fn memory_alarm(&self, on: bool) {
+        self.ctl(&["set_vm_memory_high_watermark", if on { "0.0001" } else { "0.4" }]).await;
+    }
+
+    /// Sets the disk alarm off (`true`) or clears it: publishers are blocked meanwhile.
+    pub async fn disk_alarm(&self, on: bool) {
+        self.ctl(&["set_disk_free_limit", if on { "9000GB" } else { "50MB" }]).await;
+    }
+
+    /// Creates a vhost that `guest` may use.
+    pub async fn create_vhost(&self, name: &str) {
+        self.management.put(&format!("vhosts/{}", encode(name)), json!({})).await;
+        self.permit("guest", name, ".*", ".*", ".*").await;
+    }
+
+    /// Deletes a vhost with all that is in it; whether there was one.
+    pub async fn delete_vhost(&self, name: &str) -> bool {
+        self.management.delete(&format!("vhosts/{}", encode(name))).await
+    }
+
+    /// Creates a user without any permission.
+    pub async fn create_user(&self, name: &str, password: &str) {
+        self.management.put(&format!("users/{}", encode(name)), json!({"password": password, "tags": ""})).await;
+    }
+
+    /// Lets a user configure, write and read what these regular expressions match.
+    pub async fn permit(&self, user: &str, vhost: &str, configure: &str, write: &str, read: &str) {
+        let path = format!("permissions/{}/{}", encode(vhost), encode(user));
+        self.management.put(&path, json!({"configure": configure, "write": write, "read": read})).await;
+    }
+
+    /// RabbitMQ's version, such as `4.0.5`.
+    pub async fn version(&self) -> String {
+        self.management.get("overview").await["rabbitmq_version"].as_str().expect("a version").to_owned()
+    }
+
+    fn broker(&self) -> MutexGuard<'_, Option<Leash>> {
+        self.broker.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Starts the Erlang VM and waits until AMQP and the management API answer.
+    async fn boot(&self) -> Result<(), String> {
+        let mut command = into_tree(self.root.as_deref(), &self.bin.join("rabbitmq-server"), leash::command);
+        command.env_clear().envs(self.environment());
+        log_to(&mut command, self.folder());
+        *self.broker() = Some(Leash::start(command));
+
+        let booted = poll(BOOT_DEADLINE, async || match self.ready().await {
+            Ok(()) => Ok(Ok(())),
+            Err(missing) => match self.broker().as_mut().and_then(Leash::exited) {
+                Some(status) => Ok(Err(format!("it ended with {status}"))),
+                None => Err(missing),
+            },
+        });
+        booted.await.flatten().map_err(|reason| self.explain(&format!("it did not boot: {reason}")))
+    }
+
+    async fn ready(&self) -> Result<(), String> {
+        let ready = async {
+            // The API comes last in the boot, and asking it is cheaper.
+            let answer = self.management.call(hyper::Method::GET, "overview", &Value::Null).await?;
+            if answer.status != 200 {
+                return Err(answer.to_string());
+            }
+            let properties = lapin::ConnectionProperties::default();
+            let connection = lapin::Connection::connect(&self.amqp_url("/"), properties).await;
+            let connection = connection.map_err(|error| error.to_string())?;
+            connection.close(200, "ready".into()).await.map_err(|error| error.to_string())
+        };
+        timeout(Duration::from_secs(5), ready).await.map_err(|_| "no answer within 5 s".to_owned())?
+    }
+
+    /// An error with what the node has written.
+    fn explain(&self, error: &str) -> String {
+        let log = fs::read_to_string(self.folder().join(OUTPUT)).unwrap_or_default();
+        format!("a RabbitMQ node (see the head of node.rs): {error}; its output:\n{log}")
+    }
+
+    async fn end(&self, signal: &str) {
+        let mut leash = self.broker().take().expect("a node that runs");
+        leash.signal(signal);
+        eventually_within(STOP_DEADLINE, "the end of the node", async || leash.exited().ok_or("it runs")).await;
+    }
+
+    fn write_files(&self) -> std::io::Result<()> {
+        let file = |name: &str| self.folder().join(name);
+        fs::write(file(".erlang.cookie"), "prism")?;
+        fs::set_permissions(file(".erlang.cookie"), fs::Permissions::from_mode(0o400))?;
+        fs::write(file("plugins"), "[rabbitmq_management].\n")?;
+        fs::write(
+            file("rabbitmq.conf"),
+            format!(
+                "loopback_users = none\n\
+                 listeners.tcp.default = 127.0.0.1:{}\n\
+                 management.tcp.ip = 127.0.0.1\n\
+                 management.tcp.port = {}\n\
+                 # What the API tells of connections and rates is half a second old at most.\n\
+                 collect_statistics_interval = 500\n",
+                self.amqp, self.management.port
+            ),
+        )
+    }
+
+    /// All that a node and `rabbitmqctl` may know of the machine.
+    fn environment(&self) -> Vec<(&'static str, String)> {
+        let folder = inside(self.root.as_deref(), self.folder());
+        let below = |name: &str| folder.join(name).display().to_string();
+        vec![
+            ("PATH", search_path()),
+            ("LANG", "C.UTF-8".to_owned()),
+            ("HOME", folder.display().to_string()),
+            ("ERL_EPMD_PORT", self.epmd.to_string()),
+            ("RABBITMQ_CONF_ENV_FILE", "/dev/null".to_owned()),
+            ("RABBITMQ_NODENAME", NAME.to_owned()),
+            ("RABBITMQ_DIST_PORT", self.dist.to_string()),
+            ("RABBITMQ_CONFIG_FILE", below("rabbitmq.conf")),
+            ("RABBITMQ_ENABLED_PLUGINS_FILE", below("plugins")),
+            ("RABBITMQ_MNESIA_BASE", below("data")),
+            ("RABBITMQ_LOG_BASE", below("log")),
+            ("RABBITMQ_PID_FILE", below("pid")),
+            // Makes the script become the Erlang VM in place of staying as its parent: the pid on the leash is the VM's.
+            ("RUNNING_UNDER_SYSTEMD", "true".to_owned()),
+            // Two schedulers that never spin: the tests need the processor themselves.
+            ("RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS", "+S 2:2 +sbwt none +sbwtdcpu none +sbwtdio none".to_owned()),
+        ]
+    }
+}
+
+fn start_epmd(root: Option<&Path>, folder: &Path, port: u16) -> Leash {
+    let mut command = into_tree(root, Path::new("epmd"), leash::command);
+    command.args(["-address", "127.0.0.1", "-port", &port.to_string()]);
+    command.env_clear().env("PATH", search_path()).env("HOME", inside(root, folder));
+    log_to(&mut command, folder);
+    Leash::start(command)
+}
+
+fn log_to(command: &mut Command, folder: &Path) {
+    let log = fs::File::options().create(true).append(true).open(folder.join(OUTPUT)).expect("open a node's log");
+    command.stderr(log.try_clone().expect("one more handle of a node's log")).stdout(log);
+}
+
+/// A command for `program`, in the root tree if there is one.
+fn into_tree(root: Option<&Path>, program: &Path, new: impl Fn(&str) -> Command) -> Command {
+    match root {
+        None => new(program.to_str().expect("a path in UTF-8")),
+        Some(root) => {
+            let mut command = new("unshare");
+            command.args(["--mount", "/bin/sh", "-c", ENTER, "enter"]).arg(root).arg(program);
+            command
+        }
+    }
+}
+
+/// A path as the root tree sees it.
+fn inside(root: Option<&Path>, path: &Path) -> PathBuf {
+    match root {
+        None => path.to_owned(),
+        Some(root) => Path::new("/").join(path.strip_prefix(root).expect("a path below the root tree")),
+    }
+}
+
+/// Erlang may be anywhere; `chroot` and `unshare` may be where only root looks.
+fn search_path() -> String {
+    let own = std::env::var("PATH").unwrap_or_default();
+    format!("{own}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+}

@@ -1,0 +1,240 @@
+//! The real relay as a process of its own.
+
+use std::net::SocketAddr;
+use std::path::Path;
+
+use hyper::Method;
+use serde_json::Value;
+
+use super::eventually::{eventually, eventually_equal};
+use super::http::{Answer, Client, now, sign};
+use super::program::{Ended, Program};
+use super::setup::{SECRET, Setup};
+use super::vhost::Vhost;
+
+/// What the relay logs once it has bound both listeners.
+const READY: &str = "accepting webhooks";
+
+/// A relay that runs, or ran. Dropping it kills it and removes its folder.
+pub struct Relay {
+    // Dropped before the folder, which is in `setup`.
+    program: Program,
+    url: String,
+    ops: String,
+    client: Client,
+    setup: Setup,
+}
+
+impl Relay {
+    /// A relay with the configuration of [`Setup::new`].
+    pub async fn start(vhost: &Vhost) -> Self {
+        Setup::new(&vhost.url()).start().await
+    }
+
+    pub(super) async fn from_setup(setup: Setup) -> Self {
+        let mut program = setup.launch(&["serve"]);
+        let (url, ops) = ready(&mut program).await;
+        Self { program, url, ops, client: Client::http1(), setup }
+    }
+
+    /// Starts it again after its end, in the same folder and on the same spool. Its ports are new ones.
+    pub async fn start_again(&mut self) {
+        assert!(self.program.exited().is_some(), "the relay runs");
+        self.program = self.setup.launch(&["serve"]);
+        (self.url, self.ops) = ready(&mut self.program).await;
+    }
+
+    /// Drains it with SIGTERM and starts it again.
+    pub async fn restart(&mut self) {
+        self.sigterm();
+        let ended = self.wait().await;
+        assert_eq!(ended.code, Some(0), "the relay ended badly: {ended:?}");
+        self.start_again().await;
+    }
+
+    /// Changes the configuration for the next start.
+    pub fn reconfigure(&mut self, key: &str, value: impl Into<Value>) {
+        self.setup.change(key, value);
+    }
+
+    /// Runs another command of the binary with this relay's configuration, beside it.
+    pub async fn run(&self, arguments: &[&str]) -> Ended {
+        self.setup.run(arguments).await
+    }
+
+    pub fn setup(&self) -> &Setup {
+        &self.setup
+    }
+
+    pub fn folder(&self) -> &Path {
+        self.setup.folder()
+    }
+
+    // -- the process --------------------------------------------------------------------------------------------------
+
+    pub fn pid(&self) -> u32 {
+        self.program.pid()
+    }
+
+    pub fn sigterm(&mut self) {
+        self.program.signal("TERM");
+    }
+
+    /// Any other signal, such as `INT`, `STOP` or `CONT`.
+    pub fn signal(&mut self, name: &str) {
+        self.program.signal(name);
+    }
+
+    /// SIGKILL, and waits until it is gone.
+    pub async fn kill9(&mut self) -> Ended {
+        self.program.signal("KILL");
+        self.wait().await
+    }
+
+    /// Waits for the end of the process and of its output.
+    pub async fn wait(&mut self) -> Ended {
+        self.program.wait().await
+    }
+
+    /// Every line that it logged since its last start. What is no JSON, such as a panic, is a JSON string.
+    pub fn logs(&self) -> Vec<Value> {
+        self.program.stderr().into_iter().map(parse).collect()
+    }
+
+    /// Everything that it logged since its last start, as one text.
+    pub fn log_text(&self) -> String {
+        self.program.stderr().join("\n")
+    }
+
+    /// Waits for a log line that contains `text`, and returns it.
+    pub async fn eventually_logs(&self, text: &str) -> Value {
+        eventually(&format!("a log line with {text:?}"), async || {
+            let lines = self.program.stderr();
+            let found = lines.iter().find(|line| line.contains(text)).cloned();
+            found.map(parse).ok_or_else(|| lines.join("\n"))
+        })
+        .await
+    }
+
+    // -- the public listener ------------------------------------------------------------------------------------------
+
+    /// Where webhooks go, such as `http://127.0.0.1:41234/webhooks/prism`.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// The public listener, for [`super::Raw`] connections.
+    pub fn address(&self) -> SocketAddr {
+        let authority = self.url.split('/').nth(2).unwrap_or_default();
+        authority.parse().unwrap_or_else(|_| panic!("no address in {}", self.url))
+    }
+
+    /// The base URL of the operators' listener, such as `http://127.0.0.1:41235`.
+    pub fn ops(&self) -> &str {
+        &self.ops
+    }
+
+    /// Sends a webhook as Prism does: signed with [`SECRET`], now. Panics if there is no answer at all.
+    pub async fn post(&self, body: impl AsRef<[u8]>) -> Answer {
+        self.try_post(body).await.unwrap_or_else(|error| panic!("no answer to a webhook: {error}\n{}", self.log_text()))
+    }
+
+    /// As [`Self::post`], for a relay that may die meanwhile.
+    pub async fn try_post(&self, body: impl AsRef<[u8]>) -> Result<Answer, String> {
+        sender(&self.client, &self.url).post(body).await
+    }
+
+    /// Sends a webhook with exactly these headers, unsigned unless they sign it. Panics if there is no answer at all.
+    pub async fn post_with(&self, headers: &[(&str, &str)], body: impl AsRef<[u8]>) -> Answer {
+        let answer = self.client.send(Method::POST, &self.url, headers, body.as_ref().to_vec()).await;
+        answer.unwrap_or_else(|error| panic!("no answer to a webhook: {error}\n{}", self.log_text()))
+    }
+
+    /// A sender that can be moved into another task, and still works (with errors) when the relay is gone.
+    pub fn sender(&self) -> Sender {
+        sender(&self.client, &self.url)
+    }
+
+    // -- the operators' listener --------------------------------------------------------------------------------------
+
+    pub async fn ops_get(&self, path: &str) -> Answer {
+        let url = format!("{}{path}", self.ops);
+        self.client.get(&url).await.unwrap_or_else(|error| panic!("{error}\n{}", self.log_text()))
+    }
+
+    /// `GET /api/status`.
+    pub async fn status(&self) -> Value {
+        self.ops_get("/api/status").await.expect(200).json()
+    }
+
+    /// `GET /metrics`.
+    pub async fn metrics(&self) -> String {
+        self.ops_get("/metrics").await.expect(200).text()
+    }
+
+    /// The sum of all series of a metric that carry these labels; 0 if there are none.
+    pub async fn metric(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
+        sum(&self.metrics().await, name, labels)
+    }
+
+    /// Waits until [`Self::metric`] is `expected`.
+    pub async fn eventually_metric(&self, name: &str, labels: &[(&str, &str)], expected: f64) {
+        let what = format!("{name} {labels:?} = {expected}");
+        eventually_equal(&what, expected, async || self.metric(name, labels).await).await;
+    }
+}
+
+/// Plays Prism against one URL.
+#[derive(Clone)]
+pub struct Sender {
+    client: Client,
+    url: String,
+}
+
+impl Sender {
+    /// Sends a webhook, signed with [`SECRET`], now.
+    pub async fn post(&self, body: impl AsRef<[u8]>) -> Result<Answer, String> {
+        let (body, timestamp) = (body.as_ref(), now());
+        let signature = sign(SECRET, &timestamp, body);
+        let headers = [
+            ("content-type", "application/json"),
+            ("prism-timestamp", timestamp.as_str()),
+            ("prism-signature", signature.as_str()),
+        ];
+        self.client.send(Method::POST, &self.url, &headers, body.to_vec()).await
+    }
+}
+
+fn sender(client: &Client, url: &str) -> Sender {
+    Sender { client: client.clone(), url: url.to_owned() }
+}
+
+/// Waits for the line that tells the addresses, `(url, ops)`.
+async fn ready(program: &mut Program) -> (String, String) {
+    let line = eventually("the relay to accept webhooks", async || {
+        let lines = program.stderr();
+        let ready = lines.iter().cloned().map(parse).find(|line| line["message"] == READY);
+        match (ready, program.exited()) {
+            (Some(line), _) => Ok(line),
+            (None, Some(status)) => panic!("the relay ended with {status}:\n{}", program.wait().await.stderr),
+            (None, None) => Err(lines.join("\n")),
+        }
+    })
+    .await;
+    let field = |name: &str| line[name].as_str().unwrap_or_else(|| panic!("no {name} in {line}")).to_owned();
+    (field("url"), field("ops"))
+}
+
+fn parse(line: String) -> Value {
+    serde_json::from_str(&line).unwrap_or(Value::String(line))
+}
+
+/// Sums the series of `name` in Prometheus' text format that carry all `labels`.
+pub(super) fn sum(text: &str, name: &str, labels: &[(&str, &str)]) -> f64 {
+    let series = text.lines().filter_map(|line| line.rsplit_once(' '));
+    let wanted = series.filter(|(series, _)| {
+        let (found, rest) = series.split_once('{').unwrap_or((series, ""));
+        found == name && labels.iter().all(|(label, value)| rest.contains(&format!("{label}=\"{value}\"")))
+    });
+    wanted.map(|(_, value)| value.parse::<f64>().unwrap_or_else(|_| panic!("{name} is {value:?}"))).sum()
+}

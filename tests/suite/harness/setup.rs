@@ -1,0 +1,124 @@
+//! The configuration file of a relay under test, and the folder in which it lives.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::{Value, json};
+
+use super::leash;
+use super::program::{Ended, Program};
+use super::relay::Relay;
+use super::scratch::Scratch;
+
+/// The secret that the relay knows and [`Relay::post`] signs with.
+pub const SECRET: &str = "whsec_test";
+
+/// How a relay will be started. Keys are dotted (`spool.max_bytes`), values are JSON and written as TOML.
+pub struct Setup {
+    folder: Scratch,
+    settings: BTreeMap<String, Value>,
+    environment: BTreeMap<String, String>,
+}
+
+impl Setup {
+    /// Free ports, a spool in a new folder, [`SECRET`], quick reconnects, and this broker.
+    pub fn new(broker_url: &str) -> Self {
+        let folder = Scratch::new();
+        let spool = folder.path().join("spool.db").display().to_string();
+        Self { folder, settings: BTreeMap::new(), environment: BTreeMap::new() }
+            .set("http.listen", "127.0.0.1:0")
+            .set("ops.listen", "127.0.0.1:0")
+            .set("spool.path", spool)
+            .set("signature.secrets", json!([SECRET]))
+            .set("broker.urls", json!([broker_url]))
+            .set("broker.reconnect_min", "50ms")
+            .set("broker.reconnect_max", "500ms")
+            .set("log.format", "json")
+            .set("log.filter", "debug")
+    }
+
+    /// Sets a key of the configuration file.
+    pub fn set(mut self, key: &str, value: impl Into<Value>) -> Self {
+        self.change(key, value);
+        self
+    }
+
+    /// As [`Self::set`], in place.
+    pub fn change(&mut self, key: &str, value: impl Into<Value>) {
+        self.settings.insert(key.to_owned(), value.into());
+    }
+
+    /// Leaves a key to the relay's own default.
+    pub fn unset(mut self, key: &str) -> Self {
+        self.settings.remove(key);
+        self
+    }
+
+    /// Sets a variable of the environment.
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.environment.insert(name.to_owned(), value.to_owned());
+        self
+    }
+
+    /// The folder: working directory, configuration and spool.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// A file in the folder, written now. For secrets, certificates and the like.
+    pub fn file(&self, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
+        let path = self.folder().join(name);
+        std::fs::write(&path, content).unwrap_or_else(|error| panic!("write {}: {error}", path.display()));
+        path
+    }
+
+    /// The spool file, where [`Setup::new`] puts it.
+    pub fn spool(&self) -> PathBuf {
+        self.folder().join("spool.db")
+    }
+
+    /// The configuration file's text.
+    pub fn toml(&self) -> String {
+        let line = |(key, value): (&String, &Value)| format!("{key} = {}\n", toml(value));
+        self.settings.iter().map(line).collect::<Vec<_>>().concat()
+    }
+
+    /// Starts `prism-relay serve` and waits until it accepts webhooks.
+    pub async fn start(self) -> Relay {
+        Relay::from_setup(self).await
+    }
+
+    /// Starts `prism-relay --config <file> <arguments>`, whatever that does.
+    pub fn launch(&self, arguments: &[&str]) -> Program {
+        let file = self.file("relay.toml", self.toml());
+        let mut command: Command = leash::command(env!("CARGO_BIN_EXE_prism-relay"));
+        command.arg("--config").arg(file).args(arguments).current_dir(self.folder());
+        for (name, _) in std::env::vars_os() {
+            if name.to_string_lossy().starts_with("PRISM_RELAY") {
+                command.env_remove(name);
+            }
+        }
+        command.envs(&self.environment);
+        Program::start(command)
+    }
+
+    /// Runs `prism-relay --config <file> <arguments>` to its end.
+    pub async fn run(&self, arguments: &[&str]) -> Ended {
+        self.launch(arguments).wait().await
+    }
+}
+
+/// A JSON value as TOML. JSON's string escapes are all known to TOML.
+fn toml(value: &Value) -> String {
+    let joined = |parts: Vec<String>| parts.join(", ");
+    match value {
+        Value::Array(items) => format!("[{}]", joined(items.iter().map(toml).collect())),
+        Value::Object(fields) => {
+            let field = |(name, value): (&String, &Value)| format!("{} = {}", Value::from(name.as_str()), toml(value));
+            format!("{{ {} }}", joined(fields.iter().map(field).collect()))
+        }
+        Value::Null => panic!("TOML has no null: use `unset`"),
+        Value::Bool(_) | Value::Number(_) | Value::String(_) => value.to_string(),
+    }
+}

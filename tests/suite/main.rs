@@ -1,0 +1,2 @@
+//! The integration suite: the real binary against real RabbitMQ nodes.
+mod harness;
