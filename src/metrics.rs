@@ -21,26 +21,44 @@ const METADATA: Metadata<'static> = Metadata::new(module_path!(), Level::INFO, N
 const WEBHOOKS: &str = "prism_relay_webhooks_total";
 const WEBHOOKS_HELP: &str = "Requests to the webhook path, by outcome and, if they were refused, by reason.";
 
+/// Every metric, grouped by the part of the relay that it tells about.
 pub struct Metrics {
     recorder: PrometheusRecorder,
-    pub webhooks_accepted: Counter,
-    pub webhooks_duplicate: Counter,
+    pub webhooks: Webhooks,
+    pub spool: SpoolMetrics,
+    pub publish: Publishes,
+    pub broker: BrokerMetrics,
+}
+
+pub struct Webhooks {
+    pub accepted: Counter,
+    pub duplicate: Counter,
     pub ack_duration: Seconds,
-    pub spool_commit_duration: Seconds,
-    pub spool_commit_events: Histogram,
+}
+
+pub struct SpoolMetrics {
+    pub events: Gauge,
+    pub parked_events: Gauge,
+    pub bytes: Gauge,
+    pub oldest_age: Gauge,
+    pub commit_duration: Seconds,
+    pub commit_events: Histogram,
+}
+
+/// Publishes by outcome, and how long events were under way.
+pub struct Publishes {
+    pub confirmed: Counter,
+    pub nacked: Counter,
+    pub returned: Counter,
+    pub refused: Counter,
+    pub lost: Counter,
     pub delivery_lag: Seconds,
-    pub spool_events: Gauge,
-    pub spool_bytes: Gauge,
-    pub spool_oldest_age: Gauge,
-    pub spool_parked_events: Gauge,
-    pub publish_confirmed: Counter,
-    pub publish_nacked: Counter,
-    pub publish_returned: Counter,
-    pub publish_refused: Counter,
-    pub publish_lost: Counter,
-    pub broker_connected: Gauge,
-    pub broker_blocked: Gauge,
-    pub broker_reconnects: Counter,
+}
+
+pub struct BrokerMetrics {
+    pub connected: Gauge,
+    pub blocked: Gauge,
+    pub reconnects: Counter,
 }
 
 /// A histogram of durations, in seconds as Prometheus wants them.
@@ -54,92 +72,24 @@ impl Seconds {
 
 impl Metrics {
     pub fn new() -> Self {
-        let buckets = |builder: PrometheusBuilder, name: &str, buckets: &[f64]| {
+        let buckets: [(&str, &[f64]); 4] = [
+            ("prism_relay_ack_duration_seconds", &FAST_SECONDS),
+            ("prism_relay_spool_commit_duration_seconds", &FAST_SECONDS),
+            ("prism_relay_spool_commit_events", &COMMIT_EVENTS),
+            ("prism_relay_delivery_lag_seconds", &LAG_SECONDS),
+        ];
+        let builder = buckets.into_iter().fold(PrometheusBuilder::new(), |builder, (name, buckets)| {
+            // The only error is an empty list of buckets.
             builder.set_buckets_for_metric(Matcher::Full(name.to_owned()), buckets).expect("there are buckets")
-        };
-        let builder = buckets(PrometheusBuilder::new(), "prism_relay_ack_duration_seconds", &FAST_SECONDS);
-        let builder = buckets(builder, "prism_relay_spool_commit_duration_seconds", &FAST_SECONDS);
-        let builder = buckets(builder, "prism_relay_spool_commit_events", &COMMIT_EVENTS);
-        let recorder = buckets(builder, "prism_relay_delivery_lag_seconds", &LAG_SECONDS).build_recorder();
-        let webhooks = |outcome| counter(&recorder, WEBHOOKS, WEBHOOKS_HELP, &[("outcome", outcome), ("reason", "")]);
-        let publish = |outcome| {
-            let help = "Publishes by outcome: confirmed, nacked, returned (no queue), refused (by the broker, for good), \
-                        lost (with the connection; published again).";
-            counter(&recorder, "prism_relay_publish_total", help, &[("outcome", outcome)])
-        };
-        let build = gauge(
-            &recorder,
-            "prism_relay_build_info",
-            "The version that runs; always 1.",
-            &[("version", env!("CARGO_PKG_VERSION"))],
-        );
-        build.set(1.0);
+        });
+        let recorder = builder.build_recorder();
+        let version = [("version", env!("CARGO_PKG_VERSION"))];
+        gauge(&recorder, "prism_relay_build_info", "The version that runs; always 1.", &version).set(1.0);
         Self {
-            webhooks_accepted: webhooks("accepted"),
-            webhooks_duplicate: webhooks("duplicate"),
-            ack_duration: seconds(
-                &recorder,
-                "prism_relay_ack_duration_seconds",
-                "From the end of a webhook's head to its 200.",
-            ),
-            spool_commit_duration: seconds(
-                &recorder,
-                "prism_relay_spool_commit_duration_seconds",
-                "Commits with new events, fsync included.",
-            ),
-            spool_commit_events: histogram(
-                &recorder,
-                "prism_relay_spool_commit_events",
-                "New events in a commit.",
-                Unit::Count,
-            ),
-            delivery_lag: seconds(
-                &recorder,
-                "prism_relay_delivery_lag_seconds",
-                "From acceptance to the broker's confirm.",
-            ),
-            spool_events: gauge(
-                &recorder,
-                "prism_relay_spool_events",
-                "Accepted events that wait for their confirm.",
-                &[],
-            ),
-            spool_bytes: gauge(&recorder, "prism_relay_spool_bytes", "What is counted against spool.max_bytes.", &[]),
-            spool_oldest_age: gauge(
-                &recorder,
-                "prism_relay_spool_oldest_age_seconds",
-                "Age of the oldest pending event; 0 if there is none.",
-                &[],
-            ),
-            spool_parked_events: gauge(
-                &recorder,
-                "prism_relay_spool_parked_events",
-                "Events that the broker does not take.",
-                &[],
-            ),
-            publish_confirmed: publish("confirmed"),
-            publish_nacked: publish("nacked"),
-            publish_returned: publish("returned"),
-            publish_refused: publish("refused"),
-            publish_lost: publish("lost"),
-            broker_connected: gauge(
-                &recorder,
-                "prism_relay_broker_connected",
-                "1 while the relay can publish or is only blocked.",
-                &[],
-            ),
-            broker_blocked: gauge(
-                &recorder,
-                "prism_relay_broker_blocked",
-                "1 while the broker blocks publishers (memory or disk alarm).",
-                &[],
-            ),
-            broker_reconnects: counter(
-                &recorder,
-                "prism_relay_broker_reconnects_total",
-                "Connections to the broker after the first.",
-                &[],
-            ),
+            webhooks: Webhooks::new(&recorder),
+            spool: SpoolMetrics::new(&recorder),
+            publish: Publishes::new(&recorder),
+            broker: BrokerMetrics::new(&recorder),
             recorder,
         }
     }
@@ -161,6 +111,70 @@ impl Metrics {
 
     fn handle(&self) -> PrometheusHandle {
         self.recorder.handle()
+    }
+}
+
+impl Webhooks {
+    fn new(recorder: &PrometheusRecorder) -> Self {
+        let count = |outcome| counter(recorder, WEBHOOKS, WEBHOOKS_HELP, &[("outcome", outcome), ("reason", "")]);
+        let help = "From the end of a webhook's head to its 200.";
+        Self {
+            accepted: count("accepted"),
+            duplicate: count("duplicate"),
+            ack_duration: seconds(recorder, "prism_relay_ack_duration_seconds", help),
+        }
+    }
+}
+
+impl SpoolMetrics {
+    fn new(recorder: &PrometheusRecorder) -> Self {
+        let gauge = |name, help| gauge(recorder, name, help, &[]);
+        let duration_help = "Commits with new events, fsync included.";
+        Self {
+            events: gauge("prism_relay_spool_events", "Accepted events that wait for their confirm."),
+            parked_events: gauge("prism_relay_spool_parked_events", "Events that the broker does not take."),
+            bytes: gauge("prism_relay_spool_bytes", "What is counted against spool.max_bytes."),
+            oldest_age: gauge("prism_relay_spool_oldest_age_seconds", "Of the oldest pending event; 0: there is none."),
+            commit_duration: seconds(recorder, "prism_relay_spool_commit_duration_seconds", duration_help),
+            commit_events: histogram(
+                recorder,
+                "prism_relay_spool_commit_events",
+                "New events in a commit.",
+                Unit::Count,
+            ),
+        }
+    }
+}
+
+impl Publishes {
+    fn new(recorder: &PrometheusRecorder) -> Self {
+        let help = "Publishes by outcome: confirmed, nacked, returned (no queue), refused (by the broker, for good), \
+                    lost (with the connection; published again).";
+        let count = |outcome| counter(recorder, "prism_relay_publish_total", help, &[("outcome", outcome)]);
+        let lag_help = "From acceptance to the broker's confirm.";
+        Self {
+            confirmed: count("confirmed"),
+            nacked: count("nacked"),
+            returned: count("returned"),
+            refused: count("refused"),
+            lost: count("lost"),
+            delivery_lag: seconds(recorder, "prism_relay_delivery_lag_seconds", lag_help),
+        }
+    }
+}
+
+impl BrokerMetrics {
+    fn new(recorder: &PrometheusRecorder) -> Self {
+        let gauge = |name, help| gauge(recorder, name, help, &[]);
+        let help = "Connections to the broker after the first.";
+        Self {
+            connected: gauge("prism_relay_broker_connected", "1 while there is a connection, blocked or not."),
+            blocked: gauge(
+                "prism_relay_broker_blocked",
+                "1 while the broker blocks publishers (memory or disk alarm).",
+            ),
+            reconnects: counter(recorder, "prism_relay_broker_reconnects_total", help, &[]),
+        }
     }
 }
 

@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::error;
 
 use crate::config;
-use crate::ingress::{blocker, readiness};
+use crate::ingress::readiness;
 use crate::metrics::Metrics;
 use crate::publisher::{BrokerState, Status};
 use crate::server::{BindError, Limits, Server};
@@ -130,18 +130,18 @@ impl Desk {
     }
 
     fn blocker(&self) -> Option<AppendError> {
-        if self.draining.is_cancelled() { Some(AppendError::Closed) } else { blocker(&self.spool) }
+        if self.draining.is_cancelled() { Some(AppendError::Closed) } else { self.spool.blocker() }
     }
 
     async fn metrics(&self) -> Result<Response<Full<Bytes>>, ReadError> {
         let (ledger, broker) = (self.spool.gauges().ledger(), self.broker.snapshot());
         let metrics = &self.metrics;
-        metrics.spool_events.set(ledger.pending as f64);
-        metrics.spool_bytes.set(ledger.bytes as f64);
-        metrics.spool_parked_events.set(ledger.parked as f64);
-        metrics.spool_oldest_age.set(self.oldest_age().await?.unwrap_or(0.0));
-        metrics.broker_connected.set(f64::from(u8::from(broker.connected)));
-        metrics.broker_blocked.set(f64::from(u8::from(broker.blocked.is_some())));
+        metrics.spool.events.set(ledger.pending as f64);
+        metrics.spool.bytes.set(ledger.bytes as f64);
+        metrics.spool.parked_events.set(ledger.parked as f64);
+        metrics.spool.oldest_age.set(self.oldest_age().await?.unwrap_or(0.0));
+        metrics.broker.connected.set(f64::from(u8::from(broker.connected)));
+        metrics.broker.blocked.set(f64::from(u8::from(broker.blocked.is_some())));
         Ok(response(StatusCode::OK, METRICS_TYPE, metrics.render()))
     }
 

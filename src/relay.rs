@@ -52,7 +52,6 @@ struct Tasks {
 struct Stops {
     ingress: CancellationToken,
     publisher: CancellationToken,
-    ops: CancellationToken,
 }
 
 /// Runs the relay until SIGTERM or SIGINT, or until a part of it dies.
@@ -99,7 +98,7 @@ async fn start(config: Config, stops: &Stops) -> Result<Tasks, RelayError> {
     Ok(Tasks {
         ingress: tokio::spawn(ingress.run(stops.ingress.clone())),
         publisher: tokio::spawn(publisher.run(stops.publisher.clone())),
-        ops: tokio::spawn(ops.run(stops.ops.clone())),
+        ops: tokio::spawn(ops.run(CancellationToken::new())),
         upkeep: tokio::spawn(upkeep(metrics)),
         spool,
         spool_writer,
@@ -136,16 +135,24 @@ impl Tasks {
     /// In the order of the data: requests, spool, deliveries; the operators' listener last. What is not delivered by the
     /// deadline stays on disk.
     async fn drain(self, stops: &Stops, deadline: Instant) -> Result<(), RelayError> {
-        let Self { ingress, spool, spool_writer, publisher, ops, upkeep } = self;
+        let Self { mut ingress, spool, spool_writer, mut publisher, ops, upkeep } = self;
         let begun = Instant::now();
-        // Requests get half of the grace, so that slow senders do not take the deliveries' share.
+        // Requests get half of the grace, so that slow senders do not take the deliveries' share. Whoever comes later on
+        // an open connection is told to come back.
         stops.ingress.cancel();
-        within("requests", begun + (deadline - begun) / 2, ingress).await;
+        if timeout_at(begun + (deadline - begun) / 2, &mut ingress).await.is_err() {
+            warn!("half of the grace is over: requests that are still under way are answered 503");
+        }
+        spool.close();
         stops.publisher.cancel();
-        let published = within("deliveries", deadline, publisher).await;
-        stops.ops.cancel();
-        within("operators' requests", (Instant::now() + Duration::from_secs(1)).min(deadline), ops).await;
-        upkeep.abort();
+        let published = timeout_at(deadline, &mut publisher).await;
+        if published.is_err() {
+            warn!("the grace is over: what is not delivered stays on disk");
+        }
+        // They hold the spool open.
+        for task in [ingress.abort_handle(), publisher.abort_handle(), ops.abort_handle(), upkeep.abort_handle()] {
+            task.abort();
+        }
         let pending = spool.gauges().ledger().pending;
         // The writer ends once nobody can send to it any more, and leaves a closed file.
         spool.flush().await;
@@ -153,22 +160,11 @@ impl Tasks {
         let _ = timeout_at(deadline + Duration::from_secs(1), spool_writer).await;
         info!(pending, "stopped");
         match published {
-            Some(Ok(Err(error))) => Err(RelayError::Publisher(error)),
-            Some(Err(_)) => Err(RelayError::Died("publisher")),
-            Some(Ok(Ok(()))) | None => Ok(()),
+            Ok(Ok(Err(error))) => Err(RelayError::Publisher(error)),
+            Ok(Err(_)) => Err(RelayError::Died("publisher")),
+            Ok(Ok(Ok(()))) | Err(_) => Ok(()),
         }
     }
-}
-
-/// Waits for a task until the deadline, and then ends it.
-async fn within<T>(what: &str, deadline: Instant, task: JoinHandle<T>) -> Option<Result<T, tokio::task::JoinError>> {
-    let abort = task.abort_handle();
-    let ended = timeout_at(deadline, task).await.ok();
-    if ended.is_none() {
-        warn!(what, "the grace is over: cut off");
-        abort.abort();
-    }
-    ended
 }
 
 async fn upkeep(metrics: Arc<Metrics>) {

@@ -28,7 +28,7 @@ use crate::event::{Envelope, Event, TraceContext};
 use crate::metrics::Metrics;
 use crate::server::{BindError, Limits, Server};
 use crate::signature::{Accepted, SIGNATURE_HEADER, TIMESTAMP_HEADER, Verifier};
-use crate::spool::{AppendError, EVENT_OVERHEAD_BYTES, Receipt, Spool};
+use crate::spool::{Receipt, Spool};
 
 /// Answers like `/readyz`, on the public listener, for load balancers.
 pub const HEALTH_PATH: &str = "/healthz";
@@ -74,14 +74,6 @@ impl Ingress {
     }
 }
 
-/// Why a webhook could not be answered 200 right now.
-pub fn blocker(spool: &Spool) -> Option<AppendError> {
-    if !spool.gauges().writable() {
-        return Some(AppendError::Unavailable);
-    }
-    (spool.gauges().ledger().bytes + EVENT_OVERHEAD_BYTES > spool.max_bytes()).then_some(AppendError::Full)
-}
-
 /// Everything that is needed to answer one request.
 struct Desk {
     http: config::Http,
@@ -97,16 +89,16 @@ impl Desk {
         let (parts, mut body) = request.into_parts();
         if parts.uri.path() == HEALTH_PATH {
             return match parts.method {
-                Method::GET | Method::HEAD => readiness(blocker(&self.spool)),
+                Method::GET | Method::HEAD => readiness(self.spool.blocker()),
                 _ => Refusal::MethodNotAllowed("GET, HEAD").response(),
             };
         }
         match self.receive(&parts, &mut body, peer).await {
             Ok(receipt) => {
                 let count =
-                    if receipt.duplicate { &self.metrics.webhooks_duplicate } else { &self.metrics.webhooks_accepted };
+                    if receipt.duplicate { &self.metrics.webhooks.duplicate } else { &self.metrics.webhooks.accepted };
                 count.increment(1);
-                self.metrics.ack_duration.record(started.elapsed());
+                self.metrics.webhooks.ack_duration.record(started.elapsed());
                 accepted(&receipt)
             }
             Err(refusal) => {

@@ -124,10 +124,10 @@ impl Publisher {
                 Ok(connected) => connected,
                 Err(error) => return (false, Err(error)),
             },
-            () = drain.cancelled() => return (false, Ok(())),
+            () = self.drained_before_connecting(drain) => return (false, Ok(())),
         };
         if self.status.connected(url) {
-            self.metrics.broker_reconnects.increment(1);
+            self.metrics.broker.reconnects.increment(1);
         }
         info!(%url, pending = self.spool.gauges().ledger().pending, "connected to the broker");
         let session = Session::new(self, &link, channel, careful);
@@ -136,6 +136,15 @@ impl Publisher {
             link.close().await;
         }
         (progress, end)
+    }
+
+    /// A connection that is being made is worth waiting for only if there is something to deliver.
+    async fn drained_before_connecting(&self, drain: &CancellationToken) {
+        drain.cancelled().await;
+        self.spool.flush().await;
+        if self.spool.gauges().ledger().pending > 0 {
+            std::future::pending().await
+        }
     }
 
     async fn set_up(&self, link: &Link) -> Result<lapin::Channel, PublisherError> {

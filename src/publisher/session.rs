@@ -152,12 +152,17 @@ impl<'a> Session<'a> {
         let mut ticks = interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let spool = self.publisher.spool.clone();
+        let mut draining = false;
         loop {
-            if drain.is_cancelled() {
+            if !draining && drain.is_cancelled() {
+                draining = true;
+                // A last look at everything that came in before; parked events can wait for the next start.
+                spool.flush().await;
+                self.exhausted = false;
                 self.parked.clear();
             }
             self.fill().await;
-            if drain.is_cancelled() && (self.is_idle() || self.blocked) {
+            if draining && (self.is_idle() || self.blocked) {
                 return Ok(());
             }
             if self.nacked && self.flights.is_empty() && self.completions.is_empty() {
@@ -181,8 +186,8 @@ impl<'a> Session<'a> {
                 }
                 Some(event) = events.next() => self.heed(event)?,
                 () = spool.committed().notified(), if self.exhausted => self.exhausted = false,
-                () = drain.cancelled(), if !drain.is_cancelled() => {}
-                _ = ticks.tick() => self.tick().await?,
+                () = drain.cancelled(), if !draining => {}
+                _ = ticks.tick() => self.tick(draining).await?,
             }
         }
     }
@@ -275,8 +280,8 @@ impl<'a> Session<'a> {
         let returned = match outcome {
             Outcome::Acked(returned) => {
                 if let Some(flight) = self.flights.remove(&seq) {
-                    metrics.publish_confirmed.increment(1);
-                    metrics.delivery_lag.record(age(flight.accepted_ms));
+                    metrics.publish.confirmed.increment(1);
+                    metrics.publish.delivery_lag.record(age(flight.accepted_ms));
                     self.confirmed.push(Confirmed { seq, id: flight.id });
                 }
                 self.progress = true;
@@ -284,7 +289,7 @@ impl<'a> Session<'a> {
             }
             Outcome::Nacked(returned) => {
                 // It stays in the spool; the order is kept by starting again from the oldest. A parked one has time.
-                metrics.publish_nacked.increment(1);
+                metrics.publish.nacked.increment(1);
                 self.flights.remove(&seq);
                 self.nacked = self.trying_parked != Some(seq);
                 returned
@@ -296,7 +301,7 @@ impl<'a> Session<'a> {
             self.trying_parked = None;
         }
         if let Some(Return { id, reason }) = returned {
-            metrics.publish_returned.increment(1);
+            metrics.publish.returned.increment(1);
             match id {
                 Some(id) => {
                     self.returned.insert(id, reason);
@@ -356,7 +361,7 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    async fn tick(&mut self) -> Result<(), PublisherError> {
+    async fn tick(&mut self, draining: bool) -> Result<(), PublisherError> {
         if !self.link.connection.status().connected() {
             return Err(PublisherError::Lost("the connection is closed".to_owned()));
         }
@@ -370,7 +375,9 @@ impl<'a> Session<'a> {
                 return Err(PublisherError::ConfirmTimeout(limit));
             }
         }
-        self.look_at_parked().await?;
+        if !draining {
+            self.look_at_parked().await?;
+        }
         Ok(())
     }
 
@@ -407,7 +414,7 @@ impl<'a> Session<'a> {
             self.held.append(&mut self.confirmed);
             self.settle_held().await;
         }
-        self.publisher.metrics.publish_lost.increment(self.flights.len() as u64);
+        self.publisher.metrics.publish.lost.increment(self.flights.len() as u64);
     }
 
     /// Finds out which event makes the broker close the channel, over as many sessions as it takes.
@@ -426,7 +433,7 @@ impl<'a> Session<'a> {
         self.careful.until = self.careful.until.max(seq);
         if strikes >= STRIKES || self.trying_parked == Some(seq) {
             warn!(id = %flight.id, seq, reason, "the broker refuses this event: parked");
-            self.publisher.metrics.publish_refused.increment(1);
+            self.publisher.metrics.publish.refused.increment(1);
             self.careful.suspect = None;
             let parked = Settlement::Parked { seq, reason: format!("refused: {reason}") };
             self.publisher.spool.settle(vec![parked]).await;

@@ -166,6 +166,7 @@ pub struct Spool {
     reader: Reader,
     gauges: Arc<Gauges>,
     committed: Arc<Notify>,
+    closed: Arc<AtomicBool>,
     max_bytes: u64,
 }
 
@@ -197,16 +198,38 @@ impl Spool {
                 let _ = ended.send(());
             })
             .map_err(|source| OpenError::Io { path: spool.path.clone(), source })?;
-        Ok((Self { inbox, reader, gauges, committed, max_bytes: spool.max_bytes }, end))
+        let closed = Arc::new(AtomicBool::new(false));
+        Ok((Self { inbox, reader, gauges, committed, closed, max_bytes: spool.max_bytes }, end))
     }
 
     /// Returns once the event is on disk. Dropping the future does not take the event back.
     pub async fn append(&self, event: Event) -> Result<Receipt, AppendError> {
+        if self.closed.load(Ordering::Relaxed) {
+            return Err(AppendError::Closed);
+        }
         let (reply, answer) = oneshot::channel();
         let fingerprint = event.fingerprint();
         let command = Command::Append { event, fingerprint, reply };
         self.inbox.send(command).await.map_err(|_| AppendError::Closed)?;
         answer.await.map_err(|_| AppendError::Closed)?
+    }
+
+    /// Takes no more events from now on. What has been handed over before is still committed and answered.
+    pub fn close(&self) {
+        self.closed.store(true, Ordering::Relaxed);
+    }
+
+    /// Why an event would not be taken right now; `None` if it would.
+    pub fn blocker(&self) -> Option<AppendError> {
+        if self.closed.load(Ordering::Relaxed) {
+            Some(AppendError::Closed)
+        } else if !self.gauges.writable() {
+            Some(AppendError::Unavailable)
+        } else if self.gauges.ledger().bytes + EVENT_OVERHEAD_BYTES > self.max_bytes {
+            Some(AppendError::Full)
+        } else {
+            None
+        }
     }
 
     /// Records what became of published events, without waiting for the disk: if it is lost in a crash, the events

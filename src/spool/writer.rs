@@ -114,8 +114,8 @@ impl Writer {
             Ok(outcome) => {
                 self.succeeded(&outcome.ledger);
                 if outcome.appended > 0 {
-                    self.metrics.spool_commit_duration.record(started.elapsed());
-                    self.metrics.spool_commit_events.record(outcome.appended as f64);
+                    self.metrics.spool.commit_duration.record(started.elapsed());
+                    self.metrics.spool.commit_events.record(outcome.appended as f64);
                     self.committed.notify_one();
                 }
                 for (reply, result) in outcome.replies {

@@ -1,2 +1,12 @@
 //! The integration suite: the real binary against real RabbitMQ nodes.
+
 mod harness;
+
+mod broker;
+mod command_line;
+mod durability;
+mod house_rules;
+mod messages;
+mod parked;
+mod statuses;
+mod topology;

@@ -11,6 +11,7 @@ use super::http::{Answer, Client, now, sign};
 use super::program::{Ended, Program};
 use super::setup::{SECRET, Setup};
 use super::vhost::Vhost;
+use super::wire::Wire;
 
 /// What the relay logs once it has bound both listeners.
 const READY: &str = "accepting webhooks";
@@ -29,6 +30,11 @@ impl Relay {
     /// A relay with the configuration of [`Setup::new`].
     pub async fn start(vhost: &Vhost) -> Self {
         Setup::new(&vhost.url()).start().await
+    }
+
+    /// The same, with a wire between it and the broker.
+    pub async fn start_through(vhost: &Vhost, wire: &Wire) -> Self {
+        Setup::new(&vhost.url_through(wire)).start().await
     }
 
     pub(super) async fn from_setup(setup: Setup) -> Self {

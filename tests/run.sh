@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# The whole test suite: brings what it needs, then `cargo test`. The suite starts RabbitMQ nodes of its own, in folders and
+# on ports of their own; no service is started or touched.
+set -euo pipefail
+
+usage() {
+  cat <<'EOF'
+Usage: ./tests/run.sh [--rabbitmq-4] [ARGUMENTS FOR CARGO TEST]
+
+  --rabbitmq-4  run the suite against Debian 13's RabbitMQ 4 instead of the system's, from a tree that is made once
+                with debootstrap and kept in ~/.cache/prism-relay/trixie (needs Debian and root; a few minutes)
+  -h, --help    this text
+
+For example: ./tests/run.sh --test suite restart
+EOF
+}
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+main() {
+  case ${1-} in
+    -h | --help) usage && exit 0 ;;
+    --rabbitmq-4)
+      shift
+      need_trixie
+      ;;
+    *) need_rabbitmq ;;
+  esac
+  exec cargo test --locked "$@"
+}
+
+# The same step as the quickstart's, which knows how to install the package without starting its service.
+need_rabbitmq() {
+  if [[ ${PRISM_TEST_RABBITMQ_BIN-}${PRISM_TEST_RABBITMQ_ROOT-} || -x /usr/lib/rabbitmq/bin/rabbitmq-server ]]; then return; fi
+  if ! command -v apt-get >/dev/null; then
+    echo 'The suite needs RabbitMQ in /usr/lib/rabbitmq/bin, where Debian and its kin have it (package rabbitmq-server).' >&2
+    echo 'Elsewhere set PRISM_TEST_RABBITMQ_BIN to the folder of rabbitmq-server, or run this in a Debian container.' >&2
+    exit 1
+  fi
+  ./deploy/quickstart.sh --install
+}
+
+need_trixie() {
+  local tree=${XDG_CACHE_HOME:-$HOME/.cache}/prism-relay/trixie mirror
+  export PRISM_TEST_RABBITMQ_ROOT=$tree
+  # The tree gets its name only when it is complete.
+  if [[ -d $tree ]]; then return; fi
+
+  if [[ $EUID != 0 ]] || ! command -v apt-get >/dev/null; then
+    echo '--rabbitmq-4 makes a Debian 13 tree and runs RabbitMQ in it with chroot: it needs Debian (or its kin) and root.' >&2
+    exit 1
+  fi
+  if ! command -v debootstrap >/dev/null; then
+    echo 'Installing debootstrap ...'
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends debootstrap; } >/dev/null
+  fi
+
+  echo "Making a Debian 13 tree with RabbitMQ 4 in $tree (once, a few minutes) ..."
+  rm -rf "$tree.partial" && mkdir -p "$tree.partial"
+  # From the mirror that this system's own packages come from; debootstrap's default if apt names none.
+  # shellcheck disable=SC2016 # apt expands it
+  mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Component: main' 'Origin: Debian' 2>/dev/null | grep -v security | head -n 1 || true)
+  debootstrap --variant=minbase --include=rabbitmq-server trixie "$tree.partial" ${mirror:+"$mirror"} >"$tree.log" 2>&1 || {
+    tail -n 15 "$tree.log" >&2
+    echo "debootstrap failed; the whole log is in $tree.log" >&2
+    exit 1
+  }
+  mv "$tree.partial" "$tree"
+}
+
+main "$@"

@@ -1,0 +1,200 @@
+//! The broker and its moods: restarted, replaced, blocked, refusing, nacking. None of it reaches Prism.
+
+use serde_json::json;
+
+use crate::harness::{Node, Relay, Setup, Vhost, Wire, eventually};
+
+fn scan(number: u32) -> String {
+    json!({"eventType": "scan.processing.started", "payload": {"scanId": "s", "number": number}}).to_string()
+}
+
+/// One node for the tests that kill it, freeze it or starve it; they take turns.
+#[tokio::test]
+async fn a_node_that_is_killed_restarted_frozen_and_blocked() {
+    let node = Node::start().await;
+    let vhost = Vhost::new(&node).await;
+    let setup = Setup::new(&vhost.url()).set("broker.heartbeat", "1s").set("broker.confirm_timeout", "3s");
+    let relay = setup.start().await;
+    relay.post(scan(0)).await.expect(200);
+    assert_eq!(vhost.messages("prism.scan", 1).await[0].text(), scan(0));
+
+    // Killed in mid-flow, and back with its disk.
+    node.kill().await;
+    relay.post(scan(1)).await.expect(200);
+    node.start_again().await;
+    relay.post(scan(2)).await.expect(200);
+    let texts: Vec<_> = vhost.messages("prism.scan", 2).await.iter().map(|delivery| delivery.text()).collect();
+    assert_eq!(texts, [scan(1), scan(2)]);
+
+    // Frozen: the heartbeat or the deadline finds out, and nothing is lost.
+    node.freeze();
+    let id = relay.post(scan(3)).await.id();
+    eventually("the relay to find out", async || {
+        let status = relay.status().await;
+        if status["broker"]["connected"] == false { Ok(()) } else { Err(status) }
+    })
+    .await;
+    node.thaw();
+    assert_eq!(vhost.messages("prism.scan", 1).await[0].id(), id);
+    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    // What the frozen node had in its sockets may come out as a duplicate.
+    eventually("the duplicates to be over", async || {
+        let depth = vhost.depth("prism.scan").await as usize;
+        vhost.messages("prism.scan", depth).await;
+        if depth == 0 && relay.status().await["broker"]["connected"] == true { Ok(()) } else { Err(depth) }
+    })
+    .await;
+
+    // Blocked by an alarm: accepted, kept, published once after it; longer than the confirm deadline.
+    node.memory_alarm(true).await;
+    for number in 4..10 {
+        relay.post(scan(number)).await.expect(200);
+    }
+    eventually("the relay to learn that it is blocked", async || {
+        let status = relay.status().await;
+        if status["broker"]["blocked"].is_string() { Ok(()) } else { Err(status) }
+    })
+    .await;
+    assert_eq!(relay.metric("prism_relay_broker_blocked", &[]).await, 1.0);
+    let connects = relay.status().await["broker"]["connects"].clone();
+    // The deadline of 3 s passes in the time that an alarm takes.
+    let blocked_at = std::time::Instant::now();
+    eventually("the confirm deadline to pass", async || {
+        let elapsed = blocked_at.elapsed();
+        if elapsed.as_secs() >= 4 { Ok(()) } else { Err(format!("{elapsed:?}")) }
+    })
+    .await;
+    node.memory_alarm(false).await;
+    let texts: Vec<_> = vhost.messages("prism.scan", 6).await.iter().map(|delivery| delivery.text()).collect();
+    assert_eq!(texts, (4..10).map(scan).collect::<Vec<_>>());
+    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    assert_eq!(relay.status().await["broker"]["connects"], connects, "no new connection, so nothing twice");
+    vhost.assert_empty("prism.scan").await;
+}
+
+#[tokio::test]
+async fn a_broker_that_is_replaced_gets_its_topology_anew() {
+    let old = Vhost::new(Node::shared().await).await;
+    let new = Vhost::new(Node::shared().await).await;
+    let wire = Wire::new(old.address());
+    // One url that stops working, and one that leads to an empty broker.
+    let setup = Setup::new("unused").set("broker.urls", json!([old.url_through(&wire), new.url()]));
+    let mut wire = wire;
+    let relay = setup.start().await;
+    relay.post(scan(0)).await.expect(200);
+    assert_eq!(old.messages("prism.scan", 1).await[0].text(), scan(0));
+    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    wire.refuse().await;
+    wire.cut();
+    let id = relay.post(scan(1)).await.id();
+    assert_eq!(new.messages("prism.scan", 1).await[0].id(), id);
+}
+
+#[tokio::test]
+async fn an_exchange_that_is_deleted_is_declared_again() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let relay = Relay::start(&vhost).await;
+    relay.post(scan(0)).await.expect(200);
+    vhost.messages("prism.scan", 1).await;
+    vhost.delete_exchange("prism.events").await;
+    for number in 1..5 {
+        relay.post(scan(number)).await.expect(200);
+    }
+    let texts: Vec<_> = vhost.messages("prism.scan", 4).await.iter().map(|delivery| delivery.text()).collect();
+    assert_eq!(texts, (1..5).map(scan).collect::<Vec<_>>());
+    relay.eventually_metric("prism_relay_spool_parked_events", &[], 0.0).await;
+}
+
+#[tokio::test]
+async fn a_connection_that_an_operator_closes_comes_back() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let relay = Relay::start(&vhost).await;
+    eventually("the connection to be listed and closed", async || match vhost.close_connections().await {
+        0 => Err("none listed yet"),
+        _ => Ok(()),
+    })
+    .await;
+    relay.eventually_metric("prism_relay_broker_reconnects_total", &[], 1.0).await;
+    relay.eventually_logs("CONNECTION_FORCED").await;
+    relay.post(scan(1)).await.expect(200);
+    vhost.messages("prism.scan", 1).await;
+}
+
+#[tokio::test]
+async fn nacks_keep_the_event_until_the_queue_has_room() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let relay = Relay::start(&vhost).await;
+    relay.post(scan(0)).await.expect(200);
+    vhost.eventually_depth("prism.scan", 1).await;
+    vhost.set_policy("limit", "^prism.scan$", json!({"max-length": 1})).await;
+    eventually("the policy to be in force", async || {
+        let queue = vhost.queue("prism.scan").await.unwrap_or_default();
+        if queue["policy"] == "limit" { Ok(()) } else { Err(queue) }
+    })
+    .await;
+    let mut sent = 1;
+    eventually("a nack", async || {
+        relay.post(scan(sent)).await.expect(200);
+        sent += 1;
+        let nacked = relay.metric("prism_relay_publish_total", &[("outcome", "nacked")]).await;
+        if nacked > 0.0 { Ok(()) } else { Err(nacked) }
+    })
+    .await;
+    relay.eventually_logs("rejected a publish (nack)").await;
+    vhost.delete_policy("limit").await;
+    let texts: Vec<_> =
+        vhost.messages("prism.scan", sent as usize).await.iter().map(|delivery| delivery.text()).collect();
+    let mut sorted = texts.clone();
+    sorted.sort_by_key(|text| serde_json::from_str::<serde_json::Value>(text).unwrap()["payload"]["number"].as_u64());
+    assert_eq!(sorted, (0..sent).map(scan).collect::<Vec<_>>(), "each one once");
+    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+}
+
+#[tokio::test]
+async fn wrong_credentials_and_vhosts_are_told_and_do_not_stop_the_relay() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let wrong = [
+        (vhost.url_for("guest", "hunter2", vhost.address()), "wrong user, password or virtual host?"),
+        (vhost.url().replace(vhost.name(), "nowhere"), "wrong user, password or virtual host?"),
+        ("amqp://guest:guest@no-such-host.invalid/%2f".to_owned(), "cannot reach no-such-host.invalid:5672"),
+    ];
+    for (url, expected) in wrong {
+        let relay = Setup::new(&url).start().await;
+        relay.post(scan(1)).await.expect(200);
+        let line = relay.eventually_logs("not delivering").await;
+        assert!(line["error"].as_str().unwrap().contains(expected), "{line}");
+        assert!(!relay.log_text().contains("hunter2"));
+        let error = relay.status().await["broker"]["error"].clone();
+        assert!(error.as_str().unwrap().contains(expected), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_broker_that_says_nothing_is_given_up_in_time() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let wire = Wire::new(vhost.address());
+    wire.stall();
+    let setup = Setup::new(&vhost.url_through(&wire)).set("broker.connect_timeout", "200ms");
+    let relay = setup.start().await;
+    relay.post(scan(1)).await.expect(200);
+    relay.eventually_logs("no answer from").await;
+    // Each try takes its thread and its socket along when it ends.
+    eventually("several tries", async || {
+        let text = relay.log_text();
+        let tries = text.matches("no answer from").count();
+        if tries >= 5 { Ok(()) } else { Err(tries) }
+    })
+    .await;
+    let threads = || {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", relay.pid())).unwrap();
+        let name = |task: std::fs::DirEntry| std::fs::read_to_string(task.path().join("comm")).unwrap_or_default();
+        tasks.filter_map(Result::ok).map(name).filter(|name| name.starts_with("lapin")).count()
+    };
+    eventually("at most the threads of one try", async || {
+        let threads = threads();
+        if threads <= 2 { Ok(()) } else { Err(threads) }
+    })
+    .await;
+    wire.flow();
+    vhost.messages("prism.scan", 1).await;
+}

@@ -1,0 +1,201 @@
+//! The commands: what they print, and how they end.
+
+use serde_json::json;
+
+use crate::harness::{Node, Relay, Setup, Vhost, Wire, eventually};
+
+const NO_BROKER: &str = "amqp://guest:guest@127.0.0.1:1/%2f";
+
+#[tokio::test]
+async fn wrong_usage_and_configuration_end_with_64() {
+    let setup = Setup::new(NO_BROKER);
+    for arguments in [&["bogus"][..], &["serve", "--bogus"], &["send", "--count", "0"], &["send", "--rate", "-1"]] {
+        let ended = setup.run(arguments).await;
+        assert_eq!(ended.code, Some(64), "{arguments:?}: {}", ended.stderr);
+        assert!(ended.stderr.contains("For more information, try '--help'"), "{}", ended.stderr);
+    }
+    let setup =
+        Setup::new(NO_BROKER).set("http.listen", "here").set("spool.size", 1).set("signature.secrets", json!([]));
+    for command in ["serve", "check"] {
+        let ended = setup.run(&[command]).await;
+        assert_eq!(ended.code, Some(64));
+        for key in ["3 mistakes", "http.listen:", "spool.size: unknown key", "signature.secrets: is empty"] {
+            assert!(ended.stderr.contains(key), "{key:?} is missing in {}", ended.stderr);
+        }
+    }
+    let setup = Setup::new(NO_BROKER).env("PRISM_RELAY__HTTP__LISTEN", "there");
+    assert!(setup.run(&["check"]).await.stderr.contains("http.listen: \"there\""), "the environment wins");
+}
+
+#[tokio::test]
+async fn help_and_version_end_with_0_and_serve_is_the_default() {
+    let setup = Setup::new(NO_BROKER);
+    let help = setup.run(&["--help"]).await;
+    assert_eq!(help.code, Some(0));
+    for command in ["serve", "check", "send", "tail", "--config"] {
+        assert!(help.stdout.contains(command), "{}", help.stdout);
+    }
+    let version = setup.run(&["--version"]).await;
+    assert_eq!((version.code, version.stdout.trim()), (Some(0), concat!("prism-relay ", env!("CARGO_PKG_VERSION"))));
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let ended = Setup::new(NO_BROKER).set("http.listen", address.as_str()).run(&[]).await;
+    assert_eq!(ended.code, Some(1));
+    assert!(ended.stderr.contains(&format!("cannot listen on {address} (http.listen)")), "{}", ended.stderr);
+}
+
+#[tokio::test]
+async fn check_tells_good_from_bad_and_changes_nothing() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let setup = Setup::new(&vhost.url());
+    let before = setup.run(&["check"]).await;
+    assert_eq!(before.code, Some(0), "{}{}", before.stdout, before.stderr);
+    assert!(before.stdout.contains("does not exist yet; the relay will create it"), "{}", before.stdout);
+    assert!(
+        before.stdout.contains("will be created") && before.stdout.trim_end().ends_with("all is well"),
+        "{}",
+        before.stdout
+    );
+    assert!(!setup.spool().exists() && vhost.exchange("prism.events").await.is_none());
+
+    let relay = setup.start().await;
+    relay.eventually_metric("prism_relay_broker_connected", &[], 1.0).await;
+    relay.post(r#"{"eventType":"scan.a"}"#).await.expect(200);
+    let during = relay.run(&["check"]).await;
+    assert_eq!(during.code, Some(0), "{}", during.stdout);
+    for part in ["in use by a running relay", "queue prism.scan", "as configured", "logged in to amqp://guest@"] {
+        assert!(during.stdout.contains(part), "{part:?} is missing in {}", during.stdout);
+    }
+
+    let clash = Vhost::new(Node::shared().await).await;
+    clash.create_queue("prism.scan", json!({"x-queue-type": "classic"})).await;
+    let bad = Setup::new("unused").set("broker.urls", json!([clash.url(), NO_BROKER])).run(&["check"]).await;
+    assert_eq!(bad.code, Some(1));
+    for part in
+        ["WRONG queue prism.scan", "inequivalent arg", "WRONG broker 127.0.0.1:1 ", "2 of these need your attention"]
+    {
+        assert!(bad.stdout.contains(part), "{part:?} is missing in {}", bad.stdout);
+    }
+    let passive = Vhost::new(Node::shared().await).await;
+    let missing = Setup::new(&passive.url()).set("topology.declare", "passive").run(&["check"]).await;
+    assert_eq!(missing.code, Some(1));
+    assert!(missing.stdout.contains("does not exist, and topology.declare is passive"), "{}", missing.stdout);
+}
+
+#[tokio::test]
+async fn send_plays_prism_and_sums_up() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let relay = Relay::start(&vhost).await;
+    let six = relay.run(&["send", "--url", relay.url()]).await;
+    assert_eq!(six.code, Some(0), "{}{}", six.stdout, six.stderr);
+    vhost.messages("prism.scan", 3).await;
+    vhost.messages("prism.future_me", 3).await;
+    let summary: Vec<Vec<&str>> = six.stdout.lines().map(|line| line.split_whitespace().collect()).collect();
+    for line in [&["events", "6"][..], &["accepted", "6"], &["given", "up", "0"], &["answered", "200", "6"]] {
+        assert!(summary.iter().any(|found| found == line), "{line:?} is missing in {}", six.stdout);
+    }
+    assert!(six.stdout.contains("p50 (ms)") && six.stdout.contains("p99 (ms)") && six.stdout.contains("max (ms)"));
+
+    let many =
+        ["send", "--url", relay.url(), "--type", "scan.x", "--type", "other.y", "--count", "51", "--rate", "500"];
+    assert_eq!(relay.run(&many).await.code, Some(0));
+    let scans = vhost.messages("prism.scan", 26).await;
+    assert!(
+        scans.iter().all(|delivery| delivery.routing_key == "scan.x" && delivery.header("prism-verified") == "true")
+    );
+    vhost.messages("prism.unrouted", 25).await;
+
+    let body = relay.setup().file("body", b"\xff as it is");
+    let fixed = ["send", "--url", relay.url(), "--body", body.to_str().unwrap()];
+    assert_eq!(relay.run(&fixed).await.code, Some(0));
+    assert_eq!(vhost.messages("prism.unrouted", 1).await[0].body, b"\xff as it is");
+}
+
+#[tokio::test]
+async fn send_retries_as_prism_does_and_gives_up() {
+    // Nobody listens at first: the first two tries fail at once, the third comes after five seconds.
+    let relay = Setup::new(NO_BROKER).start().await;
+    let wire = Wire::new(relay.address());
+    let mut wire = wire;
+    wire.refuse().await;
+    let url = format!("http://{}/webhooks/prism", wire.address());
+    let program = relay.setup().launch(&["send", "--url", &url, "--count", "1", "--type", "scan.a"]);
+    let mut program = program;
+    relay.eventually_metric("prism_relay_webhooks_total", &[], 0.0).await;
+    wire.accept();
+    let ended = program.wait().await;
+    assert_eq!(ended.code, Some(0), "{}{}", ended.stdout, ended.stderr);
+    assert!(ended.stdout.contains("requests"), "{}", ended.stdout);
+
+    let refused = relay.run(&["send", "--url", relay.url(), "--unsigned", "--no-retry"]).await;
+    assert_eq!(refused.code, Some(1));
+    let lines: Vec<Vec<&str>> = refused.stdout.lines().map(|line| line.split_whitespace().collect()).collect();
+    assert!(
+        lines.contains(&vec!["given", "up", "6"]) && lines.contains(&vec!["answered", "401", "6"]),
+        "{}",
+        refused.stdout
+    );
+
+    let no_secret = Setup::new(NO_BROKER).set("signature.secrets", json!([])).run(&["send", "--url", &url]).await;
+    assert_eq!(no_secret.code, Some(64));
+    assert!(no_secret.stderr.contains("--unsigned"), "{}", no_secret.stderr);
+}
+
+#[tokio::test]
+async fn tail_prints_what_passes_and_takes_nothing() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let relay = Relay::start(&vhost).await;
+    relay.eventually_metric("prism_relay_broker_connected", &[], 1.0).await;
+    let mut all = relay.setup().launch(&["tail", "--json", "--count", "3"]);
+    let mut scans = relay.setup().launch(&["tail", "scan.*", "--count", "1"]);
+    eventually("both to listen", async || {
+        let queues: Vec<_> =
+            vhost.bindings().await.into_iter().filter(|(_, queue, _)| queue.starts_with("amq.gen")).collect();
+        // Two bindings like the work queues', one to the unrouted, and the default one; for each of the two.
+        if queues.iter().filter(|(exchange, _, _)| !exchange.is_empty()).count() == 6 {
+            Ok(())
+        } else {
+            Err(queues.len())
+        }
+    })
+    .await;
+    let unknown = relay.post(r#"{"eventType":"new.kind","payload":{"userToken":"hush"}}"#).await.id();
+    let deep = relay.post(r#"{"eventType":"scan.processing.started","payload":{"scanId":"s"}}"#).await.id();
+    let flat = relay
+        .post("{\"eventType\":\"scan.flat\",\"payload\":{\"scanId\":\"\\u001b[31m\",\"state\":\"READY\"}}")
+        .await
+        .id();
+    let printed = all.wait().await;
+    assert_eq!(printed.code, Some(0), "{}", printed.stderr);
+    let lines: Vec<serde_json::Value> =
+        printed.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let mut ids: Vec<_> = lines.iter().map(|line| line["id"].as_str().unwrap()).collect();
+    ids.sort();
+    let mut expected = [unknown.as_str(), &deep, &flat];
+    expected.sort();
+    assert_eq!(ids, expected);
+    let line = lines.iter().find(|line| line["key"] == "scan.processing.started").unwrap();
+    assert_eq!((&line["subject"], &line["verified"]), (&json!("scan:s"), &json!(true)));
+    assert!(!printed.stdout.contains("hush"));
+    let printed = scans.wait().await;
+    assert!(printed.stdout.contains("scan.flat") && printed.stdout.contains("READY") && printed.stdout.contains(&flat));
+    assert!(!printed.stdout.contains('\x1b') && printed.stdout.lines().count() == 1, "{:?}", printed.stdout);
+    // The unknown one has still reached prism.unrouted: a listener must not make it look routed.
+    assert_eq!(vhost.messages("prism.unrouted", 1).await[0].id(), unknown);
+    assert_eq!(vhost.messages("prism.scan", 2).await.len(), 2);
+}
+
+#[tokio::test]
+async fn tail_can_work_like_a_worker_and_says_what_is_missing() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let relay = Relay::start(&vhost).await;
+    let id = relay.post(r#"{"eventType":"scan.a","payload":{"scanId":"1"}}"#).await.id();
+    vhost.eventually_depth("prism.scan", 1).await;
+    let worked = relay.run(&["tail", "--queue", "prism.scan", "--count", "1"]).await;
+    assert!(worked.code == Some(0) && worked.stdout.contains(&id), "{worked:?}");
+    vhost.assert_empty("prism.scan").await;
+    let missing = relay.run(&["tail", "--queue", "nothing"]).await;
+    assert!(missing.code == Some(1) && missing.stderr.contains("no queue 'nothing'"), "{missing:?}");
+    let unreachable = Setup::new(NO_BROKER).run(&["tail"]).await;
+    assert!(unreachable.code == Some(1) && unreachable.stderr.contains("cannot reach 127.0.0.1:1"), "{unreachable:?}");
+}

@@ -1,0 +1,92 @@
+//! The rules of the house, kept by a test: who may import whom, a doc on top of every file, and what we ship parses.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+fn sources(folder: &Path, into: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            sources(&path, into);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            into.push(path);
+        }
+    }
+}
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn all() -> Vec<(String, String)> {
+    let mut paths = Vec::new();
+    for folder in ["src", "tests"] {
+        sources(&root().join(folder), &mut paths);
+    }
+    let name = |path: &Path| path.strip_prefix(root()).unwrap().display().to_string();
+    paths.iter().map(|path| (name(path), fs::read_to_string(path).unwrap())).collect()
+}
+
+#[test]
+fn every_file_says_what_it_is() {
+    for (name, text) in all() {
+        assert!(text.starts_with("//! "), "{name} has no module doc");
+    }
+}
+
+#[test]
+fn imports_meet_only_at_the_spool() {
+    // (these modules, may not name those)
+    let rules: [(&str, &[&str]); 8] = [
+        ("src/ingress", &["publisher", "topology", "lapin"]),
+        ("src/publisher", &["ingress", "hyper", "server"]),
+        ("src/spool", &["ingress", "publisher", "topology", "hyper", "lapin", "server"]),
+        ("src/signature.rs", &["ingress", "spool", "publisher", "hyper", "lapin", "config", "event"]),
+        ("src/event.rs", &["ingress", "spool", "publisher", "hyper", "lapin", "config"]),
+        ("src/server.rs", &["ingress", "spool", "publisher", "lapin", "config", "event"]),
+        ("src/topology", &["ingress", "spool", "publisher", "hyper"]),
+        ("src/backoff.rs", &["crate"]),
+    ];
+    for (name, text) in all() {
+        for (module, forbidden) in rules.iter().filter(|(module, _)| name.starts_with(module)) {
+            let code = text.lines().filter(|line| !line.trim_start().starts_with("//"));
+            for line in code {
+                for other in *forbidden {
+                    let names = [format!("crate::{other}"), format!("use {other}::"), format!(" {other}::")];
+                    assert!(
+                        !names.iter().any(|other| line.contains(other)),
+                        "{name} of {module} names {other}: {line}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn no_test_is_switched_off_and_nothing_is_left_undone() {
+    for (name, text) in all().into_iter().filter(|(name, _)| !name.ends_with("house_rules.rs")) {
+        for mark in ["todo!(", "unimplemented!(", "dbg!(", "TODO", "FIXME"] {
+            assert!(!text.contains(mark), "{mark} in {name}");
+        }
+    }
+}
+
+#[test]
+fn functions_fit_on_a_screen() {
+    for (name, text) in all().into_iter().filter(|(name, _)| name.starts_with("src/")) {
+        let mut start = None;
+        for (number, line) in text.lines().enumerate() {
+            let indent = line.len() - line.trim_start().len();
+            let is_function = line.contains("fn ") && line.trim_end().ends_with('{');
+            match start {
+                None if is_function => start = Some((number, indent)),
+                Some((first, depth)) if indent == depth && line.trim_end() == "    ".repeat(depth / 4) + "}" => {
+                    assert!(number - first < 75, "{name}:{} has {} lines", first + 1, number - first + 1);
+                    start = None;
+                }
+                _ => {}
+            }
+        }
+    }
+}
