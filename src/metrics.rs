@@ -19,7 +19,7 @@ const COMMIT_EVENTS: [f64; 11] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 2
 const METADATA: Metadata<'static> = Metadata::new(module_path!(), Level::INFO, None);
 
 const WEBHOOKS: &str = "prism_relay_webhooks_total";
-const WEBHOOKS_HELP: &str = "Requests to the webhook path, by outcome and, if they were refused, by reason.";
+const WEBHOOKS_HELP: &str = "Requests to the public listener, by outcome and, if they were refused, by reason.";
 
 /// Every metric, grouped by the part of the relay that it tells about.
 pub struct Metrics {
@@ -96,7 +96,9 @@ impl Metrics {
 
     /// Counts a webhook that was not accepted. `reason` is the `code` of the answer.
     pub fn webhook_refused(&self, reason: &'static str) {
-        counter(&self.recorder, WEBHOOKS, WEBHOOKS_HELP, &[("outcome", "refused"), ("reason", reason)]).increment(1);
+        self.recorder
+            .register_counter(&key(WEBHOOKS, &[("outcome", "refused"), ("reason", reason)]), &METADATA)
+            .increment(1);
     }
 
     /// The Prometheus text format.

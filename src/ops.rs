@@ -15,11 +15,12 @@ use tokio_util::sync::CancellationToken;
 use tracing::error;
 
 use crate::config;
-use crate::ingress::readiness;
+use crate::ingress::{blocker, readiness};
 use crate::metrics::Metrics;
 use crate::publisher::{BrokerState, Status};
 use crate::server::{BindError, Limits, Server};
-use crate::spool::{AppendError, ReadError, Spool};
+use crate::spool::{ReadError, Spool};
+use crate::telemetry::chain;
 
 /// Operators and their scrapers are few, and patient.
 const LIMITS: Limits =
@@ -118,31 +119,30 @@ impl Desk {
         }
         let answer = match request.uri().path() {
             "/livez" => Ok(text(StatusCode::OK, "alive\n")),
-            "/readyz" => Ok(readiness(self.blocker())),
-            "/metrics" => self.metrics().await,
+            "/readyz" => Ok(readiness(&self.spool, &self.draining)),
+            "/metrics" => Ok(self.metrics().await),
             "/api/status" => self.status().await,
             _ => Ok(text(StatusCode::NOT_FOUND, "there are /livez, /readyz, /metrics and /api/status\n")),
         };
         answer.unwrap_or_else(|error| {
-            error!(error = %error, cause = ?std::error::Error::source(&error), "cannot report");
+            error!(error = chain(&error), "cannot report");
             text(StatusCode::INTERNAL_SERVER_ERROR, "cannot read the spool\n")
         })
     }
 
-    fn blocker(&self) -> Option<AppendError> {
-        if self.draining.is_cancelled() { Some(AppendError::Closed) } else { self.spool.blocker() }
-    }
-
-    async fn metrics(&self) -> Result<Response<Full<Bytes>>, ReadError> {
+    async fn metrics(&self) -> Response<Full<Bytes>> {
         let (ledger, broker) = (self.spool.gauges().ledger(), self.broker.snapshot());
         let metrics = &self.metrics;
         metrics.spool.events.set(ledger.pending as f64);
         metrics.spool.bytes.set(ledger.bytes as f64);
         metrics.spool.parked_events.set(ledger.parked as f64);
-        metrics.spool.oldest_age.set(self.oldest_age().await?.unwrap_or(0.0));
+        // Metrics are needed most when the spool is sick.
+        if let Ok(age) = self.oldest_age().await {
+            metrics.spool.oldest_age.set(age.unwrap_or(0.0));
+        }
         metrics.broker.connected.set(f64::from(u8::from(broker.connected)));
         metrics.broker.blocked.set(f64::from(u8::from(broker.blocked.is_some())));
-        Ok(response(StatusCode::OK, METRICS_TYPE, metrics.render()))
+        response(StatusCode::OK, METRICS_TYPE, metrics.render())
     }
 
     async fn status(&self) -> Result<Response<Full<Bytes>>, ReadError> {
@@ -152,7 +152,7 @@ impl Desk {
             version: env!("CARGO_PKG_VERSION"),
             started_at,
             uptime_seconds: started.elapsed().as_secs(),
-            ready: self.blocker().is_none(),
+            ready: blocker(&self.spool, &self.draining).is_none(),
             draining: self.draining.is_cancelled(),
             spool: SpoolReport {
                 accepted: ledger.accepted,

@@ -22,6 +22,9 @@ use crate::spool::{OpenError, Spool, WriterEnd};
 /// How often the histograms' raw samples are folded into buckets.
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
 
+/// How long the last commit may take after the grace.
+const WRITER_PATIENCE: Duration = Duration::from_secs(1);
+
 /// Why the relay could not start, or had to stop.
 #[derive(Debug, Error)]
 pub enum RelayError {
@@ -82,7 +85,8 @@ async fn start(config: Config, stops: &Stops) -> Result<Tasks, RelayError> {
     let (spool, spool_writer) = Spool::open(&config.spool, &config.dedupe, Arc::clone(&metrics))?;
     let verifier = Verifier::new(&config.signature.secrets, config.signature.required, config.signature.tolerance);
     let path = config.http.path.clone();
-    let ingress = Ingress::bind(config.http, verifier, spool.clone(), Arc::clone(&metrics)).await?;
+    let ingress =
+        Ingress::bind(config.http, verifier, spool.clone(), Arc::clone(&metrics), stops.ingress.clone()).await?;
     let publisher = Publisher::new(spool.clone(), config.broker, &config.topology, Arc::clone(&metrics));
     let ops =
         Ops::bind(&config.ops, spool.clone(), publisher.status(), Arc::clone(&metrics), stops.ingress.clone()).await?;
@@ -96,7 +100,7 @@ async fn start(config: Config, stops: &Stops) -> Result<Tasks, RelayError> {
         "accepting webhooks"
     );
     Ok(Tasks {
-        ingress: tokio::spawn(ingress.run(stops.ingress.clone())),
+        ingress: tokio::spawn(ingress.run()),
         publisher: tokio::spawn(publisher.run(stops.publisher.clone())),
         ops: tokio::spawn(ops.run(CancellationToken::new())),
         upkeep: tokio::spawn(upkeep(metrics)),
@@ -140,7 +144,8 @@ impl Tasks {
         // Requests get half of the grace, so that slow senders do not take the deliveries' share. Whoever comes later on
         // an open connection is told to come back.
         stops.ingress.cancel();
-        if timeout_at(begun + (deadline - begun) / 2, &mut ingress).await.is_err() {
+        let served = timeout_at(begun + (deadline - begun) / 2, &mut ingress).await;
+        if served.is_err() {
             warn!("half of the grace is over: requests that are still under way are answered 503");
         }
         spool.close();
@@ -154,15 +159,16 @@ impl Tasks {
             task.abort();
         }
         let pending = spool.gauges().ledger().pending;
-        // The writer ends once nobody can send to it any more, and leaves a closed file.
-        spool.flush().await;
         drop(spool);
-        let _ = timeout_at(deadline + Duration::from_secs(1), spool_writer).await;
+        // The writer ends once nobody can send to it any more, and leaves a closed file. A sick disk is not waited for.
+        let written = timeout_at(deadline + WRITER_PATIENCE, spool_writer).await;
         info!(pending, "stopped");
-        match published {
-            Ok(Ok(Err(error))) => Err(RelayError::Publisher(error)),
-            Ok(Err(_)) => Err(RelayError::Died("publisher")),
-            Ok(Ok(Ok(()))) | Err(_) => Ok(()),
+        match (served, published, written) {
+            (_, Ok(Ok(Err(error))), _) => Err(RelayError::Publisher(error)),
+            (_, Ok(Err(_)), _) => Err(RelayError::Died("publisher")),
+            (Ok(Err(_)), _, _) => Err(RelayError::Died("public listener")),
+            (_, _, Ok(Err(_))) => Err(RelayError::Died("spool writer")),
+            (Ok(Ok(())) | Err(_), Ok(Ok(Ok(()))) | Err(_), Ok(Ok(())) | Err(_)) => Ok(()),
         }
     }
 }

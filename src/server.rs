@@ -11,9 +11,10 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::Full;
-use hyper::body::Incoming;
+use hyper::body::{Body, Incoming};
+use hyper::header::{CONTENT_LENGTH, HeaderValue};
 use hyper::service::service_fn;
-use hyper::{Request, Response};
+use hyper::{Method, Request, Response};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use hyper_util::server::graceful::GracefulShutdown;
@@ -95,9 +96,13 @@ impl Server {
                 () = shutdown.cancelled() => break,
             };
             let handler = handler.clone();
-            let service = service_fn(move |request| {
+            let service = service_fn(move |request: Request<Incoming>| {
+                let head = request.method() == Method::HEAD;
                 let response = handler(request, peer);
-                async move { Ok::<_, Infallible>(response.await) }
+                async move {
+                    let response = response.await;
+                    Ok::<_, Infallible>(if head { without_body(response) } else { response })
+                }
             });
             let connection =
                 protocol.serve_connection(TokioIo::new(with_timeouts(stream, limits.silence_timeout)), service);
@@ -132,6 +137,14 @@ fn protocol(limits: &Limits) -> auto::Builder<TokioExecutor> {
         .keep_alive_interval(limits.header_timeout)
         .keep_alive_timeout(limits.header_timeout);
     builder
+}
+
+/// The answer to HEAD (RFC 9110, section 9.3.2). hyper leaves the body out by itself only in HTTP/1.
+fn without_body(response: Response<Full<Bytes>>) -> Response<Full<Bytes>> {
+    let length = response.body().size_hint().lower();
+    let mut response = response.map(|_| Full::default());
+    response.headers_mut().insert(CONTENT_LENGTH, HeaderValue::from(length));
+    response
 }
 
 type Stream = std::pin::Pin<Box<TimeoutStream<TcpStream>>>;

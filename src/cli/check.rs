@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
-use super::{Failure, chain};
+use super::Failure;
 use crate::config::{BrokerUrl, Config, Declare};
 use crate::publisher::Link;
 use crate::spool::{Inspection, inspect};
+use crate::telemetry::chain;
 use crate::topology::{Comparison, Plan, compare};
 
 /// For one answer of the broker.
@@ -105,8 +106,9 @@ async fn check_topology(config: &Config, link: &Link, url: &BrokerUrl, table: &m
     let plan = Plan::new(&config.topology, &config.broker.exchange);
     for entity in plan.entities() {
         let what = entity.to_string();
-        match tokio::time::timeout(ANSWER_TIMEOUT, compare(&link.connection, entity)).await {
+        match tokio::time::timeout(ANSWER_TIMEOUT, compare(&link.connection, entity, config.topology.declare)).await {
             Ok(Ok(Comparison::Same)) => table.good(&what, "as configured"),
+            Ok(Ok(Comparison::Present)) => table.good(&what, "exists"),
             Ok(Ok(Comparison::Absent)) if config.topology.declare == Declare::Active => {
                 table.good(&what, "does not exist yet; the relay will create it");
             }

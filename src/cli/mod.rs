@@ -8,10 +8,11 @@ use std::error::Error;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::{Parser, Subcommand};
 use thiserror::Error;
 
 use crate::config::{Config, ConfigError, Purpose};
+use crate::telemetry::chain;
 use crate::{relay, telemetry};
 
 /// EX_USAGE of sysexits.h: a service manager should not try again.
@@ -96,11 +97,10 @@ fn execute(arguments: Arguments) -> Result<(), Failure> {
         Command::Serve | Command::Check => Purpose::Serve,
         Command::Send(_) | Command::Tail(_) => Purpose::Client,
     };
-    let environment =
-        std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
+    let environment = environment()?;
     let config = Config::load(arguments.config.as_deref(), environment, purpose)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Failure::new)?;
-    runtime.block_on(async {
+    let outcome = runtime.block_on(async {
         match command {
             Command::Serve => {
                 telemetry::init(&config.log);
@@ -110,24 +110,19 @@ fn execute(arguments: Arguments) -> Result<(), Failure> {
             Command::Send(options) => send::run(&config, options).await,
             Command::Tail(options) => tail::run(&config, options).await,
         }
+    });
+    // Not waiting for threads that hang in a name look-up or on a sick disk: what matters has been waited for.
+    runtime.shutdown_background();
+    outcome
+}
+
+/// The variables that concern us. One that is not UTF-8 is a mistake, not a missing one.
+fn environment() -> Result<Vec<(String, String)>, Failure> {
+    let ours = std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value)));
+    let ours = ours.filter(|(name, _)| name.starts_with("PRISM_RELAY__"));
+    ours.map(|(name, value)| match value.into_string() {
+        Ok(value) => Ok((name, value)),
+        Err(_) => Err(Failure::Usage(format!("the environment variable {name} is not UTF-8"))),
     })
-}
-
-/// An error and all its causes in one line, each said once.
-fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text = format!("{text}: {cause_text}");
-        }
-        source = cause.source();
-    }
-    text
-}
-
-/// The definition of the command line, for tests and generated documentation.
-pub fn definition() -> clap::Command {
-    Arguments::command()
+    .collect()
 }

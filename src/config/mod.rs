@@ -1,6 +1,6 @@
 //! What the code may assume: every value here has been read, bounded and checked against the others.
 //!
-//! [`Config::load`] merges the layers (see [`raw`]), reads every key, and reports all mistakes at once, each with its
+//! [`Config::load`] merges the layers (in `raw`), reads every key, and reports all mistakes at once, each with its
 //! key. Nobody else reads a file or the environment.
 
 mod broker_url;
@@ -41,6 +41,8 @@ pub struct Http {
     /// Starts with `/`.
     pub path: String,
     pub body_bytes_max: usize,
+    /// Not below `body_bytes_max`.
+    pub buffer_bytes_max: usize,
     pub header_timeout: Duration,
     pub body_timeout: Duration,
     /// At least 1.
@@ -87,9 +89,8 @@ pub struct Broker {
     pub exchange: String,
     /// At least 1.
     pub window: usize,
-    /// Not below `heartbeat`.
+    /// Not below the heartbeat, which is in the urls.
     pub confirm_timeout: Duration,
-    pub heartbeat_seconds: u16,
     pub connect_timeout: Duration,
     pub reconnect_min: Duration,
     pub reconnect_max: Duration,
@@ -204,10 +205,16 @@ impl Config {
 
 impl Http {
     fn read(raw: &mut Raw) -> Self {
+        let body_bytes_max = raw.bytes("http.body_bytes_max", 1..=128 * MIB);
+        let buffer_bytes_max = raw.bytes("http.buffer_bytes_max", 1..=MIB * MIB);
+        if buffer_bytes_max < body_bytes_max {
+            raw.mistake("http.buffer_bytes_max", "is below http.body_bytes_max, so the largest body would never fit");
+        }
         Self {
             listen: raw.read("http.listen", address).unwrap_or(UNSPECIFIED),
             path: raw.read("http.path", webhook_path).unwrap_or_default(),
-            body_bytes_max: raw.bytes("http.body_bytes_max", 1..=128 * MIB) as usize,
+            body_bytes_max: body_bytes_max as usize,
+            buffer_bytes_max: buffer_bytes_max as usize,
             header_timeout: raw.duration("http.header_timeout", MILLISECOND..=HOUR),
             body_timeout: raw.duration("http.body_timeout", MILLISECOND..=HOUR),
             connections_max: raw.number("http.connections_max", 1..=1_000_000),
@@ -297,7 +304,6 @@ impl Broker {
             exchange: raw.read("broker.exchange", exchange_name).unwrap_or_default(),
             window: raw.number("broker.window", 1..=65_535),
             confirm_timeout,
-            heartbeat_seconds,
             connect_timeout: raw.duration("broker.connect_timeout", MILLISECOND..=HOUR),
             reconnect_min,
             reconnect_max,

@@ -35,7 +35,10 @@ fn the_defaults_are_those_of_the_contract() {
     assert_eq!((config.dedupe.window, config.dedupe.entries_max), (120 * SECOND, 100_000));
     assert_eq!(config.broker.urls[0].to_string(), "amqp://guest@127.0.0.1:5672/%2f");
     assert_eq!((config.broker.exchange.as_str(), config.broker.window), ("prism.events", 1000));
-    assert_eq!((config.broker.confirm_timeout, config.broker.heartbeat_seconds), (30 * SECOND, 10));
+    assert_eq!(
+        (config.broker.confirm_timeout, config.broker.urls[0].expose().query.heartbeat),
+        (30 * SECOND, Some(10))
+    );
     assert_eq!((config.broker.reconnect_min, config.broker.reconnect_max), (100 * MILLISECOND, 15 * SECOND));
     assert_eq!(config.topology.declare, Declare::Active);
     assert_eq!(config.topology.queues[1].bindings, ["body_shape_prediction.#"]);

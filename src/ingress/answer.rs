@@ -5,10 +5,11 @@ use http_body_util::Full;
 use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
 use hyper::{Response, StatusCode};
 use serde::Serialize;
+use tokio_util::sync::CancellationToken;
 
 use crate::event::NotAnEnvelope;
 use crate::signature::Rejection;
-use crate::spool::{AppendError, Receipt};
+use crate::spool::{AppendError, Receipt, Spool};
 
 /// Seconds after which a sender may try again. Prism's own retries come after 0, 5 and 30 s.
 const RETRY_AFTER_SECONDS: HeaderValue = HeaderValue::from_static("5");
@@ -129,9 +130,15 @@ pub fn accepted(receipt: &Receipt) -> Response<Full<Bytes>> {
     json(StatusCode::OK, "application/json", &body)
 }
 
-/// Whether webhooks can be answered 200 at the moment, for load balancers and orchestrators.
-pub fn readiness(blocker: Option<AppendError>) -> Response<Full<Bytes>> {
-    match blocker {
+/// Why a webhook could not be answered 200 right now. A relay on its way out still takes what is under way, but sends
+/// newcomers elsewhere.
+pub fn blocker(spool: &Spool, draining: &CancellationToken) -> Option<AppendError> {
+    if draining.is_cancelled() { Some(AppendError::Closed) } else { spool.blocker() }
+}
+
+/// The same for load balancers and orchestrators.
+pub fn readiness(spool: &Spool, draining: &CancellationToken) -> Response<Full<Bytes>> {
+    match blocker(spool, draining) {
         None => json(StatusCode::OK, "application/json", &serde_json::json!({ "ready": true })),
         Some(reason) => Refusal::NotStored(reason).response(),
     }

@@ -2,25 +2,27 @@
 //! never waits for it.
 
 mod answer;
+mod body;
 mod notices;
 mod source;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use bytes::{Bytes, BytesMut};
-use http_body_util::{BodyExt, Full};
-use hyper::body::{Body, Incoming};
-use hyper::header::{EXPECT, HeaderMap};
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper::header::HeaderMap;
 use hyper::http::request::Parts;
 use hyper::{Method, Request, Response};
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
-pub use answer::readiness;
 use answer::{Refusal, accepted};
+pub use answer::{blocker, readiness};
+use body::{Inbound, Memory};
 use notices::Notices;
 
 use crate::config;
@@ -33,9 +35,6 @@ use crate::spool::{Receipt, Spool};
 /// Answers like `/readyz`, on the public listener, for load balancers.
 pub const HEALTH_PATH: &str = "/healthz";
 
-/// How much of a refused body is still read, so that the sender gets to see the answer instead of a reset.
-const DISCARD_BYTES_MAX: usize = 1024 * 1024;
-
 /// The public listener, bound but not yet serving.
 pub struct Ingress {
     server: Server,
@@ -43,11 +42,13 @@ pub struct Ingress {
 }
 
 impl Ingress {
+    /// `draining` is cancelled when the relay begins to stop.
     pub async fn bind(
         http: config::Http,
         verifier: Verifier,
         spool: Spool,
         metrics: Arc<Metrics>,
+        draining: CancellationToken,
     ) -> Result<Self, BindError> {
         let limits = Limits {
             connections_max: http.connections_max,
@@ -56,21 +57,26 @@ impl Ingress {
             silence_timeout: http.header_timeout + http.body_timeout,
         };
         let server = Server::bind(http.listen, "http.listen", limits).await?;
-        Ok(Self { server, desk: Desk { http, verifier, spool, metrics, notices: Notices::default() } })
+        let memory = Memory::new(http.buffer_bytes_max);
+        Ok(Self {
+            server,
+            desk: Desk { http, verifier, spool, metrics, memory, draining, notices: Notices::default() },
+        })
     }
 
     pub fn address(&self) -> std::io::Result<SocketAddr> {
         self.server.address()
     }
 
-    /// Serves until `shutdown` and then finishes the requests under way.
-    pub async fn run(self, shutdown: CancellationToken) {
+    /// Serves until `draining`, and then finishes the requests under way.
+    pub async fn run(self) {
         let desk = Arc::new(self.desk);
+        let draining = desk.draining.clone();
         let handler = move |request, peer| {
             let desk = Arc::clone(&desk);
             async move { desk.answer(request, peer).await }
         };
-        self.server.run(handler, shutdown).await;
+        self.server.run(handler, draining).await;
     }
 }
 
@@ -80,50 +86,55 @@ struct Desk {
     verifier: Verifier,
     spool: Spool,
     metrics: Arc<Metrics>,
+    memory: Memory,
+    draining: CancellationToken,
     notices: Notices,
 }
 
 impl Desk {
     async fn answer(&self, request: Request<Incoming>, peer: SocketAddr) -> Response<Full<Bytes>> {
         let started = Instant::now();
-        let (parts, mut body) = request.into_parts();
+        let (parts, body) = request.into_parts();
+        let mut body = Inbound::new(body, &parts.headers, self.http.body_timeout);
         if parts.uri.path() == HEALTH_PATH {
             return match parts.method {
-                Method::GET | Method::HEAD => readiness(self.spool.blocker()),
+                Method::GET | Method::HEAD => readiness(&self.spool, &self.draining),
                 _ => Refusal::MethodNotAllowed("GET, HEAD").response(),
             };
         }
-        match self.receive(&parts, &mut body, peer).await {
-            Ok(receipt) => {
-                let count =
-                    if receipt.duplicate { &self.metrics.webhooks.duplicate } else { &self.metrics.webhooks.accepted };
-                count.increment(1);
-                self.metrics.webhooks.ack_duration.record(started.elapsed());
-                accepted(&receipt)
-            }
-            Err(refusal) => {
-                self.metrics.webhook_refused(refusal.code());
-                self.notices.refused(&refusal, peer);
-                discard(&parts, body, self.http.body_timeout);
-                refusal.response()
-            }
+        let refusal = match self.admit(&parts, body.declared(), peer) {
+            Ok(()) => match self.receive(&parts.headers, &mut body).await {
+                Ok(receipt) => return self.acknowledge(&receipt, started),
+                Err(refusal) => refusal,
+            },
+            Err(refusal) => refusal,
+        };
+        self.metrics.webhook_refused(refusal.code());
+        self.notices.refused(&refusal, peer);
+        if !matches!(refusal, Refusal::TimedOut) {
+            body.discard();
         }
+        refusal.response()
     }
 
-    async fn receive(&self, parts: &Parts, body: &mut Incoming, peer: SocketAddr) -> Result<Receipt, Refusal> {
-        self.admit(parts, body, peer)?;
-        let limit = self.http.body_bytes_max;
-        let body =
-            tokio::time::timeout(self.http.body_timeout, read(body, limit)).await.map_err(|_| Refusal::TimedOut)??;
+    fn acknowledge(&self, receipt: &Receipt, started: Instant) -> Response<Full<Bytes>> {
+        let webhooks = &self.metrics.webhooks;
+        let count = if receipt.duplicate { &webhooks.duplicate } else { &webhooks.accepted };
+        count.increment(1);
+        webhooks.ack_duration.record(started.elapsed());
+        accepted(receipt)
+    }
+
+    async fn receive(&self, headers: &HeaderMap, body: &mut Inbound) -> Result<Receipt, Refusal> {
+        // The share of the memory is held until the answer: until then the body may be in it.
+        let (body, _share) = body.read(self.http.body_bytes_max, &self.memory).await?;
 
         let now = Timestamp::now();
-        let (timestamp, signature) =
-            (header(&parts.headers, TIMESTAMP_HEADER), header(&parts.headers, SIGNATURE_HEADER));
+        let (timestamp, signature) = (header(headers, TIMESTAMP_HEADER), header(headers, SIGNATURE_HEADER));
         let verified = self.verifier.verify(timestamp, signature, body, now).map_err(Refusal::Unauthenticated)?;
         must_be_believable(&verified)?;
 
-        let trace =
-            TraceContext::from_headers(header(&parts.headers, "traceparent"), header(&parts.headers, "tracestate"));
+        let trace = TraceContext::from_headers(header(headers, "traceparent"), header(headers, "tracestate"));
         let event = Event::new(verified, trace, now);
         let receipt = self.spool.append(event).await.map_err(Refusal::NotStored)?;
         debug!(id = %receipt.id, duplicate = receipt.duplicate, "accepted");
@@ -131,20 +142,21 @@ impl Desk {
     }
 
     /// Everything that can be said without the body.
-    fn admit(&self, parts: &Parts, body: &Incoming, peer: SocketAddr) -> Result<(), Refusal> {
+    fn admit(&self, parts: &Parts, declared: u64, peer: SocketAddr) -> Result<(), Refusal> {
         if parts.uri.path() != self.http.path {
             return Err(Refusal::NotFound);
         }
         if parts.method != Method::POST {
             return Err(Refusal::MethodNotAllowed("POST"));
         }
-        let forwarded_for = parts.headers.get_all("x-forwarded-for").iter().filter_map(|line| line.to_str().ok());
+        // A line that is no text is a hop that nobody can read, not one that is not there.
+        let forwarded_for = parts.headers.get_all("x-forwarded-for").iter().map(|line| line.to_str().unwrap_or("?"));
         let forwarded_for: Vec<&str> = forwarded_for.collect();
         let client = source::client(peer.ip(), forwarded_for.into_iter(), &self.http.trusted_proxies);
         if !self.http.allowed_sources.is_empty() && !source::contains(&self.http.allowed_sources, client) {
             return Err(Refusal::SourceNotAllowed);
         }
-        if body.size_hint().lower() > self.http.body_bytes_max as u64 {
+        if declared > self.http.body_bytes_max as u64 {
             return Err(Refusal::TooLarge(self.http.body_bytes_max));
         }
         Ok(())
@@ -157,45 +169,6 @@ fn must_be_believable(body: &Accepted<Bytes>) -> Result<(), Refusal> {
         return Ok(());
     }
     Envelope::parse(body.body()).map(|_| ()).map_err(Refusal::NotAnEnvelope)
-}
-
-/// The whole body. Most arrive in one piece, which is passed on without copying.
-async fn read(body: &mut Incoming, limit: usize) -> Result<Bytes, Refusal> {
-    let mut first = Bytes::new();
-    let mut whole = BytesMut::new();
-    while let Some(frame) = body.frame().await {
-        let frame = frame.map_err(|error| Refusal::Unreadable(error.to_string()))?;
-        // Trailers carry nothing that counts.
-        let Ok(data) = frame.into_data() else { continue };
-        if first.len().max(whole.len()) + data.len() > limit {
-            return Err(Refusal::TooLarge(limit));
-        }
-        if first.is_empty() && whole.is_empty() {
-            first = data;
-        } else {
-            if whole.is_empty() {
-                whole.extend_from_slice(&first);
-            }
-            whole.extend_from_slice(&data);
-        }
-    }
-    Ok(if whole.is_empty() { first } else { whole.freeze() })
-}
-
-/// Reads on for a while, beside the answer. A connection that is closed with unread data in it is reset, and the
-/// sender would see that instead of the answer. One that waits to be told to send (Expect) is better not asked.
-fn discard(parts: &Parts, mut body: Incoming, deadline: Duration) {
-    if body.is_end_stream() || parts.headers.contains_key(EXPECT) {
-        return;
-    }
-    // It ends by itself, and nothing depends on it.
-    tokio::spawn(tokio::time::timeout(deadline, async move {
-        let mut rest = DISCARD_BYTES_MAX;
-        while let Some(Ok(frame)) = body.frame().await {
-            let Some(left) = rest.checked_sub(frame.data_ref().map_or(0, Bytes::len)) else { break };
-            rest = left;
-        }
-    }));
 }
 
 fn header<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a [u8]> {

@@ -12,6 +12,7 @@ mod session;
 mod status;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use thiserror::Error;
 use tokio_util::sync::CancellationToken;
@@ -24,6 +25,7 @@ use crate::backoff::Backoff;
 use crate::config;
 use crate::metrics::Metrics;
 use crate::spool::{ReadError, Spool};
+use crate::telemetry::chain;
 use crate::topology::{self, Plan, TopologyError};
 use session::{Careful, Session};
 
@@ -34,12 +36,12 @@ pub enum PublisherError {
     Connect(#[from] ConnectError),
     #[error(transparent)]
     Topology(#[from] TopologyError),
-    #[error("the broker does not open a channel in time")]
-    Channel,
+    #[error("the broker did not open a channel and declare the topology within {0:?}")]
+    SetUpTimeout(Duration),
     #[error("the connection was lost: {0}")]
     Lost(String),
     #[error("the broker did not confirm a publish within {0:?}")]
-    ConfirmTimeout(std::time::Duration),
+    ConfirmTimeout(Duration),
     #[error("the broker rejected a publish (nack): is a queue at its limit?")]
     Nacked,
     #[error("the broker refuses a message: {0}")]
@@ -72,8 +74,9 @@ impl Publisher {
     pub async fn run(self, drain: CancellationToken) -> Result<(), PublisherError> {
         let mut backoff = Backoff::new(self.broker.reconnect_min, self.broker.reconnect_max);
         let mut careful = Careful::default();
-        let mut last_error = String::new();
-        for url in self.broker.urls.iter().cycle() {
+        // Of each url: what was last said about it.
+        let mut told = vec![String::new(); self.broker.urls.len()];
+        for (index, url) in self.broker.urls.iter().enumerate().cycle() {
             let error = match self.deliver_to(url, &mut careful, &drain).await {
                 (_, Ok(())) => return Ok(()),
                 (_, Err(PublisherError::Spool(error))) => return Err(error.into()),
@@ -81,19 +84,20 @@ impl Publisher {
                     // A nack comes at once, however well the connection works.
                     if progress && !matches!(error, PublisherError::Nacked) {
                         backoff.reset();
-                        last_error.clear();
+                        told[index].clear();
                     }
                     error
                 }
             };
             let delay = backoff.next(fastrand::f64());
-            let text = error.to_string();
-            // A broker that is away for hours is worth one line, not one for each try.
-            if text == last_error {
-                debug!(%url, error = %text, ?delay, "still no broker");
+            let text = chain(&error);
+            // A broker that is away for hours is worth one line, not one for each try. A message that it refuses has been
+            // told of already.
+            if text == told[index] || matches!(error, PublisherError::Poison(_)) {
+                debug!(%url, error = %text, ?delay, "still not delivering");
             } else {
                 warn!(%url, error = %text, ?delay, pending = self.spool.gauges().ledger().pending, "not delivering; events are kept on disk");
-                last_error.clone_from(&text);
+                told[index].clone_from(&text);
             }
             self.status.disconnected(text);
             tokio::select! {
@@ -116,7 +120,7 @@ impl Publisher {
             let setup = self.set_up(&link);
             let channel = tokio::time::timeout(self.broker.connect_timeout, setup)
                 .await
-                .map_err(|_| PublisherError::Channel)??;
+                .map_err(|_| PublisherError::SetUpTimeout(self.broker.connect_timeout))??;
             Ok((link, channel))
         };
         let (link, channel) = tokio::select! {

@@ -2,14 +2,16 @@
 //!
 //! Three rules keep promise 3, "leaves only when delivered":
 //!
-//! - A confirmed event is settled only once no return can be about it any more. lapin hands a return to whichever
-//!   confirm completes next, which may be another event's, but always one that completes no later. So each batch of
-//!   confirmed events is followed through the queue of futures by a marker: when the marker comes out, everything that
-//!   had completed before it has been seen.
-//! - Once a return has been seen, nothing is published or settled until every publish in flight has its outcome.
+//! - A confirmed event is settled only once no return can be about it any more. The broker sends a return before the
+//!   event's own confirm, but lapin hands it to whichever confirm completes next: so when an event's confirm completes,
+//!   either its return has been handed out before, or this very confirm carries some return. Each batch of confirmed events is
+//!   therefore followed through the queue of futures, which is first in, first out, by a marker: when the marker comes
+//!   out, everything that had completed before it has been seen, and a return among it is known.
+//! - Once a return has been seen, nothing is published or settled until every publish in flight has its outcome: by then
+//!   every return has been handed out.
 //! - A confirm that does not come in time ends the session: some never come.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
 use std::task::Poll;
@@ -20,7 +22,8 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 use jiff::Timestamp;
 use lapin::options::BasicPublishOptions;
 use lapin::{Channel, Event as LapinEvent};
-use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 use uuid::Uuid;
@@ -33,22 +36,28 @@ use crate::spool::{Batch, ReadError, Settlement, Stored};
 /// How often deadlines and parked events are looked at.
 const TICK: Duration = Duration::from_millis(250);
 
-/// Once the wire is cut lapin fails everything in flight at once; this is for the case that it does not.
+/// Once the wire is cut, lapin fails everything in flight at once; this is for the case that it does not.
 const WIND_UP_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Parked events tried in one go, one by one.
 const PARKED_AT_A_TIME: usize = 100;
 
+/// Bodies in memory at most, read ahead and in flight. One event is always allowed, however large.
+const BODY_BYTES_MAX: usize = 16 * 1024 * 1024;
+
 /// An event that has closed the channel this often, alone each time, is to blame for it.
 const STRIKES: u32 = 2;
 
-/// After the broker closed the channel over one of many messages: publish one by one until the culprit is known.
+/// What outlives a session: after the broker has closed the channel over one of many messages, events are published one
+/// by one until the culprit is known.
 #[derive(Debug, Default)]
 pub(super) struct Careful {
     /// The last event that may be the culprit.
     until: u64,
     /// The event that was alone in flight when the channel was closed, and how often.
     suspect: Option<(u64, u32)>,
+    /// When parked events were last tried. One that takes the channel down again ends the round.
+    parked_tried_at: Option<Instant>,
 }
 
 /// What comes out of the queue of futures.
@@ -59,10 +68,11 @@ enum Completion {
 }
 
 type Publishing = Pin<Box<dyn Future<Output = Completion> + Send>>;
-type Reading = Pin<Box<dyn Future<Output = Result<Batch, ReadError>> + Send>>;
+type Reading = JoinHandle<Result<Batch, ReadError>>;
 
 struct Flight {
     id: Uuid,
+    bytes: usize,
     accepted_ms: i64,
     published_at: Instant,
 }
@@ -80,15 +90,16 @@ pub(super) struct Session<'a> {
     careful: &'a mut Careful,
 
     /// Read from the spool and not yet published.
-    ahead: std::collections::VecDeque<Stored>,
+    ahead: VecDeque<Stored>,
+    /// Of the bodies in `ahead` and in `flights`.
+    body_bytes: usize,
     /// The last event read.
     cursor: u64,
     reading: Option<Reading>,
     /// Nothing after the cursor when it was last looked at.
     exhausted: bool,
     /// Parked events, to be tried one by one while nothing else is in flight.
-    parked: std::collections::VecDeque<Stored>,
-    parked_looked_at: Instant,
+    parked: VecDeque<Stored>,
     trying_parked: Option<u64>,
 
     completions: FuturesUnordered<Publishing>,
@@ -113,13 +124,12 @@ impl<'a> Session<'a> {
             link,
             channel,
             careful,
-            ahead: Default::default(),
+            ahead: VecDeque::new(),
+            body_bytes: 0,
             cursor: 0,
             reading: None,
             exhausted: false,
-            parked: Default::default(),
-            // Whatever kept them from being taken may be gone with the last connection.
-            parked_looked_at: now - publisher.broker.parked_retry,
+            parked: VecDeque::new(),
             trying_parked: None,
             completions: FuturesUnordered::new(),
             flights: BTreeMap::new(),
@@ -139,21 +149,27 @@ impl<'a> Session<'a> {
         // What an earlier session has settled must be gone before the spool is read anew.
         self.publisher.spool.flush().await;
         let end = self.work(drain).await;
-        if let Err(cause) = &end {
+        if !self.completions.is_empty() {
             self.wind_up().await;
-            self.learn_from(cause).await;
         }
+        let refused = match &end {
+            Err(PublisherError::Poison(reason)) => self.learn_from(reason).await,
+            _ => 0,
+        };
+        self.publisher.metrics.publish.lost.increment(self.flights.len() as u64 - refused);
         self.publisher.status.set_in_flight(0);
         (self.progress, end)
     }
 
     async fn work(&mut self, drain: &CancellationToken) -> Result<(), PublisherError> {
         let mut events = Box::pin(self.link.connection.events_listener());
-        let mut ticks = interval(TICK);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let spool = self.publisher.spool.clone();
-        let mut draining = false;
+        let (mut draining, mut ticked_at) = (false, Instant::now());
         loop {
+            if ticked_at.elapsed() >= TICK {
+                ticked_at = Instant::now();
+                self.tick(draining).await?;
+            }
             if !draining && drain.is_cancelled() {
                 draining = true;
                 // A last look at everything that came in before; parked events can wait for the next start.
@@ -187,7 +203,7 @@ impl<'a> Session<'a> {
                 Some(event) = events.next() => self.heed(event)?,
                 () = spool.committed().notified(), if self.exhausted => self.exhausted = false,
                 () = drain.cancelled(), if !draining => {}
-                _ = ticks.tick() => self.tick(draining).await?,
+                () = tokio::time::sleep(TICK) => {}
             }
         }
     }
@@ -204,7 +220,7 @@ impl<'a> Session<'a> {
     /// Publishes what may be published now, and reads ahead.
     async fn fill(&mut self) {
         if self.may_publish() && !self.parked.is_empty() {
-            // Alone, because such an event may take the channel down with it.
+            // Alone, because such an event may take the channel down with it: what is in flight is awaited first.
             if self.completions.is_empty()
                 && let Some(stored) = self.parked.pop_front()
             {
@@ -225,9 +241,10 @@ impl<'a> Session<'a> {
             let stored = self.ahead.pop_front().expect("there is a front");
             self.publish(stored).await;
         }
-        if self.reading.is_none() && !self.exhausted && self.ahead.len() < self.publisher.broker.window / 2 + 1 {
+        let hungry = self.ahead.len() <= self.publisher.broker.window / 2 && self.body_bytes < BODY_BYTES_MAX;
+        if hungry && self.reading.is_none() && !self.exhausted {
             let (spool, cursor, limit) = (self.publisher.spool.clone(), self.cursor, self.publisher.broker.window);
-            self.reading = Some(Box::pin(async move { spool.pending_after(cursor, limit).await }));
+            self.reading = Some(tokio::spawn(async move { spool.pending_after(cursor, limit).await }));
         }
         self.publisher.status.set_in_flight(self.flights.len());
     }
@@ -237,6 +254,7 @@ impl<'a> Session<'a> {
         if let Some(last) = batch.events.last() {
             self.cursor = last.seq;
         }
+        self.body_bytes += batch.events.iter().map(|stored| stored.event.body.len()).sum::<usize>();
         self.ahead.extend(batch.events);
     }
 
@@ -244,7 +262,8 @@ impl<'a> Session<'a> {
     /// so that is done here, in the order of the events; the rest of the way can be polled in any order.
     async fn publish(&mut self, stored: Stored) {
         let Stored { seq, event } = stored;
-        let flight = Flight { id: event.id, accepted_ms: event.accepted_ms, published_at: Instant::now() };
+        let bytes = event.body.len();
+        let flight = Flight { id: event.id, bytes, accepted_ms: event.accepted_ms, published_at: Instant::now() };
         self.flights.insert(seq, flight);
         let (channel, exchange) = (self.channel.clone(), self.publisher.broker.exchange.as_str().into());
         let mut publishing: Publishing = Box::pin(async move {
@@ -265,7 +284,7 @@ impl<'a> Session<'a> {
 
     async fn complete(&mut self, completion: Completion) -> Result<(), PublisherError> {
         match completion {
-            Completion::Published(seq, outcome) => return self.note(seq, outcome),
+            Completion::Published(seq, outcome) => self.note(seq, outcome)?,
             Completion::Marker(confirmed) if self.returned.is_empty() => self.settle(confirmed).await,
             Completion::Marker(confirmed) => self.held.extend(confirmed),
         }
@@ -279,7 +298,7 @@ impl<'a> Session<'a> {
         let metrics = &self.publisher.metrics;
         let returned = match outcome {
             Outcome::Acked(returned) => {
-                if let Some(flight) = self.flights.remove(&seq) {
+                if let Some(flight) = self.land(seq) {
                     metrics.publish.confirmed.increment(1);
                     metrics.publish.delivery_lag.record(age(flight.accepted_ms));
                     self.confirmed.push(Confirmed { seq, id: flight.id });
@@ -290,7 +309,7 @@ impl<'a> Session<'a> {
             Outcome::Nacked(returned) => {
                 // It stays in the spool; the order is kept by starting again from the oldest. A parked one has time.
                 metrics.publish.nacked.increment(1);
-                self.flights.remove(&seq);
+                self.land(seq);
                 self.nacked = self.trying_parked != Some(seq);
                 returned
             }
@@ -310,6 +329,16 @@ impl<'a> Session<'a> {
             }
         }
         Ok(())
+    }
+
+    /// Its outcome is known.
+    fn land(&mut self, seq: u64) -> Option<Flight> {
+        let flight = self.flights.remove(&seq)?;
+        // A parked event was not read ahead, and not counted.
+        if self.trying_parked != Some(seq) {
+            self.body_bytes -= flight.bytes;
+        }
+        Some(flight)
     }
 
     /// Sends the newly confirmed events through the queue of completions. See the module's first rule.
@@ -383,14 +412,16 @@ impl<'a> Session<'a> {
 
     async fn look_at_parked(&mut self) -> Result<(), ReadError> {
         let retry = self.publisher.broker.parked_retry;
-        let due = self.parked_looked_at.elapsed() >= retry;
+        let due = self.careful.parked_tried_at.is_none_or(|at| at.elapsed() >= retry);
         if !due || !self.parked.is_empty() || self.publisher.spool.gauges().ledger().parked == 0 {
             return Ok(());
         }
+        // The last round's tries have to be on record, or they would be read once more.
+        self.publisher.spool.flush().await;
         let before = Timestamp::now().as_millisecond() - i64::try_from(retry.as_millis()).unwrap_or(i64::MAX);
         let parked = self.publisher.spool.parked_before(before, PARKED_AT_A_TIME).await?;
         if parked.len() < PARKED_AT_A_TIME {
-            self.parked_looked_at = Instant::now();
+            self.careful.parked_tried_at = Some(Instant::now());
         }
         self.parked.extend(parked);
         Ok(())
@@ -410,20 +441,29 @@ impl<'a> Session<'a> {
                 }
             }
         };
-        if timeout(WIND_UP_TIMEOUT, rest).await.is_ok() {
+        let complete = timeout(WIND_UP_TIMEOUT, rest).await.is_ok();
+        // With a publish that has no outcome, a return may still be in lapin's hands: better twice than never.
+        if complete && (self.returned.is_empty() || self.flights.is_empty()) {
             self.held.append(&mut self.confirmed);
             self.settle_held().await;
         }
-        self.publisher.metrics.publish.lost.increment(self.flights.len() as u64);
     }
 
-    /// Finds out which event makes the broker close the channel, over as many sessions as it takes.
-    async fn learn_from(&mut self, cause: &PublisherError) {
-        let PublisherError::Poison(reason) = cause else { return };
+    /// The broker has closed the channel over a message: finds out which one, over as many sessions as it takes. Returns
+    /// how many events it has parked.
+    async fn learn_from(&mut self, reason: &str) -> u64 {
+        if let Some(seq) = self.trying_parked {
+            // As before. The connection is not to blame, so the next one need not wait; the other parked events do.
+            debug!(seq, reason, "the broker still refuses this event");
+            self.careful.parked_tried_at = Some(Instant::now());
+            self.progress = true;
+            return 0;
+        }
         let lone = (self.flights.len() == 1).then(|| self.flights.first_key_value()).flatten();
         let Some((&seq, flight)) = lone else {
+            info!(reason, "the broker refuses a message: publishing one by one until it is known which");
             self.careful.until = self.flights.last_key_value().map_or(self.careful.until, |(last, _)| *last);
-            return;
+            return 0;
         };
         let strikes = match self.careful.suspect {
             Some((suspect, strikes)) if suspect == seq => strikes + 1,
@@ -431,19 +471,28 @@ impl<'a> Session<'a> {
         };
         self.careful.suspect = Some((seq, strikes));
         self.careful.until = self.careful.until.max(seq);
-        if strikes >= STRIKES || self.trying_parked == Some(seq) {
-            warn!(id = %flight.id, seq, reason, "the broker refuses this event: parked");
-            self.publisher.metrics.publish.refused.increment(1);
-            self.careful.suspect = None;
-            let parked = Settlement::Parked { seq, reason: format!("refused: {reason}") };
-            self.publisher.spool.settle(vec![parked]).await;
+        if strikes < STRIKES {
+            return 0;
         }
+        warn!(id = %flight.id, seq, reason, "the broker refuses this event: parked");
+        self.publisher.metrics.publish.refused.increment(1);
+        self.careful.suspect = None;
+        let parked = Settlement::Parked { seq, reason: format!("refused: {reason}") };
+        self.publisher.spool.settle(vec![parked]).await;
+        1
     }
 }
 
 async fn next_batch(reading: &mut Option<Reading>) -> Option<Result<Batch, ReadError>> {
     match reading {
-        Some(reading) => Some(reading.await),
+        Some(reading) => match reading.await {
+            Ok(batch) => Some(batch),
+            Err(ended) => match ended.try_into_panic() {
+                Ok(panic) => std::panic::resume_unwind(panic),
+                // The runtime is being shut down, and we with it.
+                Err(_) => std::future::pending().await,
+            },
+        },
         None => None,
     }
 }

@@ -11,8 +11,8 @@ mod store;
 mod writer;
 
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use thiserror::Error;
 use tokio::sync::{Notify, mpsc, oneshot};
@@ -46,6 +46,8 @@ pub enum OpenError {
     Sqlite { path: PathBuf, source: rusqlite::Error },
     #[error("{path} is an SQLite file, but not a spool of prism-relay")]
     Foreign { path: PathBuf },
+    #[error("{path} is on a file system without shared memory, such as NFS; a spool needs a local disk")]
+    NoWal { path: PathBuf },
     #[error("{path} was written by a newer prism-relay (format {found}, this one knows {known})")]
     Newer { path: PathBuf, found: i64, known: i64 },
 }
@@ -101,59 +103,28 @@ pub enum Settlement {
     Tried(u64),
 }
 
-/// What the last commit left behind, readable at any time without waiting.
+/// What the last commit left behind, readable at any time without waiting for the disk.
 #[derive(Debug)]
 pub struct Gauges {
-    pending: AtomicU64,
-    parked: AtomicU64,
-    bytes: AtomicU64,
-    accepted: AtomicU64,
-    confirmed: AtomicU64,
-    removed: AtomicU64,
-    duplicates: AtomicU64,
+    ledger: Mutex<Ledger>,
     writable: AtomicBool,
 }
 
 impl Gauges {
-    fn new(ledger: &Ledger) -> Self {
-        let gauges = Self {
-            pending: AtomicU64::new(0),
-            parked: AtomicU64::new(0),
-            bytes: AtomicU64::new(0),
-            accepted: AtomicU64::new(0),
-            confirmed: AtomicU64::new(0),
-            removed: AtomicU64::new(0),
-            duplicates: AtomicU64::new(0),
-            writable: AtomicBool::new(true),
-        };
-        gauges.publish(ledger);
-        gauges
+    fn new(ledger: Ledger) -> Self {
+        Self { ledger: Mutex::new(ledger), writable: AtomicBool::new(true) }
     }
 
     fn publish(&self, ledger: &Ledger) {
-        self.pending.store(ledger.pending, Ordering::Relaxed);
-        self.parked.store(ledger.parked, Ordering::Relaxed);
-        self.bytes.store(ledger.bytes, Ordering::Relaxed);
-        self.accepted.store(ledger.accepted, Ordering::Relaxed);
-        self.confirmed.store(ledger.confirmed, Ordering::Relaxed);
-        self.removed.store(ledger.removed, Ordering::Relaxed);
-        self.duplicates.store(ledger.duplicates, Ordering::Relaxed);
+        *self.ledger.lock().unwrap_or_else(PoisonError::into_inner) = *ledger;
     }
 
     /// The ledger after the last commit.
     pub fn ledger(&self) -> Ledger {
-        Ledger {
-            accepted: self.accepted.load(Ordering::Relaxed),
-            confirmed: self.confirmed.load(Ordering::Relaxed),
-            pending: self.pending.load(Ordering::Relaxed),
-            parked: self.parked.load(Ordering::Relaxed),
-            removed: self.removed.load(Ordering::Relaxed),
-            duplicates: self.duplicates.load(Ordering::Relaxed),
-            bytes: self.bytes.load(Ordering::Relaxed),
-        }
+        *self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether the last commit went well.
+    /// Whether the disk takes writes, as far as is known.
     pub fn writable(&self) -> bool {
         self.writable.load(Ordering::Relaxed)
     }
@@ -182,7 +153,7 @@ impl Spool {
     ) -> Result<(Self, WriterEnd), OpenError> {
         let store = Store::open(&spool.path, spool.durability)?;
         let sqlite = |source| OpenError::Sqlite { path: spool.path.clone(), source };
-        let gauges = Arc::new(Gauges::new(&store.ledger().map_err(sqlite)?));
+        let gauges = Arc::new(Gauges::new(store.ledger().map_err(sqlite)?));
         let reader = Reader::open(&spool.path).map_err(sqlite)?;
         let committed = Arc::new(Notify::new());
         let (inbox, commands) = mpsc::channel(INBOX_CAPACITY);

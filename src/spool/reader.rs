@@ -40,7 +40,11 @@ impl Reader {
         });
         match answer.await {
             Ok(result) => Ok(result?),
-            Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+            Err(ended) => match ended.try_into_panic() {
+                Ok(panic) => std::panic::resume_unwind(panic),
+                // The runtime is being shut down, and we with it.
+                Err(_) => std::future::pending().await,
+            },
         }
     }
 }

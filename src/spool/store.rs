@@ -84,9 +84,12 @@ impl Store {
             return Err(OpenError::Newer { path: path.to_owned(), found, known: FORMAT });
         }
         // fullfsync: without it, macOS does not wait for the disk. No effect elsewhere.
-        connection
-            .execute_batch("PRAGMA journal_mode = WAL; PRAGMA fullfsync = ON; PRAGMA checkpoint_fullfsync = ON;")
-            .map_err(sqlite)?;
+        connection.execute_batch("PRAGMA fullfsync = ON; PRAGMA checkpoint_fullfsync = ON;").map_err(sqlite)?;
+        // SQLite answers with the mode that it is in, which stays another one on a file system that cannot share memory.
+        let mode: String = connection.query_row("PRAGMA journal_mode = WAL", [], |row| row.get(0)).map_err(sqlite)?;
+        if mode != "wal" {
+            return Err(OpenError::NoWal { path: path.to_owned() });
+        }
         let mut store = Self { connection, durability, synced: false, _lock: lock };
         store.set_synced(true).map_err(sqlite)?;
         if empty {
@@ -118,6 +121,13 @@ impl Store {
 
     pub fn rollback(&self) -> Result<()> {
         if self.connection.is_autocommit() { Ok(()) } else { self.run("ROLLBACK") }
+    }
+
+    /// Copies the write-ahead log into the file, syncs the file, and empties the log.
+    pub fn start_log_anew(&mut self) -> Result<()> {
+        self.set_synced(true)?;
+        let busy: bool = self.connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get(0))?;
+        if busy { Err(rusqlite::Error::ExecuteReturnedResults) } else { Ok(()) }
     }
 
     pub fn write_ledger(&self, ledger: &Ledger) -> Result<()> {
@@ -227,16 +237,14 @@ impl Store {
 }
 
 fn create_folder(path: &Path) -> io::Result<()> {
-    match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() && !folder.exists() => {
-            fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
-            // The new folder's own entry has to survive a power loss, too.
-            sync_folder(folder)
-        }
-        _ => Ok(()),
-    }
+    let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) else { return Ok(()) };
+    let new: Vec<&Path> = folder.ancestors().take_while(|folder| !folder.exists()).collect();
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
+    // The entries of the new folders have to survive a power loss, too.
+    new.into_iter().try_for_each(sync_folder)
 }
 
+/// Syncs the folder that holds `path`.
 fn sync_folder(path: &Path) -> io::Result<()> {
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     File::open(parent)?.sync_all()
@@ -276,7 +284,7 @@ fn lock(path: &Path) -> Result<File, OpenError> {
         .mode(0o600)
         .open(&lock_path)
         .map_err(io)?;
-    match file.try_lock() {
+    match try_lock(&file) {
         Ok(()) => {
             // Only a help for people: the lock itself is what counts.
             let written =
@@ -294,4 +302,15 @@ fn lock(path: &Path) -> Result<File, OpenError> {
         }
         Err(TryLockError::Error(source)) => Err(io(source)),
     }
+}
+
+/// Tries for a moment: `check` holds the lock for an instant when it asks whether somebody has it.
+fn try_lock(file: &File) -> Result<(), TryLockError> {
+    for _ in 0..10 {
+        match file.try_lock() {
+            Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(20)),
+            outcome => return outcome,
+        }
+    }
+    file.try_lock()
 }

@@ -45,6 +45,8 @@ pub(super) struct Writer {
     window: Window,
     /// What a failed commit still owes to the file.
     settlements: Vec<Settlement>,
+    /// A commit has failed, and the file has not been mended since.
+    suspect: bool,
     gauges: Arc<Gauges>,
     committed: Arc<Notify>,
     metrics: Arc<Metrics>,
@@ -71,19 +73,19 @@ impl Writer {
         if window.is_on() {
             window.load(store.seen(dedupe.entries_max)?, Timestamp::now().as_millisecond(), Instant::now());
         }
-        Ok(Self { store, max_bytes, window, settlements: Vec::new(), gauges, committed, metrics })
+        Ok(Self { store, max_bytes, window, settlements: Vec::new(), suspect: false, gauges, committed, metrics })
     }
 
     /// Runs until every sender of commands is gone.
     pub fn run(mut self, mut commands: mpsc::Receiver<Command>, runtime: &Handle) {
         loop {
-            let first = if self.gauges.writable() {
+            let first = if !self.suspect {
                 commands.blocking_recv()
             } else {
                 match runtime.block_on(async { tokio::time::timeout(PROBE_EVERY, commands.recv()).await }) {
                     Ok(first) => first,
                     Err(_) => {
-                        self.probe();
+                        self.mend();
                         continue;
                     }
                 }
@@ -108,6 +110,12 @@ impl Writer {
                 Command::Flush(reply) => flushes.push(reply),
             }
         }
+        if self.suspect && !self.mend() {
+            for (_, _, reply) in appends.drain(..) {
+                // A sender that has hung up does not want to know.
+                let _ = reply.send(Err(AppendError::Unavailable));
+            }
+        }
         let started = Instant::now();
         let durable = !appends.is_empty();
         match self.transact(appends, durable) {
@@ -119,17 +127,16 @@ impl Writer {
                     self.committed.notify_one();
                 }
                 for (reply, result) in outcome.replies {
-                    // A sender that has hung up does not want to know.
                     let _ = reply.send(result);
                 }
             }
             Err((replies, cause)) => {
                 self.failed(&cause);
+                // Before the answers: none of these events may come back in a crash.
+                self.mend();
                 for reply in replies {
                     let _ = reply.send(Err(AppendError::Unavailable));
                 }
-                // What the failed commit has left in the WAL must not come back in a crash: write over it.
-                self.probe();
             }
         }
         for reply in flushes {
@@ -208,24 +215,35 @@ impl Writer {
         Ok(Ok(Receipt { id: event.id, duplicate: false }))
     }
 
-    /// Writes something small, to see whether writing works.
-    fn probe(&mut self) {
-        match self.transact(Vec::new(), true) {
-            Ok(outcome) => self.succeeded(&outcome.ledger),
-            Err((_, cause)) => self.failed(&cause),
+    /// After a failed commit nobody knows which pages of the write-ahead log have reached the disk: Linux forgets a
+    /// failed fsync once it has told of it. So the log is carried over into the file and begun anew, and only then are
+    /// events taken again. Returns whether that worked.
+    fn mend(&mut self) -> bool {
+        let mended = self.store.start_log_anew().map_err(|cause| (Vec::new(), cause));
+        match mended.and_then(|()| self.transact(Vec::new(), true)) {
+            Ok(outcome) => {
+                self.succeeded(&outcome.ledger);
+                self.suspect = false;
+                if !self.gauges.writable.swap(true, Ordering::Relaxed) {
+                    info!("the spool can be written again");
+                }
+                true
+            }
+            Err((_, cause)) => {
+                self.failed(&cause);
+                false
+            }
         }
     }
 
     fn succeeded(&mut self, ledger: &Ledger) {
         self.settlements.clear();
         self.gauges.publish(ledger);
-        if !self.gauges.writable.swap(true, Ordering::Relaxed) {
-            info!("the spool can be written again");
-        }
     }
 
     /// Says so once, not with each commit.
-    fn failed(&self, cause: &rusqlite::Error) {
+    fn failed(&mut self, cause: &rusqlite::Error) {
+        self.suspect = true;
         if self.gauges.writable.swap(false, Ordering::Relaxed) {
             error!(error = %cause, "the spool cannot be written: webhooks are answered 503 until it can");
         }

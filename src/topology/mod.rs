@@ -66,15 +66,18 @@ pub async fn establish(connection: &Connection, plan: &Plan, declare: Declare) -
 #[derive(Debug)]
 pub enum Comparison {
     Same,
+    /// It exists, and that is all that a passive relay asks for.
+    Present,
     Absent,
     Differs(TopologyError),
 }
 
-/// Compares without creating anything. AMQP cannot tell about bindings.
-pub async fn compare(connection: &Connection, entity: &Entity) -> Result<Comparison, lapin::Error> {
+/// Compares without creating anything, as far as `declare` makes it matter. AMQP cannot tell about bindings.
+pub async fn compare(connection: &Connection, entity: &Entity, declare: Declare) -> Result<Comparison, lapin::Error> {
     match look(connection, entity).await {
         Ok(Found::No) => return Ok(Comparison::Absent),
         Ok(Found::Refused(error)) => return Ok(Comparison::Differs(error)),
+        Ok(Found::Yes) if declare != Declare::Active => return Ok(Comparison::Present),
         Ok(Found::Yes) => {}
         Err(TopologyError::Connection(error)) => return Err(error),
         Err(error) => return Ok(Comparison::Differs(error)),

@@ -80,6 +80,9 @@ async fn check_tells_good_from_bad_and_changes_nothing() {
     let missing = Setup::new(&passive.url()).set("topology.declare", "passive").run(&["check"]).await;
     assert_eq!(missing.code, Some(1));
     assert!(missing.stdout.contains("does not exist, and topology.declare is passive"), "{}", missing.stdout);
+    // Other properties are the operator's business there.
+    let owned = Setup::new(&clash.url()).set("topology.declare", "passive").run(&["check"]).await;
+    assert!(owned.stdout.contains("ok    queue prism.scan                   exists"), "{}", owned.stdout);
 }
 
 #[tokio::test]

@@ -1,11 +1,13 @@
 //! Events that the broker does not take: kept, counted, in nobody's way, and released when the cause is gone.
 
+use std::collections::HashSet;
+
 use serde_json::json;
 
-use crate::harness::{Node, Setup, Vhost, eventually};
+use crate::harness::{Node, Setup, Vhost, Wire, eventually};
 
-fn event(event_type: &str, filler: usize) -> String {
-    json!({"eventType": event_type, "payload": {"scanId": "s", "filler": "x".repeat(filler)}}).to_string()
+fn event(event_type: &str) -> String {
+    json!({"eventType": event_type, "payload": {"scanId": "s"}}).to_string()
 }
 
 #[tokio::test]
@@ -19,10 +21,10 @@ async fn an_event_without_a_queue_is_parked_and_released_when_there_is_one() {
     let relay = setup.start().await;
     let mut expected = Vec::new();
     for number in 0..30 {
-        let known = event(&format!("scan.n{number}"), 0);
+        let known = event(&format!("scan.n{number}"));
         relay.post(&known).await.expect(200);
         expected.push(known);
-        relay.post(event(&format!("other.n{number}"), 0)).await.expect(200);
+        relay.post(event(&format!("other.n{number}"))).await.expect(200);
     }
     let texts: Vec<_> = vhost.messages("prism.scan", 30).await.iter().map(|delivery| delivery.text()).collect();
     assert_eq!(texts, expected, "the others are not held up");
@@ -49,24 +51,33 @@ async fn an_event_without_a_queue_is_parked_and_released_when_there_is_one() {
     relay.eventually_metric("prism_relay_spool_parked_events", &[], 0.0).await;
 }
 
+/// A user who may publish to `prism.events` by these keys only (a regular expression). For any other the broker closes
+/// the channel with 403, as it does with 406 for a message that is too large.
+async fn user_with_topic_permission(node: &Node, vhost: &Vhost, keys: &str) -> String {
+    let user = format!("user{}", uuid::Uuid::now_v7().simple());
+    node.create_user(&user, "password").await;
+    vhost.permit(&user, ".*", ".*", ".*").await;
+    permit_topics(node, vhost, &user, keys).await;
+    user
+}
+
+async fn permit_topics(node: &Node, vhost: &Vhost, user: &str, keys: &str) {
+    let permission = json!({"exchange": "prism.events", "write": keys, "read": ".*"});
+    node.management().put(&format!("topic-permissions/{}/{user}", vhost.name()), permission).await;
+}
+
 #[tokio::test]
 async fn a_message_that_closes_the_channel_is_found_and_parked() {
     let node = Node::shared().await;
     let vhost = Vhost::new(node).await;
-    // A topic permission: this user may publish everything but one key. The broker closes the channel for it (403).
-    let user = format!("user{}", uuid::Uuid::now_v7().simple());
-    node.create_user(&user, "password").await;
-    vhost.permit(&user, ".*", ".*", ".*").await;
-    let permission = json!({"exchange": "prism.events", "write": "^(?!scan\\.poison).*", "read": ".*"});
-    let path = format!("topic-permissions/{}/{user}", vhost.name());
-    node.management().put(&path, permission).await;
-    let mut wire = crate::harness::Wire::new(vhost.address());
+    let user = user_with_topic_permission(node, &vhost, "^(?!scan\\.poison).*").await;
+    let mut wire = Wire::new(vhost.address());
     wire.refuse().await;
     let url = vhost.url_for(&user, "password", wire.address());
     let relay = Setup::new(&url).set("broker.parked_retry", "10m").start().await;
     let mut expected = Vec::new();
     for number in 0..40 {
-        let body = event(&format!("scan.{}{number}", if number % 20 == 7 { "poison" } else { "good" }), 0);
+        let body = event(&format!("scan.{}{number}", if number % 20 == 7 { "poison" } else { "good" }));
         relay.post(&body).await.expect(200);
         if number % 20 != 7 {
             expected.push(body);
@@ -77,15 +88,42 @@ async fn a_message_that_closes_the_channel_is_found_and_parked() {
     relay.eventually_metric("prism_relay_spool_parked_events", &[], 2.0).await;
     relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
     let depth = vhost.depth("prism.scan").await as usize;
-    let mut seen = std::collections::HashSet::new();
+    let mut seen = HashSet::new();
     let deliveries = vhost.messages("prism.scan", depth).await;
     let first: Vec<_> = deliveries.iter().filter(|d| seen.insert(d.id())).map(|d| d.text()).collect();
     assert_eq!(first, expected, "first deliveries in order");
     let reason = relay.eventually_logs("the broker refuses this event: parked").await;
     assert!(reason["reason"].as_str().unwrap().contains("access to topic"), "{reason}");
+    assert_eq!(relay.metric("prism_relay_publish_total", &[("outcome", "refused")]).await, 2.0);
     // And life goes on.
-    relay.post(event("scan.after", 0)).await.expect(200);
+    relay.post(event("scan.after")).await.expect(200);
     assert_eq!(vhost.messages("prism.scan", 1).await[0].routing_key, "scan.after");
+}
+
+#[tokio::test]
+async fn parked_events_that_close_the_channel_again_and_again_hold_up_nobody() {
+    let node = Node::shared().await;
+    let vhost = Vhost::new(node).await;
+    let user = user_with_topic_permission(node, &vhost, "^scan\\..*").await;
+    let url = vhost.url_for(&user, "password", vhost.address());
+    let relay = Setup::new(&url).set("broker.parked_retry", "100ms").start().await;
+    for number in 0..5 {
+        relay.post(event(&format!("body_shape_prediction.n{number}"))).await.expect(200);
+    }
+    relay.eventually_metric("prism_relay_spool_parked_events", &[], 5.0).await;
+    let mut expected = Vec::new();
+    for number in 0..300 {
+        expected.push(relay.post(event(&format!("scan.n{number}"))).await.id());
+    }
+    let ids: HashSet<_> = {
+        relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+        let depth = vhost.depth("prism.scan").await as usize;
+        vhost.messages("prism.scan", depth).await.iter().map(|delivery| delivery.id()).collect()
+    };
+    assert_eq!(ids, expected.into_iter().collect());
+    permit_topics(node, &vhost, &user, ".*").await;
+    vhost.messages("prism.future_me", 5).await;
+    relay.eventually_metric("prism_relay_spool_parked_events", &[], 0.0).await;
 }
 
 #[tokio::test]
@@ -96,7 +134,7 @@ async fn missing_permissions_hold_up_everything_and_park_nothing() {
     node.create_user(&user, "password").await;
     vhost.permit(&user, ".*", ".*", ".*").await;
     let relay = Setup::new(&vhost.url_for(&user, "password", vhost.address())).start().await;
-    relay.post(event("scan.first", 0)).await.expect(200);
+    relay.post(event("scan.first")).await.expect(200);
     vhost.messages("prism.scan", 1).await;
     vhost.permit(&user, ".*", "^prism.(unrouted|dead|scan|future_me)$", ".*").await;
     // The broker remembers for a while what a connection may do.
@@ -105,7 +143,7 @@ async fn missing_permissions_hold_up_everything_and_park_nothing() {
         _ => Ok(()),
     })
     .await;
-    relay.post(event("scan.second", 0)).await.expect(200);
+    relay.post(event("scan.second")).await.expect(200);
     relay.eventually_logs("access to exchange 'prism.events'").await;
     assert_eq!(relay.status().await["spool"]["parked"], 0);
     vhost.permit(&user, ".*", ".*", ".*").await;

@@ -109,6 +109,11 @@ async fn sources_are_checked_behind_trusted_proxies() {
     assert_problem(&relay.post_with(&[("x-forwarded-for", "203.0.113.7")], EVENT).await, 401, "missing-signature");
     let forged = [("x-forwarded-for", "203.0.113.7, 198.51.100.1")];
     assert_problem(&relay.post_with(&forged, EVENT).await, 403, "source-not-allowed");
+    let mut unreadable = b"POST /webhooks/prism HTTP/1.1\r\nhost: relay\r\nconnection: close\r\n".to_vec();
+    unreadable
+        .extend(b"x-forwarded-for: 203.0.113.7\r\nx-forwarded-for: \xe9, 198.51.100.1\r\ncontent-length: 0\r\n\r\n");
+    let answer = Raw::exchange(relay.address(), unreadable).await;
+    assert!(answer.starts_with("HTTP/1.1 403 "), "a line that cannot be read is not passed over: {answer}");
 }
 
 #[tokio::test]
@@ -175,6 +180,11 @@ async fn http_2_with_prior_knowledge_is_served() {
     client.send(Method::POST, relay.url(), &headers, EVENT).await.unwrap().expect(200);
     let refused = client.send(Method::POST, relay.url(), &[], EVENT).await.unwrap();
     assert_problem(&refused, 401, "missing-signature");
+    let health = relay.url().replace("/webhooks/prism", "/healthz");
+    for _ in 0..2 {
+        let head = client.send(Method::HEAD, &health, &[], "").await.unwrap().expect(200);
+        assert_eq!((head.header("content-length"), head.body.len()), (Some("14"), 0));
+    }
     let too_large = client.send(Method::POST, relay.url(), &headers, vec![b' '; 300_000]).await.unwrap();
     assert_problem(&too_large, 413, "body-too-large");
 }
