@@ -44,6 +44,8 @@ pub struct Event {
     /// Whether a signature vouches for the body.
     pub authentic: bool,
     pub trace: Option<TraceContext>,
+    /// Of the body as it was received: recognises a re-send, and damage on the disk.
+    pub fingerprint: Fingerprint,
     /// The bytes as they were received.
     pub body: Bytes,
 }
@@ -56,17 +58,18 @@ impl Event {
             accepted_ms: now.as_millisecond(),
             authentic: accepted.authentic(),
             trace,
+            fingerprint: Fingerprint::of(accepted.body()),
             body: accepted.into_body(),
         }
     }
 
-    /// What recognises a re-send: the same bytes have the same fingerprint, on every replica.
-    pub fn fingerprint(&self) -> Fingerprint {
-        Fingerprint::of(&self.body)
+    /// Whether the body is still the one that was accepted.
+    pub fn is_intact(&self) -> bool {
+        Fingerprint::of(&self.body) == self.fingerprint
     }
 }
 
-/// SHA-256 of a body.
+/// SHA-256 of a body: the same bytes have the same fingerprint, on every replica.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Fingerprint(pub [u8; 32]);
 

@@ -128,12 +128,25 @@ impl Tasks {
             _ = &mut self.ingress => RelayError::Died("public listener"),
             _ = &mut self.spool_writer => RelayError::Died("spool writer"),
             ended = &mut self.publisher => match ended {
-                Ok(Err(error)) => RelayError::Publisher(error),
+                Ok(Err(error)) => self.publisher_death(error),
                 Ok(Ok(())) | Err(_) => RelayError::Died("publisher"),
             },
             _ = &mut self.ops => RelayError::Died("operators' listener"),
             _ = &mut self.upkeep => RelayError::Died("metrics upkeep"),
         }
+    }
+
+    /// A damaged file is mended when it is opened, so the relay asks for that and ends.
+    fn publisher_death(&self, error: PublisherError) -> RelayError {
+        if let PublisherError::Spool(cause) = &error
+            && cause.is_damage()
+        {
+            match self.spool.mend_at_next_start() {
+                Ok(()) => warn!("the spool is damaged: it will be mended at the next start"),
+                Err(error) => warn!(%error, "the spool is damaged, and cannot be marked for mending"),
+            }
+        }
+        RelayError::Publisher(error)
     }
 
     /// In the order of the data: requests, spool, deliveries; the operators' listener last. What is not delivered by the

@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::Failure;
 use crate::config::{BrokerUrl, Config, Declare};
 use crate::publisher::Link;
-use crate::spool::{Inspection, inspect};
+use crate::spool::{Inspector, Presence, presence};
 use crate::telemetry::chain;
 use crate::topology::{Comparison, Plan, compare};
 
@@ -73,21 +73,25 @@ fn check_signature(config: &Config, table: &Table) {
 
 fn check_spool(config: &Config, table: &mut Table) {
     let path = config.spool.path.display();
-    match inspect(&config.spool.path) {
-        Ok(Inspection::Absent { folder }) => match tempfile_in(&folder) {
+    let presence = presence(&config.spool.path);
+    if let Presence::Absent(folder) = presence {
+        return match tempfile_in(&folder) {
             Ok(()) => table.good("spool", &format!("{path} will be created")),
             Err(error) => table.bad("spool", &format!("{path} cannot be created: {}: {error}", folder.display())),
-        },
-        Ok(Inspection::Present { ledger, in_use }) => {
-            let user = if in_use { ", in use by a running relay" } else { "" };
-            let finding = format!("{path}: {} pending, {} parked{user}", ledger.pending, ledger.parked);
-            if ledger.balances() {
-                table.good("spool", &finding);
-            } else {
-                table.bad("spool", &format!("{finding}; its totals do not add up: {ledger:?}"));
-            }
+        };
+    }
+    let user = if presence == Presence::InUse { ", in use by a running relay" } else { "" };
+    match Inspector::open(&config.spool.path)
+        .map_err(|error| chain(&error))
+        .and_then(|spool| spool.ledger().map_err(|error| error.to_string()))
+    {
+        Ok(ledger) if !ledger.balances() => {
+            table.bad("spool", &format!("{path}: its totals do not add up: {ledger:?}{user}"));
         }
-        Err(error) => table.bad("spool", &chain(&error)),
+        Ok(ledger) => {
+            table.good("spool", &format!("{path}: {} pending, {} parked{user}", ledger.pending, ledger.parked));
+        }
+        Err(error) => table.bad("spool", &format!("{error}{user}")),
     }
 }
 

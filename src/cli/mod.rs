@@ -2,9 +2,11 @@
 
 mod check;
 mod send;
+mod spool;
 mod tail;
 
 use std::error::Error;
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -43,6 +45,9 @@ enum Command {
     Send(send::Options),
     /// Print events as they pass.
     Tail(tail::Options),
+    /// Look into the spool, also while the relay runs.
+    #[command(subcommand)]
+    Spool(spool::Action),
 }
 
 /// Why a command did not do what it was asked for.
@@ -63,6 +68,29 @@ impl Failure {
     fn new(error: impl Error + Send + Sync + 'static) -> Self {
         Self::Failed(Box::new(error))
     }
+}
+
+/// Lines for standard output. Whoever has stopped reading (`| head`) has seen enough, and that is no failure.
+#[derive(Default)]
+struct Printed(String);
+
+impl Printed {
+    fn line(&mut self, line: String) {
+        self.0.push_str(&line);
+        self.0.push('\n');
+    }
+
+    fn out(self) -> Result<(), Failure> {
+        match io::stdout().lock().write_all(self.0.as_bytes()) {
+            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(Failure::new(error)),
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
+}
+
+/// What a sender wrote must not steer the terminal.
+fn clean(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
 }
 
 /// Runs the command that the process was started with.
@@ -95,7 +123,7 @@ fn execute(arguments: Arguments) -> Result<(), Failure> {
     let command = arguments.command.unwrap_or(Command::Serve);
     let purpose = match command {
         Command::Serve | Command::Check => Purpose::Serve,
-        Command::Send(_) | Command::Tail(_) => Purpose::Client,
+        Command::Send(_) | Command::Tail(_) | Command::Spool(_) => Purpose::Client,
     };
     let environment = environment()?;
     let config = Config::load(arguments.config.as_deref(), environment, purpose)?;
@@ -109,6 +137,7 @@ fn execute(arguments: Arguments) -> Result<(), Failure> {
             Command::Check => check::run(&config).await,
             Command::Send(options) => send::run(&config, options).await,
             Command::Tail(options) => tail::run(&config, options).await,
+            Command::Spool(action) => spool::run(&config, action),
         }
     });
     // Not waiting for threads that hang in a name look-up or on a sick disk: what matters has been waited for.

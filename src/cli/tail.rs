@@ -11,7 +11,7 @@ use lapin::{Channel, Consumer};
 use serde::Serialize;
 use thiserror::Error;
 
-use super::Failure;
+use super::{Failure, clean};
 use crate::config::Config;
 use crate::publisher::{ConnectError, Link};
 use crate::topology::{UNROUTED, reply_text};
@@ -164,8 +164,6 @@ fn print(delivery: &Delivery, json: bool) -> io::Result<()> {
         serde_json::to_writer(&mut out, &line)?;
         writeln!(out)?;
     } else {
-        // What a sender wrote must not steer the terminal.
-        let clean = |text: &str| text.chars().map(|c| if c.is_control() { '?' } else { c }).collect::<String>();
         let (time, key, subject) = (clean(line.time), clean(line.key), clean(line.subject));
         writeln!(out, "{time}  {key:<42}  {subject:<47}  {:<10}  {}", clean(line.state), clean(line.id))?;
     }

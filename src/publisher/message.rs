@@ -3,7 +3,7 @@
 use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 
-use crate::event::{Envelope, Event, Fingerprint, INVALID_BODY};
+use crate::event::{Envelope, Event, INVALID_BODY};
 
 /// Who publishes, for the workers and the management pages.
 const APP_ID: &str = "prism-relay";
@@ -48,7 +48,7 @@ fn headers(event: &Event, envelope: Option<&Envelope<'_>>) -> FieldTable {
         }
     };
     insert("prism-received-at", received_at(event.accepted_ms).as_deref());
-    insert("prism-fingerprint", Some(&Fingerprint::of(&event.body).to_string()));
+    insert("prism-fingerprint", Some(&event.fingerprint.to_string()));
     insert("prism-verified", Some(if event.authentic { "true" } else { "false" }));
     if let Some(envelope) = envelope {
         insert("prism-subject", envelope.subject().as_deref());
@@ -76,6 +76,7 @@ fn short(text: impl Into<String>) -> Option<ShortString> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::event::Fingerprint;
     use bytes::Bytes;
     use uuid::Uuid;
 
@@ -85,6 +86,7 @@ mod tests {
             accepted_ms: 1_759_353_977_000,
             authentic: true,
             trace: None,
+            fingerprint: Fingerprint::of(body),
             body: Bytes::copy_from_slice(body),
         }
     }

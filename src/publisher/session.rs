@@ -31,6 +31,7 @@ use uuid::Uuid;
 use super::message::Message;
 use super::outcome::{Outcome, Return, classify};
 use super::{Link, Publisher, PublisherError};
+use crate::event::Event;
 use crate::spool::{Batch, ReadError, Settlement, Stored};
 
 /// How often deadlines and parked events are looked at.
@@ -262,6 +263,9 @@ impl<'a> Session<'a> {
     /// so that is done here, in the order of the events; the rest of the way can be polled in any order.
     async fn publish(&mut self, stored: Stored) {
         let Stored { seq, event } = stored;
+        if !event.is_intact() {
+            return self.park_damaged(seq, &event).await;
+        }
         let bytes = event.body.len();
         let flight = Flight { id: event.id, bytes, accepted_ms: event.accepted_ms, published_at: Instant::now() };
         self.flights.insert(seq, flight);
@@ -280,6 +284,16 @@ impl<'a> Session<'a> {
             Poll::Pending => self.completions.push(publishing),
             Poll::Ready(completion) => self.completions.push(Box::pin(std::future::ready(completion))),
         }
+    }
+
+    /// The signed bytes are gone. What is left is kept for people to look at; workers must not get it.
+    async fn park_damaged(&mut self, seq: u64, event: &Event) {
+        if self.trying_parked.take().is_none() {
+            error!(id = %event.id, seq, "the body has changed on the disk: parked");
+            self.body_bytes -= event.body.len();
+        }
+        let reason = "damaged: the body does not match its fingerprint".to_owned();
+        self.publisher.spool.settle(vec![Settlement::Parked { seq, reason }]).await;
     }
 
     async fn complete(&mut self, completion: Completion) -> Result<(), PublisherError> {

@@ -5,12 +5,15 @@
 //! acceptance, counted over the life of the file.
 
 mod dedupe;
+mod files;
+mod inspect;
 mod ledger;
 mod reader;
+mod salvage;
 mod store;
 mod writer;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -18,10 +21,10 @@ use thiserror::Error;
 use tokio::sync::{Notify, mpsc, oneshot};
 use uuid::Uuid;
 
+use files::Lock;
+pub use inspect::{Entry, Inspector, Presence, Verdict, presence};
 pub use ledger::Ledger;
 use reader::Reader;
-pub use reader::{Inspection, inspect};
-use store::Store;
 use writer::{Command, Writer};
 
 use crate::config;
@@ -67,6 +70,13 @@ pub enum AppendError {
 #[derive(Debug, Error)]
 #[error("cannot read the spool")]
 pub struct ReadError(#[from] rusqlite::Error);
+
+impl ReadError {
+    /// Whether the file itself is damaged, so that no later try can do better.
+    pub fn is_damage(&self) -> bool {
+        salvage::is_damage(&self.0)
+    }
+}
 
 /// The answer to an accepted event: it is on disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -138,6 +148,7 @@ pub struct Spool {
     gauges: Arc<Gauges>,
     committed: Arc<Notify>,
     closed: Arc<AtomicBool>,
+    path: Arc<Path>,
     max_bytes: u64,
 }
 
@@ -151,7 +162,8 @@ impl Spool {
         dedupe: &config::Dedupe,
         metrics: Arc<Metrics>,
     ) -> Result<(Self, WriterEnd), OpenError> {
-        let store = Store::open(&spool.path, spool.durability)?;
+        let lock = Lock::take(&spool.path)?;
+        let store = salvage::open_or_mend(&spool.path, spool.durability, &lock)?;
         let sqlite = |source| OpenError::Sqlite { path: spool.path.clone(), source };
         let gauges = Arc::new(Gauges::new(store.ledger().map_err(sqlite)?));
         let reader = Reader::open(&spool.path).map_err(sqlite)?;
@@ -164,13 +176,26 @@ impl Spool {
         std::thread::Builder::new()
             .name("spool-writer".to_owned())
             .spawn(move || {
-                writer.run(commands, &runtime);
-                // Nobody listens any more if the process is on its way out.
-                let _ = ended.send(());
+                if writer.run(commands, &runtime) {
+                    lock.release();
+                    // Nobody listens any more if the process is on its way out.
+                    let _ = ended.send(());
+                }
             })
             .map_err(|source| OpenError::Io { path: spool.path.clone(), source })?;
         let closed = Arc::new(AtomicBool::new(false));
-        Ok((Self { inbox, reader, gauges, committed, closed, max_bytes: spool.max_bytes }, end))
+        Ok((
+            Self {
+                inbox,
+                reader,
+                gauges,
+                committed,
+                closed,
+                path: Arc::from(spool.path.as_path()),
+                max_bytes: spool.max_bytes,
+            },
+            end,
+        ))
     }
 
     /// Returns once the event is on disk. Dropping the future does not take the event back.
@@ -179,8 +204,7 @@ impl Spool {
             return Err(AppendError::Closed);
         }
         let (reply, answer) = oneshot::channel();
-        let fingerprint = event.fingerprint();
-        let command = Command::Append { event, fingerprint, reply };
+        let command = Command::Append { event, reply };
         self.inbox.send(command).await.map_err(|_| AppendError::Closed)?;
         answer.await.map_err(|_| AppendError::Closed)?
     }
@@ -188,6 +212,11 @@ impl Spool {
     /// Takes no more events from now on. What has been handed over before is still committed and answered.
     pub fn close(&self) {
         self.closed.store(true, Ordering::Relaxed);
+    }
+
+    /// Has the file mended at the next start: it has turned out to be damaged.
+    pub fn mend_at_next_start(&self) -> std::io::Result<()> {
+        salvage::order(&self.path)
     }
 
     /// Why an event would not be taken right now; `None` if it would.

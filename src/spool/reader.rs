@@ -1,21 +1,20 @@
 //! Reading, on a connection of its own, so that the publisher never waits for the writer (WAL lets them run side by
 //! side).
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use rusqlite::{Connection, OpenFlags, OptionalExtension, Result, Row};
 use uuid::Uuid;
 
-use super::store::lock_path;
-use super::{Batch, Ledger, ReadError, Stored};
-use crate::event::{Event, TraceContext};
+use super::{Batch, ReadError, Stored};
+use crate::event::{Event, Fingerprint, TraceContext};
 
 /// Bodies read at a time, so that large ones do not fill the memory. At least one event is read.
 const READ_BYTES: usize = 4 * 1024 * 1024;
 
-const COLUMNS: &str = "seq, id, accepted_ms, authentic, traceparent, tracestate, body";
+pub(super) const COLUMNS: &str = "seq, id, accepted_ms, authentic, traceparent, tracestate, fingerprint, body";
 
 #[derive(Clone)]
 pub(super) struct Reader {
@@ -24,7 +23,10 @@ pub(super) struct Reader {
 
 impl Reader {
     pub fn open(path: &Path) -> Result<Self> {
-        Ok(Self { connection: Arc::new(Mutex::new(open_read_only(path)?)) })
+        let connection = open_read_only(path)?;
+        // SQLite opens the file at the first query. From then on it stays readable, even if its folder vanishes.
+        oldest_pending_ms(&connection)?;
+        Ok(Self { connection: Arc::new(Mutex::new(connection)) })
     }
 
     /// Runs `query` on a thread that may block.
@@ -49,7 +51,7 @@ impl Reader {
     }
 }
 
-fn open_read_only(path: &Path) -> Result<Connection> {
+pub(super) fn open_read_only(path: &Path) -> Result<Connection> {
     let connection = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
     connection.busy_timeout(std::time::Duration::from_secs(5))?;
     Ok(connection)
@@ -91,7 +93,7 @@ fn collect(mut rows: rusqlite::Rows<'_>) -> Result<(Vec<Stored>, bool)> {
     Ok((events, false))
 }
 
-fn stored(row: &Row<'_>) -> Result<Stored> {
+pub(super) fn stored(row: &Row<'_>) -> Result<Stored> {
     let trace = match row.get::<_, Option<String>>(4)? {
         Some(traceparent) => Some(TraceContext { traceparent, tracestate: row.get(5)? }),
         None => None,
@@ -101,32 +103,8 @@ fn stored(row: &Row<'_>) -> Result<Stored> {
         accepted_ms: row.get(2)?,
         authentic: row.get(3)?,
         trace,
-        body: Bytes::from(row.get::<_, Vec<u8>>(6)?),
+        fingerprint: Fingerprint(row.get(6)?),
+        body: Bytes::from(row.get::<_, Vec<u8>>(7)?),
     };
     Ok(Stored { seq: row.get(0)?, event })
-}
-
-/// What `check` finds where the spool is to be.
-#[derive(Debug)]
-pub enum Inspection {
-    /// No file yet; its folder, or the nearest one above it that exists.
-    Absent {
-        folder: PathBuf,
-    },
-    Present {
-        ledger: Ledger,
-        in_use: bool,
-    },
-}
-
-/// Looks at a spool without changing it, also while a relay runs on it.
-pub fn inspect(path: &Path) -> Result<Inspection, super::OpenError> {
-    if !path.exists() {
-        let folder = path.ancestors().skip(1).find(|folder| folder.is_dir()).unwrap_or(Path::new("."));
-        return Ok(Inspection::Absent { folder: folder.to_owned() });
-    }
-    let sqlite = |source| super::OpenError::Sqlite { path: path.to_owned(), source };
-    let ledger = Ledger::read(&open_read_only(path).map_err(sqlite)?).map_err(sqlite)?;
-    let in_use = std::fs::File::open(lock_path(path)).is_ok_and(|lock| lock.try_lock_shared().is_err());
-    Ok(Inspection::Present { ledger, in_use })
 }

@@ -1,16 +1,13 @@
-//! The SQLite file: its lock, its mode, its schema, and the statements that change it.
+//! The SQLite file: its schema, its modes, and the statements that change it.
 
-use std::fs::{self, File, OpenOptions, Permissions, TryLockError};
-use std::io::{self, Read, Seek, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use rusqlite::{Connection, OptionalExtension, Result};
 use uuid::Uuid;
 
 use super::dedupe::Seen;
-use super::{EVENT_OVERHEAD_BYTES, Ledger, OpenError};
+use super::{EVENT_OVERHEAD_BYTES, Ledger, OpenError, files};
 use crate::config::Durability;
 use crate::event::{Event, Fingerprint};
 
@@ -20,7 +17,7 @@ const APPLICATION_ID: i64 = 0x5052_4c59;
 const FORMAT: i64 = 1;
 
 /// How long to wait for another process that has the file open, such as `sqlite3` in an operator's hands.
-const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+pub(super) const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
 const SCHEMA: &str = "
     CREATE TABLE event (
@@ -30,6 +27,7 @@ const SCHEMA: &str = "
         authentic     INTEGER NOT NULL,    -- 1: a signature vouches for it
         traceparent   TEXT,
         tracestate    TEXT,
+        fingerprint   BLOB    NOT NULL,    -- SHA-256 of the body
         body          BLOB    NOT NULL,    -- as received
         parked_reason TEXT,                -- NULL: pending
         tried_ms      INTEGER              -- of a parked event: the last try
@@ -60,28 +58,20 @@ pub(super) struct Store {
     durability: Durability,
     /// Whether commits are synced at the moment; setting it anew for each transaction would cost time.
     synced: bool,
-    /// Held for as long as the store lives.
-    _lock: File,
+    files: files::Presence,
+    reserve: files::Reserve,
 }
 
 impl Store {
+    /// Opens the file, and makes it a spool if it is empty. The caller holds the lock.
     pub fn open(path: &Path, durability: Durability) -> Result<Self, OpenError> {
-        let io = |source| OpenError::Io { path: path.to_owned(), source };
-        create_folder(path).map_err(io)?;
-        let lock = lock(path)?;
-        create_private(path).map_err(io)?;
-
         let sqlite = |source| OpenError::Sqlite { path: path.to_owned(), source };
+        files::create_private(path).map_err(|source| OpenError::Io { path: path.to_owned(), source })?;
         let connection = Connection::open(path).map_err(sqlite)?;
         connection.busy_timeout(BUSY_TIMEOUT).map_err(sqlite)?;
-        let pragma = |name: &str| connection.query_row(&format!("PRAGMA {name}"), [], |row| row.get::<_, i64>(0));
-        let empty = pragma("schema_version").map_err(sqlite)? == 0;
-        if !empty && pragma("application_id").map_err(sqlite)? != APPLICATION_ID {
-            return Err(OpenError::Foreign { path: path.to_owned() });
-        }
-        let found = pragma("user_version").map_err(sqlite)?;
-        if found > FORMAT {
-            return Err(OpenError::Newer { path: path.to_owned(), found, known: FORMAT });
+        let empty = pragma(&connection, "schema_version").map_err(sqlite)? == 0;
+        if !empty {
+            check_format(&connection, path)?;
         }
         // fullfsync: without it, macOS does not wait for the disk. No effect elsewhere.
         connection.execute_batch("PRAGMA fullfsync = ON; PRAGMA checkpoint_fullfsync = ON;").map_err(sqlite)?;
@@ -90,18 +80,25 @@ impl Store {
         if mode != "wal" {
             return Err(OpenError::NoWal { path: path.to_owned() });
         }
-        let mut store = Self { connection, durability, synced: false, _lock: lock };
-        store.set_synced(true).map_err(sqlite)?;
         if empty {
-            store.create().map_err(sqlite)?;
+            create(&connection).map_err(sqlite)?;
         }
+        // The first read opens the log.
+        Ledger::read(&connection).map_err(sqlite)?;
+        let files = files::Presence::of(path).map_err(|source| OpenError::Io { path: path.to_owned(), source })?;
+        let mut store = Self { connection, durability, synced: false, files, reserve: files::Reserve::of(path) };
+        store.set_synced(true).map_err(sqlite)?;
         Ok(store)
     }
 
-    fn create(&mut self) -> Result<()> {
-        self.connection.execute_batch(&format!(
-            "BEGIN IMMEDIATE; {SCHEMA} PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {FORMAT}; COMMIT;"
-        ))
+    /// Space for the worst case.
+    pub fn reserve(&mut self) -> &mut files::Reserve {
+        &mut self.reserve
+    }
+
+    /// Whether what is written can be found again by name.
+    pub fn is_in_place(&self) -> bool {
+        self.files.holds()
     }
 
     pub fn ledger(&self) -> Result<Ledger> {
@@ -140,8 +137,8 @@ impl Store {
             None => (None, None),
         };
         let mut statement = self.connection.prepare_cached(
-            "INSERT INTO event (seq, id, accepted_ms, authentic, traceparent, tracestate, body)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+            "INSERT INTO event (seq, id, accepted_ms, authentic, traceparent, tracestate, fingerprint, body)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
         )?;
         statement.execute((
             seq,
@@ -150,18 +147,14 @@ impl Store {
             event.authentic,
             traceparent,
             tracestate,
+            event.fingerprint.0,
             event.body.as_ref(),
         ))?;
         Ok(())
     }
 
-    /// Takes the event out. Returns what it counted for and whether it was parked; `None` if it is not there.
     pub fn delete(&self, seq: u64) -> Result<Option<(u64, bool)>> {
-        let mut statement = self
-            .connection
-            .prepare_cached("DELETE FROM event WHERE seq = ?1 RETURNING length(body), parked_reason IS NOT NULL")?;
-        let row = statement.query_row([seq], |row| Ok((row.get::<_, u64>(0)?, row.get(1)?))).optional()?;
-        Ok(row.map(|(body, parked)| (body + EVENT_OVERHEAD_BYTES, parked)))
+        delete(&self.connection, seq)
     }
 
     /// Returns whether the event was pending until now.
@@ -186,9 +179,9 @@ impl Store {
         statement.execute((seq, now_ms)).map(|_| ())
     }
 
-    pub fn remember(&self, seq: u64, fingerprint: &Fingerprint, id: Uuid, accepted_ms: i64) -> Result<()> {
+    pub fn remember(&self, seq: u64, event: &Event) -> Result<()> {
         let mut statement = self.connection.prepare_cached("INSERT INTO seen VALUES (?1, ?2, ?3, ?4)")?;
-        statement.execute((seq, fingerprint.0, id.as_bytes(), accepted_ms))?;
+        statement.execute((seq, event.fingerprint.0, event.id.as_bytes(), event.accepted_ms))?;
         Ok(())
     }
 
@@ -216,6 +209,11 @@ impl Store {
         Ok(seen)
     }
 
+    /// 0 if there is no event.
+    pub fn highest_seq(&self) -> Result<u64> {
+        self.connection.query_row("SELECT coalesce(max(seq), 0) FROM event", [], |row| row.get(0))
+    }
+
     fn run(&self, sql: &str) -> Result<()> {
         self.connection.prepare_cached(sql)?.execute([]).map(|_| ())
     }
@@ -236,81 +234,33 @@ impl Store {
     }
 }
 
-fn create_folder(path: &Path) -> io::Result<()> {
-    let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) else { return Ok(()) };
-    let new: Vec<&Path> = folder.ancestors().take_while(|folder| !folder.exists()).collect();
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
-    // The entries of the new folders have to survive a power loss, too.
-    new.into_iter().try_for_each(sync_folder)
+fn create(connection: &Connection) -> Result<()> {
+    connection.execute_batch(&format!(
+        "PRAGMA synchronous = FULL; BEGIN IMMEDIATE; {SCHEMA}
+         PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {FORMAT}; COMMIT;"
+    ))
 }
 
-/// Syncs the folder that holds `path`.
-fn sync_folder(path: &Path) -> io::Result<()> {
-    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    File::open(parent)?.sync_all()
+/// Takes the event out. Returns what it counted for and whether it was parked; `None` if it is not there.
+pub(super) fn delete(connection: &Connection, seq: u64) -> Result<Option<(u64, bool)>> {
+    let mut statement = connection
+        .prepare_cached("DELETE FROM event WHERE seq = ?1 RETURNING length(body), parked_reason IS NOT NULL")?;
+    let row = statement.query_row([seq], |row| Ok((row.get::<_, u64>(0)?, row.get(1)?))).optional()?;
+    Ok(row.map(|(body, parked)| (body + EVENT_OVERHEAD_BYTES, parked)))
 }
 
-/// The file holds people's data and the relay's only copy of it: it is the owner's alone. SQLite gives its
-/// companions (-wal, -shm) the mode of the file.
-fn create_private(path: &Path) -> io::Result<()> {
-    match OpenOptions::new().write(true).create_new(true).mode(0o600).open(path) {
-        Ok(file) => {
-            file.sync_all()?;
-            sync_folder(path)
-        }
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-            fs::set_permissions(path, Permissions::from_mode(0o600))
-        }
-        Err(error) => Err(error),
+/// Whether this is a spool, and one that this relay understands.
+pub(super) fn check_format(connection: &Connection, path: &Path) -> Result<(), OpenError> {
+    let sqlite = |source| OpenError::Sqlite { path: path.to_owned(), source };
+    if pragma(connection, "application_id").map_err(sqlite)? != APPLICATION_ID {
+        return Err(OpenError::Foreign { path: path.to_owned() });
+    }
+    match pragma(connection, "user_version").map_err(sqlite)? {
+        found if found > FORMAT => Err(OpenError::Newer { path: path.to_owned(), found, known: FORMAT }),
+        _ => Ok(()),
     }
 }
 
-/// Where the lock of a spool is: beside it, because SQLite loses its own locks when a process opens and closes the
-/// file a second time (<https://www.sqlite.org/howtocorrupt.html>, section 2.2).
-pub(super) fn lock_path(path: &Path) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".lock");
-    PathBuf::from(name)
-}
-
-fn lock(path: &Path) -> Result<File, OpenError> {
-    let lock_path = lock_path(path);
-    let io = |source| OpenError::Io { path: lock_path.clone(), source };
-    let mut file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(&lock_path)
-        .map_err(io)?;
-    match try_lock(&file) {
-        Ok(()) => {
-            // Only a help for people: the lock itself is what counts.
-            let written =
-                file.set_len(0).and_then(|()| file.rewind()).and_then(|()| write!(file, "{}", std::process::id()));
-            written.map_err(io)?;
-            Ok(file)
-        }
-        Err(TryLockError::WouldBlock) => {
-            let mut pid = String::new();
-            let _ = file.read_to_string(&mut pid);
-            Err(OpenError::Locked {
-                path: path.to_owned(),
-                pid: if pid.is_empty() { "unknown".to_owned() } else { pid },
-            })
-        }
-        Err(TryLockError::Error(source)) => Err(io(source)),
-    }
-}
-
-/// Tries for a moment: `check` holds the lock for an instant when it asks whether somebody has it.
-fn try_lock(file: &File) -> Result<(), TryLockError> {
-    for _ in 0..10 {
-        match file.try_lock() {
-            Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(20)),
-            outcome => return outcome,
-        }
-    }
-    file.try_lock()
+fn pragma(connection: &Connection, name: &str) -> Result<i64> {
+    connection.query_row(&format!("PRAGMA {name}"), [], |row| row.get(0))
 }

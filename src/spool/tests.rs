@@ -12,7 +12,7 @@ use tokio::runtime::Runtime;
 
 use super::*;
 use crate::config::Durability;
-use crate::event::TraceContext;
+use crate::event::{Fingerprint, TraceContext};
 
 fn settings(path: &Path, max_bytes: u64) -> config::Spool {
     config::Spool { path: path.to_owned(), max_bytes, durability: Durability::Disk }
@@ -25,12 +25,14 @@ fn dedupe(window: Duration) -> config::Dedupe {
 const WINDOW: Duration = Duration::from_secs(3600);
 
 fn event(body: impl Into<Vec<u8>>) -> Event {
+    let body = Bytes::from(body.into());
     Event {
         id: Uuid::now_v7(),
         accepted_ms: jiff::Timestamp::now().as_millisecond(),
         authentic: true,
         trace: None,
-        body: Bytes::from(body.into()),
+        fingerprint: Fingerprint::of(&body),
+        body,
     }
 }
 
@@ -316,10 +318,9 @@ async fn the_file_is_private_and_has_one_relay() {
     let second = Spool::open(&settings(&path, 1), &dedupe(WINDOW), Arc::new(Metrics::new())).map(|_| ());
     let text = second.unwrap_err().to_string();
     assert!(text.contains("in use by another relay") && text.contains(&std::process::id().to_string()), "{text}");
-    let Ok(Inspection::Present { ledger, in_use: true }) = inspect(&path) else { panic!("it is in use") };
-    assert_eq!(ledger.pending, 1);
+    assert_eq!(presence(&path), Presence::InUse);
     opened.close().await;
-    assert!(matches!(inspect(&path), Ok(Inspection::Present { in_use: false, .. })));
+    assert_eq!(presence(&path), Presence::Idle);
 }
 
 #[tokio::test]

@@ -11,13 +11,13 @@ use jiff::Timestamp;
 use rusqlite::Result;
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc, oneshot};
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 use super::dedupe::Window;
 use super::store::Store;
 use super::{AppendError, EVENT_OVERHEAD_BYTES, Gauges, Ledger, Receipt, Settlement};
 use crate::config;
-use crate::event::{Event, Fingerprint};
+use crate::event::Event;
 use crate::metrics::Metrics;
 
 /// Commands in one transaction at most: enough to share the fsync, few enough that the first does not wait long.
@@ -29,7 +29,6 @@ const PROBE_EVERY: Duration = Duration::from_secs(1);
 pub(super) enum Command {
     Append {
         event: Event,
-        fingerprint: Fingerprint,
         reply: Reply,
     },
     Settle(Vec<Settlement>),
@@ -47,6 +46,8 @@ pub(super) struct Writer {
     settlements: Vec<Settlement>,
     /// A commit has failed, and the file has not been mended since.
     suspect: bool,
+    /// The files have been deleted or unmounted under us: what is in them can still be delivered, and that is all.
+    gone: bool,
     gauges: Arc<Gauges>,
     committed: Arc<Notify>,
     metrics: Arc<Metrics>,
@@ -73,24 +74,34 @@ impl Writer {
         if window.is_on() {
             window.load(store.seen(dedupe.entries_max)?, Timestamp::now().as_millisecond(), Instant::now());
         }
-        Ok(Self { store, max_bytes, window, settlements: Vec::new(), suspect: false, gauges, committed, metrics })
+        Ok(Self {
+            store,
+            max_bytes,
+            window,
+            settlements: Vec::new(),
+            suspect: false,
+            gone: false,
+            gauges,
+            committed,
+            metrics,
+        })
     }
 
-    /// Runs until every sender of commands is gone.
-    pub fn run(mut self, mut commands: mpsc::Receiver<Command>, runtime: &Handle) {
+    /// Runs until every sender of commands is gone; `false` if it had to end before.
+    pub fn run(mut self, mut commands: mpsc::Receiver<Command>, runtime: &Handle) -> bool {
         loop {
-            let first = if !self.suspect {
+            let first = if self.gauges.writable() {
                 commands.blocking_recv()
             } else {
                 match runtime.block_on(async { tokio::time::timeout(PROBE_EVERY, commands.recv()).await }) {
                     Ok(first) => first,
                     Err(_) => {
-                        self.mend();
+                        self.may_append();
                         continue;
                     }
                 }
             };
-            let Some(first) = first else { break };
+            let Some(first) = first else { return true };
             let mut batch = vec![first];
             while batch.len() < BATCH_MAX
                 && let Ok(next) = commands.try_recv()
@@ -98,6 +109,9 @@ impl Writer {
                 batch.push(next);
             }
             self.process(batch);
+            if self.gone && self.gauges.ledger().pending == 0 {
+                return false;
+            }
         }
     }
 
@@ -105,13 +119,20 @@ impl Writer {
         let (mut appends, mut flushes) = (Vec::new(), Vec::new());
         for command in batch {
             match command {
-                Command::Append { event, fingerprint, reply } => appends.push((event, fingerprint, reply)),
+                Command::Append { event, reply } => appends.push((event, reply)),
                 Command::Settle(settlements) => self.settlements.extend(settlements),
                 Command::Flush(reply) => flushes.push(reply),
             }
         }
-        if self.suspect && !self.mend() {
-            for (_, _, reply) in appends.drain(..) {
+        if !self.gone && !appends.is_empty() && !self.store.is_in_place() {
+            self.gone = true;
+            self.gauges.writable.store(false, Ordering::Relaxed);
+            error!(
+                "the files of the spool are gone: webhooks are answered 503 until what is known is delivered, then the relay ends"
+            );
+        }
+        if !self.may_append() {
+            for (_, reply) in appends.drain(..) {
                 // A sender that has hung up does not want to know.
                 let _ = reply.send(Err(AppendError::Unavailable));
             }
@@ -147,7 +168,7 @@ impl Writer {
     /// One transaction: all of it, or nothing. `durable`: see [`Store::begin`].
     fn transact(
         &mut self,
-        appends: Vec<(Event, Fingerprint, Reply)>,
+        appends: Vec<(Event, Reply)>,
         durable: bool,
     ) -> Result<Outcome, (Vec<Reply>, rusqlite::Error)> {
         let mut outcome = Outcome::default();
@@ -164,9 +185,9 @@ impl Writer {
             for settlement in &self.settlements {
                 settle(&self.store, &mut outcome.ledger, settlement)?;
             }
-            for (event, fingerprint, reply) in waiting.by_ref() {
+            for (event, reply) in waiting.by_ref() {
                 outcome.replies.push((reply, Err(AppendError::Unavailable)));
-                let answer = self.append(&mut outcome.ledger, event, fingerprint)?;
+                let answer = self.append(&mut outcome.ledger, &event)?;
                 outcome.appended += u64::from(matches!(answer, Ok(Receipt { duplicate: false, .. })));
                 outcome.replies.last_mut().expect("just pushed").1 = answer;
             }
@@ -183,19 +204,14 @@ impl Writer {
                     error!(%error, "cannot roll back");
                 }
                 let replies = outcome.replies.into_iter().map(|(reply, _)| reply);
-                Err((replies.chain(waiting.map(|(_, _, reply)| reply)).collect(), cause))
+                Err((replies.chain(waiting.map(|(_, reply)| reply)).collect(), cause))
             }
         }
     }
 
     /// The inner result is the answer to the webhook; the outer one concerns the whole transaction.
-    fn append(
-        &mut self,
-        ledger: &mut Ledger,
-        event: Event,
-        fingerprint: Fingerprint,
-    ) -> Result<Result<Receipt, AppendError>> {
-        if let Some(id) = self.window.find(&fingerprint) {
+    fn append(&mut self, ledger: &mut Ledger, event: &Event) -> Result<Result<Receipt, AppendError>> {
+        if let Some(id) = self.window.find(&event.fingerprint) {
             ledger.duplicates += 1;
             return Ok(Ok(Receipt { id, duplicate: true }));
         }
@@ -204,15 +220,30 @@ impl Writer {
             return Ok(Err(AppendError::Full));
         }
         let seq = ledger.accepted + 1;
-        self.store.insert(seq, &event)?;
+        self.store.insert(seq, event)?;
         if self.window.is_on() {
-            self.store.remember(seq, &fingerprint, event.id, event.accepted_ms)?;
-            self.window.insert(seq, fingerprint, event.id, Instant::now());
+            self.store.remember(seq, event)?;
+            self.window.insert(seq, event.fingerprint, event.id, Instant::now());
         }
         ledger.accepted = seq;
         ledger.pending += 1;
         ledger.bytes += cost;
         Ok(Ok(Receipt { id: event.id, duplicate: false }))
+    }
+
+    /// Whether events can be taken: the files are there, the last failure has been mended, and there is space in reserve.
+    fn may_append(&mut self) -> bool {
+        if self.gone || (self.suspect && !self.mend()) {
+            return false;
+        }
+        let held = self.store.reserve().is_held();
+        if held != self.gauges.writable.swap(held, Ordering::Relaxed) {
+            match held {
+                true => info!("the spool can be written again"),
+                false => error!("the disk of the spool is full: webhooks are answered 503 until there is room"),
+            }
+        }
+        held
     }
 
     /// After a failed commit nobody knows which pages of the write-ahead log have reached the disk: Linux forgets a
@@ -224,9 +255,6 @@ impl Writer {
             Ok(outcome) => {
                 self.succeeded(&outcome.ledger);
                 self.suspect = false;
-                if !self.gauges.writable.swap(true, Ordering::Relaxed) {
-                    info!("the spool can be written again");
-                }
                 true
             }
             Err((_, cause)) => {
@@ -244,10 +272,17 @@ impl Writer {
     /// Says so once, not with each commit.
     fn failed(&mut self, cause: &rusqlite::Error) {
         self.suspect = true;
+        if is_full(cause) && self.store.reserve().give_up() {
+            warn!("the disk of the spool is full: its reserve is given up, so that deliveries can go on");
+        }
         if self.gauges.writable.swap(false, Ordering::Relaxed) {
             error!(error = %cause, "the spool cannot be written: webhooks are answered 503 until it can");
         }
     }
+}
+
+fn is_full(cause: &rusqlite::Error) -> bool {
+    cause.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull)
 }
 
 fn settle(store: &Store, ledger: &mut Ledger, settlement: &Settlement) -> Result<()> {

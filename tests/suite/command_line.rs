@@ -158,7 +158,7 @@ async fn tail_prints_what_passes_and_takes_nothing() {
         if queues.iter().filter(|(exchange, _, _)| !exchange.is_empty()).count() == 6 {
             Ok(())
         } else {
-            Err(queues.len())
+            Err(format!("{queues:?} {:?} {:?} {:?} {:?}", all.exited(), all.stderr(), scans.exited(), scans.stderr()))
         }
     })
     .await;

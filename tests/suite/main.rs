@@ -4,9 +4,11 @@ mod harness;
 
 mod broker;
 mod command_line;
+mod disk;
 mod durability;
 mod house_rules;
 mod messages;
 mod parked;
+mod spool_commands;
 mod statuses;
 mod topology;

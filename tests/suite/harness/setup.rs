@@ -91,7 +91,9 @@ impl Setup {
 
     /// Starts `prism-relay --config <file> <arguments>`, whatever that does.
     pub fn launch(&self, arguments: &[&str]) -> Program {
-        let file = self.file("relay.toml", self.toml());
+        // In one step: another program with this configuration may be reading it.
+        let (new, file) = (self.file("relay.toml.new", self.toml()), self.folder().join("relay.toml"));
+        std::fs::rename(&new, &file).unwrap_or_else(|error| panic!("rename {}: {error}", new.display()));
         let mut command: Command = leash::command(env!("CARGO_BIN_EXE_prism-relay"));
         command.arg("--config").arg(file).args(arguments).current_dir(self.folder());
         for (name, _) in std::env::vars_os() {

@@ -1,0 +1,205 @@
+//! `spool`: looks into the spool, also while the relay runs on it, and takes events out by hand.
+
+use clap::Subcommand;
+use jiff::Timestamp;
+use serde::Serialize;
+use serde_json::Value;
+use uuid::Uuid;
+
+use super::{Failure, Printed};
+use crate::config::Config;
+use crate::event::Envelope;
+use crate::spool::{Entry, Inspector};
+
+/// What stands in place of a value that is nobody's business.
+const HIDDEN: &str = "[hidden]";
+
+#[derive(Subcommand)]
+pub enum Action {
+    /// How many events there are, and have been
+    Stats,
+    /// List the events, the oldest first
+    List {
+        /// Only those that the broker does not take, with the reason
+        #[arg(long)]
+        parked: bool,
+        /// At most so many
+        #[arg(long, default_value = "100")]
+        limit: u64,
+        /// Print a JSON object a line
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show one event, its userToken hidden
+    Show { id: Uuid },
+    /// Check the file, every body and the totals; exit code 1 if anything is wrong
+    Verify,
+    /// Take events out for good: they will never be delivered
+    Remove {
+        #[arg(required = true)]
+        ids: Vec<Uuid>,
+    },
+}
+
+pub fn run(config: &Config, action: Action) -> Result<(), Failure> {
+    let path = &config.spool.path;
+    if !path.exists() {
+        return Err(Failure::Failed(format!("there is no spool at {}", path.display()).into()));
+    }
+    let printed = match action {
+        Action::Stats => stats(&Inspector::open(path).map_err(Failure::new)?)?,
+        Action::List { parked, limit, json } => {
+            list(&Inspector::open(path).map_err(Failure::new)?, parked, limit, json)?
+        }
+        Action::Show { id } => show(&Inspector::open(path).map_err(Failure::new)?, id)?,
+        Action::Verify => return verify(&mut Inspector::open(path).map_err(Failure::new)?),
+        Action::Remove { ids } => return remove(&mut Inspector::open_for_removal(path).map_err(Failure::new)?, &ids),
+    };
+    printed.out()
+}
+
+fn stats(spool: &Inspector) -> Result<Printed, Failure> {
+    let ledger = spool.ledger().map_err(Failure::new)?;
+    let oldest = spool.oldest_pending_ms().map_err(Failure::new)?.map_or("none".to_owned(), time);
+    let mut printed = Printed::default();
+    for (name, value) in [
+        ("accepted", ledger.accepted.to_string()),
+        ("confirmed", ledger.confirmed.to_string()),
+        ("pending", ledger.pending.to_string()),
+        ("parked", ledger.parked.to_string()),
+        ("removed", ledger.removed.to_string()),
+        ("duplicates", ledger.duplicates.to_string()),
+        ("bytes", ledger.bytes.to_string()),
+        ("oldest pending", oldest),
+    ] {
+        printed.line(format!("{name:<16} {value}"));
+    }
+    Ok(printed)
+}
+
+/// An event without its body.
+#[derive(Serialize)]
+struct Row {
+    id: Uuid,
+    time: String,
+    r#type: String,
+    subject: String,
+    state: String,
+    bytes: usize,
+    verified: bool,
+    intact: bool,
+    parked: Option<String>,
+}
+
+impl Row {
+    fn of(entry: Entry) -> Self {
+        let event = entry.stored.event;
+        let envelope = Envelope::parse(&event.body).unwrap_or_default();
+        Self {
+            id: event.id,
+            time: time(event.accepted_ms),
+            r#type: envelope.event_type.to_string(),
+            subject: envelope.subject().unwrap_or_default(),
+            state: envelope.state.as_deref().unwrap_or_default().to_owned(),
+            bytes: event.body.len(),
+            verified: event.authentic,
+            intact: event.is_intact(),
+            parked: entry.parked_reason,
+        }
+    }
+}
+
+fn list(spool: &Inspector, parked: bool, limit: u64, json: bool) -> Result<Printed, Failure> {
+    let mut printed = Printed::default();
+    let each = |entry| {
+        let row = Row::of(entry);
+        printed.line(if json { serde_json::to_string(&row).unwrap_or_default() } else { line(&row) });
+    };
+    spool.each(parked, limit, each).map_err(Failure::new)?;
+    Ok(printed)
+}
+
+fn line(row: &Row) -> String {
+    let Row { id, time, r#type, subject, state, bytes, parked, .. } = row;
+    let parked = parked.as_deref().map(|reason| format!("  {reason}")).unwrap_or_default();
+    super::clean(&format!("{time}  {id}  {type:<42}  {subject:<47}  {state:<10}  {bytes} B{parked}"))
+}
+
+fn show(spool: &Inspector, id: Uuid) -> Result<Printed, Failure> {
+    let Some(entry) = spool.find(id).map_err(Failure::new)? else {
+        return Err(Failure::Failed(format!("there is no event {id}: delivered, removed, or never here").into()));
+    };
+    let body = entry.stored.event.body.clone();
+    let fingerprint = entry.stored.event.fingerprint.to_string();
+    let seq = entry.stored.seq;
+    let row = Row::of(entry);
+    let mut printed = Printed::default();
+    for (name, value) in [
+        ("id", row.id.to_string()),
+        ("seq", seq.to_string()),
+        ("time", row.time),
+        ("type", row.r#type),
+        ("subject", row.subject),
+        ("state", row.state),
+        ("verified", row.verified.to_string()),
+        ("fingerprint", fingerprint),
+        ("intact", row.intact.to_string()),
+        ("parked", row.parked.unwrap_or("no".to_owned())),
+    ] {
+        printed.line(super::clean(&format!("{name:<12} {value}")));
+    }
+    match serde_json::from_slice::<Value>(&body) {
+        Ok(mut json) => {
+            hide(&mut json);
+            printed.line(serde_json::to_string_pretty(&json).unwrap_or_default());
+        }
+        // It may hold anything, so it is not printed.
+        Err(_) => printed.line(format!("the body, {} bytes, is no JSON", body.len())),
+    }
+    Ok(printed)
+}
+
+/// Hides every `userToken`, however deep. (A parser without recursion has read it, so the depth is bounded.)
+fn hide(json: &mut Value) {
+    match json {
+        Value::Object(members) => members.iter_mut().for_each(|(name, value)| match name.as_str() {
+            "userToken" => *value = HIDDEN.into(),
+            _ => hide(value),
+        }),
+        Value::Array(items) => items.iter_mut().for_each(hide),
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
+    }
+}
+
+fn verify(spool: &mut Inspector) -> Result<(), Failure> {
+    let verdict = spool.verify().map_err(Failure::new)?;
+    let ledger = verdict.ledger;
+    let mut printed = Printed::default();
+    printed.line(format!(
+        "{} accepted = {} confirmed + {} pending + {} parked + {} removed",
+        ledger.accepted, ledger.confirmed, ledger.pending, ledger.parked, ledger.removed
+    ));
+    for problem in &verdict.problems {
+        printed.line(format!("WRONG {problem}"));
+    }
+    if verdict.problems.is_empty() {
+        printed.line("all is well".to_owned());
+        return printed.out();
+    }
+    printed.out()?;
+    Err(Failure::Reported)
+}
+
+fn remove(spool: &mut Inspector, ids: &[Uuid]) -> Result<(), Failure> {
+    let mut missing = 0;
+    for id in ids {
+        let removed = spool.remove(*id).map_err(Failure::new)?;
+        missing += usize::from(!removed);
+        println!("{id} {}", if removed { "removed" } else { "is not there" });
+    }
+    if missing == 0 { Ok(()) } else { Err(Failure::Reported) }
+}
+
+fn time(ms: i64) -> String {
+    Timestamp::from_millisecond(ms).map_or_else(|_| ms.to_string(), |time| format!("{time:.3}"))
+}

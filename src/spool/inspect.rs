@@ -1,0 +1,167 @@
+//! Looking into a spool from outside, also while a relay runs on it: what is there, is it sound, take this out.
+
+use std::path::{Path, PathBuf};
+
+use rusqlite::{Connection, OpenFlags, OptionalExtension, Result, Row, TransactionBehavior};
+use uuid::Uuid;
+
+use super::files::Lock;
+use super::reader::{COLUMNS, open_read_only, stored};
+use super::store;
+use super::{EVENT_OVERHEAD_BYTES, Ledger, OpenError, Stored};
+
+/// Whether there is a spool, and whether a relay has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Presence {
+    /// No file yet. With the folder, or the nearest one above it that exists.
+    Absent(PathBuf),
+    Idle,
+    InUse,
+}
+
+/// Looks without changing anything.
+pub fn presence(path: &Path) -> Presence {
+    if !path.exists() {
+        let folder = path.ancestors().skip(1).find(|folder| folder.is_dir()).unwrap_or(Path::new("."));
+        return Presence::Absent(folder.to_owned());
+    }
+    let held = std::fs::File::open(Lock::path(path)).is_ok_and(|lock| lock.try_lock_shared().is_err());
+    if held { Presence::InUse } else { Presence::Idle }
+}
+
+/// An open spool that somebody else may be writing to.
+pub struct Inspector {
+    connection: Connection,
+}
+
+/// An event with what the relay knows about its delivery.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    pub stored: Stored,
+    /// Why the broker does not take it; `None` while it is pending.
+    pub parked_reason: Option<String>,
+}
+
+/// What [`Inspector::verify`] has found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Verdict {
+    pub ledger: Ledger,
+    /// Empty if all is well.
+    pub problems: Vec<String>,
+}
+
+impl Inspector {
+    /// Opens an existing spool for reading.
+    pub fn open(path: &Path) -> Result<Self, OpenError> {
+        Self::with(path, open_read_only)
+    }
+
+    /// Opens an existing spool for [`Self::remove`].
+    pub fn open_for_removal(path: &Path) -> Result<Self, OpenError> {
+        Self::with(path, |path| {
+            let connection = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
+            connection.busy_timeout(store::BUSY_TIMEOUT)?;
+            // A removal is an operator's word, so it is as durable as an acceptance.
+            connection.execute_batch("PRAGMA synchronous = FULL")?;
+            Ok(connection)
+        })
+    }
+
+    fn with(path: &Path, open: impl Fn(&Path) -> Result<Connection>) -> Result<Self, OpenError> {
+        let sqlite = |source| OpenError::Sqlite { path: path.to_owned(), source };
+        let connection = open(path).map_err(sqlite)?;
+        store::check_format(&connection, path)?;
+        Ok(Self { connection })
+    }
+
+    pub fn ledger(&self) -> Result<Ledger> {
+        Ledger::read(&self.connection)
+    }
+
+    /// When the oldest pending event was accepted, in milliseconds since 1970.
+    pub fn oldest_pending_ms(&self) -> Result<Option<i64>> {
+        super::reader::oldest_pending_ms(&self.connection)
+    }
+
+    /// Calls `each` with the events in the order of acceptance, at most `limit` of them.
+    pub fn each(&self, parked_only: bool, limit: u64, mut each: impl FnMut(Entry)) -> Result<()> {
+        let filter = if parked_only { "WHERE parked_reason IS NOT NULL" } else { "" };
+        let sql = format!("SELECT {COLUMNS}, parked_reason FROM event {filter} ORDER BY seq LIMIT ?1");
+        let mut statement = self.connection.prepare(&sql)?;
+        let mut rows = statement.query([limit])?;
+        while let Some(row) = rows.next()? {
+            each(entry(row)?);
+        }
+        Ok(())
+    }
+
+    /// The event with this id, if it is still there.
+    pub fn find(&self, id: Uuid) -> Result<Option<Entry>> {
+        let sql = format!("SELECT {COLUMNS}, parked_reason FROM event WHERE id = ?1");
+        self.connection.query_row(&sql, [id.as_bytes()], entry).optional()
+    }
+
+    /// Reads everything: the file's structure, every body against its fingerprint, and the ledger against the events.
+    pub fn verify(&mut self) -> Result<Verdict> {
+        // One transaction, so that a running relay does not change the numbers in between.
+        let transaction = self.connection.transaction()?;
+        let mut problems = Vec::new();
+        let mut statement = transaction.prepare("PRAGMA integrity_check(20)")?;
+        let mut rows = statement.query([])?;
+        while let Some(row) = rows.next()? {
+            let line: String = row.get(0)?;
+            if line != "ok" {
+                problems.push(format!("file: {line}"));
+            }
+        }
+        let ledger = Ledger::read(&transaction)?;
+        if !ledger.balances() {
+            problems.push("ledger: accepted is not confirmed + pending + parked + removed".to_owned());
+        }
+        let (mut pending, mut parked, mut bytes) = (0, 0, 0);
+        let sql = format!("SELECT {COLUMNS}, parked_reason FROM event ORDER BY seq");
+        let mut statement = transaction.prepare(&sql)?;
+        let mut rows = statement.query([])?;
+        while let Some(row) = rows.next()? {
+            let Entry { stored: Stored { seq, event }, parked_reason } = entry(row)?;
+            *(if parked_reason.is_some() { &mut parked } else { &mut pending }) += 1;
+            bytes += event.body.len() as u64 + EVENT_OVERHEAD_BYTES;
+            if !event.is_intact() {
+                problems.push(format!("event {} (seq {seq}): the body does not match its fingerprint", event.id));
+            }
+            if seq > ledger.accepted {
+                problems.push(format!("event {} (seq {seq}): beyond the last accepted, {}", event.id, ledger.accepted));
+            }
+        }
+        for (name, counted, noted) in
+            [("pending", pending, ledger.pending), ("parked", parked, ledger.parked), ("bytes", bytes, ledger.bytes)]
+        {
+            if counted != noted {
+                problems.push(format!("ledger: {name} is {noted}, but there are {counted}"));
+            }
+        }
+        Ok(Verdict { ledger, problems })
+    }
+
+    /// Takes an event out for good. Returns whether it was there.
+    pub fn remove(&mut self, id: Uuid) -> Result<bool> {
+        let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let seq: Option<u64> = transaction
+            .query_row("SELECT seq FROM event WHERE id = ?1", [id.as_bytes()], |row| row.get(0))
+            .optional()?;
+        let Some((cost, parked)) = seq.map(|seq| store::delete(&transaction, seq)).transpose()?.flatten() else {
+            return Ok(false);
+        };
+        let mut ledger = Ledger::read(&transaction)?;
+        *(if parked { &mut ledger.parked } else { &mut ledger.pending }) -= 1;
+        ledger.removed += 1;
+        ledger.bytes -= cost;
+        ledger.write(&transaction)?;
+        transaction.commit()?;
+        Ok(true)
+    }
+}
+
+fn entry(row: &Row<'_>) -> Result<Entry> {
+    Ok(Entry { stored: stored(row)?, parked_reason: row.get(8)? })
+}

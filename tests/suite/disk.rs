@@ -1,0 +1,299 @@
+//! The disk and its faults: full, read-only, gone, failing, damaged. What was answered 200 is there, or the relay says
+//! what is not.
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::{Value, json};
+
+use crate::harness::{Node, Relay, Setup, Vhost, Wire, eventually};
+
+const NO_BROKER: &str = "amqp://guest:guest@127.0.0.1:1/%2f";
+
+fn scan(number: usize) -> String {
+    json!({"eventType": "scan.a", "payload": {"scanId": number.to_string(), "filler": "x".repeat(1000)}}).to_string()
+}
+
+/// A small file system of its own in a folder, gone when it is dropped.
+struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    fn mount(folder: &Path, size: &str) -> Self {
+        let path = folder.join("disk");
+        fs::create_dir(&path).unwrap();
+        run("mount", &["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs", path.to_str().unwrap()]);
+        Self(path)
+    }
+
+    fn remount(&self, options: &str) {
+        run("mount", &["-o", &format!("remount,{options}"), self.0.to_str().unwrap()]);
+    }
+
+    fn spool(&self) -> String {
+        self.0.join("spool.db").to_str().unwrap().to_owned()
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
+    }
+}
+
+fn run(program: &str, arguments: &[&str]) {
+    let output = Command::new(program).args(arguments).output().unwrap_or_else(|error| panic!("{program}: {error}"));
+    assert!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// Sends until the relay refuses. Returns the ids of what it took, and the refusal.
+async fn fill(relay: &Relay, from: usize) -> (Vec<String>, Value) {
+    let mut ids = Vec::new();
+    for number in from..from + 100_000 {
+        let answer = relay.post(scan(number)).await;
+        match answer.status {
+            200 => ids.push(answer.id()),
+            503 => return (ids, answer.json()),
+            _ => panic!("{answer}"),
+        }
+    }
+    panic!("the disk does not fill up");
+}
+
+#[tokio::test]
+async fn a_full_disk_refuses_events_keeps_the_others_and_empties_by_itself() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let mut wire = Wire::new(vhost.address());
+    wire.refuse().await;
+    let setup = Setup::new(&vhost.url_through(&wire));
+    let disk = SmallDisk::mount(setup.folder(), "20m");
+    let relay = setup.set("spool.path", disk.spool()).start().await;
+    let (ids, refusal) = fill(&relay, 0).await;
+    assert_eq!(refusal["code"], "spool-unavailable");
+    assert!(ids.len() > 500, "{}", ids.len());
+    relay.eventually_logs("the spool cannot be written").await;
+    assert_eq!(relay.ops_get("/readyz").await.status, 503);
+    // Deliveries go on although not a byte is free, and make room.
+    wire.accept();
+    let delivered = vhost.messages("prism.scan", ids.len()).await;
+    assert_eq!(delivered.iter().map(|delivery| delivery.id()).collect::<Vec<_>>(), ids, "each one, in order, once");
+    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    eventually("events to be taken again", async || {
+        let answer = relay.post(scan(1_000_000)).await;
+        if answer.status == 200 { Ok(()) } else { Err(answer) }
+    })
+    .await;
+    assert_eq!(relay.run(&["spool", "verify"]).await.code, Some(0));
+}
+
+#[tokio::test]
+async fn a_disk_that_turns_read_only_refuses_until_it_is_writable() {
+    let setup = Setup::new(NO_BROKER);
+    let disk = SmallDisk::mount(setup.folder(), "30m");
+    let mut relay = setup.set("spool.path", disk.spool()).start().await;
+    let id = relay.post(scan(0)).await.id();
+    // Open files stay writable in a remounted tmpfs, so the disk is filled up, too: no page can be added.
+    let filler = disk.0.join("filler");
+    let _ = fs::write(&filler, vec![0; 64 << 20]);
+    let (_, refusal) = fill(&relay, 1).await;
+    assert_eq!(refusal["code"], "spool-unavailable");
+    fs::remove_file(&filler).unwrap();
+    eventually("events to be taken again", async || {
+        let answer = relay.post(scan(1_000_000)).await;
+        if answer.status == 200 { Ok(()) } else { Err(answer) }
+    })
+    .await;
+    // At the start, a read-only disk is a clear error.
+    relay.sigterm();
+    assert_eq!(relay.wait().await.code, Some(0));
+    disk.remount("ro");
+    let ended = relay.run(&["serve"]).await;
+    assert!(ended.code == Some(1) && ended.stderr.contains("cannot create or open"), "{ended:?}");
+    disk.remount("rw");
+    relay.start_again().await;
+    assert_eq!(relay.post(scan(0)).await.expect(200).json()["id"], json!(id), "still remembered");
+}
+
+#[tokio::test]
+async fn when_the_folder_vanishes_nothing_more_is_acknowledged_and_what_was_is_delivered() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let mut wire = Wire::new(vhost.address());
+    wire.refuse().await;
+    let setup = Setup::new(&vhost.url_through(&wire));
+    let folder = setup.folder().join("data");
+    let path = folder.join("spool.db");
+    let mut relay = setup.set("spool.path", path.to_str().unwrap()).start().await;
+    let id = relay.post(scan(0)).await.id();
+    fs::remove_dir_all(&folder).unwrap();
+    // The relay still has the files open, but a 200 for what is written to them would be a lie.
+    assert_eq!(relay.post(scan(1)).await.expect(503).json()["code"], "spool-unavailable");
+    relay.eventually_logs("the files of the spool are gone").await;
+    wire.accept();
+    assert_eq!(vhost.messages("prism.scan", 1).await[0].id(), id);
+    let ended = relay.wait().await;
+    assert_eq!(ended.code, Some(1), "{}", ended.stderr);
+    relay.start_again().await;
+    relay.post(scan(1)).await.expect(200);
+    vhost.messages("prism.scan", 1).await;
+}
+
+/// Accepts some events, kills the relay, lets `damage` have the files, and starts it again.
+async fn after(events: usize, damage: impl Fn(&Path)) -> (Relay, Vec<String>, Vhost, Wire) {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let mut wire = Wire::new(vhost.address());
+    wire.refuse().await;
+    let mut relay = Relay::start_through(&vhost, &wire).await;
+    let mut ids = Vec::new();
+    for number in 0..events {
+        ids.push(relay.post(scan(number)).await.id());
+    }
+    relay.kill9().await;
+    damage(&relay.setup().spool());
+    relay.start_again().await;
+    (relay, ids, vhost, wire)
+}
+
+fn beside(path: &Path, ending: &str) -> PathBuf {
+    PathBuf::from(format!("{}{ending}", path.display()))
+}
+
+/// Carries the log over into the file, so that the damage hits the file.
+fn checkpoint(path: &Path) {
+    let connection = rusqlite::Connection::open(path).unwrap();
+    connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())).unwrap();
+}
+
+fn overwrite(path: &Path, from: u64, length: usize) {
+    fs::OpenOptions::new().write(true).open(path).unwrap().write_all_at(&vec![0xa5; length], from).unwrap();
+}
+
+/// Everything that is readable comes out, the rest is counted, the damaged file is kept, and all of it is in the log.
+async fn assert_mended(relay: &Relay, ids: &[String], vhost: &Vhost, wire: &mut Wire) -> usize {
+    let line = relay.eventually_logs("the spool has been mended").await;
+    let saved = line["saved"].as_u64().unwrap() as usize;
+    assert_eq!(saved + line["unreadable"].as_u64().unwrap() as usize, ids.len(), "{line}");
+    assert!(Path::new(line["aside"].as_str().unwrap()).exists(), "{line}");
+    wire.accept();
+    if saved > 0 {
+        for delivery in vhost.messages("prism.scan", saved).await {
+            assert!(ids.contains(&delivery.id()));
+        }
+    }
+    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    let verify = relay.run(&["spool", "verify"]).await;
+    assert_eq!(verify.code, Some(0), "{}", verify.stdout);
+    relay.post(scan(1_000_000)).await.expect(200);
+    vhost.messages("prism.scan", 1).await;
+    saved
+}
+
+#[tokio::test]
+async fn a_truncated_file_gives_back_what_is_left_of_it() {
+    let (relay, ids, vhost, mut wire) = after(200, |path| {
+        checkpoint(path);
+        let file = fs::OpenOptions::new().write(true).open(path).unwrap();
+        file.set_len(file.metadata().unwrap().len() / 2).unwrap();
+    })
+    .await;
+    assert_mended(&relay, &ids, &vhost, &mut wire).await;
+}
+
+#[tokio::test]
+async fn a_file_with_a_destroyed_head_is_set_aside() {
+    let (relay, ids, vhost, mut wire) = after(20, |path| {
+        checkpoint(path);
+        overwrite(path, 0, 100);
+    })
+    .await;
+    let line = relay.eventually_logs("the spool has been mended").await;
+    assert_eq!(line["saved"], 0, "{line}");
+    let aside = line["aside"].as_str().unwrap();
+    assert!(fs::metadata(aside).unwrap().len() > 0);
+    wire.accept();
+    relay.post(scan(1_000_000)).await.expect(200);
+    assert!(!ids.contains(&vhost.messages("prism.scan", 1).await[0].id()));
+}
+
+#[tokio::test]
+async fn damage_in_the_middle_is_found_on_the_way_and_mended_at_the_next_start() {
+    let (mut relay, ids, vhost, mut wire) = after(400, |path| {
+        checkpoint(path);
+        let length = fs::metadata(path).unwrap().len();
+        overwrite(path, length / 2, 20_000);
+    })
+    .await;
+    // The publisher runs into it, asks for mending, and ends the process, as a service manager expects.
+    wire.accept();
+    let ended = relay.wait().await;
+    assert_eq!(ended.code, Some(1), "{}", ended.stderr);
+    assert!(ended.stderr.contains("it will be mended at the next start"), "{}", ended.stderr);
+    wire.refuse().await;
+    relay.start_again().await;
+    let line = relay.eventually_logs("the spool has been mended").await;
+    assert!(line["saved"].as_u64().unwrap() > 0, "{line}");
+    wire.accept();
+    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    let depth = vhost.depth("prism.scan").await as usize;
+    let delivered: std::collections::HashSet<_> =
+        vhost.messages("prism.scan", depth).await.iter().map(|delivery| delivery.id()).collect();
+    let unreadable = line["unreadable"].as_u64().unwrap() as usize;
+    let missing = ids.iter().filter(|id| !delivered.contains(*id)).count();
+    assert!(missing <= unreadable && unreadable < 100, "{missing} missing, {unreadable} unreadable");
+    assert_eq!(relay.run(&["spool", "verify"]).await.code, Some(0));
+}
+
+#[tokio::test]
+async fn a_body_with_a_flipped_bit_is_not_published() {
+    let (relay, ids, vhost, mut wire) = after(3, |path| {
+        let meddler = rusqlite::Connection::open(path).unwrap();
+        let body = meddler.query_row("SELECT body FROM event WHERE seq = 2", [], |row| row.get::<_, Vec<u8>>(0));
+        let mut body = body.unwrap();
+        *body.last_mut().unwrap() ^= 1;
+        meddler.execute("UPDATE event SET body = ?1 WHERE seq = 2", [body]).unwrap();
+    })
+    .await;
+    wire.accept();
+    let delivered: Vec<_> = vhost.messages("prism.scan", 2).await.iter().map(|delivery| delivery.id()).collect();
+    assert_eq!(delivered, [ids[0].clone(), ids[2].clone()]);
+    relay.eventually_metric("prism_relay_spool_parked_events", &[], 1.0).await;
+    let list = relay.run(&["spool", "list", "--parked"]).await.stdout;
+    assert!(list.contains(&ids[1]) && list.contains("damaged"), "{list}");
+}
+
+#[tokio::test]
+async fn a_lost_log_is_told() {
+    let (relay, ..) = after(5, |path| {
+        fs::remove_file(beside(path, "-wal")).unwrap();
+        let _ = fs::remove_file(beside(path, "-shm"));
+    })
+    .await;
+    relay.eventually_logs("the write-ahead log of the spool is gone").await;
+    relay.post(scan(1_000_000)).await.expect(200);
+}
+
+#[tokio::test]
+async fn an_emptied_file_does_not_take_the_log_with_it() {
+    let (relay, ..) = after(5, |path| {
+        fs::OpenOptions::new().write(true).open(path).unwrap().set_len(0).unwrap();
+    })
+    .await;
+    let line = relay.eventually_logs("the spool has been mended").await;
+    let aside = line["aside"].as_str().unwrap();
+    assert!(fs::metadata(format!("{aside}-wal")).unwrap().len() > 0, "kept for a closer look");
+    relay.post(scan(1_000_000)).await.expect(200);
+}
+
+#[tokio::test]
+async fn a_spool_of_a_newer_relay_is_left_alone() {
+    let mut relay = Setup::new(NO_BROKER).start().await;
+    relay.post(scan(0)).await.expect(200);
+    relay.sigterm();
+    assert_eq!(relay.wait().await.code, Some(0));
+    let newer = rusqlite::Connection::open(relay.setup().spool()).unwrap();
+    newer.execute_batch("PRAGMA user_version = 99").unwrap();
+    let ended = relay.run(&["serve"]).await;
+    assert!(ended.code == Some(1) && ended.stderr.contains("newer prism-relay (format 99"), "{ended:?}");
+    let rows: i64 = newer.query_row("SELECT count(*) FROM event", [], |row| row.get(0)).unwrap();
+    assert_eq!(rows, 1);
+}
