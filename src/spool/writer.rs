@@ -153,7 +153,11 @@ impl Writer {
             }
             Err((replies, cause)) => {
                 self.failed(&cause);
-                // Before the answers: none of these events may come back in a crash.
+                // Before the answers: what the failed commit has left in the log must not come back in a crash, so
+                // something else is written over it, synced or not.
+                if let Ok(outcome) = self.transact(Vec::new(), false) {
+                    self.succeeded(&outcome.ledger);
+                }
                 self.mend();
                 for reply in replies {
                     let _ = reply.send(Err(AppendError::Unavailable));
@@ -192,6 +196,9 @@ impl Writer {
                 outcome.replies.last_mut().expect("just pushed").1 = answer;
             }
             self.store.write_ledger(&outcome.ledger)?;
+            if self.suspect {
+                self.store.touch()?;
+            }
             self.store.commit()
         })();
         match result {

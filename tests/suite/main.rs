@@ -9,6 +9,7 @@ mod durability;
 mod house_rules;
 mod messages;
 mod parked;
+mod power;
 mod spool_commands;
 mod statuses;
 mod topology;

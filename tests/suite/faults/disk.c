@@ -1,0 +1,117 @@
+/* Stands between the relay and the disk (LD_PRELOAD): notes every write, cut and sync of the spool's files in a journal,
+ * so that a test can work out what a power loss would have left; and makes calls fail while a test asks for it.
+ *
+ * PRISM_DISK_JOURNAL  the journal: records of { kind, file, offset, length } and the bytes of a write
+ * PRISM_DISK_FAULTS   a file; while it holds "fsync" or "write", these calls fail with EIO
+ */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/types.h>
+#include <unistd.h>
+
+enum kind { WRITE = 1, CUT = 2, SYNC = 3 };
+enum file { OTHER = 0, DATABASE = 1, LOG = 2 };
+
+struct record {
+    uint32_t kind, file;
+    uint64_t offset, length;
+};
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static int journal = -1;
+
+static enum file file_of(int fd) {
+    char link[64], path[4096];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    ssize_t length = readlink(link, path, sizeof path - 1);
+    if (length < 0) return OTHER;
+    path[length] = 0;
+    const char *name = strrchr(path, '/');
+    if (!name) return OTHER;
+    if (!strcmp(name, "/spool.db")) return DATABASE;
+    if (!strcmp(name, "/spool.db-wal")) return LOG;
+    return OTHER;
+}
+
+static int faulty(const char *call) {
+    const char *path = getenv("PRISM_DISK_FAULTS");
+    char text[16] = "";
+    if (!path) return 0;
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return 0;
+    ssize_t length = read(fd, text, sizeof text - 1);
+    close(fd);
+    return length > 0 && !strncmp(text, call, strlen(call));
+}
+
+static ssize_t real_write(int fd, const void *bytes, size_t length) {
+    static ssize_t (*next)(int, const void *, size_t);
+    if (!next) next = dlsym(RTLD_NEXT, "write");
+    return next(fd, bytes, length);
+}
+
+static void note(enum kind kind, enum file file, uint64_t offset, const void *bytes, uint64_t length) {
+    const char *path = getenv("PRISM_DISK_JOURNAL");
+    if (!path) return;
+    if (journal < 0) journal = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
+    struct record record = { kind, file, offset, length };
+    real_write(journal, &record, sizeof record);
+    if (kind == WRITE) real_write(journal, bytes, length);
+}
+
+static ssize_t pwrite_by(const char *symbol, int fd, const void *bytes, size_t length, off64_t offset) {
+    ssize_t (*next)(int, const void *, size_t, off64_t) = dlsym(RTLD_NEXT, symbol);
+    enum file file = file_of(fd);
+    if (file == OTHER) return next(fd, bytes, length, offset);
+    if (faulty("write")) return errno = EIO, -1;
+    pthread_mutex_lock(&lock);
+    ssize_t written = next(fd, bytes, length, offset);
+    if (written > 0) note(WRITE, file, offset, bytes, written);
+    pthread_mutex_unlock(&lock);
+    return written;
+}
+
+ssize_t pwrite(int fd, const void *bytes, size_t length, off_t offset) {
+    return pwrite_by("pwrite", fd, bytes, length, offset);
+}
+
+ssize_t pwrite64(int fd, const void *bytes, size_t length, off64_t offset) {
+    return pwrite_by("pwrite64", fd, bytes, length, offset);
+}
+
+static int cut_by(const char *symbol, int fd, off64_t length) {
+    int (*next)(int, off64_t) = dlsym(RTLD_NEXT, symbol);
+    enum file file = file_of(fd);
+    if (file == OTHER) return next(fd, length);
+    pthread_mutex_lock(&lock);
+    int outcome = next(fd, length);
+    if (!outcome) note(CUT, file, length, NULL, 0);
+    pthread_mutex_unlock(&lock);
+    return outcome;
+}
+
+int ftruncate(int fd, off_t length) { return cut_by("ftruncate", fd, length); }
+int ftruncate64(int fd, off64_t length) { return cut_by("ftruncate64", fd, length); }
+
+static int sync_by(const char *symbol, int fd) {
+    int (*next)(int) = dlsym(RTLD_NEXT, symbol);
+    enum file file = file_of(fd);
+    if (file == OTHER) return next(fd);
+    if (faulty("fsync")) return errno = EIO, -1;
+    /* Noted before it is done: what is written meanwhile by others is not covered by it. */
+    pthread_mutex_lock(&lock);
+    int outcome = next(fd);
+    if (!outcome) note(SYNC, file, 0, NULL, 0);
+    pthread_mutex_unlock(&lock);
+    return outcome;
+}
+
+int fsync(int fd) { return sync_by("fsync", fd); }
+int fdatasync(int fd) { return sync_by("fdatasync", fd); }

@@ -1,0 +1,228 @@
+//! Promise 1 at its hardest: the power fails, and only what was synced survives; or the disk refuses to write or sync.
+//!
+//! The real relay runs with a library between it and the disk (`faults/disk.c`), which keeps a journal of every write,
+//! cut and sync of the spool's files. For many instants the test works out files that a power loss at that instant could
+//! have left: everything up to each file's last sync, and of what was written after it some sectors and not others.
+//! Whatever had been answered 200 before that instant has to be there when SQLite opens them.
+
+use std::collections::HashSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::json;
+
+use crate::harness::{Node, Relay, Setup, Vhost, Wire, eventually};
+
+const NO_BROKER: &str = "amqp://guest:guest@127.0.0.1:1/%2f";
+
+/// What a disk writes in one piece or not at all.
+const SECTOR: usize = 512;
+
+fn scan(number: usize) -> String {
+    json!({"eventType": "scan.a", "payload": {"scanId": number.to_string(), "filler": "x".repeat(300)}}).to_string()
+}
+
+/// Compiles the library into the relay's folder, and loads it into the relay.
+fn with_library(setup: Setup) -> Setup {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/suite/faults/disk.c");
+    let library = setup.folder().join("disk.so");
+    let compiler = std::env::var("CC").unwrap_or("cc".to_owned());
+    let output = Command::new(&compiler)
+        .args(["-shared", "-fPIC", "-O1", "-o"])
+        .arg(&library)
+        .arg(source)
+        .args(["-ldl"])
+        .output();
+    let output = output.unwrap_or_else(|error| panic!("{compiler}: {error}"));
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let (journal, faults) = (setup.folder().join("journal"), setup.folder().join("faults"));
+    setup
+        .env("LD_PRELOAD", library.to_str().unwrap())
+        .env("PRISM_DISK_JOURNAL", journal.to_str().unwrap())
+        .env("PRISM_DISK_FAULTS", faults.to_str().unwrap())
+}
+
+/// One call that the journal has noted.
+enum Call {
+    Write { file: usize, offset: usize, bytes: Vec<u8> },
+    Cut { file: usize, length: usize },
+    Sync { file: usize },
+}
+
+/// The calls, each with the journal's length after it.
+fn read_journal(path: &Path) -> Vec<(u64, Call)> {
+    let journal = fs::read(path).unwrap();
+    let mut calls = Vec::new();
+    let mut at = 0;
+    while at + 24 <= journal.len() {
+        let small = |at: usize| u32::from_ne_bytes(journal[at..at + 4].try_into().unwrap()) as usize;
+        let large = |at: usize| u64::from_ne_bytes(journal[at..at + 8].try_into().unwrap()) as usize;
+        let (kind, file, offset, length) = (small(at), small(at + 4) - 1, large(at + 8), large(at + 16));
+        at += 24;
+        let call = match kind {
+            1 => Call::Write { file, offset, bytes: journal[at..at + length].to_vec() },
+            2 => Call::Cut { file, length: offset },
+            3 => Call::Sync { file },
+            kind => panic!("unknown record {kind}"),
+        };
+        at += length;
+        calls.push((at as u64, call));
+    }
+    calls
+}
+
+fn write(file: &mut Vec<u8>, offset: usize, bytes: &[u8]) {
+    if file.len() < offset + bytes.len() {
+        file.resize(offset + bytes.len(), 0);
+    }
+    file[offset..offset + bytes.len()].copy_from_slice(bytes);
+}
+
+/// The database and its log as a power loss after these calls could have left them.
+fn survivors(calls: &[(u64, Call)], random: &mut fastrand::Rng) -> [Vec<u8>; 2] {
+    let last_sync = |wanted: usize| {
+        calls.iter().rposition(|(_, call)| matches!(call, Call::Sync { file } if *file == wanted)).unwrap_or(0)
+    };
+    let synced = [last_sync(0), last_sync(1)];
+    let mut files = [Vec::new(), Vec::new()];
+    // A disk may write later sectors first, so each one of them survives by chance; some disks write none, some all.
+    let chance = [0.0, 0.1, 0.5, 0.9, 1.0][random.usize(0..5)];
+    for (index, (_, call)) in calls.iter().enumerate() {
+        match call {
+            Call::Write { file, offset, bytes } => {
+                for (sector, piece) in bytes.chunks(SECTOR).enumerate() {
+                    if index < synced[*file] || random.f64() < chance {
+                        write(&mut files[*file], offset + sector * SECTOR, piece);
+                    }
+                }
+            }
+            Call::Cut { file, length } if index < synced[*file] || random.f64() < chance => {
+                files[*file].resize(*length, 0);
+            }
+            Call::Cut { .. } | Call::Sync { .. } => {}
+        }
+    }
+    files
+}
+
+/// The ids in a spool that consists of these files.
+fn reopen(folder: &Path, [database, log]: [Vec<u8>; 2]) -> HashSet<Vec<u8>> {
+    let path = folder.join("after/spool.db");
+    let _ = fs::remove_dir_all(path.parent().unwrap());
+    fs::create_dir(path.parent().unwrap()).unwrap();
+    fs::write(&path, database).unwrap();
+    fs::write(folder.join("after/spool.db-wal"), log).unwrap();
+    let connection = rusqlite::Connection::open(&path).unwrap();
+    let verdict: String = connection.query_row("PRAGMA integrity_check", [], |row| row.get(0)).unwrap();
+    assert_eq!(verdict, "ok");
+    // Before the first commit there is no table, and no 200 either.
+    let Ok(mut statement) = connection.prepare("SELECT id FROM seen") else { return HashSet::new() };
+    let ids = statement.query_map([], |row| row.get(0)).unwrap();
+    ids.collect::<Result<_, _>>().unwrap()
+}
+
+fn journal(relay: &Relay) -> PathBuf {
+    relay.folder().join("journal")
+}
+
+#[tokio::test]
+async fn what_was_answered_200_survives_a_power_loss_at_any_instant() {
+    const SENDERS: usize = 8;
+    const EVENTS: usize = 150;
+    const INSTANTS: usize = 150;
+    let vhost = Vhost::new(Node::shared().await).await;
+    // With a live broker, so that deletions, which need not be synced, lie between the acceptances.
+    let mut relay = with_library(Setup::new(&vhost.url())).start().await;
+    let senders: Vec<_> = (0..SENDERS)
+        .map(|sender| {
+            let (client, journal) = (relay.sender(), journal(&relay));
+            tokio::spawn(async move {
+                let mut acknowledged = Vec::new();
+                for number in 0..EVENTS {
+                    let id = client.post(scan(sender * EVENTS + number)).await.unwrap().id();
+                    // What the journal had when the 200 was here was there before it.
+                    acknowledged.push((fs::metadata(&journal).unwrap().len(), id));
+                }
+                acknowledged
+            })
+        })
+        .collect();
+    let mut acknowledged = Vec::new();
+    for sender in senders {
+        acknowledged.extend(sender.await.unwrap());
+    }
+    relay.kill9().await;
+
+    let calls = read_journal(&journal(&relay));
+    let syncs = calls.iter().filter(|(_, call)| matches!(call, Call::Sync { .. })).count();
+    assert!(syncs > 20 && calls.len() > 1000, "{syncs} syncs among {} calls", calls.len());
+    let started = calls.iter().position(|(_, call)| matches!(call, Call::Sync { file: 1 })).unwrap();
+    let seed = std::env::var("PRISM_POWER_SEED").map_or(7, |seed| seed.parse().unwrap());
+    let mut random = fastrand::Rng::with_seed(seed);
+    let mut expected = 0;
+    for _ in 0..INSTANTS {
+        let instant = random.usize(started + 1..=calls.len());
+        let length = calls[instant - 1].0;
+        let found = reopen(relay.folder(), survivors(&calls[..instant], &mut random));
+        for (at, id) in acknowledged.iter().filter(|(at, _)| *at <= length) {
+            let bytes = uuid::Uuid::parse_str(id).unwrap().into_bytes().to_vec();
+            assert!(found.contains(&bytes), "seed {seed}: {id}, answered at {at}, is lost at {length}");
+            expected += 1;
+        }
+    }
+    assert!(expected > INSTANTS * EVENTS, "{expected}: the instants are spread over the whole run");
+}
+
+#[tokio::test]
+async fn a_disk_that_fails_to_sync_or_write_takes_no_200_back() {
+    for fault in ["fsync", "write"] {
+        let mut relay = with_library(Setup::new(NO_BROKER)).start().await;
+        let faults = relay.folder().join("faults");
+        let before = relay.post(scan(0)).await.id();
+        fs::write(&faults, fault).unwrap();
+        let mut refused = Vec::new();
+        for number in 1..6 {
+            let answer = relay.post(scan(number)).await.expect(503);
+            assert_eq!(answer.json()["code"], "spool-unavailable");
+            refused.push(scan(number));
+        }
+        relay.eventually_logs("the spool cannot be written").await;
+        // Killed while the disk is sick: what was refused must not come back.
+        relay.kill9().await;
+        fs::remove_file(&faults).unwrap();
+        relay.start_again().await;
+        let list = relay.run(&["spool", "list"]).await.stdout;
+        assert!(list.contains(&before), "{list}");
+        let again = relay.post(scan(1)).await.expect(200).json();
+        assert_eq!(again["duplicate"], json!(null), "{fault}: the refused event was not kept");
+        assert_eq!(relay.status().await["spool"]["accepted"], 2);
+        // And without a restart: the disk recovers, and so does the relay.
+        fs::write(&faults, fault).unwrap();
+        relay.post(scan(7)).await.expect(503);
+        fs::remove_file(&faults).unwrap();
+        eventually("events to be taken again", async || {
+            let answer = relay.post(scan(8)).await;
+            if answer.status == 200 { Ok(()) } else { Err(answer) }
+        })
+        .await;
+        assert_eq!(relay.run(&["spool", "verify"]).await.code, Some(0));
+    }
+}
+
+#[tokio::test]
+async fn deliveries_are_not_repeated_because_the_disk_was_sick() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let mut wire = Wire::new(vhost.address());
+    wire.refuse().await;
+    let relay = with_library(Setup::new(&vhost.url_through(&wire))).start().await;
+    for number in 0..20 {
+        relay.post(scan(number)).await.expect(200);
+    }
+    fs::write(relay.folder().join("faults"), "write").unwrap();
+    wire.accept();
+    vhost.messages("prism.scan", 20).await;
+    fs::remove_file(relay.folder().join("faults")).unwrap();
+    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    vhost.assert_empty("prism.scan").await;
+}
