@@ -75,7 +75,9 @@ impl Store {
             check_format(&connection, path)?;
         }
         // fullfsync: without it, macOS does not wait for the disk. No effect elsewhere.
-        connection.execute_batch("PRAGMA fullfsync = ON; PRAGMA checkpoint_fullfsync = ON;").map_err(sqlite)?;
+        connection
+            .execute_batch("PRAGMA synchronous = FULL; PRAGMA fullfsync = ON; PRAGMA checkpoint_fullfsync = ON;")
+            .map_err(sqlite)?;
         // SQLite answers with the mode that it is in, which stays another one on a file system that cannot share memory.
         let mode: String = connection.query_row("PRAGMA journal_mode = WAL", [], |row| row.get(0)).map_err(sqlite)?;
         if mode != "wal" {
@@ -87,7 +89,7 @@ impl Store {
         // The first read opens the log.
         Ledger::read(&connection).map_err(sqlite)?;
         let files = files::Presence::of(path).map_err(|source| OpenError::Io { path: path.to_owned(), source })?;
-        let mut store = Self { connection, durability, synced: false, files, reserve: files::Reserve::of(path) };
+        let mut store = Self { connection, durability, synced: true, files, reserve: files::Reserve::of(path) };
         store.set_synced(true).map_err(sqlite)?;
         Ok(store)
     }
@@ -242,7 +244,7 @@ impl Store {
 
 fn create(connection: &Connection) -> Result<()> {
     connection.execute_batch(&format!(
-        "PRAGMA synchronous = FULL; BEGIN IMMEDIATE; {SCHEMA}
+        "BEGIN IMMEDIATE; {SCHEMA}
          PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {FORMAT}; COMMIT;"
     ))
 }

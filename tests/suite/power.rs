@@ -226,3 +226,16 @@ async fn deliveries_are_not_repeated_because_the_disk_was_sick() {
     relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
     vhost.assert_empty("prism.scan").await;
 }
+
+#[tokio::test]
+async fn each_200_has_its_sync_unless_the_configuration_says_otherwise() {
+    for (durability, expected) in [("disk", 50..usize::MAX), ("process", 0..20)] {
+        let relay = with_library(Setup::new(NO_BROKER).set("spool.durability", durability)).start().await;
+        for number in 0..50 {
+            relay.post(scan(number)).await.expect(200);
+        }
+        let calls = read_journal(&journal(&relay));
+        let syncs = calls.iter().filter(|(_, call)| matches!(call, Call::Sync { file: 1 })).count();
+        assert!(expected.contains(&syncs), "{durability}: {syncs} syncs of the log for 50 answers");
+    }
+}
