@@ -212,3 +212,49 @@ impl Signals {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Dedupe, Spool as SpoolConfig};
+
+    /// Tasks that all wait for ever, on a spool of their own.
+    fn idle_tasks(folder: &tempfile::TempDir) -> Tasks {
+        let spool =
+            SpoolConfig { path: folder.path().join("spool.db"), max_bytes: 1 << 20, durability: Durability::Disk };
+        let dedupe = Dedupe { window: Duration::ZERO, entries_max: 1 };
+        let (spool, spool_writer) = Spool::open(&spool, &dedupe, Arc::new(Metrics::new())).unwrap();
+        let idle = || tokio::spawn(std::future::pending());
+        Tasks {
+            ingress: idle(),
+            ops: idle(),
+            upkeep: idle(),
+            publisher: tokio::spawn(std::future::pending()),
+            spool,
+            spool_writer,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_task_that_panics_or_ends_is_a_death() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let mut tasks = idle_tasks(&folder);
+        tasks.publisher = tokio::spawn(async { panic!("on purpose") });
+        assert!(matches!(tasks.death().await, RelayError::Died("publisher")));
+
+        let folder = tempfile::TempDir::new().unwrap();
+        let mut tasks = idle_tasks(&folder);
+        tasks.ingress = tokio::spawn(async {});
+        assert!(matches!(tasks.death().await, RelayError::Died("public listener")));
+    }
+
+    #[tokio::test]
+    async fn a_task_that_panics_while_draining_is_an_error() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let mut tasks = idle_tasks(&folder);
+        tasks.ingress = tokio::spawn(async {});
+        tasks.publisher = tokio::spawn(async { panic!("on purpose") });
+        let drained = tasks.drain(&Stops::default(), Instant::now() + Duration::from_secs(30)).await;
+        assert!(matches!(drained, Err(RelayError::Died("publisher"))));
+    }
+}

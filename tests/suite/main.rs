@@ -10,6 +10,7 @@ mod house_rules;
 mod messages;
 mod parked;
 mod power;
+mod process;
 mod spool_commands;
 mod statuses;
 mod topology;

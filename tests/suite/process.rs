@@ -1,0 +1,148 @@
+//! The relay's own process: killed at any moment, starved of descriptors, with a backlog that does not fit in memory.
+
+use std::collections::HashSet;
+
+use serde_json::json;
+
+use crate::harness::{Node, Raw, Relay, Setup, Vhost, Wire, eventually};
+
+const NO_BROKER: &str = "amqp://guest:guest@127.0.0.1:1/%2f";
+
+fn scan(subject: usize, number: usize) -> String {
+    json!({"eventType": "scan.a", "payload": {"scanId": subject.to_string(), "number": number}}).to_string()
+}
+
+#[tokio::test]
+async fn kill_9_under_load_loses_nothing_that_was_answered() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let mut relay = Relay::start(&vhost).await;
+    let mut acknowledged = HashSet::new();
+    for round in 0..6 {
+        let senders: Vec<_> = (0..8)
+            .map(|subject| {
+                let sender = relay.sender();
+                tokio::spawn(async move {
+                    let mut ids = Vec::new();
+                    // Until it is killed in the middle of an answer.
+                    while let Ok(answer) = sender.post(scan(round * 8 + subject, ids.len())).await {
+                        ids.push(answer.id());
+                    }
+                    ids
+                })
+            })
+            .collect();
+        eventually("traffic", async || {
+            let accepted = relay.metric("prism_relay_webhooks_total", &[("outcome", "accepted")]).await;
+            if accepted > 50.0 { Ok(()) } else { Err(accepted) }
+        })
+        .await;
+        relay.kill9().await;
+        for sender in senders {
+            acknowledged.extend(sender.await.unwrap());
+        }
+        relay.start_again().await;
+        let verify = relay.run(&["spool", "verify"]).await;
+        assert_eq!(verify.code, Some(0), "the ledger balances after every crash: {}", verify.stdout);
+    }
+    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    let depth = vhost.depth("prism.scan").await as usize;
+    let delivered: HashSet<_> =
+        vhost.messages("prism.scan", depth).await.iter().map(|delivery| delivery.id()).collect();
+    let lost: Vec<_> = acknowledged.difference(&delivered).collect();
+    assert!(lost.is_empty(), "{} of {} are lost: {lost:?}", lost.len(), acknowledged.len());
+}
+
+#[tokio::test]
+async fn kill_9_during_start_up_is_no_different() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let mut wire = Wire::new(vhost.address());
+    wire.refuse().await;
+    let mut relay = Relay::start_through(&vhost, &wire).await;
+    let mut ids = Vec::new();
+    for number in 0..200 {
+        ids.push(relay.post(scan(0, number)).await.id());
+    }
+    relay.kill9().await;
+    for lines in [0, 0, 0, 0, 1, 1, 2] {
+        // Killed at once, or as soon as it has said so much.
+        let mut program = relay.setup().launch(&["serve"]);
+        eventually("the first words of the relay", async || {
+            let said = program.stderr().len();
+            if said >= lines { Ok(()) } else { Err(said) }
+        })
+        .await;
+        program.signal("KILL");
+        program.wait().await;
+    }
+    wire.accept();
+    relay.start_again().await;
+    let delivered: Vec<_> = vhost.messages("prism.scan", 200).await.iter().map(|delivery| delivery.id()).collect();
+    assert_eq!(delivered, ids);
+}
+
+#[tokio::test]
+async fn a_process_without_descriptors_waits_for_one_and_goes_on() {
+    let relay = Setup::new(NO_BROKER).start().await;
+    let limit = |count: &str| {
+        let status = std::process::Command::new("prlimit")
+            .args([format!("--nofile={count}:4096"), format!("--pid={}", relay.pid())])
+            .status();
+        assert!(status.expect("prlimit, of util-linux").success());
+    };
+    relay.post(scan(0, 0)).await.expect(200);
+    let open = std::fs::read_dir(format!("/proc/{}/fd", relay.pid())).unwrap().count();
+    limit(&(open + 3).to_string());
+    let mut crowd = Vec::new();
+    for _ in 0..20 {
+        crowd.push(Raw::connect(relay.address()).await);
+    }
+    relay.eventually_logs("cannot accept connections").await;
+    // The connections that are there still work, the spool among them.
+    relay.post(scan(0, 1)).await.expect(200);
+    drop(crowd);
+    limit("4096");
+    let newcomer =
+        Raw::exchange(relay.address(), "GET /healthz HTTP/1.1\r\nhost: relay\r\nconnection: close\r\n\r\n").await;
+    assert!(newcomer.starts_with("HTTP/1.1 200 "), "{newcomer}");
+}
+
+#[tokio::test]
+async fn a_confirmed_event_that_was_not_yet_deleted_comes_again_under_its_id() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let mut relay = Relay::start(&vhost).await;
+    relay.post(scan(0, 0)).await.expect(200);
+    vhost.messages("prism.scan", 1).await;
+    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    // Confirmed, but the note of it does not reach the file before the end.
+    let meddler = rusqlite::Connection::open(relay.setup().spool()).unwrap();
+    meddler.execute_batch("CREATE TRIGGER keep BEFORE DELETE ON event BEGIN SELECT RAISE(ABORT, 'no'); END").unwrap();
+    let id = relay.post(scan(0, 1)).await.id();
+    assert_eq!(vhost.messages("prism.scan", 1).await[0].id(), id);
+    relay.eventually_metric("prism_relay_publish_total", &[("outcome", "confirmed")], 2.0).await;
+    relay.kill9().await;
+    meddler.execute_batch("DROP TRIGGER keep").unwrap();
+    relay.start_again().await;
+    assert_eq!(vhost.messages("prism.scan", 1).await[0].id(), id);
+    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    assert_eq!(relay.run(&["spool", "verify"]).await.code, Some(0));
+}
+
+#[tokio::test]
+async fn a_backlog_costs_disk_and_not_memory() {
+    const EVENTS: usize = 50_000;
+    let relay = Setup::new(NO_BROKER).set("spool.max_bytes", "1GiB").set("log.filter", "info").start().await;
+    let rss = || {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", relay.pid())).unwrap();
+        let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap()
+    };
+    relay.post(scan(0, 0)).await.expect(200);
+    let before = rss();
+    let count = EVENTS.to_string();
+    let sent = relay.run(&["send", "--url", relay.url(), "--count", &count]).await;
+    assert_eq!(sent.code, Some(0), "{}", sent.stdout);
+    assert_eq!(relay.status().await["spool"]["pending"], EVENTS as u64 + 1);
+    // The bodies alone are 5 MB, the dedupe window as much again; a queue in memory would be several times that.
+    let grown = rss().saturating_sub(before);
+    assert!(grown < 32 * 1024, "{before} kB have become {} kB", before + grown);
+}
