@@ -150,7 +150,7 @@ impl<'a> Session<'a> {
         // What an earlier session has settled must be gone before the spool is read anew.
         self.publisher.spool.flush().await;
         let end = self.work(drain).await;
-        if !self.completions.is_empty() {
+        if end.is_err() || !self.completions.is_empty() {
             self.wind_up().await;
         }
         let refused = match &end {
