@@ -14,7 +14,7 @@ async fn a_node_that_is_killed_restarted_frozen_and_blocked() {
     let node = Node::start().await;
     let vhost = Vhost::new(&node).await;
     let setup = Setup::new(&vhost.url()).set("broker.heartbeat", "1s").set("broker.confirm_timeout", "3s");
-    let relay = setup.start().await;
+    let mut relay = setup.start().await;
     relay.post(scan(0)).await.expect(200);
     assert_eq!(vhost.messages("prism.scan", 1).await[0].text(), scan(0));
 
@@ -70,6 +70,19 @@ async fn a_node_that_is_killed_restarted_frozen_and_blocked() {
     relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
     assert_eq!(relay.status().await["broker"]["connects"], connects, "no new connection, so nothing twice");
     vhost.assert_empty("prism.scan").await;
+
+    // The same for the disk; and a relay that is stopped meanwhile does not wait for the end of the alarm.
+    node.disk_alarm(true).await;
+    let id = relay.post(scan(10)).await.id();
+    eventually("the relay to learn that it is blocked", async || {
+        let status = relay.status().await;
+        if status["broker"]["blocked"].is_string() { Ok(()) } else { Err(status) }
+    })
+    .await;
+    relay.restart().await;
+    node.disk_alarm(false).await;
+    assert_eq!(vhost.messages("prism.scan", 1).await[0].id(), id);
+    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
 }
 
 #[tokio::test]
@@ -103,6 +116,24 @@ async fn an_exchange_that_is_deleted_is_declared_again() {
     let texts: Vec<_> = vhost.messages("prism.scan", 4).await.iter().map(|delivery| delivery.text()).collect();
     assert_eq!(texts, (1..5).map(scan).collect::<Vec<_>>());
     relay.eventually_metric("prism_relay_spool_parked_events", &[], 0.0).await;
+}
+
+#[tokio::test]
+async fn without_its_queue_an_event_goes_to_unrouted_until_the_queue_is_declared_again() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let mut relay = Relay::start(&vhost).await;
+    relay.post(scan(0)).await.expect(200);
+    vhost.eventually_depth("prism.scan", 1).await;
+    // What RabbitMQ has confirmed is RabbitMQ's: a purge concerns the operator and nobody else.
+    vhost.purge_queue("prism.scan").await;
+    relay.post(scan(1)).await.expect(200);
+    assert_eq!(vhost.messages("prism.scan", 1).await[0].text(), scan(1));
+    vhost.delete_queue("prism.scan").await;
+    relay.post(scan(2)).await.expect(200);
+    assert_eq!(vhost.messages("prism.unrouted", 1).await[0].text(), scan(2));
+    relay.restart().await;
+    relay.post(scan(3)).await.expect(200);
+    assert_eq!(vhost.messages("prism.scan", 1).await[0].text(), scan(3));
 }
 
 #[tokio::test]

@@ -101,6 +101,29 @@ async fn a_message_that_closes_the_channel_is_found_and_parked() {
 }
 
 #[tokio::test]
+async fn a_message_that_is_too_large_for_the_broker_is_parked_and_released_when_it_is_not() {
+    let node = Node::start().await;
+    let vhost = Vhost::new(&node).await;
+    // In bytes; RabbitMQ 3 takes 128 MiB unless told otherwise, RabbitMQ 4 takes 16 MiB.
+    let limit = async |bytes: u32| {
+        node.ctl(&["eval", &format!("application:set_env(rabbit, max_message_size, {bytes}).")]).await;
+    };
+    limit(2000).await;
+    let relay = Setup::new(&vhost.url()).set("broker.parked_retry", "300ms").start().await;
+    let large = json!({"eventType": "scan.large", "payload": {"filler": "x".repeat(3000)}}).to_string();
+    let id = relay.post(&large).await.id();
+    relay.post(event("scan.small")).await.expect(200);
+    assert_eq!(vhost.messages("prism.scan", 1).await[0].routing_key, "scan.small");
+    relay.eventually_metric("prism_relay_spool_parked_events", &[], 1.0).await;
+    let list = relay.run(&["spool", "list", "--parked"]).await.stdout;
+    assert!(list.contains(&id) && list.contains("larger than configured max size"), "{list}");
+    limit(16 * 1024 * 1024).await;
+    let released = vhost.messages("prism.scan", 1).await.remove(0);
+    assert_eq!((released.id(), released.text()), (id, large));
+    relay.eventually_metric("prism_relay_spool_parked_events", &[], 0.0).await;
+}
+
+#[tokio::test]
 async fn parked_events_that_close_the_channel_again_and_again_hold_up_nobody() {
     let node = Node::shared().await;
     let vhost = Vhost::new(node).await;
