@@ -8,7 +8,7 @@ mod source;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http_body_util::Full;
@@ -17,6 +17,7 @@ use hyper::header::HeaderMap;
 use hyper::http::request::Parts;
 use hyper::{Method, Request, Response};
 use jiff::Timestamp;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
@@ -30,10 +31,14 @@ use crate::event::{Envelope, Event, TraceContext};
 use crate::metrics::Metrics;
 use crate::server::{BindError, Limits, Server};
 use crate::signature::{Accepted, SIGNATURE_HEADER, TIMESTAMP_HEADER, Verifier};
-use crate::spool::{Receipt, Spool};
+use crate::spool::{AppendError, Receipt, Spool};
 
 /// Answers like `/readyz`, on the public listener, for load balancers.
 pub const HEALTH_PATH: &str = "/healthz";
+
+/// How long a disk may take. Prism's own patience is not documented; a sender that is told to come back is better off
+/// than one that hears nothing.
+const APPEND_PATIENCE: Duration = Duration::from_secs(10);
 
 /// The public listener, bound but not yet serving.
 pub struct Ingress {
@@ -136,7 +141,9 @@ impl Desk {
 
         let trace = TraceContext::from_headers(header(headers, "traceparent"), header(headers, "tracestate"));
         let event = Event::new(verified, trace, now);
-        let receipt = self.spool.append(event).await.map_err(Refusal::NotStored)?;
+        // An event that is committed later all the same is recognised when the sender comes back.
+        let appended = timeout(APPEND_PATIENCE, self.spool.append(event)).await;
+        let receipt = appended.unwrap_or(Err(AppendError::Unavailable)).map_err(Refusal::NotStored)?;
         debug!(id = %receipt.id, duplicate = receipt.duplicate, "accepted");
         Ok(receipt)
     }

@@ -297,3 +297,21 @@ async fn a_spool_of_a_newer_relay_is_left_alone() {
     let rows: i64 = newer.query_row("SELECT count(*) FROM event", [], |row| row.get(0)).unwrap();
     assert_eq!(rows, 1);
 }
+
+#[tokio::test]
+async fn a_disk_that_hangs_is_not_waited_for_without_end() {
+    let relay = Setup::new(NO_BROKER).start().await;
+    let id = relay.post(scan(0)).await.id();
+    // Somebody holds the file: commits wait for SQLite's busy timeout, and then fail.
+    let holder = rusqlite::Connection::open(relay.setup().spool()).unwrap();
+    holder.execute_batch("BEGIN IMMEDIATE").unwrap();
+    assert_eq!(relay.post(scan(1)).await.expect(503).json()["code"], "spool-unavailable");
+    holder.execute_batch("ROLLBACK").unwrap();
+    eventually("events to be taken again", async || {
+        let answer = relay.post(scan(1)).await;
+        if answer.status == 200 { Ok(()) } else { Err(answer) }
+    })
+    .await;
+    assert_eq!(relay.post(scan(0)).await.expect(200).json()["id"], json!(id));
+    assert_eq!(relay.status().await["spool"]["accepted"], 2);
+}
