@@ -5,7 +5,10 @@
 //! and starts again from the oldest unconfirmed event; what the broker had already taken is then published twice, under
 //! the same `message_id`.
 
+mod ahead;
+mod careful;
 mod connection;
+mod flight;
 mod message;
 mod outcome;
 mod session;
@@ -27,7 +30,8 @@ use crate::metrics::Metrics;
 use crate::spool::{ReadError, Spool};
 use crate::telemetry::chain;
 use crate::topology::{self, Plan, TopologyError};
-use session::{Careful, Session};
+use careful::Careful;
+use session::Session;
 
 /// Why there is no session with a broker at the moment.
 #[derive(Debug, Error)]

@@ -12,27 +12,24 @@
 //! - A confirm that does not come in time ends the session: some never come.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::future::{Future, poll_fn};
-use std::pin::Pin;
-use std::task::Poll;
+use std::future::ready;
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use jiff::Timestamp;
-use lapin::options::BasicPublishOptions;
 use lapin::{Channel, Event as LapinEvent};
-use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 use uuid::Uuid;
 
-use super::message::Message;
+use super::ahead::Ahead;
+use super::careful::{Careful, Lesson};
+use super::flight::{self, Completion, Confirmed, Flight, Publishing};
 use super::outcome::{Outcome, Return, classify};
 use super::{Link, Publisher, PublisherError};
-use crate::event::Event;
-use crate::spool::{Batch, ReadError, Settlement, Stored};
+use crate::spool::{ReadError, Settlement, Stored};
 
 /// How often deadlines and parked events are looked at.
 const TICK: Duration = Duration::from_millis(250);
@@ -43,62 +40,14 @@ const WIND_UP_TIMEOUT: Duration = Duration::from_secs(5);
 /// Parked events tried in one go, one by one.
 const PARKED_AT_A_TIME: usize = 100;
 
-/// Bodies in memory at most, read ahead and in flight. One event is always allowed, however large.
-const BODY_BYTES_MAX: usize = 16 * 1024 * 1024;
-
-/// An event that has closed the channel this often, alone each time, is to blame for it.
-const STRIKES: u32 = 2;
-
-/// What outlives a session: after the broker has closed the channel over one of many messages, events are published one
-/// by one until the culprit is known.
-#[derive(Debug, Default)]
-pub(super) struct Careful {
-    /// The last event that may be the culprit.
-    until: u64,
-    /// The event that was alone in flight when the channel was closed, and how often.
-    suspect: Option<(u64, u32)>,
-    /// When parked events were last tried. One that takes the channel down again ends the round.
-    parked_tried_at: Option<Instant>,
-}
-
-/// What comes out of the queue of futures.
-enum Completion {
-    Published(u64, Outcome),
-    /// All completions before this one have been seen.
-    Marker(Vec<Confirmed>),
-}
-
-type Publishing = Pin<Box<dyn Future<Output = Completion> + Send>>;
-type Reading = JoinHandle<Result<Batch, ReadError>>;
-
-struct Flight {
-    id: Uuid,
-    bytes: usize,
-    accepted_ms: i64,
-    published_at: Instant,
-}
-
-#[derive(Clone, Copy)]
-struct Confirmed {
-    seq: u64,
-    id: Uuid,
-}
-
+/// One connection's worth of deliveries.
 pub(super) struct Session<'a> {
     publisher: &'a Publisher,
     link: &'a Link,
     channel: Channel,
     careful: &'a mut Careful,
 
-    /// Read from the spool and not yet published.
-    ahead: VecDeque<Stored>,
-    /// Of the bodies in `ahead` and in `flights`.
-    body_bytes: usize,
-    /// The last event read.
-    cursor: u64,
-    reading: Option<Reading>,
-    /// Nothing after the cursor when it was last looked at.
-    exhausted: bool,
+    ahead: Ahead,
     /// Parked events, to be tried one by one while nothing else is in flight.
     parked: VecDeque<Stored>,
     trying_parked: Option<u64>,
@@ -125,11 +74,7 @@ impl<'a> Session<'a> {
             link,
             channel,
             careful,
-            ahead: VecDeque::new(),
-            body_bytes: 0,
-            cursor: 0,
-            reading: None,
-            exhausted: false,
+            ahead: Ahead::new(publisher.spool.clone(), publisher.broker.window),
             parked: VecDeque::new(),
             trying_parked: None,
             completions: FuturesUnordered::new(),
@@ -175,7 +120,7 @@ impl<'a> Session<'a> {
                 draining = true;
                 // A last look at everything that came in before; parked events can wait for the next start.
                 spool.flush().await;
-                self.exhausted = false;
+                self.ahead.look_again();
                 self.parked.clear();
             }
             self.fill().await;
@@ -197,12 +142,9 @@ impl<'a> Session<'a> {
                     }
                     self.mark();
                 }
-                Some(batch) = next_batch(&mut self.reading), if self.reading.is_some() => {
-                    self.reading = None;
-                    self.take_batch(batch?);
-                }
+                read = self.ahead.take_in(), if self.ahead.is_reading() => read?,
                 Some(event) = events.next() => self.heed(event)?,
-                () = spool.committed().notified(), if self.exhausted => self.exhausted = false,
+                () = spool.committed().notified(), if self.ahead.is_exhausted() => self.ahead.look_again(),
                 () = drain.cancelled(), if !draining => {}
                 () = tokio::time::sleep(TICK) => {}
             }
@@ -211,7 +153,7 @@ impl<'a> Session<'a> {
 
     /// Nothing to do, nothing under way.
     fn is_idle(&self) -> bool {
-        self.exhausted && self.reading.is_none() && self.ahead.is_empty() && self.completions.is_empty()
+        self.ahead.is_over() && self.completions.is_empty()
     }
 
     fn may_publish(&self) -> bool {
@@ -233,64 +175,30 @@ impl<'a> Session<'a> {
             return;
         }
         while self.may_publish()
-            && let Some(next) = self.ahead.front()
+            && let Some(seq) = self.ahead.next_seq()
+            && self.flights.len() < self.careful.window(seq, self.publisher.broker.window)
+            && let Some(stored) = self.ahead.pop()
         {
-            let window = if next.seq <= self.careful.until { 1 } else { self.publisher.broker.window };
-            if self.flights.len() >= window {
-                break;
-            }
-            let stored = self.ahead.pop_front().expect("there is a front");
             self.publish(stored).await;
         }
-        let hungry = self.ahead.len() <= self.publisher.broker.window / 2 && self.body_bytes < BODY_BYTES_MAX;
-        if hungry && self.reading.is_none() && !self.exhausted {
-            let (spool, cursor, limit) = (self.publisher.spool.clone(), self.cursor, self.publisher.broker.window);
-            self.reading = Some(tokio::spawn(async move { spool.pending_after(cursor, limit).await }));
-        }
+        self.ahead.read_on();
         self.publisher.status.set_in_flight(self.flights.len());
     }
 
-    fn take_batch(&mut self, batch: Batch) {
-        self.exhausted = !batch.more;
-        if let Some(last) = batch.events.last() {
-            self.cursor = last.seq;
-        }
-        self.body_bytes += batch.events.iter().map(|stored| stored.event.body.len()).sum::<usize>();
-        self.ahead.extend(batch.events);
-    }
-
-    /// Hands the message to lapin. Its delivery tag is drawn and its frames are queued when the future is first polled,
-    /// so that is done here, in the order of the events; the rest of the way can be polled in any order.
     async fn publish(&mut self, stored: Stored) {
-        let Stored { seq, event } = stored;
-        if !event.is_intact() {
-            return self.park_damaged(seq, &event).await;
+        if !stored.event.is_intact() {
+            return self.park_damaged(stored).await;
         }
-        let bytes = event.body.len();
-        let flight = Flight { id: event.id, bytes, accepted_ms: event.accepted_ms, published_at: Instant::now() };
-        self.flights.insert(seq, flight);
-        let (channel, exchange) = (self.channel.clone(), self.publisher.broker.exchange.as_str().into());
-        let mut publishing: Publishing = Box::pin(async move {
-            let Message { routing_key, properties } = Message::new(&event);
-            let options = BasicPublishOptions { mandatory: true, immediate: false };
-            let sent = channel.basic_publish(exchange, routing_key, options, &event.body, properties).await;
-            let confirmed = match sent {
-                Ok(confirm) => confirm.await,
-                Err(error) => Err(error),
-            };
-            Completion::Published(seq, Outcome::of(confirmed))
-        });
-        match poll_fn(|context| Poll::Ready(publishing.as_mut().poll(context))).await {
-            Poll::Pending => self.completions.push(publishing),
-            Poll::Ready(completion) => self.completions.push(Box::pin(std::future::ready(completion))),
-        }
+        self.flights.insert(stored.seq, Flight::of(&stored.event));
+        let publishing = flight::publish(self.channel.clone(), &self.publisher.broker.exchange, stored).await;
+        self.completions.push(publishing);
     }
 
     /// The signed bytes are gone. What is left is kept for people to look at; workers must not get it.
-    async fn park_damaged(&mut self, seq: u64, event: &Event) {
+    async fn park_damaged(&mut self, Stored { seq, event }: Stored) {
         if self.trying_parked.take().is_none() {
             error!(id = %event.id, seq, "the body has changed on the disk: parked");
-            self.body_bytes -= event.body.len();
+            self.ahead.done_with(event.body.len());
         }
         let reason = "damaged: the body does not match its fingerprint".to_owned();
         self.publisher.spool.settle(vec![Settlement::Parked { seq, reason }]).await;
@@ -314,7 +222,7 @@ impl<'a> Session<'a> {
             Outcome::Acked(returned) => {
                 if let Some(flight) = self.land(seq) {
                     metrics.publish.confirmed.increment(1);
-                    metrics.publish.delivery_lag.record(age(flight.accepted_ms));
+                    metrics.publish.delivery_lag.record(flight.age());
                     self.confirmed.push(Confirmed { seq, id: flight.id });
                 }
                 self.progress = true;
@@ -350,7 +258,7 @@ impl<'a> Session<'a> {
         let flight = self.flights.remove(&seq)?;
         // A parked event was not read ahead, and not counted.
         if self.trying_parked != Some(seq) {
-            self.body_bytes -= flight.bytes;
+            self.ahead.done_with(flight.bytes);
         }
         Some(flight)
     }
@@ -359,7 +267,7 @@ impl<'a> Session<'a> {
     fn mark(&mut self) {
         if !self.confirmed.is_empty() {
             let confirmed = std::mem::take(&mut self.confirmed);
-            self.completions.push(Box::pin(std::future::ready(Completion::Marker(confirmed))));
+            self.completions.push(Box::pin(ready(Completion::Marker(confirmed))));
         }
     }
 
@@ -426,7 +334,7 @@ impl<'a> Session<'a> {
 
     async fn look_at_parked(&mut self) -> Result<(), ReadError> {
         let retry = self.publisher.broker.parked_retry;
-        let due = self.careful.parked_tried_at.is_none_or(|at| at.elapsed() >= retry);
+        let due = self.careful.parked_are_due(retry);
         if !due || !self.parked.is_empty() || self.publisher.spool.gauges().ledger().parked == 0 {
             return Ok(());
         }
@@ -435,7 +343,7 @@ impl<'a> Session<'a> {
         let before = Timestamp::now().as_millisecond() - i64::try_from(retry.as_millis()).unwrap_or(i64::MAX);
         let parked = self.publisher.spool.parked_before(before, PARKED_AT_A_TIME).await?;
         if parked.len() < PARKED_AT_A_TIME {
-            self.careful.parked_tried_at = Some(Instant::now());
+            self.careful.parked_were_tried(Instant::now());
         }
         self.parked.extend(parked);
         Ok(())
@@ -469,49 +377,27 @@ impl<'a> Session<'a> {
         if let Some(seq) = self.trying_parked {
             // As before. The connection is not to blame, so the next one need not wait; the other parked events do.
             debug!(seq, reason, "the broker still refuses this event");
-            self.careful.parked_tried_at = Some(Instant::now());
+            self.careful.parked_were_tried(Instant::now());
             self.progress = true;
             return 0;
         }
-        let lone = (self.flights.len() == 1).then(|| self.flights.first_key_value()).flatten();
-        let Some((&seq, flight)) = lone else {
-            info!(reason, "the broker refuses a message: publishing one by one until it is known which");
-            self.careful.until = self.flights.last_key_value().map_or(self.careful.until, |(last, _)| *last);
-            return 0;
+        let (alone, last) = match (self.flights.first_key_value(), self.flights.last_key_value()) {
+            (Some((first, _)), Some((last, _))) => ((first == last).then_some(*first), Some(*last)),
+            _ => (None, None),
         };
-        let strikes = match self.careful.suspect {
-            Some((suspect, strikes)) if suspect == seq => strikes + 1,
-            _ => 1,
-        };
-        self.careful.suspect = Some((seq, strikes));
-        self.careful.until = self.careful.until.max(seq);
-        if strikes < STRIKES {
-            return 0;
+        match self.careful.refused(alone, last) {
+            Lesson::OneOfMany => {
+                info!(reason, "the broker refuses a message: publishing one by one until it is known which");
+                0
+            }
+            Lesson::Suspect => 0,
+            Lesson::Culprit(seq) => {
+                warn!(id = ?self.flights.get(&seq).map(|flight| flight.id), seq, reason, "the broker refuses this event: parked");
+                self.publisher.metrics.publish.refused.increment(1);
+                let parked = Settlement::Parked { seq, reason: format!("refused: {reason}") };
+                self.publisher.spool.settle(vec![parked]).await;
+                1
+            }
         }
-        warn!(id = %flight.id, seq, reason, "the broker refuses this event: parked");
-        self.publisher.metrics.publish.refused.increment(1);
-        self.careful.suspect = None;
-        let parked = Settlement::Parked { seq, reason: format!("refused: {reason}") };
-        self.publisher.spool.settle(vec![parked]).await;
-        1
     }
-}
-
-async fn next_batch(reading: &mut Option<Reading>) -> Option<Result<Batch, ReadError>> {
-    match reading {
-        Some(reading) => match reading.await {
-            Ok(batch) => Some(batch),
-            Err(ended) => match ended.try_into_panic() {
-                Ok(panic) => std::panic::resume_unwind(panic),
-                // The runtime is being shut down, and we with it.
-                Err(_) => std::future::pending().await,
-            },
-        },
-        None => None,
-    }
-}
-
-fn age(accepted_ms: i64) -> Duration {
-    // A clock that was set back makes no negative age.
-    Duration::from_millis(u64::try_from(Timestamp::now().as_millisecond() - accepted_ms).unwrap_or(0))
 }

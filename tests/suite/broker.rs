@@ -23,7 +23,12 @@ async fn a_node_that_is_killed_restarted_frozen_and_blocked() {
     relay.post(scan(1)).await.expect(200);
     node.start_again().await;
     relay.post(scan(2)).await.expect(200);
-    let texts: Vec<_> = vhost.messages("prism.scan", 2).await.iter().map(|delivery| delivery.text()).collect();
+    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    // The broker may have forgotten that we had taken the first one.
+    let depth = vhost.depth("prism.scan").await as usize;
+    let mut texts: Vec<_> = vhost.messages("prism.scan", depth).await.iter().map(|delivery| delivery.text()).collect();
+    texts.retain(|text| *text != scan(0));
+    texts.dedup();
     assert_eq!(texts, [scan(1), scan(2)]);
 
     // Frozen: the heartbeat or the deadline finds out, and nothing is lost.
