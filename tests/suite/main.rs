@@ -11,6 +11,7 @@ mod messages;
 mod parked;
 mod power;
 mod process;
+mod soak;
 mod spool_commands;
 mod statuses;
 mod topology;

@@ -1,0 +1,126 @@
+//! The soak: random faults, drawn from a seed, under steady traffic; at the end every event is accounted for.
+//!
+//! `tests/soak.sh` sets `PRISM_SOAK_MINUTES` and `PRISM_SOAK_SEED`. Without them it is a short run with a fixed seed.
+
+mod book;
+mod faults;
+mod spool;
+mod traffic;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use crate::harness::eventually::poll;
+use crate::harness::{Node, Setup, Vhost, Wire};
+use book::Book;
+use faults::Stage;
+
+/// This seed has a kill of the broker, full queues, lost confirms, a deleted exchange, a cut wire, kills and a stop of the
+/// relay in so short a time.
+const SHORT: Duration = Duration::from_secs(20);
+const SHORT_SEED: u64 = 334;
+
+const PROGRESS_EVERY: Duration = Duration::from_secs(10);
+
+/// How long everything may take to be delivered once the faults are over.
+const DRAIN: Duration = Duration::from_secs(120);
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_acknowledged_is_lost() {
+    let (length, seed) = (length(), seed());
+    let node = Node::start().await;
+    let vhost = Vhost::new(&node).await;
+    let wire = Wire::new(vhost.address());
+    let relay = setup(&vhost, &wire).start().await;
+
+    let book = Arc::new(Book::new());
+    let (sender, senders) = watch::channel(relay.sender());
+    let (consuming, consumed) = watch::channel(true);
+    let consumer = tokio::spawn(traffic::consume(vhost.url(), Arc::clone(&book), consumed));
+    let stop = CancellationToken::new();
+    let traffic = traffic::start(seed, &book, &senders, &stop);
+    let progress = tokio::spawn(tell_progress(Arc::clone(&book)));
+
+    let mut stage = Stage { node, vhost, wire, relay, book: Arc::clone(&book), sender, consuming };
+    stage.make_faults(seed, length).await;
+    stop.cancel();
+    let stuck = join(traffic).await;
+    let drained = drain(&stage, &book).await;
+    progress.abort();
+    consumer.abort();
+
+    let ledger = stage.spool_ledger();
+    let minutes = length.as_secs_f64() / 60.0;
+    println!("\nsoak: seed {seed}, {minutes:.1} minutes of faults\n{}", book.table(&ledger));
+    book.verdict(&ledger, stuck, drained);
+}
+
+/// Pacing of load and of faults, which is what the time in a soak is for: nothing waits here for a condition.
+async fn pace(time: Duration) {
+    tokio::time::sleep(time).await;
+}
+
+fn setup(vhost: &Vhost, wire: &Wire) -> Setup {
+    Setup::new(&vhost.url_through(wire))
+        .set("broker.heartbeat", "1s")
+        .set("broker.confirm_timeout", "3s")
+        .set("broker.connect_timeout", "3s")
+        .set("broker.parked_retry", "1s")
+        .set("shutdown.grace", "5s")
+        .set("log.filter", "info")
+}
+
+fn length() -> Duration {
+    let minutes = std::env::var("PRISM_SOAK_MINUTES").ok();
+    let parsed = minutes.map(|minutes| minutes.parse::<f64>().expect("PRISM_SOAK_MINUTES is a number"));
+    parsed.map_or(SHORT, |minutes| Duration::from_secs_f64(minutes * 60.0))
+}
+
+fn seed() -> u64 {
+    let seed = std::env::var("PRISM_SOAK_SEED").ok();
+    seed.map_or(SHORT_SEED, |seed| seed.parse().expect("PRISM_SOAK_SEED is a whole number"))
+}
+
+async fn tell_progress(book: Arc<Book>) {
+    let mut ticks = tokio::time::interval(PROGRESS_EVERY);
+    ticks.tick().await;
+    loop {
+        ticks.tick().await;
+        println!("{}", book.progress());
+    }
+}
+
+/// Every sender finishes the event that it is at. Returns how many do not: a relay that never answers 200 again.
+async fn join(senders: Vec<JoinHandle<()>>) -> usize {
+    let deadline = Instant::now() + DRAIN;
+    let mut stuck = 0;
+    for mut sender in senders {
+        match tokio::time::timeout_at(deadline.into(), &mut sender).await {
+            Ok(ended) => ended.expect("a sender that does not panic"),
+            Err(_) => {
+                sender.abort();
+                stuck += 1;
+            }
+        }
+    }
+    stuck
+}
+
+/// Waits until the spool is empty and the workers have everything; the error says what is missing.
+async fn drain(stage: &Stage, book: &Book) -> Result<(), String> {
+    poll(DRAIN, async || {
+        let ledger = stage.spool_ledger();
+        if ledger.pending + ledger.parked > 0 {
+            return Err(format!("the spool is not empty: {ledger}"));
+        }
+        match book.missing() {
+            0 => Ok(()),
+            missing => Err(format!("{missing} acknowledged events are not delivered")),
+        }
+    })
+    .await
+}

@@ -1,0 +1,359 @@
+//! The book: what was sent, answered and delivered, and what must not have been.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt::Write;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use uuid::Uuid;
+
+use super::spool::SpoolLedger;
+use super::traffic::SUBJECTS;
+
+/// How long after a limit was lifted a publish may still be rejected.
+const NACKS_LINGER: Duration = Duration::from_secs(2);
+
+/// Faults that were found are shown at once, but a flood helps nobody.
+const SHOWN_MAX: u64 = 50;
+
+/// One event: the `number`th of its subject.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Key {
+    pub subject: usize,
+    pub number: usize,
+}
+
+/// What became of one request.
+pub enum Reply {
+    Acknowledged {
+        id: Uuid,
+        duplicate: bool,
+        after: Duration,
+    },
+    Refused(u16),
+    /// The connection was refused or broken: nobody knows.
+    None,
+}
+
+pub struct Book {
+    started: Instant,
+    pages: Mutex<Pages>,
+}
+
+#[derive(Default)]
+struct Pages {
+    /// By subject and number.
+    events: Vec<Vec<Entry>>,
+    /// The highest number that came first, by queue and subject.
+    heads: HashMap<(&'static str, usize), usize>,
+    faults: BTreeMap<&'static str, u64>,
+    /// When each fault began, for the record of a failure.
+    history: Vec<(Duration, &'static str)>,
+    rejections: Rejections,
+    totals: Totals,
+}
+
+/// When publishes were rejected last.
+#[derive(Default)]
+enum Rejections {
+    #[default]
+    Never,
+    Now,
+    Until(Instant),
+}
+
+#[derive(Default)]
+struct Totals {
+    requests: u64,
+    acknowledged: u64,
+    resends: u64,
+    refused: BTreeMap<u16, u64>,
+    unanswered: u64,
+    slowest: Duration,
+    deliveries: u64,
+    delivered: u64,
+    redelivered: u64,
+    misrouted: u64,
+    relay_kills: u64,
+    phases_with_nacks: u64,
+    overtaken_after_nack: u64,
+    late_redeliveries: u64,
+    disorders: u64,
+    different_ids: u64,
+    wrong_resends: u64,
+    lying_refusals: u64,
+    /// All that must not be, with the three above.
+    found: u64,
+}
+
+struct Entry {
+    sent_at: Instant,
+    /// Requests of which nobody knows whether the relay took them.
+    unanswered: u32,
+    acknowledged: bool,
+    /// The first that was heard of, from an answer or a delivery.
+    id: Option<Uuid>,
+    deliveries: u32,
+}
+
+impl Book {
+    pub fn new() -> Self {
+        let events = (0..SUBJECTS).map(|_| Vec::new()).collect();
+        Self { started: Instant::now(), pages: Mutex::new(Pages { events, ..Pages::default() }) }
+    }
+
+    // -- what the senders tell ----------------------------------------------------------------------------------------
+
+    pub fn sent(&self, key: Key) {
+        let mut pages = self.pages();
+        pages.totals.requests += 1;
+        let events = &mut pages.events[key.subject];
+        if events.len() == key.number {
+            let sent_at = Instant::now();
+            events.push(Entry { sent_at, unanswered: 0, acknowledged: false, id: None, deliveries: 0 });
+        }
+    }
+
+    /// Returns whether the event is acknowledged by this.
+    pub fn answered(&self, key: Key, reply: Reply) -> bool {
+        let mut pages = self.pages();
+        let Pages { events, totals, .. } = &mut *pages;
+        let entry = &mut events[key.subject][key.number];
+        let mut complaints = Vec::new();
+        let acknowledged = match reply {
+            Reply::Acknowledged { id, duplicate, after } => {
+                totals.slowest = totals.slowest.max(after);
+                if entry.acknowledged {
+                    totals.resends += 1;
+                    if !duplicate {
+                        totals.wrong_resends += 1;
+                        complaints.push(format!("{key:?}: a re-send is answered as if it were new"));
+                    }
+                } else {
+                    totals.acknowledged += 1;
+                    if duplicate && entry.unanswered == 0 {
+                        totals.lying_refusals += 1;
+                        complaints.push(format!("{key:?}: refused, and taken all the same"));
+                    }
+                }
+                entry.acknowledged = true;
+                complaints.extend(entry.is_called(key, id, totals));
+                true
+            }
+            Reply::Refused(status) => {
+                *totals.refused.entry(status).or_default() += 1;
+                false
+            }
+            Reply::None => {
+                totals.unanswered += 1;
+                entry.unanswered += 1;
+                false
+            }
+        };
+        drop(pages);
+        complaints.into_iter().for_each(|complaint| self.fault_found(complaint));
+        acknowledged
+    }
+
+    // -- what the workers tell ----------------------------------------------------------------------------------------
+
+    pub fn delivered(&self, queue: &'static str, key: Key, id: Uuid, redelivered: bool) {
+        let mut pages = self.pages();
+        let Pages { events, heads, totals, rejections, .. } = &mut *pages;
+        totals.deliveries += 1;
+        totals.redelivered += u64::from(redelivered);
+        let Some(entry) = events[key.subject].get_mut(key.number) else {
+            drop(pages);
+            return self.fault_found(format!("{key:?} was delivered and never sent"));
+        };
+        entry.deliveries += 1;
+        let mut complaints: Vec<_> = entry.is_called(key, id, totals).into_iter().collect();
+        if entry.deliveries == 1 {
+            totals.delivered += 1;
+            totals.misrouted += u64::from((queue == "prism.unrouted") != (key.subject % 10 == 9));
+            let head = heads.entry((queue, key.subject)).or_insert(key.number);
+            if key.number >= *head {
+                *head = key.number;
+            } else if redelivered {
+                // The broker gives back what a worker had not acknowledged: its order, not the relay's.
+                totals.late_redeliveries += 1;
+            } else if rejections.may_have_hit(entry.sent_at) {
+                totals.overtaken_after_nack += 1;
+            } else {
+                totals.disorders += 1;
+                complaints.push(format!("{key:?} came to {queue} after number {head}"));
+            }
+        }
+        drop(pages);
+        complaints.into_iter().for_each(|complaint| self.fault_found(complaint));
+    }
+
+    // -- what the stage tells -----------------------------------------------------------------------------------------
+
+    pub fn begins(&self, fault: &'static str) {
+        let at = self.started.elapsed();
+        let mut pages = self.pages();
+        *pages.faults.entry(fault).or_default() += 1;
+        pages.history.push((at, fault));
+    }
+
+    pub fn killed_relay(&self) {
+        self.pages().totals.relay_kills += 1;
+    }
+
+    pub fn nacks_begin(&self) {
+        self.pages().rejections = Rejections::Now;
+    }
+
+    pub fn nacks_end(&self, some: bool) {
+        let mut pages = self.pages();
+        pages.totals.phases_with_nacks += u64::from(some);
+        pages.rejections = Rejections::Until(Instant::now() + NACKS_LINGER);
+    }
+
+    /// Something that must not be.
+    pub fn fault_found(&self, what: String) {
+        let mut pages = self.pages();
+        pages.totals.found += 1;
+        if pages.totals.found <= SHOWN_MAX {
+            let recent: Vec<_> =
+                pages.history.iter().rev().take(4).map(|(at, fault)| format!("{at:.1?} {fault}")).collect();
+            println!(
+                "soak {:6.1} s: FOUND: {what}; latest faults: {}",
+                self.started.elapsed().as_secs_f64(),
+                recent.join(", ")
+            );
+        }
+    }
+
+    // -- what it comes to ---------------------------------------------------------------------------------------------
+
+    /// Acknowledged and not delivered so far.
+    pub fn missing(&self) -> usize {
+        let pages = self.pages();
+        pages.events.iter().flatten().filter(|entry| entry.acknowledged && entry.deliveries == 0).count()
+    }
+
+    /// Delivered, never acknowledged; the flag says whether an unanswered request explains it.
+    fn unknown(&self, explained: bool) -> usize {
+        let pages = self.pages();
+        let unknown = pages.events.iter().flatten().filter(|entry| entry.deliveries > 0 && !entry.acknowledged);
+        unknown.filter(|entry| (entry.unanswered > 0) == explained).count()
+    }
+
+    pub fn progress(&self) -> String {
+        let missing = self.missing();
+        let pages = self.pages();
+        let totals = &pages.totals;
+        format!(
+            "soak {:6.1} s: {} faults ({} kills of the relay, {} of the broker); {} acknowledged, {} delivered, {} under way, \
+             {} duplicates; {} found",
+            self.started.elapsed().as_secs_f64(),
+            pages.history.len(),
+            totals.relay_kills,
+            pages.faults.get("broker killed").unwrap_or(&0),
+            totals.acknowledged,
+            totals.delivered,
+            missing,
+            totals.deliveries - totals.delivered,
+            totals.found,
+        )
+    }
+
+    pub fn table(&self, spool: &SpoolLedger) -> String {
+        let (lost, explained, unexplained) = (self.missing(), self.unknown(true), self.unknown(false));
+        let pages = self.pages();
+        let totals = &pages.totals;
+        let mut rows: Vec<(String, String)> = Vec::new();
+        let mut row = |name: &str, value: &dyn std::fmt::Display| rows.push((name.to_owned(), value.to_string()));
+        row("faults", &pages.history.len());
+        for (fault, count) in &pages.faults {
+            row(&format!("  {fault}"), count);
+        }
+        row("kills of the relay, those within other faults included", &totals.relay_kills);
+        row("phases in which publishes were rejected (nack seen)", &totals.phases_with_nacks);
+        row("requests sent", &totals.requests);
+        row("  without an answer", &totals.unanswered);
+        for (status, count) in &totals.refused {
+            row(&format!("  answered {status}"), count);
+        }
+        row("  slowest 200 (ms)", &totals.slowest.as_millis());
+        row("events acknowledged", &totals.acknowledged);
+        row("re-sends of acknowledged events, recognised", &(totals.resends - totals.wrong_resends));
+        row("events delivered", &totals.delivered);
+        let duplicates = totals.deliveries - totals.delivered;
+        let share = 100.0 * duplicates as f64 / (totals.delivered as f64).max(1.0);
+        row("duplicate deliveries", &format!("{duplicates} ({share:.2} %)"));
+        row("  marked by the broker as redelivered", &totals.redelivered);
+        row("into another queue than usual", &totals.misrouted);
+        row("overtaken after a nack", &totals.overtaken_after_nack);
+        row("overtaken when a worker's messages were given back", &totals.late_redeliveries);
+        row("delivered, acknowledgement lost on its way", &explained);
+        row("LOST", &lost);
+        row("UNKNOWN", &unexplained);
+        row("OUT OF ORDER", &totals.disorders);
+        row("DIFFERENT IDS FOR ONE EVENT", &totals.different_ids);
+        row("RE-SENDS TAKEN AS NEW", &totals.wrong_resends);
+        row("REFUSED AND TAKEN ALL THE SAME", &totals.lying_refusals);
+        rows.iter().fold(String::new(), |mut table, (name, value)| {
+            let _ = writeln!(table, "  {name:<58} {value:>16}");
+            table
+        }) + &format!("  spool: {spool}\n")
+    }
+
+    /// # Panics
+    /// If anything is lost, unknown, out of order or wrong, with the whole history of faults.
+    pub fn verdict(&self, spool: &SpoolLedger, stuck: usize, drained: Result<(), String>) {
+        let mut failures = Vec::new();
+        let (lost, unknown) = (self.missing(), self.unknown(false));
+        let pages = self.pages();
+        if lost + unknown > 0 {
+            failures.push(format!("{lost} lost, {unknown} unknown"));
+        }
+        if pages.totals.found > 0 {
+            failures.push(format!("{} faults found on the way", pages.totals.found));
+        }
+        if stuck > 0 {
+            failures.push(format!("{stuck} senders wait for a 200"));
+        }
+        if let Err(left) = drained {
+            failures.push(left);
+        }
+        // Every acceptance was told of in the end, and none was counted twice.
+        if !spool.balances() || spool.accepted != pages.totals.acknowledged {
+            failures.push(format!("{} acknowledged, but the spool says {spool}", pages.totals.acknowledged));
+        }
+        if !failures.is_empty() {
+            let history = pages.history.iter().map(|(at, fault)| format!("{:8.1} {fault}", at.as_secs_f64()));
+            println!("{}", history.collect::<Vec<_>>().join("\n"));
+            drop(pages);
+            panic!("{}", failures.join("; "));
+        }
+    }
+
+    fn pages(&self) -> MutexGuard<'_, Pages> {
+        self.pages.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Entry {
+    /// The event has one id, wherever it is heard of.
+    fn is_called(&mut self, key: Key, id: Uuid, totals: &mut Totals) -> Option<String> {
+        let known = *self.id.get_or_insert(id);
+        (known != id).then(|| {
+            totals.different_ids += 1;
+            format!("{key:?} is called {known} and {id}")
+        })
+    }
+}
+
+impl Rejections {
+    /// Whether an event that was first sent then, and comes now, may have been rejected in between.
+    fn may_have_hit(&self, sent_at: Instant) -> bool {
+        match self {
+            Self::Never => false,
+            Self::Now => true,
+            Self::Until(end) => sent_at <= *end,
+        }
+    }
+}

@@ -1,0 +1,270 @@
+//! The faults, the order of which depends on the seed alone, and the stage that they happen on.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use fastrand::Rng;
+use hyper::Method;
+use serde_json::{Value, json};
+use tokio::sync::watch;
+
+use super::book::Book;
+use super::pace;
+use super::spool::SpoolLedger;
+use crate::harness::management::encode;
+use crate::harness::program::Ended;
+use crate::harness::relay::Sender;
+use crate::harness::{Node, Relay, Vhost, Wire};
+
+/// Pauses between two faults, in milliseconds.
+const PAUSE: std::ops::Range<u64> = 200..2000;
+/// One in so many follows the last one at its heels, and hits what that has left: a backlog that is being delivered.
+const CLOSE_ONE_IN: u8 = 3;
+const CLOSE_PAUSE: std::ops::Range<u64> = 0..150;
+/// How long a fault lasts that lasts, in milliseconds. The upper half is longer than the relay's heartbeat and deadline.
+const HOLD: std::ops::Range<u64> = 100..5000;
+/// A relay that is killed while it starts is this old at most, in milliseconds.
+const INFANCY: u64 = 80;
+/// So few messages, and no workers: the next publish is rejected.
+const QUEUE_LIMIT: u32 = 20;
+/// With the smallest a backlog still shrinks under the traffic.
+const WINDOWS: [u32; 5] = [4, 20, 100, 500, 1000];
+
+#[derive(Debug, Clone, Copy)]
+enum Fault {
+    RelayKilled,
+    RelayKilledAtStart,
+    RelayStopped,
+    RelayReconfigured,
+    BrokerKilled,
+    BrokerFrozen,
+    WireCut,
+    WireStalled,
+    AnswersLost,
+    ConnectionsClosed,
+    ExchangeDeleted,
+    MemoryAlarm,
+    QueueFull,
+}
+
+/// How often each is drawn. With these, half an hour has some 200 kills of the relay and 30 of the broker.
+const WEIGHTS: [(Fault, u32); 13] = [
+    (Fault::RelayKilled, 24),
+    (Fault::RelayKilledAtStart, 6),
+    (Fault::RelayStopped, 8),
+    (Fault::RelayReconfigured, 5),
+    (Fault::BrokerKilled, 6),
+    (Fault::BrokerFrozen, 7),
+    (Fault::WireCut, 12),
+    (Fault::WireStalled, 7),
+    (Fault::AnswersLost, 8),
+    (Fault::ConnectionsClosed, 5),
+    (Fault::ExchangeDeleted, 6),
+    (Fault::MemoryAlarm, 3),
+    (Fault::QueueFull, 4),
+];
+
+impl Fault {
+    fn name(self) -> &'static str {
+        match self {
+            Self::RelayKilled => "relay killed",
+            Self::RelayKilledAtStart => "relay killed, and again at its start",
+            Self::RelayStopped => "relay stopped (SIGTERM)",
+            Self::RelayReconfigured => "relay restarted with another window",
+            Self::BrokerKilled => "broker killed",
+            Self::BrokerFrozen => "broker frozen",
+            Self::WireCut => "wire cut",
+            Self::WireStalled => "wire stalled",
+            Self::AnswersLost => "published, confirms lost",
+            Self::ConnectionsClosed => "connections closed by an operator",
+            Self::ExchangeDeleted => "exchange deleted",
+            Self::MemoryAlarm => "memory alarm",
+            Self::QueueFull => "queues full (nacks)",
+        }
+    }
+}
+
+/// One fault of the schedule. Everything is drawn for each, needed or not.
+struct Step {
+    pause: Duration,
+    fault: Fault,
+    hold: Duration,
+    /// Kill the relay in the middle of a fault that lasts.
+    kill_meanwhile: bool,
+    infancy: Duration,
+    window: u32,
+}
+
+impl Step {
+    fn draw(rng: &mut Rng) -> Self {
+        let pause = if rng.u8(..CLOSE_ONE_IN) == 0 { CLOSE_PAUSE } else { PAUSE };
+        Self {
+            pause: Duration::from_millis(rng.u64(pause)),
+            fault: draw_fault(rng),
+            hold: Duration::from_millis(rng.u64(HOLD)),
+            kill_meanwhile: rng.u8(..4) == 0,
+            infancy: Duration::from_millis(rng.u64(..INFANCY)),
+            window: WINDOWS[rng.usize(..WINDOWS.len())],
+        }
+    }
+}
+
+fn draw_fault(rng: &mut Rng) -> Fault {
+    let tickets: u32 = WEIGHTS.iter().map(|(_, weight)| weight).sum();
+    let mut ticket = rng.u32(..tickets);
+    for (fault, weight) in WEIGHTS {
+        match ticket.checked_sub(weight) {
+            Some(rest) => ticket = rest,
+            None => return fault,
+        }
+    }
+    unreachable!("a ticket is less than the sum of the weights")
+}
+
+/// All that can break.
+pub struct Stage {
+    // Dropped in this order: the relay before what it talks to.
+    pub relay: Relay,
+    pub wire: Wire,
+    pub vhost: Vhost,
+    pub node: Node,
+    pub book: Arc<Book>,
+    /// Tells the senders where the relay is now.
+    pub sender: watch::Sender<Sender>,
+    /// Whether there are workers.
+    pub consuming: watch::Sender<bool>,
+}
+
+impl Stage {
+    /// Fault after fault; each is over, and everything works again, before the next.
+    pub async fn make_faults(&mut self, seed: u64, length: Duration) {
+        let mut rng = Rng::with_seed(seed);
+        let end = Instant::now() + length;
+        loop {
+            let step = Step::draw(&mut rng);
+            pace(step.pause).await;
+            if Instant::now() >= end {
+                return;
+            }
+            self.book.begins(step.fault.name());
+            self.make(&step).await;
+            let ledger = self.spool_ledger();
+            if !ledger.balances() {
+                self.book.fault_found(format!("the spool's ledger does not balance: {ledger}"));
+            }
+        }
+    }
+
+    pub fn spool_ledger(&self) -> SpoolLedger {
+        SpoolLedger::read(&self.relay.setup().spool()).expect("a spool that can be read")
+    }
+
+    async fn make(&mut self, step: &Step) {
+        match step.fault {
+            Fault::RelayKilled => self.kill_relay().await,
+            Fault::RelayKilledAtStart => self.kill_relay_at_start(step.infancy).await,
+            Fault::RelayStopped => self.restart_relay().await,
+            Fault::RelayReconfigured => {
+                self.relay.reconfigure("broker.window", step.window);
+                self.restart_relay().await;
+            }
+            Fault::BrokerKilled => {
+                self.node.kill().await;
+                self.hold(step).await;
+                self.node.start_again().await;
+            }
+            Fault::BrokerFrozen => {
+                self.node.freeze();
+                self.hold(step).await;
+                self.node.thaw();
+            }
+            Fault::WireCut => self.wire.cut(),
+            Fault::WireStalled => {
+                self.wire.stall();
+                self.hold(step).await;
+                self.wire.flow();
+            }
+            Fault::AnswersLost => {
+                self.wire.stall_answers();
+                self.hold(step).await;
+                self.wire.cut();
+                self.wire.flow();
+            }
+            Fault::ConnectionsClosed => self.close_connections().await,
+            Fault::ExchangeDeleted => _ = self.vhost.delete_exchange("prism.events").await,
+            Fault::MemoryAlarm => {
+                self.node.memory_alarm(true).await;
+                self.hold(step).await;
+                self.node.memory_alarm(false).await;
+            }
+            Fault::QueueFull => self.fill_queues(step).await,
+        }
+    }
+
+    /// While a fault lasts.
+    async fn hold(&mut self, step: &Step) {
+        pace(step.hold / 2).await;
+        if step.kill_meanwhile {
+            self.kill_relay().await;
+        }
+        pace(step.hold / 2).await;
+    }
+
+    async fn kill_relay(&mut self) {
+        let ended = self.relay.kill9().await;
+        self.bury(&ended);
+        self.relay.start_again().await;
+        self.announce();
+    }
+
+    /// A second kill in the middle of the recovery from the first.
+    async fn kill_relay_at_start(&mut self, age: Duration) {
+        let ended = self.relay.kill9().await;
+        self.bury(&ended);
+        let mut infant = self.relay.setup().launch(&["serve"]);
+        pace(age).await;
+        infant.signal("KILL");
+        self.bury(&infant.wait().await);
+        self.relay.start_again().await;
+        self.announce();
+    }
+
+    fn bury(&self, ended: &Ended) {
+        assert!(ended.code.is_none(), "the relay had ended by itself: {ended:?}");
+        self.book.killed_relay();
+    }
+
+    async fn restart_relay(&mut self) {
+        self.relay.restart().await;
+        self.announce();
+    }
+
+    fn announce(&self) {
+        self.sender.send_replace(self.relay.sender());
+    }
+
+    /// Without workers, and with queues that take no more. A nacked publish may be overtaken by those behind it.
+    async fn fill_queues(&mut self, step: &Step) {
+        self.book.nacks_begin();
+        self.consuming.send_replace(false);
+        let policy = json!({"max-length": QUEUE_LIMIT, "overflow": "reject-publish"});
+        self.vhost.set_policy("limit", "^prism[.](scan|future_me)$", policy).await;
+        self.hold(step).await;
+        let nacked = self.relay.metric("prism_relay_publish_total", &[("outcome", "nacked")]).await;
+        self.vhost.delete_policy("limit").await;
+        self.consuming.send_replace(true);
+        self.book.nacks_end(nacked > 0.0);
+    }
+
+    /// As an operator does, the workers' connections as well. One that ends meanwhile is as good as closed, whatever the
+    /// API makes of it.
+    async fn close_connections(&self) {
+        let management = self.node.management();
+        let path = format!("vhosts/{}/connections", encode(self.vhost.name()));
+        let Ok(answer) = management.call(Method::GET, &path, &Value::Null).await else { return };
+        let connections: Vec<Value> = serde_json::from_slice(&answer.body).unwrap_or_default();
+        for name in connections.iter().filter_map(|connection| connection["name"].as_str()) {
+            let _ = management.call(Method::DELETE, &format!("connections/{}", encode(name)), &Value::Null).await;
+        }
+    }
+}
