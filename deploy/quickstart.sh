@@ -302,14 +302,15 @@ EOF
 # own instead; the next run stays with what the first one chose. prism.unrouted and prism.dead have fixed names: they
 # are declared as any relay does, and nothing is read from them.
 configure() {
-  local prefix=prism
+  local prefix=prism found
   http_port=$(free_port 8080) ops_port=$(free_port 9090)
   write_config "$prefix"
   if [[ ! $broker_shared ]]; then return; fi
   if [[ -s $state/prefix ]]; then
     prefix=$(<"$state/prefix")
-  elif ! "$relay" --config "$config" check 2>/dev/null | grep -q 'queue prism.scan .* does not exist yet'; then
-    prefix=prism.quickstart
+  else
+    found=$("$relay" --config "$config" check 2>&1 || true)
+    if ! grep -q 'queue prism.scan .* does not exist yet' <<<"$found"; then prefix=prism.quickstart; fi
   fi
   echo "$prefix" >"$state/prefix"
   write_config "$prefix"

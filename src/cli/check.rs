@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::Failure;
+use super::{Failure, say};
 use crate::config::{BrokerUrl, Config, Declare};
 use crate::publisher::Link;
 use crate::spool::{Inspector, Presence, presence};
@@ -19,12 +19,12 @@ struct Table {
 
 impl Table {
     fn good(&self, what: &str, finding: &str) {
-        println!("  ok    {what:<34} {finding}");
+        say(&format!("  ok    {what:<34} {finding}"));
     }
 
     fn bad(&mut self, what: &str, finding: &str) {
         self.problems += 1;
-        println!("  WRONG {what:<34} {finding}");
+        say(&format!("  WRONG {what:<34} {finding}"));
     }
 }
 
@@ -51,11 +51,11 @@ pub async fn run(config: &Config) -> Result<(), Failure> {
     }
     match table.problems {
         0 => {
-            println!("all is well");
+            say("all is well");
             Ok(())
         }
         count => {
-            println!("{count} of these need your attention");
+            say(&format!("{count} of these need your attention"));
             Err(Failure::Reported)
         }
     }

@@ -88,6 +88,12 @@ impl Printed {
     }
 }
 
+/// A line for standard output, now. `println!` would panic when nobody reads it (`| head`), and the command has other
+/// things to do than to tell.
+fn say(line: &str) {
+    let _ = writeln!(io::stdout().lock(), "{line}");
+}
+
 /// What a sender wrote must not steer the terminal.
 fn clean(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()

@@ -22,7 +22,7 @@ use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, timeout};
 use uuid::Uuid;
 
-use super::Failure;
+use super::{Failure, say};
 use crate::config::Config;
 use crate::event::DOCUMENTED_TYPES;
 use crate::secret::Secret;
@@ -117,7 +117,7 @@ pub async fn run(config: &Config, options: Options) -> Result<(), Failure> {
     };
     let started = Instant::now();
     let fates = send_all(&sender, count, options.rate, options.concurrency.get(), body).await;
-    println!("{}", summary(&fates, started.elapsed()));
+    say(&summary(&fates, started.elapsed()));
     if fates.iter().any(|fate| fate.latency.is_none()) { Err(Failure::Reported) } else { Ok(()) }
 }
 

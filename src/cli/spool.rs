@@ -6,7 +6,7 @@ use serde::Serialize;
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::{Failure, Printed};
+use super::{Failure, Printed, say};
 use crate::config::Config;
 use crate::event::Envelope;
 use crate::spool::{Entry, Inspector};
@@ -195,7 +195,7 @@ fn remove(spool: &mut Inspector, ids: &[Uuid]) -> Result<(), Failure> {
     for id in ids {
         let removed = spool.remove(*id).map_err(Failure::new)?;
         missing += usize::from(!removed);
-        println!("{id} {}", if removed { "removed" } else { "is not there" });
+        say(&format!("{id} {}", if removed { "removed" } else { "is not there" }));
     }
     if missing == 0 { Ok(()) } else { Err(Failure::Reported) }
 }

@@ -76,6 +76,8 @@ async fn check_tells_good_from_bad_and_changes_nothing() {
     {
         assert!(bad.stdout.contains(part), "{part:?} is missing in {}", bad.stdout);
     }
+    let nobody_reads = relay_to_nobody(&relay, "check");
+    assert!(matches!(nobody_reads.status.code(), Some(0 | 1)), "no panic: {nobody_reads:?}");
     let passive = Vhost::new(Node::shared().await).await;
     let missing = Setup::new(&passive.url()).set("topology.declare", "passive").run(&["check"]).await;
     assert_eq!(missing.code, Some(1));
@@ -83,6 +85,19 @@ async fn check_tells_good_from_bad_and_changes_nothing() {
     // Other properties are the operator's business there.
     let owned = Setup::new(&clash.url()).set("topology.declare", "passive").run(&["check"]).await;
     assert!(owned.stdout.contains("ok    queue prism.scan                   exists"), "{}", owned.stdout);
+}
+
+/// Runs a command whose output nobody reads.
+fn relay_to_nobody(relay: &Relay, command: &str) -> std::process::Output {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    std::process::Command::new(env!("CARGO_BIN_EXE_prism-relay"))
+        .arg("--config")
+        .arg(relay.folder().join("relay.toml"))
+        .arg(command)
+        .stdout(writer)
+        .output()
+        .unwrap()
 }
 
 #[tokio::test]
