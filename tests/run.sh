@@ -26,6 +26,7 @@ main() {
       ;;
     *) need_rabbitmq ;;
   esac
+  need_faketime
   # Some tests mount small file systems. Where the system lets us be root in a namespace of our own, that is enough.
   if [[ $EUID != 0 ]] && unshare --user --map-root-user --mount true 2>/dev/null; then
     exec unshare --user --map-root-user --mount cargo test --locked "$@"
@@ -42,6 +43,20 @@ need_rabbitmq() {
     exit 1
   fi
   ./deploy/quickstart.sh --install
+}
+
+# For the tests in which the wall clock jumps.
+need_faketime() {
+  if compgen -G '/usr/lib/*/faketime/libfaketime.so.1' >/dev/null || [[ -e /usr/lib/faketime/libfaketime.so.1 ]]; then return; fi
+  if ! command -v apt-get >/dev/null; then
+    echo 'The suite needs libfaketime (package faketime or libfaketime).' >&2
+    exit 1
+  fi
+  local as_root=()
+  if [[ $EUID != 0 ]]; then as_root=(sudo); fi
+  echo 'Installing faketime ...'
+  "${as_root[@]}" apt-get update -qq >/dev/null
+  "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends faketime >/dev/null
 }
 
 need_trixie() {

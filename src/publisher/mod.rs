@@ -121,10 +121,10 @@ impl Publisher {
     ) -> (bool, Result<(), PublisherError>) {
         let connecting = async {
             let link = Link::open(url, "prism-relay", self.broker.connect_timeout).await?;
-            let setup = self.set_up(&link);
-            let channel = tokio::time::timeout(self.broker.connect_timeout, setup)
-                .await
-                .map_err(|_| PublisherError::SetUpTimeout(self.broker.connect_timeout))??;
+            // Each declaration is a round trip, and may take as long as a login.
+            let limit = self.broker.connect_timeout * (self.plan.steps() + 2);
+            let setup = tokio::time::timeout(limit, self.set_up(&link)).await;
+            let channel = setup.map_err(|_| PublisherError::SetUpTimeout(limit))??;
             Ok((link, channel))
         };
         let (link, channel) = tokio::select! {

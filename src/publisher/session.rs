@@ -340,8 +340,9 @@ impl<'a> Session<'a> {
         }
         // The last round's tries have to be on record, or they would be read once more.
         self.publisher.spool.flush().await;
-        let before = Timestamp::now().as_millisecond() - i64::try_from(retry.as_millis()).unwrap_or(i64::MAX);
-        let parked = self.publisher.spool.parked_before(before, PARKED_AT_A_TIME).await?;
+        let (now_ms, retry_ms) =
+            (Timestamp::now().as_millisecond(), i64::try_from(retry.as_millis()).unwrap_or(i64::MAX));
+        let parked = self.publisher.spool.parked_due(now_ms, retry_ms, PARKED_AT_A_TIME).await?;
         if parked.len() < PARKED_AT_A_TIME {
             self.careful.parked_were_tried(Instant::now());
         }

@@ -252,9 +252,9 @@ impl Spool {
         self.reader.run(move |connection| reader::pending_after(connection, seq, limit)).await
     }
 
-    /// Parked events that were last tried before `before_ms`, the longest waiting first.
-    pub async fn parked_before(&self, before_ms: i64, limit: usize) -> Result<Vec<Stored>, ReadError> {
-        self.reader.run(move |connection| reader::parked_before(connection, before_ms, limit)).await
+    /// Parked events that were not tried within the last `retry_ms`, the longest waiting first.
+    pub async fn parked_due(&self, now_ms: i64, retry_ms: i64, limit: usize) -> Result<Vec<Stored>, ReadError> {
+        self.reader.run(move |connection| reader::parked_due(connection, now_ms, retry_ms, limit)).await
     }
 
     /// When the oldest pending event was accepted, in milliseconds since 1970.

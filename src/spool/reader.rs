@@ -65,12 +65,14 @@ pub(super) fn pending_after(connection: &Connection, seq: u64, limit: usize) -> 
     Ok(Batch { events, more })
 }
 
-pub(super) fn parked_before(connection: &Connection, before_ms: i64, limit: usize) -> Result<Vec<Stored>> {
+/// A try that seems to lie in the future was made before the clock was set back.
+pub(super) fn parked_due(connection: &Connection, now_ms: i64, retry_ms: i64, limit: usize) -> Result<Vec<Stored>> {
     let sql = format!(
-        "SELECT {COLUMNS} FROM event WHERE parked_reason IS NOT NULL AND tried_ms < ?1 ORDER BY tried_ms, seq LIMIT ?2"
+        "SELECT {COLUMNS} FROM event WHERE parked_reason IS NOT NULL AND tried_ms NOT BETWEEN ?1 AND ?2
+         ORDER BY tried_ms, seq LIMIT ?3"
     );
     let mut statement = connection.prepare_cached(&sql)?;
-    Ok(collect(statement.query((before_ms, limit as i64))?)?.0)
+    Ok(collect(statement.query((now_ms.saturating_sub(retry_ms), now_ms, limit as i64))?)?.0)
 }
 
 pub(super) fn oldest_pending_ms(connection: &Connection) -> Result<Option<i64>> {

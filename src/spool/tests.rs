@@ -137,7 +137,7 @@ async fn check(spool: &Spool, model: &Model) {
         events.iter().map(|(seq, event)| Stored { seq: *seq, event: event.clone() }).collect()
     };
     assert_eq!(spool.pending_after(0, 10_000).await.unwrap().events, expect(&model.pending));
-    let mut parked = spool.parked_before(i64::MAX, 10_000).await.unwrap();
+    let mut parked = spool.parked_due(i64::MAX, 0, 10_000).await.unwrap();
     parked.sort_by_key(|stored| stored.seq);
     assert_eq!(parked, expect(&model.parked));
     let oldest = model.pending.values().next().map(|event| event.accepted_ms);

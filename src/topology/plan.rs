@@ -72,6 +72,11 @@ impl Plan {
         plan
     }
 
+    /// How many declarations it takes.
+    pub fn steps(&self) -> u32 {
+        u32::try_from(self.entities.len() + self.bindings.len()).unwrap_or(u32::MAX)
+    }
+
     pub fn entities(&self) -> &[Entity] {
         &self.entities
     }

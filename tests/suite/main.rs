@@ -3,11 +3,14 @@
 mod harness;
 
 mod broker;
+mod clock;
+mod cluster;
 mod command_line;
 mod disk;
 mod durability;
 mod house_rules;
 mod messages;
+mod network;
 mod parked;
 mod power;
 mod process;

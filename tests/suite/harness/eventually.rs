@@ -1,4 +1,4 @@
-//! Waiting for something to become true. The only place of the suite that sleeps.
+//! Waiting for something to become true. No test sleeps in any other way.
 
 use std::fmt::{Debug, Display};
 use std::time::Duration;

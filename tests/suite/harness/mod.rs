@@ -12,10 +12,12 @@
 //! ```
 //!
 //! Nothing outlives the test process, however it ends: every process hangs on a [`leash::Leash`] and every folder is
-//! a [`scratch::Scratch`]. Nothing sleeps, except [`eventually()`] between two looks.
+//! a [`scratch::Scratch`]. Nothing sleeps, except [`eventually()`] between two looks, a [`Wire`] that was told to be slow, and
+//! steady [`traffic`] between two webhooks.
 #![allow(dead_code, unused_imports, reason = "a harness offers more than the tests of one day use")]
 
 pub mod background;
+pub mod cluster;
 pub mod eventually;
 pub mod http;
 pub mod leash;
@@ -26,15 +28,18 @@ pub mod program;
 pub mod relay;
 pub mod scratch;
 pub mod setup;
+pub mod traffic;
 pub mod vhost;
 pub mod wire;
 
 mod selftest;
 
+pub use cluster::Cluster;
 pub use eventually::{eventually, eventually_equal};
 pub use http::{Answer, Client, Raw};
 pub use node::Node;
 pub use relay::Relay;
 pub use setup::{SECRET, Setup};
+pub use traffic::Traffic;
 pub use vhost::{Delivery, Vhost};
 pub use wire::Wire;

@@ -10,7 +10,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -35,8 +35,6 @@ const EPMD_DEADLINE: Duration = Duration::from_secs(10);
 /// What epmd and the node's start-up say, in its folder. RabbitMQ's own log is below `log/`.
 const OUTPUT: &str = "output.log";
 
-const NAME: &str = "n1@localhost";
-
 /// Becomes the program `$2...` inside the root tree `$1`.
 const ENTER: &str = r#"mount -t proc proc "$1/proc" && exec chroot "$@""#;
 
@@ -46,14 +44,20 @@ static SHARED: OnceCell<Result<Node, String>> = OnceCell::const_new();
 pub struct Node {
     root: Option<PathBuf>,
     bin: PathBuf,
+    name: String,
     amqp: u16,
     dist: u16,
-    epmd: u16,
     management: Management,
     // Dropped in this order: the node, then what it needs.
     broker: Mutex<Option<Leash>>,
-    epmd_process: Leash,
+    epmd: Arc<Epmd>,
     folder: Scratch,
+}
+
+/// Tells the nodes of one cluster each other's ports; nobody else's nodes are known to it.
+pub(super) struct Epmd {
+    port: u16,
+    _process: Leash,
 }
 
 impl Node {
@@ -70,30 +74,47 @@ impl Node {
     }
 
     async fn try_start() -> Result<Self, String> {
+        let node = Self::prepare("n1@localhost", &[], None)?;
+        node.boot().await?;
+        Ok(node)
+    }
+
+    /// A node that does not run yet. `cluster`: the names of all its nodes, this one included, of which all but the first
+    /// are given the first one's `epmd`.
+    pub(super) fn prepare(name: &str, cluster: &[&str], epmd: Option<Arc<Epmd>>) -> Result<Self, String> {
         let root = std::env::var_os("PRISM_TEST_RABBITMQ_ROOT").filter(|root| !root.is_empty()).map(PathBuf::from);
         let folder = match &root {
             Some(root) => Scratch::below(&root.join("tmp")),
             None => Scratch::new(),
         };
-        let epmd = ports::free();
         let node = Self {
             bin: std::env::var_os("PRISM_TEST_RABBITMQ_BIN")
                 .map_or_else(|| PathBuf::from("/usr/lib/rabbitmq/bin"), PathBuf::from),
+            name: name.to_owned(),
             amqp: ports::free(),
             dist: ports::free(),
-            epmd,
             management: Management { port: ports::free() },
             broker: Mutex::new(None),
-            // Were it left to Erlang to start one, it would become a daemon that nobody holds.
-            epmd_process: start_epmd(root.as_deref(), folder.path(), epmd),
+            epmd: epmd.unwrap_or_else(|| Arc::new(start_epmd(root.as_deref(), folder.path()))),
             root,
             folder,
         };
-        node.write_files().map_err(|error| format!("cannot prepare the folder of a node: {error}"))?;
-        let epmd = poll(EPMD_DEADLINE, async || TcpStream::connect(("127.0.0.1", epmd)).await);
-        epmd.await.map_err(|error| node.explain(&format!("epmd does not listen: {error}")))?;
-        node.boot().await?;
+        node.write_files(cluster).map_err(|error| format!("cannot prepare the folder of a node: {error}"))?;
         Ok(node)
+    }
+
+    pub(super) fn epmd(&self) -> Arc<Epmd> {
+        Arc::clone(&self.epmd)
+    }
+
+    /// Its name among Erlang nodes, such as `n1@localhost`.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Whether it was started and neither killed nor stopped since.
+    pub fn runs(&self) -> bool {
+        self.broker().is_some()
     }
 
     /// The address of AMQP, `127.0.0.1:port`.
@@ -206,7 +227,9 @@ impl Node {
     }
 
     /// Starts the Erlang VM and waits until AMQP and the management API answer.
-    async fn boot(&self) -> Result<(), String> {
+    pub(super) async fn boot(&self) -> Result<(), String> {
+        let epmd = poll(EPMD_DEADLINE, async || TcpStream::connect(("127.0.0.1", self.epmd.port)).await);
+        epmd.await.map_err(|error| self.explain(&format!("epmd does not listen: {error}")))?;
         let mut command = into_tree(self.root.as_deref(), &self.bin.join("rabbitmq-server"), leash::command);
         command.env_clear().envs(self.environment());
         log_to(&mut command, self.folder());
@@ -249,11 +272,16 @@ impl Node {
         eventually_within(STOP_DEADLINE, "the end of the node", async || leash.exited().ok_or("it runs")).await;
     }
 
-    fn write_files(&self) -> std::io::Result<()> {
+    fn write_files(&self, cluster: &[&str]) -> std::io::Result<()> {
         let file = |name: &str| self.folder().join(name);
         fs::write(file(".erlang.cookie"), "prism")?;
         fs::set_permissions(file(".erlang.cookie"), fs::Permissions::from_mode(0o400))?;
         fs::write(file("plugins"), "[rabbitmq_management].\n")?;
+        let mut discovery = String::new();
+        for (number, name) in cluster.iter().enumerate() {
+            discovery += "cluster_formation.peer_discovery_backend = classic_config\n";
+            discovery += &format!("cluster_formation.classic_config.nodes.{} = {name}\n", number + 1);
+        }
         fs::write(
             file("rabbitmq.conf"),
             format!(
@@ -262,7 +290,8 @@ impl Node {
                  management.tcp.ip = 127.0.0.1\n\
                  management.tcp.port = {}\n\
                  # What the API tells of connections and rates is half a second old at most.\n\
-                 collect_statistics_interval = 500\n",
+                 collect_statistics_interval = 500\n\
+                 {discovery}",
                 self.amqp, self.management.port
             ),
         )
@@ -276,9 +305,9 @@ impl Node {
             ("PATH", search_path()),
             ("LANG", "C.UTF-8".to_owned()),
             ("HOME", folder.display().to_string()),
-            ("ERL_EPMD_PORT", self.epmd.to_string()),
+            ("ERL_EPMD_PORT", self.epmd.port.to_string()),
             ("RABBITMQ_CONF_ENV_FILE", "/dev/null".to_owned()),
-            ("RABBITMQ_NODENAME", NAME.to_owned()),
+            ("RABBITMQ_NODENAME", self.name.clone()),
             ("RABBITMQ_DIST_PORT", self.dist.to_string()),
             ("RABBITMQ_CONFIG_FILE", below("rabbitmq.conf")),
             ("RABBITMQ_ENABLED_PLUGINS_FILE", below("plugins")),
@@ -293,12 +322,14 @@ impl Node {
     }
 }
 
-fn start_epmd(root: Option<&Path>, folder: &Path, port: u16) -> Leash {
+/// Were it left to Erlang to start one, it would become a daemon that nobody holds.
+fn start_epmd(root: Option<&Path>, folder: &Path) -> Epmd {
+    let port = ports::free();
     let mut command = into_tree(root, Path::new("epmd"), leash::command);
     command.args(["-address", "127.0.0.1", "-port", &port.to_string()]);
     command.env_clear().env("PATH", search_path()).env("HOME", inside(root, folder));
     log_to(&mut command, folder);
-    Leash::start(command)
+    Epmd { port, _process: Leash::start(command) }
 }
 
 fn log_to(command: &mut Command, folder: &Path) {

@@ -1,13 +1,15 @@
-//! A TCP wire between the relay and the broker that a test can cut, refuse and stall.
+//! A TCP wire between the relay and the broker that a test can cut, refuse, stall and slow down.
 
 use std::net::{Ipv4Addr, SocketAddr, TcpListener as StdListener};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::{Instant, sleep, sleep_until};
 
 use super::{background, ports};
 
@@ -20,11 +22,28 @@ enum Flow {
     Neither,
 }
 
+/// What the line does to the bytes that pass.
+#[derive(Debug, Clone, Copy)]
+struct Line {
+    flow: Flow,
+    /// One way.
+    latency: Duration,
+    /// Each way; `None`: as many as there are.
+    bytes_per_second: Option<usize>,
+}
+
+/// Chunks on their way at a time, so that a slow line pushes back.
+const CHUNKS: usize = 64;
+
+/// A slow line passes bytes so many times a second.
+const SLICES_PER_SECOND: usize = 20;
+
 /// A proxy on a port of its own, which stays the same. Works beside the test, also while that blocks its thread.
 pub struct Wire {
     port: u16,
     target: SocketAddr,
-    flow: watch::Sender<Flow>,
+    line: watch::Sender<Line>,
+    broker_side_gone: watch::Sender<()>,
     connections: Arc<Mutex<JoinSet<()>>>,
     acceptor: Option<JoinHandle<()>>,
 }
@@ -32,8 +51,10 @@ pub struct Wire {
 impl Wire {
     /// A wire to `target` that flows. `target` need not listen yet.
     pub fn new(target: SocketAddr) -> Self {
-        let (flow, _) = watch::channel(Flow::Both);
-        let mut wire = Self { port: ports::free(), target, flow, connections: Arc::default(), acceptor: None };
+        let (line, _) = watch::channel(Line { flow: Flow::Both, latency: Duration::ZERO, bytes_per_second: None });
+        let (broker_side_gone, _) = watch::channel(());
+        let (port, connections) = (ports::free(), Arc::default());
+        let mut wire = Self { port, target, line, broker_side_gone, connections, acceptor: None };
         wire.accept();
         wire
     }
@@ -65,28 +86,45 @@ impl Wire {
     pub fn accept(&mut self) {
         let listener = StdListener::bind(self.address()).expect("listen on the wire's port");
         listener.set_nonblocking(true).expect("a listener that does not block");
-        let (target, flow, connections) = (self.target, self.flow.subscribe(), Arc::clone(&self.connections));
+        let (target, connections) = (self.target, Arc::clone(&self.connections));
+        let (line, gone) = (self.line.subscribe(), self.broker_side_gone.clone());
         self.acceptor = Some(background::spawn(async move {
             let listener = TcpListener::from_std(listener).expect("a listener of the harness's runtime");
             while let Ok((client, _)) = listener.accept().await {
-                reap(&connections).spawn(carry(client, target, flow.clone()));
+                reap(&connections).spawn(carry(client, target, line.clone(), gone.subscribe()));
             }
         }));
     }
 
     /// A black hole: connections are accepted and stay open, and not a byte passes.
     pub fn stall(&self) {
-        self.flow.send_replace(Flow::Neither);
+        self.line.send_modify(|line| line.flow = Flow::Neither);
     }
 
     /// Half a black hole: the broker gets everything, and its answers (confirms!) are held.
     pub fn stall_answers(&self) {
-        self.flow.send_replace(Flow::HoldAnswers);
+        self.line.send_modify(|line| line.flow = Flow::HoldAnswers);
     }
 
     /// Everything passes again, with what was held first.
     pub fn flow(&self) {
-        self.flow.send_replace(Flow::Both);
+        self.line.send_modify(|line| line.flow = Flow::Both);
+    }
+
+    /// How long each byte travels, one way, from now on.
+    pub fn set_latency(&self, latency: Duration) {
+        self.line.send_modify(|line| line.latency = latency);
+    }
+
+    /// How many bytes pass in a second, each way, on each connection; `None`: as many as there are.
+    pub fn set_bandwidth(&self, bytes_per_second: Option<usize>) {
+        self.line.send_modify(|line| line.bytes_per_second = bytes_per_second);
+    }
+
+    /// Half-open: the broker's side of all connections is closed, and the relay's side stays open and silent, as after
+    /// a firewall has forgotten them. New connections are served.
+    pub fn lose_the_broker_side(&self) {
+        self.broker_side_gone.send_replace(());
     }
 }
 
@@ -107,36 +145,69 @@ fn reap(connections: &Mutex<JoinSet<()>>) -> MutexGuard<'_, JoinSet<()>> {
 }
 
 /// One connection, until either side closes it.
-async fn carry(client: TcpStream, target: SocketAddr, flow: watch::Receiver<Flow>) {
+async fn carry(client: TcpStream, target: SocketAddr, line: watch::Receiver<Line>, mut gone: watch::Receiver<()>) {
     // Who cannot be reached closes at once, as a broker that died behind a load balancer.
     let Ok(server) = TcpStream::connect(target).await else { return };
     for stream in [&client, &server] {
         // Without it the wire itself would add 40 ms to small frames.
         let _ = stream.set_nodelay(true);
     }
-    let (from_client, to_client) = client.into_split();
-    let (from_server, to_server) = server.into_split();
+    let (mut from_client, mut to_client) = client.into_split();
+    let (mut from_server, mut to_server) = server.into_split();
     tokio::select! {
-        () = pump(from_client, to_server, flow.clone(), |flow| flow != Flow::Neither) => {}
-        () = pump(from_server, to_client, flow, |flow| flow == Flow::Both) => {}
+        () = pump(&mut from_client, &mut to_server, line.clone(), |flow| flow != Flow::Neither) => return,
+        () = pump(&mut from_server, &mut to_client, line, |flow| flow == Flow::Both) => return,
+        Ok(()) = gone.changed() => {}
     }
+    drop((from_server, to_server));
+    let mut nowhere = tokio::io::sink();
+    let _ = tokio::io::copy(&mut from_client, &mut nowhere).await;
 }
 
-/// Moves bytes while `passes`. An end of file is held as bytes are.
+/// Moves bytes while `passes`. An end of file is held and delayed as bytes are.
 async fn pump(
-    mut from: OwnedReadHalf,
-    mut to: OwnedWriteHalf,
-    mut flow: watch::Receiver<Flow>,
+    from: &mut OwnedReadHalf,
+    to: &mut OwnedWriteHalf,
+    mut line: watch::Receiver<Line>,
     passes: impl Fn(Flow) -> bool,
 ) {
-    let mut buffer = vec![0; 64 * 1024];
-    loop {
-        let count = from.read(&mut buffer).await.unwrap_or(0);
-        if flow.wait_for(|flow| passes(*flow)).await.is_err() || count == 0 {
-            return;
+    let latency = line.clone();
+    let (sender, mut under_way) = mpsc::channel::<(Instant, Vec<u8>)>(CHUNKS);
+    let read = async move {
+        let mut buffer = vec![0; 64 * 1024];
+        loop {
+            let count = from.read(&mut buffer).await.unwrap_or(0);
+            let due = Instant::now() + latency.borrow().latency;
+            if sender.send((due, buffer[..count].to_vec())).await.is_err() || count == 0 {
+                return std::future::pending().await;
+            }
         }
-        if to.write_all(&buffer[..count]).await.is_err() {
-            return;
+    };
+    let write = async move {
+        while let Some((due, chunk)) = under_way.recv().await {
+            sleep_until(due).await;
+            let mut rest = chunk.as_slice();
+            loop {
+                if line.wait_for(|line| passes(line.flow)).await.is_err() || chunk.is_empty() {
+                    return;
+                }
+                let bandwidth = line.borrow().bytes_per_second;
+                let slice = bandwidth.map_or(rest.len(), |bytes| (bytes / SLICES_PER_SECOND).clamp(1, rest.len()));
+                if to.write_all(&rest[..slice]).await.is_err() {
+                    return;
+                }
+                if let Some(bytes) = bandwidth {
+                    sleep(Duration::from_secs_f64(slice as f64 / bytes as f64)).await;
+                }
+                rest = &rest[slice..];
+                if rest.is_empty() {
+                    break;
+                }
+            }
         }
+    };
+    tokio::select! {
+        () = read => {}
+        () = write => {}
     }
 }

@@ -1,0 +1,180 @@
+//! Steady traffic through a relay, and the proof of what became of it.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio::time::{MissedTickBehavior, interval};
+
+use super::eventually::eventually_within;
+use super::http::Client;
+use super::relay::{Relay, Sender};
+use super::vhost::{Delivery, Vhost};
+
+/// Of which every second is a scan and the others are predictions.
+const SUBJECTS: usize = 8;
+
+/// Between two webhooks of a subject.
+const PACE: Duration = Duration::from_millis(100);
+
+/// Between two looks at the ledger.
+const LEDGER_EVERY: Duration = Duration::from_millis(100);
+
+/// How long the relay may take to deliver the rest, once all is well again.
+const DELIVERY_DEADLINE: Duration = Duration::from_secs(90);
+
+const QUEUES: [&str; 2] = ["prism.scan", "prism.future_me"];
+
+/// Prism, sending events of several subjects. Anything but a 200 fails the test, and so does a ledger that does not
+/// balance at any instant.
+pub struct Traffic {
+    stop: watch::Sender<bool>,
+    accepted: Arc<AtomicUsize>,
+    senders: Vec<JoinHandle<Vec<String>>>,
+    auditor: JoinHandle<()>,
+}
+
+impl Traffic {
+    pub fn start(relay: &Relay) -> Self {
+        let (stop, stopped) = watch::channel(false);
+        let accepted = Arc::new(AtomicUsize::new(0));
+        let send = |subject| tokio::spawn(send(relay.sender(), subject, stopped.clone(), Arc::clone(&accepted)));
+        let senders = (0..SUBJECTS).map(send).collect();
+        let auditor = tokio::spawn(audit(format!("{}/api/status", relay.ops()), stopped.clone()));
+        Self { stop, accepted, senders, auditor }
+    }
+
+    /// Waits until Prism has got `count` more 200s.
+    pub async fn more(&self, count: usize) {
+        let before = self.accepted.load(Ordering::Relaxed);
+        eventually_within(DELIVERY_DEADLINE, &format!("{count} more 200s"), async || {
+            assert!(!self.senders.iter().any(JoinHandle::is_finished), "a sender has failed: see above");
+            let now = self.accepted.load(Ordering::Relaxed);
+            if now >= before + count { Ok(()) } else { Err(now - before) }
+        })
+        .await;
+    }
+
+    /// Ends the traffic and checks that everything that was answered 200 comes out: as it was sent, under the id that
+    /// was answered, first deliveries in order; and that the ledger agrees.
+    pub async fn arrives(self, relay: &Relay, vhost: &Vhost) {
+        self.stop.send_replace(true);
+        let mut ids = Vec::new();
+        for sender in self.senders {
+            ids.push(sender.await.expect("webhooks that are answered 200"));
+        }
+        self.auditor.await.expect("a ledger that balances");
+        let events = ids.iter().map(Vec::len).sum::<usize>();
+        let distinct: HashSet<_> = ids.iter().flatten().collect();
+        assert_eq!(distinct.len(), events, "each event has an id of its own");
+
+        eventually_within(DELIVERY_DEADLINE, "nothing pending", async || {
+            let status = relay.status().await;
+            check_ledger(&status);
+            if status["spool"]["pending"] == 0 { Ok(()) } else { Err(format!("{status}\n{}", warnings(relay))) }
+        })
+        .await;
+        let spool = relay.status().await["spool"].clone();
+        let counts = ["accepted", "confirmed", "parked", "removed"].map(|name| spool[name].as_u64().unwrap());
+        assert_eq!(counts, [events as u64, events as u64, 0, 0], "{spool}");
+
+        let mut deliveries = Vec::new();
+        for (index, queue) in QUEUES.iter().enumerate() {
+            let expected = ids.iter().skip(index).step_by(QUEUES.len()).flatten().map(String::as_str).collect();
+            deliveries.extend(take_all(vhost, queue, expected).await);
+        }
+        vhost.assert_empty("prism.unrouted").await;
+        check_deliveries(&deliveries, &ids);
+        println!("{events} events, all of them delivered, {} of them once more", deliveries.len() - events);
+    }
+}
+
+/// Body and subject of an event.
+fn event(subject: usize, number: usize) -> (String, String) {
+    let (name, body) = if subject.is_multiple_of(2) {
+        let payload = json!({"scanId": format!("s{subject}"), "number": number});
+        (format!("scan:s{subject}"), json!({"eventType": "scan.processing.started", "payload": payload}))
+    } else {
+        let payload = json!({"bodyShapePredictionId": format!("p{subject}"), "number": number});
+        let event_type = "body_shape_prediction.processing.started";
+        (format!("prediction:p{subject}"), json!({"eventType": event_type, "payload": payload}))
+    };
+    (body.to_string(), name)
+}
+
+async fn send(sender: Sender, subject: usize, stop: watch::Receiver<bool>, accepted: Arc<AtomicUsize>) -> Vec<String> {
+    let mut ids = Vec::new();
+    let mut pace = interval(PACE);
+    pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    while !*stop.borrow() {
+        pace.tick().await;
+        let answer = sender.post(event(subject, ids.len()).0).await;
+        ids.push(answer.unwrap_or_else(|error| panic!("no answer to a webhook: {error}")).id());
+        accepted.fetch_add(1, Ordering::Relaxed);
+    }
+    ids
+}
+
+async fn audit(url: String, stop: watch::Receiver<bool>) {
+    let client = Client::http1();
+    let mut pace = interval(LEDGER_EVERY);
+    while !*stop.borrow() {
+        pace.tick().await;
+        let answer = client.get(&url).await.unwrap_or_else(|error| panic!("no status: {error}"));
+        check_ledger(&answer.expect(200).json());
+    }
+}
+
+/// `accepted = confirmed + pending + parked + removed`, and no event is younger than now.
+pub fn check_ledger(status: &Value) {
+    let spool = &status["spool"];
+    let count = |name: &str| spool[name].as_u64().unwrap_or_else(|| panic!("no {name} in {status}"));
+    let parts: u64 = ["confirmed", "pending", "parked", "removed"].into_iter().map(count).sum();
+    assert_eq!(count("accepted"), parts, "{status}");
+    assert!(spool["oldest_age_seconds"].as_f64().is_none_or(|age| age >= 0.0), "{status}");
+}
+
+/// Empties a queue until every expected id has come.
+async fn take_all(vhost: &Vhost, queue: &str, expected: HashSet<&str>) -> Vec<Delivery> {
+    let mut taken: Vec<Delivery> = Vec::new();
+    eventually_within(DELIVERY_DEADLINE, &format!("everything in {queue}"), async || {
+        let depth = vhost.depth(queue).await as usize;
+        taken.extend(vhost.messages(queue, depth).await);
+        let came: HashSet<_> = taken.iter().map(Delivery::id).collect();
+        let missing = expected.iter().filter(|id| !came.contains(**id)).count();
+        if missing == 0 && depth == 0 { Ok(()) } else { Err(format!("{missing} of {} missing", expected.len())) }
+    })
+    .await;
+    taken
+}
+
+fn check_deliveries(deliveries: &[Delivery], ids: &[Vec<String>]) {
+    let numbered = |subject, ids: &Vec<String>| -> Vec<(String, (usize, usize))> {
+        ids.iter().enumerate().map(|(number, id)| (id.clone(), (subject, number))).collect()
+    };
+    let sent: HashMap<String, (usize, usize)> =
+        ids.iter().enumerate().flat_map(|(subject, ids)| numbered(subject, ids)).collect();
+    let (mut seen, mut next) = (HashSet::new(), BTreeMap::<usize, usize>::new());
+    for delivery in deliveries {
+        let id = delivery.id();
+        let (subject, number) = *sent.get(&id).unwrap_or_else(|| panic!("{id} was never answered"));
+        let (body, name) = event(subject, number);
+        assert_eq!((delivery.text(), delivery.header("prism-subject")), (body, name.as_str()));
+        if seen.insert(id) {
+            let expected = next.entry(subject).or_default();
+            assert_eq!(number, *expected, "first deliveries of {name} in order");
+            *expected += 1;
+        }
+    }
+    assert_eq!(seen.len(), sent.len(), "everything that was answered 200 came out");
+}
+
+/// What the relay had to complain about, for a test that fails.
+fn warnings(relay: &Relay) -> String {
+    let lines = relay.logs().into_iter().filter(|line| line["level"] == "WARN" || line["level"] == "ERROR");
+    lines.map(|line| line.to_string()).collect::<Vec<_>>().join("\n")
+}
