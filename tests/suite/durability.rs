@@ -93,8 +93,8 @@ async fn a_confirm_that_does_not_come_leads_to_a_new_connection() {
 
 #[tokio::test]
 async fn order_per_subject_holds_while_connections_are_cut() {
-    const SUBJECTS: u32 = 50;
-    const EVENTS: u32 = 20;
+    const SUBJECTS: u32 = 200;
+    const EVENTS: u32 = 10;
     let vhost = Vhost::new(Node::shared().await).await;
     let wire = Wire::new(vhost.address());
     let relay = Setup::new(&vhost.url_through(&wire)).set("broker.window", 50).start().await;

@@ -90,3 +90,16 @@ fn functions_fit_on_a_screen() {
         }
     }
 }
+
+#[test]
+fn every_test_that_the_docs_name_exists() {
+    let faults = fs::read_to_string(root().join("tests/FAULTS.md")).unwrap();
+    let code: String = all().into_iter().map(|(_, text)| text).collect();
+    let mut named = 0;
+    for name in faults.split('`').filter(|name| name.contains("::") && !name.contains(' ')) {
+        let function = name.rsplit("::").next().unwrap();
+        assert!(code.contains(&format!("fn {function}(")), "there is no test {name}");
+        named += 1;
+    }
+    assert!(named > 50, "{named} tests are named");
+}
