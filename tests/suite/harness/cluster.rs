@@ -37,9 +37,8 @@ impl Cluster {
         let first = Node::prepare(NAMES[0], &NAMES, None)?;
         let other = |name| Node::prepare(name, &NAMES, Some(first.epmd()));
         let (second, third) = (other(NAMES[1])?, other(NAMES[2])?);
-        // The first one alone: three at once fight for two processors, and for who founds the cluster.
-        first.boot().await?;
-        tokio::try_join!(second.boot(), third.boot())?;
+        // All at once: RabbitMQ 4 waits for the others before it founds a cluster.
+        tokio::try_join!(first.boot(), second.boot(), third.boot())?;
         Ok(Mutex::new(Self { nodes: [first, second, third], isolated: None }))
     }
 
