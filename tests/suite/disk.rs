@@ -88,12 +88,12 @@ async fn a_full_disk_refuses_events_keeps_the_others_and_empties_by_itself() {
 }
 
 #[tokio::test]
-async fn a_disk_that_turns_read_only_refuses_until_it_is_writable() {
+async fn no_room_and_a_read_only_disk_at_the_start_are_told() {
     let setup = Setup::new(NO_BROKER);
     let disk = SmallDisk::mount(setup.folder(), "30m");
     let mut relay = setup.set("spool.path", disk.spool()).start().await;
     let id = relay.post(scan(0)).await.id();
-    // Open files stay writable in a remounted tmpfs, so the disk is filled up, too: no page can be added.
+    // No page can be added.
     let filler = disk.0.join("filler");
     let _ = fs::write(&filler, vec![0; 64 << 20]);
     let (_, refusal) = fill(&relay, 1).await;

@@ -175,8 +175,8 @@ async fn what_was_answered_200_survives_a_power_loss_at_any_instant() {
 }
 
 #[tokio::test]
-async fn a_disk_that_fails_to_sync_or_write_takes_no_200_back() {
-    for fault in ["fsync", "write"] {
+async fn a_disk_that_fails_or_turns_read_only_takes_no_200_back() {
+    for fault in ["fsync", "write", "read-only"] {
         let mut relay = with_library(Setup::new(NO_BROKER)).start().await;
         let faults = relay.folder().join("faults");
         let before = relay.post(scan(0)).await.id();

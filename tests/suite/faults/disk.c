@@ -2,7 +2,8 @@
  * so that a test can work out what a power loss would have left; and makes calls fail while a test asks for it.
  *
  * PRISM_DISK_JOURNAL  the journal: records of { kind, file, offset, length } and the bytes of a write
- * PRISM_DISK_FAULTS   a file; while it holds "fsync" or "write", these calls fail with EIO
+ * PRISM_DISK_FAULTS   a file; while it holds "fsync" or "write", these calls fail with EIO; while it holds "read-only", all
+ *                     that change something fail with EROFS, as on an ext4 that was made read-only because of an error
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -40,7 +41,8 @@ static enum file file_of(int fd) {
     return OTHER;
 }
 
-static int faulty(const char *call) {
+/* The error that a call is to fail with, 0 if it is to succeed. */
+static int fault_of(const char *call) {
     const char *path = getenv("PRISM_DISK_FAULTS");
     char text[16] = "";
     if (!path) return 0;
@@ -48,7 +50,9 @@ static int faulty(const char *call) {
     if (fd < 0) return 0;
     ssize_t length = read(fd, text, sizeof text - 1);
     close(fd);
-    return length > 0 && !strncmp(text, call, strlen(call));
+    if (length <= 0) return 0;
+    if (!strcmp(text, "read-only")) return EROFS;
+    return strcmp(text, call) ? 0 : EIO;
 }
 
 static ssize_t real_write(int fd, const void *bytes, size_t length) {
@@ -70,7 +74,8 @@ static ssize_t pwrite_by(const char *symbol, int fd, const void *bytes, size_t l
     ssize_t (*next)(int, const void *, size_t, off64_t) = dlsym(RTLD_NEXT, symbol);
     enum file file = file_of(fd);
     if (file == OTHER) return next(fd, bytes, length, offset);
-    if (faulty("write")) return errno = EIO, -1;
+    int fault = fault_of("write");
+    if (fault) return errno = fault, -1;
     pthread_mutex_lock(&lock);
     ssize_t written = next(fd, bytes, length, offset);
     if (written > 0) note(WRITE, file, offset, bytes, written);
@@ -90,6 +95,8 @@ static int cut_by(const char *symbol, int fd, off64_t length) {
     int (*next)(int, off64_t) = dlsym(RTLD_NEXT, symbol);
     enum file file = file_of(fd);
     if (file == OTHER) return next(fd, length);
+    int fault = fault_of("cut");
+    if (fault) return errno = fault, -1;
     pthread_mutex_lock(&lock);
     int outcome = next(fd, length);
     if (!outcome) note(CUT, file, length, NULL, 0);
@@ -104,7 +111,8 @@ static int sync_by(const char *symbol, int fd) {
     int (*next)(int) = dlsym(RTLD_NEXT, symbol);
     enum file file = file_of(fd);
     if (file == OTHER) return next(fd);
-    if (faulty("fsync")) return errno = EIO, -1;
+    int fault = fault_of("fsync");
+    if (fault) return errno = fault, -1;
     /* Noted before it is done: what is written meanwhile by others is not covered by it. */
     pthread_mutex_lock(&lock);
     int outcome = next(fd);
