@@ -108,9 +108,8 @@ impl Vhost {
         let connection = self.connect().await;
         let mut taken = Vec::new();
         let taking = async {
-            let channel = connection.create_channel().await?;
             while taken.len() < count {
-                take(&channel, queue, BATCH.min(count - taken.len()), &mut taken).await?;
+                take(&connection, queue, BATCH.min(count - taken.len()), &mut taken).await?;
             }
             lapin::Result::Ok(())
         };
@@ -317,8 +316,9 @@ impl From<lapin::message::Delivery> for Delivery {
 
 /// Appends `count` messages to `taken` and acknowledges them. No more than these ever leave the queue: the prefetch is
 /// their number, and the consumer is cancelled before the acknowledgement makes room.
-async fn take(channel: &Channel, queue: &str, count: usize, taken: &mut Vec<Delivery>) -> lapin::Result<()> {
+async fn take(connection: &Connection, queue: &str, count: usize, taken: &mut Vec<Delivery>) -> lapin::Result<()> {
     let prefetch = u16::try_from(count).expect("a batch fits the prefetch");
+    let channel = connection.create_channel().await?;
     channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
     let (tag, arguments) = ("harness", FieldTable::default());
     let mut consumer =
@@ -330,7 +330,9 @@ async fn take(channel: &Channel, queue: &str, count: usize, taken: &mut Vec<Deli
         taken.push(delivery.into());
     }
     channel.basic_cancel(tag.into(), BasicCancelOptions::default()).await?;
-    channel.basic_ack(last, BasicAckOptions { multiple: true }).await
+    channel.basic_ack(last, BasicAckOptions { multiple: true }).await?;
+    // Nothing answers an ack, and a close may overtake it: RabbitMQ would deliver the messages once more.
+    channel.close(200, "done".into()).await
 }
 
 async fn close(connection: &Connection) {
