@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use super::files::Lock;
 use super::reader::{COLUMNS, open_read_only, stored};
-use super::store;
+use super::store::{self, Deleted};
 use super::{EVENT_OVERHEAD_BYTES, Ledger, OpenError, Stored};
 
 /// Whether there is a spool, and whether a relay has it.
@@ -149,13 +149,13 @@ impl Inspector {
         let seq: Option<u64> = transaction
             .query_row("SELECT seq FROM event WHERE id = ?1", [id.as_bytes()], |row| row.get(0))
             .optional()?;
-        let Some((cost, parked)) = seq.map(|seq| store::delete(&transaction, seq)).transpose()?.flatten() else {
-            return Ok(false);
-        };
+        let Some(seq) = seq else { return Ok(false) };
+        let Deleted { pending, parked, bytes } = store::delete(&transaction, seq, seq)?;
         let mut ledger = Ledger::read(&transaction)?;
-        *(if parked { &mut ledger.parked } else { &mut ledger.pending }) -= 1;
-        ledger.removed += 1;
-        ledger.bytes -= cost;
+        ledger.pending -= pending;
+        ledger.parked -= parked;
+        ledger.removed += pending + parked;
+        ledger.bytes -= bytes;
         ledger.write(&transaction)?;
         transaction.commit()?;
         Ok(true)

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use rusqlite::{Connection, OptionalExtension, Result};
+use rusqlite::{Connection, Result};
 use uuid::Uuid;
 
 use super::dedupe::Seen;
@@ -161,8 +161,9 @@ impl Store {
         Ok(())
     }
 
-    pub fn delete(&self, seq: u64) -> Result<Option<(u64, bool)>> {
-        delete(&self.connection, seq)
+    /// Deletes the events from `first` to `last`, both included.
+    pub fn delete(&self, first: u64, last: u64) -> Result<Deleted> {
+        delete(&self.connection, first, last)
     }
 
     /// Returns whether the event was pending until now.
@@ -249,12 +250,22 @@ fn create(connection: &Connection) -> Result<()> {
     ))
 }
 
-/// Takes the event out. Returns what it counted for and whether it was parked; `None` if it is not there.
-pub(super) fn delete(connection: &Connection, seq: u64) -> Result<Option<(u64, bool)>> {
-    let mut statement = connection
-        .prepare_cached("DELETE FROM event WHERE seq = ?1 RETURNING length(body), parked_reason IS NOT NULL")?;
-    let row = statement.query_row([seq], |row| Ok((row.get::<_, u64>(0)?, row.get(1)?))).optional()?;
-    Ok(row.map(|(body, parked)| (body + EVENT_OVERHEAD_BYTES, parked)))
+/// How many events were deleted, and what they counted for.
+pub(super) struct Deleted {
+    pub pending: u64,
+    pub parked: u64,
+    pub bytes: u64,
+}
+
+/// Counted first: a DELETE with RETURNING would keep a journal of its own, in memory that it takes and gives back each time.
+pub(super) fn delete(connection: &Connection, first: u64, last: u64) -> Result<Deleted> {
+    let mut count = connection.prepare_cached(
+        "SELECT count(*), count(parked_reason), coalesce(sum(length(body)), 0) FROM event WHERE seq BETWEEN ?1 AND ?2",
+    )?;
+    let (events, parked, bodies): (u64, u64, u64) =
+        count.query_row([first, last], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?;
+    connection.prepare_cached("DELETE FROM event WHERE seq BETWEEN ?1 AND ?2")?.execute([first, last])?;
+    Ok(Deleted { pending: events - parked, parked, bytes: bodies + events * EVENT_OVERHEAD_BYTES })
 }
 
 /// Whether this is a spool, and one that this relay understands.

@@ -14,7 +14,7 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use tracing::{error, info, warn};
 
 use super::dedupe::Window;
-use super::store::Store;
+use super::store::{Deleted, Store};
 use super::{AppendError, EVENT_OVERHEAD_BYTES, Gauges, Ledger, Receipt, Settlement};
 use crate::config;
 use crate::event::Event;
@@ -186,9 +186,7 @@ impl Writer {
                 self.store.forget(seq)?;
             }
             // First, because they make room.
-            for settlement in &self.settlements {
-                settle(&self.store, &mut outcome.ledger, settlement)?;
-            }
+            settle(&self.store, &mut outcome.ledger, &self.settlements)?;
             for (event, reply) in waiting.by_ref() {
                 outcome.replies.push((reply, Err(AppendError::Unavailable)));
                 let answer = self.append(&mut outcome.ledger, &event)?;
@@ -292,23 +290,28 @@ fn is_full(cause: &rusqlite::Error) -> bool {
     cause.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull)
 }
 
-fn settle(store: &Store, ledger: &mut Ledger, settlement: &Settlement) -> Result<()> {
-    match settlement {
-        Settlement::Confirmed(seq) => {
-            if let Some((cost, parked)) = store.delete(*seq)? {
-                let from = if parked { &mut ledger.parked } else { &mut ledger.pending };
-                *from -= 1;
-                ledger.confirmed += 1;
-                ledger.bytes -= cost;
+fn settle(store: &Store, ledger: &mut Ledger, settlements: &[Settlement]) -> Result<()> {
+    let mut confirmed = Vec::with_capacity(settlements.len());
+    for settlement in settlements {
+        match settlement {
+            Settlement::Confirmed(seq) => confirmed.push(*seq),
+            Settlement::Parked { seq, reason } => {
+                if store.park(*seq, reason, Timestamp::now().as_millisecond())? {
+                    ledger.pending -= 1;
+                    ledger.parked += 1;
+                }
             }
+            Settlement::Tried(seq) => store.tried(*seq, Timestamp::now().as_millisecond())?,
         }
-        Settlement::Parked { seq, reason } => {
-            if store.park(*seq, reason, Timestamp::now().as_millisecond())? {
-                ledger.pending -= 1;
-                ledger.parked += 1;
-            }
-        }
-        Settlement::Tried(seq) => store.tried(*seq, Timestamp::now().as_millisecond())?,
+    }
+    // Events are confirmed in long runs.
+    confirmed.sort_unstable();
+    for run in confirmed.chunk_by(|before, after| after - before <= 1) {
+        let Deleted { pending, parked, bytes } = store.delete(run[0], run[run.len() - 1])?;
+        ledger.pending -= pending;
+        ledger.parked -= parked;
+        ledger.confirmed += pending + parked;
+        ledger.bytes -= bytes;
     }
     Ok(())
 }
