@@ -15,7 +15,8 @@ the system's package as a private node. Everything it writes is in .quickstart/ 
 
   --once        do everything, then stop instead of staying up; exit 0 only if all six events came out
   --broker URL  use this RabbitMQ (amqp://user:password@host:5672/%2f) instead of looking for one
-  --install     only install the system's package of RabbitMQ if it is missing (its service is not started)
+  --install     only install the system's packages of RabbitMQ (its service is not started) and of a C compiler and make,
+                where they are missing
   -h, --help    this text
 EOF
 }
@@ -48,6 +49,7 @@ main() {
   (umask 077 && mkdir -p "$state")
 
   if [[ $install ]]; then
+    need_compiler
     rabbitmq_bin >/dev/null || install_packages rabbitmq
     exit 0
   fi
@@ -191,8 +193,12 @@ rabbitmq_bin() {
 
 need_rust() {
   command -v cargo >/dev/null || fail 'cargo is missing: the relay is built from its source.' '' 'Install Rust with rustup, and run this again.'
-  # Rust links through a C compiler, and SQLite is compiled with it.
-  command -v cc >/dev/null || install_packages compiler
+  need_compiler
+}
+
+# Rust links through a C compiler; SQLite and jemalloc are compiled with it and with make.
+need_compiler() {
+  { command -v cc && command -v make; } >/dev/null || install_packages compiler
 }
 
 # install_packages rabbitmq|compiler
@@ -201,11 +207,11 @@ install_packages() {
   if command -v apt-get >/dev/null; then
     command=$(apt_command "$what")
   elif command -v dnf >/dev/null; then
-    command="dnf install -y $(pick "$what" rabbitmq-server gcc)"
+    command="dnf install -y $(pick "$what" rabbitmq-server 'gcc make')"
   elif command -v apk >/dev/null; then
-    command="apk add $(pick "$what" rabbitmq-server 'gcc musl-dev')"
+    command="apk add $(pick "$what" rabbitmq-server 'gcc make musl-dev')"
   elif command -v pacman >/dev/null; then
-    command="pacman -S --noconfirm --needed $(pick "$what" rabbitmq gcc)"
+    command="pacman -S --noconfirm --needed $(pick "$what" rabbitmq 'gcc make')"
   elif command -v brew >/dev/null; then
     command=$(pick "$what" 'brew install rabbitmq' 'xcode-select --install')
   else
@@ -231,7 +237,7 @@ pick() { if [[ $1 == rabbitmq ]]; then echo "$2"; else echo "$3"; fi; }
 # epmd's socket unit); one that is there already is the administrator's, and stays in charge.
 apt_command() {
   if [[ $1 != rabbitmq ]]; then
-    echo 'apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends gcc libc6-dev'
+    echo 'apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends gcc libc6-dev make'
     return
   fi
   cat <<'EOF'

@@ -26,6 +26,7 @@ main() {
       ;;
     *) need_rabbitmq ;;
   esac
+  { command -v cc && command -v make; } >/dev/null || ./deploy/quickstart.sh --install
   need_faketime
   # Some tests mount small file systems. Where the system lets us be root in a namespace of our own, that is enough.
   if [[ $EUID != 0 ]] && unshare --user --map-root-user --mount true 2>/dev/null; then

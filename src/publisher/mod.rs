@@ -9,7 +9,7 @@ mod ahead;
 mod careful;
 mod connection;
 mod flight;
-mod message;
+pub mod message;
 mod outcome;
 mod session;
 mod status;

@@ -20,7 +20,7 @@ fn root() -> &'static Path {
 
 fn all() -> Vec<(String, String)> {
     let mut paths = Vec::new();
-    for folder in ["src", "tests"] {
+    for folder in ["src", "tests", "benches"] {
         sources(&root().join(folder), &mut paths);
     }
     let name = |path: &Path| path.strip_prefix(root()).unwrap().display().to_string();

@@ -1,0 +1,84 @@
+//! The steps of one event's way, each by itself: `cargo bench --bench micro`.
+
+use std::hint::black_box;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
+use futures_util::future::join_all;
+use jiff::Timestamp;
+use prism_relay::config::{self, Durability};
+use prism_relay::event::{Envelope, Event, Fingerprint};
+use prism_relay::metrics::Metrics;
+use prism_relay::publisher::message::Message;
+use prism_relay::secret::Secret;
+use prism_relay::signature::{Verifier, sign};
+use prism_relay::spool::Spool;
+
+/// Appended at once, as by as many senders.
+const SENDERS: usize = 64;
+
+fn body() -> &'static str {
+    include_str!("../tests/samples/events.jsonl").lines().next().expect("a sample")
+}
+
+/// An event that nobody has seen before.
+fn event() -> Event {
+    let id = uuid::Uuid::now_v7();
+    let body = Bytes::from(body().replace("7f2ec6e0-b06d-42b1-b2a1-fff59a458490", &id.to_string()));
+    let accepted_ms = Timestamp::now().as_millisecond();
+    Event { id, accepted_ms, authentic: true, trace: None, fingerprint: Fingerprint::of(&body), body }
+}
+
+fn signature(criterion: &mut Criterion) {
+    let secret = Secret::new("whsec_bench");
+    let (now, body) = (Timestamp::now(), body());
+    let timestamp = now.to_string();
+    let signature = sign(&secret, &timestamp, body.as_bytes());
+    let verifier = Verifier::new(&[secret], true, Duration::from_secs(300));
+    criterion.bench_function("verify a signature", |bencher| {
+        bencher.iter(|| {
+            let (timestamp, signature) = (Some(timestamp.as_bytes()), Some(signature.as_bytes()));
+            verifier.verify(timestamp, signature, black_box(body), now).expect("a good signature")
+        });
+    });
+}
+
+fn envelope(criterion: &mut Criterion) {
+    criterion.bench_function("read an envelope", |bencher| {
+        bencher.iter(|| Envelope::parse(black_box(body().as_bytes())).expect("an envelope"));
+    });
+    let event = event();
+    criterion.bench_function("make a message", |bencher| bencher.iter(|| Message::new(black_box(&event))));
+}
+
+fn append(criterion: &mut Criterion) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("spool.db");
+    let spool = config::Spool { path, max_bytes: u64::MAX, durability: Durability::Disk };
+    let dedupe = config::Dedupe { window: Duration::from_secs(120), entries_max: 100_000 };
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    let guard = runtime.enter();
+    let (spool, _end) = Spool::open(&spool, &dedupe, Arc::new(Metrics::new())).expect("a spool");
+    drop(guard);
+    let mut group = criterion.benchmark_group("append to the spool, synced");
+    for senders in [1, SENDERS] {
+        group.throughput(Throughput::Elements(senders as u64));
+        group.bench_function(format!("{senders} at once"), |bencher| {
+            let events = || (0..senders).map(|_| event()).collect::<Vec<_>>();
+            bencher.to_async(&runtime).iter_batched(
+                events,
+                |events| async {
+                    for receipt in join_all(events.into_iter().map(|event| spool.append(event))).await {
+                        assert!(!receipt.expect("a receipt").duplicate);
+                    }
+                },
+                BatchSize::SmallInput,
+            );
+        });
+    }
+}
+
+criterion_group!(benches, signature, envelope, append);
+criterion_main!(benches);

@@ -1,0 +1,167 @@
+//! The senders: signed webhooks, made before the clock starts, so that sending them costs next to nothing.
+
+use std::cell::Cell;
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream as BlockingStream};
+use std::time::{Duration, Instant};
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::task::LocalSet;
+
+use crate::harness::SECRET;
+use crate::harness::http::{now, sign};
+
+/// Connections that send at once.
+const CONNECTIONS: usize = 64;
+
+/// Threads of the open loop. Each has a connection of its own and sends its share of the rate.
+const STEADY_SENDERS: usize = 16;
+
+/// Webhooks as bytes, head and body, each with a body of its own and the signature for it.
+pub struct Webhooks {
+    bytes: Vec<u8>,
+    ends: Vec<usize>,
+}
+
+impl Webhooks {
+    /// `count` events of as many scans; of each three, two are scan events and one is a prediction.
+    pub fn new(count: usize) -> Self {
+        let mut webhooks = Self { bytes: Vec::new(), ends: Vec::with_capacity(count) };
+        let (timestamp, run) = (now(), uuid::Uuid::now_v7());
+        for number in 0..count {
+            let body = body(&format!("{run}-{number}"), number);
+            let signature = sign(SECRET, &timestamp, body.as_bytes());
+            let head = format!(
+                "POST /webhooks/prism HTTP/1.1\r\nhost: relay.example\r\ncontent-type: application/json\r\n\
+                 prism-timestamp: {timestamp}\r\nprism-signature: {signature}\r\ncontent-length: {}\r\n\r\n",
+                body.len()
+            );
+            webhooks.bytes.extend_from_slice(head.as_bytes());
+            webhooks.bytes.extend_from_slice(body.as_bytes());
+            webhooks.ends.push(webhooks.bytes.len());
+        }
+        webhooks
+    }
+
+    pub fn len(&self) -> usize {
+        self.ends.len()
+    }
+
+    fn get(&self, index: usize) -> &[u8] {
+        let start = index.checked_sub(1).map_or(0, |before| self.ends[before]);
+        &self.bytes[start..self.ends[index]]
+    }
+}
+
+/// An event as Prism sends it.
+pub fn body(scan: &str, number: usize) -> String {
+    let (user, token) = ("5304329f-bcb8-48f0-9661-5ac06b2515b1", "partner-user-42");
+    match number % 3 {
+        0 => format!(
+            r#"{{"eventType":"scan.processing.started","payload":{{"scanId":"{scan}","userId":"{user}","userToken":"{token}","state":"PROCESSING"}}}}"#
+        ),
+        1 => format!(
+            r#"{{"eventType":"scan.processing.succeeded","payload":{{"scanId":"{scan}","userId":"{user}","userToken":"{token}","state":"READY"}}}}"#
+        ),
+        _ => format!(
+            r#"{{"eventType":"body_shape_prediction.processing.succeeded","payload":{{"bodyShapePredictionId":"{scan}","scanId":"{scan}","userId":"{user}","userToken":"{token}","state":"READY"}}}}"#
+        ),
+    }
+}
+
+/// The number at the end of the scan's id, of an event made by [`Webhooks::new`].
+pub fn number(body: &[u8]) -> usize {
+    let event: serde_json::Value = serde_json::from_slice(body).expect("an event");
+    let scan = event["payload"]["scanId"].as_str().and_then(|scan| scan.rsplit('-').next());
+    scan.and_then(|number| number.parse().ok()).expect("a number at the end of the scan's id")
+}
+
+/// What sending took.
+pub struct Sent {
+    pub per_second: f64,
+    /// The share of one processor that the senders had, 0 to 1. Below 1 they waited for the server, not it for them.
+    pub busy: f64,
+}
+
+/// Sends all of them, each connection its next one as soon as its last one is answered. Panics at anything but a 200.
+pub fn closed_loop(address: SocketAddr, webhooks: &Webhooks) -> Sent {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().expect("a runtime for the senders");
+    let next = Cell::new(0);
+    let (started, cpu) = (Instant::now(), own_cpu());
+    let send = async || {
+        let mut stream = TcpStream::connect(address).await.expect("connect");
+        stream.set_nodelay(true).expect("set TCP_NODELAY");
+        let mut answer = Vec::with_capacity(4096);
+        while next.get() < webhooks.len() {
+            let index = next.replace(next.get() + 1);
+            stream.write_all(webhooks.get(index)).await.expect("send a webhook");
+            answer.clear();
+            while !is_complete(&answer) {
+                assert!(stream.read_buf(&mut answer).await.expect("read an answer") > 0, "the connection was closed");
+            }
+        }
+    };
+    runtime.block_on(LocalSet::new().run_until(futures_util::future::join_all((0..CONNECTIONS).map(|_| send()))));
+    let seconds = started.elapsed().as_secs_f64();
+    Sent { per_second: webhooks.len() as f64 / seconds, busy: (own_cpu() - cpu).as_secs_f64() / seconds }
+}
+
+/// One webhook on its way.
+pub struct Sending {
+    pub began: Instant,
+    /// Until its 200.
+    pub took: Duration,
+}
+
+/// Sends `per_second` for as long as there are webhooks, whether they are answered or not, and returns what became of
+/// each. The clock of each starts when it is due, even if its connection is still busy with the one before it; a late
+/// timer of this machine does not count.
+pub fn open_loop(address: SocketAddr, webhooks: &Webhooks, per_second: u32) -> Vec<Sending> {
+    let start = Instant::now() + Duration::from_millis(100);
+    let gap = Duration::from_secs(1) / per_second;
+    let send = |sender: usize| {
+        let mut stream = BlockingStream::connect(address).expect("connect");
+        stream.set_nodelay(true).expect("set TCP_NODELAY");
+        let mut sendings = Vec::new();
+        for index in (sender..webhooks.len()).step_by(STEADY_SENDERS) {
+            let due = start + gap * u32::try_from(index).expect("a small number");
+            let early = due.saturating_duration_since(Instant::now());
+            std::thread::sleep(early);
+            let began = if early.is_zero() { due } else { Instant::now() };
+            stream.write_all(webhooks.get(index)).expect("send a webhook");
+            let mut answer = Vec::new();
+            while !is_complete(&answer) {
+                let mut piece = [0; 1024];
+                let length = stream.read(&mut piece).expect("read an answer");
+                assert!(length > 0, "the connection was closed");
+                answer.extend_from_slice(&piece[..length]);
+            }
+            sendings.push((index, Sending { began, took: began.elapsed() }));
+        }
+        sendings
+    };
+    let mut sendings = std::thread::scope(|scope| {
+        let senders: Vec<_> = (0..STEADY_SENDERS).map(|sender| scope.spawn(move || send(sender))).collect();
+        senders.into_iter().flat_map(|sender| sender.join().expect("a sender")).collect::<Vec<_>>()
+    });
+    sendings.sort_unstable_by_key(|(index, _)| *index);
+    sendings.into_iter().map(|(_, sending)| sending).collect()
+}
+
+/// Whether this is a whole answer, which has to be a 200 with a length.
+fn is_complete(answer: &[u8]) -> bool {
+    let Some(head) = answer.windows(4).position(|end| end == b"\r\n\r\n") else { return false };
+    let text = std::str::from_utf8(&answer[..head]).expect("a head in ASCII");
+    assert!(text.starts_with("HTTP/1.1 200"), "refused: {}", String::from_utf8_lossy(answer));
+    let length = text.lines().find_map(|line| line.strip_prefix("content-length: ")).expect("a length");
+    answer.len() == head + 4 + length.parse::<usize>().expect("a number")
+}
+
+/// The time that this thread has been running (see proc(5), `schedstat`).
+fn own_cpu() -> Duration {
+    let text = fs::read_to_string("/proc/thread-self/schedstat").expect("read the thread's schedstat");
+    let nanoseconds = text.split_whitespace().next().expect("a number");
+    Duration::from_nanos(nanoseconds.parse().expect("a number"))
+}

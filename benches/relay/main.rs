@@ -1,0 +1,337 @@
+//! The speed of the whole relay, as ratios against references that run in turn with it: `cargo bench --bench relay`.
+//!
+//! Runs the real binary, a real disk, and a RabbitMQ node of its own. Senders, relay and RabbitMQ share the machine, so only
+//! the ratios carry over to another one.
+//!
+//! ```text
+//! cargo bench --bench relay -- [--rounds N] [--backlog N] [PART...]
+//!   --rounds N   how often everything but the large backlog is measured, 5 by default; the table has the medians
+//!   --backlog N  events in the large backlog, 2000000 by default
+//!   PART         throughput, drain, latency, worker, backlog; all by default
+//! ```
+
+#[path = "../../tests/suite/harness/mod.rs"]
+mod harness;
+mod load;
+mod machine;
+mod references;
+mod report;
+
+use std::time::{Duration, Instant, SystemTime};
+
+use futures_util::StreamExt;
+use futures_util::stream::select;
+use lapin::options::BasicConsumeOptions;
+use lapin::types::FieldTable;
+use serde_json::json;
+
+use harness::{Node, Relay, Setup, Vhost};
+use load::{Webhooks, closed_loop, open_loop};
+use references::{BARE_HYPER, BareHyper, lapin_alone, lone_syncs};
+use report::Report;
+use report::Target::{AtLeast, AtMost, None as Reference};
+
+/// Nothing listens there.
+const NO_BROKER: &str = "amqp://127.0.0.1:1";
+
+/// Webhooks in one go, which is also the small backlog.
+const MANY: usize = 200_000;
+
+const RELAY_READY: &str = "accepting webhooks";
+
+struct Options {
+    rounds: usize,
+    backlog: usize,
+    parts: Vec<String>,
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() {
+    if std::env::args().any(|argument| argument == BARE_HYPER) {
+        serve_bare_hyper();
+    }
+    let options = options();
+    let wants = |part: &str| options.parts.is_empty() || options.parts.iter().any(|wanted| wanted == part);
+    let node = Node::start().await;
+    let mut report = Report::default();
+    for round in 1..=options.rounds {
+        eprintln!("round {round} of {}", options.rounds);
+        if wants("throughput") {
+            throughput(&node, &mut report).await;
+        }
+        if wants("drain") {
+            draining(&node, &mut report).await;
+        }
+        if wants("latency") {
+            latency(&node, &mut report).await;
+        }
+        if wants("worker") {
+            worker(&node, &mut report).await;
+        }
+    }
+    if wants("backlog") {
+        eprintln!("backlog of {}", options.backlog);
+        backlog(&node, options.backlog, &mut report).await;
+    }
+    println!(
+        "\n{}; RabbitMQ {} beside it; {} rounds\n",
+        machine::describe(&std::env::temp_dir()),
+        node.version().await,
+        options.rounds
+    );
+    report.print();
+}
+
+fn serve_bare_hyper() -> ! {
+    // As many threads as the relay has.
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
+    std::thread::scope(|scope| scope.spawn(|| runtime.block_on(BareHyper::serve())).join()).expect("the server goes on")
+}
+
+fn options() -> Options {
+    let mut options = Options { rounds: 5, backlog: 2_000_000, parts: Vec::new() };
+    // cargo adds `--bench`.
+    let mut arguments = std::env::args().skip(1).filter(|argument| argument != "--bench");
+    while let Some(argument) = arguments.next() {
+        let mut number = || arguments.next().and_then(|text| text.parse().ok()).unwrap_or_else(|| usage());
+        match argument.as_str() {
+            "--rounds" => options.rounds = number(),
+            "--backlog" => options.backlog = number(),
+            "throughput" | "drain" | "latency" | "worker" | "backlog" => options.parts.push(argument),
+            _ => usage(),
+        }
+    }
+    options
+}
+
+fn usage() -> ! {
+    eprintln!(
+        "Usage: cargo bench --bench relay -- [--rounds N] [--backlog N] [throughput] [drain] [latency] [worker] [backlog]"
+    );
+    std::process::exit(64);
+}
+
+/// A relay as its defaults make it, but for the folder, the ports and the secret.
+fn setup(broker_url: &str) -> Setup {
+    Setup::new(broker_url).unset("log.filter").set("spool.max_bytes", "20GiB")
+}
+
+// -- how much a second ------------------------------------------------------------------------------------------------
+
+async fn throughput(node: &Node, report: &mut Report) {
+    let hyper = BareHyper::start().await;
+    let bare = send(hyper.address, Webhooks::new(MANY)).await;
+    drop(hyper);
+    report.add("bare hyper", "requests/s", Reference, bare.per_second);
+    report.add("the senders' share of a processor meanwhile", "", Reference, bare.busy);
+
+    let relay = setup(NO_BROKER).start().await;
+    report.add("RSS, idle", "MiB", AtMost(25.0), machine::memory(relay.pid(), "VmRSS"));
+    let kept = send(relay.address(), Webhooks::new(MANY)).await;
+    report.add("durable 200s, broker unreachable", "/s", Reference, kept.per_second);
+    report.add("durable 200s, broker unreachable : bare hyper", "", AtLeast(0.65), kept.per_second / bare.per_second);
+    drop(relay);
+
+    let vhost = Vhost::new(node).await;
+    let relay = setup(&vhost.url()).start().await;
+    relay.eventually_metric("prism_relay_broker_connected", &[], 1.0).await;
+    let cpu = machine::cpu(relay.pid());
+    let relayed = send(relay.address(), Webhooks::new(MANY)).await;
+    report.add("durable 200s, broker up and draining", "/s", Reference, relayed.per_second);
+    report.add(
+        "durable 200s, broker up and draining : bare hyper",
+        "",
+        AtLeast(0.3),
+        relayed.per_second / bare.per_second,
+    );
+    confirmed(&relay, MANY).await;
+    let cpu = machine::cpu(relay.pid()) - cpu;
+    report.add("CPU per event, from accept to deletion", "us", AtMost(40.0), cpu.as_secs_f64() * 1e6 / MANY as f64);
+    report.add("RSS, highest under this load", "MiB", AtMost(64.0), machine::memory(relay.pid(), "VmHWM"));
+}
+
+/// On a thread of its own, so that this one can go on collecting output.
+async fn send(address: std::net::SocketAddr, webhooks: Webhooks) -> load::Sent {
+    tokio::task::spawn_blocking(move || closed_loop(address, &webhooks)).await.expect("the senders")
+}
+
+async fn draining(node: &Node, report: &mut Report) {
+    let bare = lapin_alone(&declared(node).await, MANY, false).await;
+    report.add("lapin alone, messages without properties", "/s", Reference, bare);
+    let whole = lapin_alone(&declared(node).await, MANY, true).await;
+    report.add("lapin alone, the relay's messages", "/s", Reference, whole);
+
+    let mut relay = setup(NO_BROKER).start().await;
+    send(relay.address(), Webhooks::new(MANY)).await;
+    let drained = drain(&mut relay, &Vhost::new(node).await, MANY).await;
+    report.add("draining a backlog of 200,000", "/s", Reference, drained.per_second);
+    report.add("draining a backlog of 200,000 : lapin alone", "", AtLeast(0.9), drained.per_second / whole);
+    report.add("CPU per event drained, relay only", "us", Reference, drained.cpu_per_event * 1e6);
+}
+
+/// A vhost with what the relay declares.
+async fn declared(node: &Node) -> Vhost {
+    let vhost = Vhost::new(node).await;
+    let relay = setup(&vhost.url()).start().await;
+    relay.eventually_metric("prism_relay_broker_connected", &[], 1.0).await;
+    vhost
+}
+
+struct Drained {
+    per_second: f64,
+    cpu_per_event: f64,
+}
+
+/// Starts the relay again, with a broker, and measures from the first twentieth of its backlog on.
+async fn drain(relay: &mut Relay, vhost: &Vhost, backlog: usize) -> Drained {
+    relay.reconfigure("broker.urls", json!([vhost.url()]));
+    relay.restart().await;
+    let before = confirmed(relay, backlog / 20).await;
+    let (warm, cpu) = (Instant::now(), machine::cpu(relay.pid()));
+    let count = confirmed(relay, backlog).await - before;
+    let (took, cpu) = (warm.elapsed(), machine::cpu(relay.pid()) - cpu);
+    Drained { per_second: count / took.as_secs_f64(), cpu_per_event: cpu.as_secs_f64() / count }
+}
+
+/// Waits until so many events are confirmed and deleted, and returns how many are.
+async fn confirmed(relay: &Relay, count: usize) -> f64 {
+    let deadline = Instant::now() + Duration::from_secs(600);
+    loop {
+        let confirmed = relay.status().await["spool"]["confirmed"].as_f64().expect("a number");
+        if confirmed >= count as f64 {
+            return confirmed;
+        }
+        assert!(Instant::now() < deadline, "{confirmed} of {count} are confirmed\n{}", relay.log_text());
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+// -- how long ---------------------------------------------------------------------------------------------------------
+
+const STEADY: u32 = 1000;
+
+async fn latency(node: &Node, report: &mut Report) {
+    let folder = harness::scratch::Scratch::new();
+    let sync = quantile(&lone_syncs(folder.path(), 2000), 0.5);
+    report.add("a lone write and fsync, p50", "ms", Reference, sync);
+    let vhost = Vhost::new(node).await;
+    let relay = setup(&vhost.url()).start().await;
+    relay.eventually_metric("prism_relay_broker_connected", &[], 1.0).await;
+    let up = wait_for_200(&relay, "broker up").await;
+    report.add("time to the 200 at 1,000/s, p50 : a lone write and fsync", "", AtMost(2.0), up.0 / sync);
+    report.add("time to the 200 at 1,000/s, p99", "ms", AtMost(3.0), up.1);
+
+    node.freeze();
+    let frozen = wait_for_200(&relay, "broker frozen").await;
+    node.thaw();
+    confirmed(&relay, 2 * TEN_SECONDS).await;
+    node.memory_alarm(true).await;
+    let blocked = wait_for_200(&relay, "broker blocked").await;
+    node.memory_alarm(false).await;
+    drop(relay);
+    let relay = setup(NO_BROKER).start().await;
+    let down = wait_for_200(&relay, "broker down").await;
+    report.add("p50 with the broker down : up", "", AtMost(1.1), down.0 / up.0);
+    report.add("p50 with the broker frozen : up", "", AtMost(1.1), frozen.0 / up.0);
+    report.add("p50 with the broker blocked : up", "", AtMost(1.1), blocked.0 / up.0);
+}
+
+const TEN_SECONDS: usize = 10 * STEADY as usize;
+
+/// p50 and p99 in milliseconds.
+async fn wait_for_200(relay: &Relay, what: &'static str) -> (f64, f64) {
+    let (address, webhooks) = (relay.address(), Webhooks::new(TEN_SECONDS));
+    let sendings =
+        tokio::task::spawn_blocking(move || open_loop(address, &webhooks, STEADY)).await.expect("the senders");
+    let mut waits: Vec<_> = sendings.into_iter().map(|sending| sending.took).collect();
+    waits.sort_unstable();
+    let (p50, p99) = (quantile(&waits, 0.5), quantile(&waits, 0.99));
+    eprintln!("  {what}: p50 {p50:.3} ms, p99 {p99:.3} ms");
+    (p50, p99)
+}
+
+fn quantile(sorted: &[Duration], share: f64) -> f64 {
+    sorted[((sorted.len() - 1) as f64 * share) as usize].as_secs_f64() * 1000.0
+}
+
+/// From sending a webhook until a worker has the event in its hands, at 100 a second.
+async fn worker(node: &Node, report: &mut Report) {
+    const COUNT: usize = 1000;
+    let vhost = Vhost::new(node).await;
+    let relay = setup(&vhost.url()).start().await;
+    relay.eventually_metric("prism_relay_broker_connected", &[], 1.0).await;
+    let connection = vhost.connect().await;
+    let channel = connection.create_channel().await.expect("a channel");
+    let consume = async |queue: &str| {
+        let options = BasicConsumeOptions { no_ack: true, ..Default::default() };
+        channel.basic_consume(queue.into(), "".into(), options, FieldTable::default()).await.expect("consume")
+    };
+    let mut deliveries = select(consume("prism.scan").await, consume("prism.future_me").await);
+    let (address, webhooks) = (relay.address(), Webhooks::new(COUNT));
+    let sending = tokio::task::spawn_blocking(move || open_loop(address, &webhooks, 100));
+    let mut came = vec![None; COUNT];
+    for _ in 0..COUNT {
+        let delivery = deliveries.next().await.expect("a delivery").expect("a delivery");
+        came[load::number(&delivery.data)] = Some(Instant::now());
+    }
+    let sendings = sending.await.expect("the senders");
+    let took = sendings.iter().zip(came).map(|(sending, came)| came.expect("all came") - sending.began);
+    let mut took: Vec<_> = took.collect();
+    took.sort_unstable();
+    report.add("webhook to worker at 100/s, p50", "ms", AtMost(3.0), quantile(&took, 0.5));
+    report.add("webhook to worker at 100/s, p99", "ms", AtMost(15.0), quantile(&took, 0.99));
+}
+
+// -- a large backlog --------------------------------------------------------------------------------------------------
+
+async fn backlog(node: &Node, events: usize, report: &mut Report) {
+    let mut relay = setup(NO_BROKER).start().await;
+    for _ in 0..events / MANY {
+        send(relay.address(), Webhooks::new(MANY)).await;
+    }
+    let events = events / MANY * MANY;
+    report.add("RSS, highest while the backlog grew", "MiB", AtMost(64.0), machine::memory(relay.pid(), "VmHWM"));
+    for _ in 0..5 {
+        relay.sigterm();
+        relay.wait().await;
+        let began = SystemTime::now();
+        relay.start_again().await;
+        report.add(
+            "start-up with the backlog, from process start to ready",
+            "ms",
+            AtMost(300.0),
+            ready_after(&relay, began),
+        );
+    }
+    let large = drain(&mut relay, &slim_vhost(node).await, events).await;
+    report.add(
+        "RSS, highest while the backlog was drained",
+        "MiB",
+        AtMost(64.0),
+        machine::memory(relay.pid(), "VmHWM"),
+    );
+    drop(relay);
+
+    let mut relay = setup(NO_BROKER).start().await;
+    send(relay.address(), Webhooks::new(MANY)).await;
+    let small = drain(&mut relay, &slim_vhost(node).await, MANY).await;
+    let (time, cpu) = (small.per_second / large.per_second, large.cpu_per_event / small.cpu_per_event);
+    report.add("time per event, large backlog : 200,000", "", AtMost(1.1), time);
+    report.add("CPU per event, large backlog : 200,000", "", AtMost(1.1), cpu);
+}
+
+/// A vhost whose queues keep only the last messages, so that RabbitMQ does not slow down as they pile up.
+async fn slim_vhost(node: &Node) -> Vhost {
+    let vhost = Vhost::new(node).await;
+    vhost.set_policy("slim", ".*", json!({"max-length": 10_000, "overflow": "drop-head"})).await;
+    vhost
+}
+
+/// Milliseconds from `began` until the relay logged that it accepts webhooks, by the time stamp of that line.
+fn ready_after(relay: &Relay, began: SystemTime) -> f64 {
+    let logs = relay.logs();
+    let line = logs.iter().find(|line| line["message"] == RELAY_READY).expect("it is ready");
+    let at: jiff::Timestamp = line["timestamp"].as_str().expect("a time").parse().expect("a time");
+    let began = jiff::Timestamp::try_from(began).expect("a time");
+    at.duration_since(began).as_secs_f64() * 1000.0
+}

@@ -1,0 +1,141 @@
+//! What the relay is measured against, in the same run: hyper that stores nothing, lapin that reads nothing, and a disk
+//! that does nothing else.
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::fs::File;
+use std::io::Write;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Request, Response};
+use hyper_util::rt::TokioIo;
+use lapin::BasicProperties;
+use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
+use prism_relay::event::{Event, Fingerprint};
+use prism_relay::publisher::message::Message;
+use tokio::net::TcpListener;
+
+use crate::harness::leash;
+use crate::harness::program::Program;
+use crate::harness::{Vhost, eventually};
+use crate::load;
+
+/// The argument that makes this program a [`BareHyper`].
+pub const BARE_HYPER: &str = "--bare-hyper";
+
+/// Publishes in flight, as many as the relay's default `broker.window`.
+const WINDOW: usize = 1000;
+
+/// A server in a process of its own that reads each body and answers as many bytes as the relay does.
+pub struct BareHyper {
+    pub address: SocketAddr,
+    _program: Program,
+}
+
+impl BareHyper {
+    pub async fn start() -> Self {
+        let own = std::env::current_exe().expect("the path of this program");
+        let mut command = leash::command(own.to_str().expect("a path in UTF-8"));
+        command.arg(BARE_HYPER);
+        let program = Program::start(command);
+        let address = eventually("bare hyper", async || {
+            let lines = program.stderr();
+            lines.first().and_then(|line| line.parse().ok()).ok_or_else(|| lines.join("\n"))
+        });
+        Self { address: address.await, _program: program }
+    }
+
+    /// Serves until the process is killed.
+    pub async fn serve() -> ! {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("bind");
+        eprintln!("{}", listener.local_addr().expect("an address"));
+        loop {
+            let (stream, _) = listener.accept().await.expect("accept");
+            stream.set_nodelay(true).expect("set TCP_NODELAY");
+            let connection = http1::Builder::new().serve_connection(TokioIo::new(stream), service_fn(answer));
+            tokio::spawn(connection);
+        }
+    }
+}
+
+async fn answer(request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
+    let body = request.into_body().collect().await.expect("a body").to_bytes();
+    assert!(!body.is_empty());
+    let answer = Bytes::from_static(br#"{"ok":true,"id":"01a2083e-b3fc-77d2-8211-db03f5a1bd45"}"#);
+    let response = Response::builder().header("content-type", "application/json").body(Full::new(answer));
+    Ok(response.expect("a response"))
+}
+
+/// lapin alone, one channel, confirms: publishes `count` messages that were made before the clock started, and returns how
+/// many are confirmed in a second, over all but the first twentieth. `whole`: the very messages that the relay would
+/// publish; otherwise the same keys and bodies with no property but the delivery mode.
+pub async fn lapin_alone(vhost: &Vhost, count: usize, whole: bool) -> f64 {
+    let mut messages: VecDeque<_> = (0..count).map(|number| message(number, whole)).collect();
+    let connection = vhost.connect().await;
+    let channel = connection.create_channel().await.expect("a channel");
+    channel.confirm_select(ConfirmSelectOptions::default()).await.expect("confirm mode");
+    let publish = async |(Message { routing_key, properties }, body): (Message, Bytes)| {
+        let options = BasicPublishOptions { mandatory: true, immediate: false };
+        let confirm = channel.basic_publish("prism.events".into(), routing_key, options, &body, properties).await;
+        assert!(confirm.expect("publish").await.expect("a confirm").is_ack());
+    };
+    let (mut confirmed, mut in_flight) = (0, FuturesUnordered::new());
+    let mut warm = Instant::now();
+    while confirmed < count {
+        while in_flight.len() < WINDOW
+            && let Some(message) = messages.pop_front()
+        {
+            in_flight.push(publish(message));
+        }
+        in_flight.next().await;
+        confirmed += 1;
+        if confirmed == count / 20 {
+            warm = Instant::now();
+        }
+    }
+    (count - count / 20) as f64 / warm.elapsed().as_secs_f64()
+}
+
+fn message(number: usize, whole: bool) -> (Message, Bytes) {
+    let body = Bytes::from(load::body(&uuid::Uuid::now_v7().to_string(), number));
+    let event = Event {
+        id: uuid::Uuid::now_v7(),
+        accepted_ms: jiff::Timestamp::now().as_millisecond(),
+        authentic: true,
+        trace: None,
+        fingerprint: Fingerprint::of(&body),
+        body: body.clone(),
+    };
+    let mut message = Message::new(&event);
+    if !whole {
+        message.properties = BasicProperties::default().with_delivery_mode(2);
+    }
+    (message, body)
+}
+
+/// How long a lone write of one page and its fsync take in this folder, sorted.
+pub fn lone_syncs(folder: &Path, count: usize) -> Vec<Duration> {
+    let path = folder.join("sync");
+    let mut file = File::create(&path).expect("create a file");
+    let sync = |_| {
+        let began = Instant::now();
+        file.write_all(&[1; 4096]).expect("write");
+        file.sync_data().expect("fsync");
+        let took = began.elapsed();
+        // As far apart as the webhooks are.
+        std::thread::sleep(Duration::from_millis(1));
+        took
+    };
+    let mut took: Vec<_> = (0..count).map(sync).collect();
+    took.sort_unstable();
+    took
+}
