@@ -8,6 +8,7 @@ mod cluster;
 mod command_line;
 mod disk;
 mod durability;
+mod framing;
 mod house_rules;
 mod messages;
 mod network;
