@@ -139,6 +139,7 @@ pub fn hex(bytes: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     const TOLERANCE: Duration = Duration::from_secs(300);
 
@@ -236,5 +237,30 @@ mod tests {
         }
         let result = verifier(&["s"], true).verify(Some(b"\xff"), Some(b"00"), b"{}", Timestamp::now());
         assert_eq!(result.map(|_| ()), Err(Rejection::InvalidTimestamp));
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_is_sent_without_the_secret_is_refused(
+            timestamp in prop_oneof![
+                proptest::collection::vec(any::<u8>(), 0..40),
+                "[-+]?[0-9]{1,6}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\\.[0-9]{1,12})?(Z|[-+][0-9]{2}:[0-9]{2})"
+                    .prop_map(String::into_bytes),
+            ],
+            signature in prop_oneof![proptest::collection::vec(any::<u8>(), 0..80), "[0-9a-f]{64}".prop_map(String::into_bytes)],
+            body in proptest::collection::vec(any::<u8>(), 0..100),
+        ) {
+            let outcome = verifier(&["s"], true).verify(Some(&timestamp), Some(&signature), &body, Timestamp::now());
+            prop_assert!(outcome.is_err());
+        }
+
+        #[test]
+        fn whatever_is_signed_lately_is_authentic(body in proptest::collection::vec(any::<u8>(), 0..100), offset in -299i64..299) {
+            let now = Timestamp::now();
+            let timestamp = (now + jiff::SignedDuration::from_secs(offset)).to_string();
+            let signature = sign(&Secret::new("s"), &timestamp, &body);
+            let outcome = verifier(&["other", "s"], true).verify(Some(timestamp.as_bytes()), Some(signature.as_bytes()), &body, now);
+            prop_assert!(outcome.is_ok_and(|accepted| accepted.authentic()));
+        }
     }
 }

@@ -121,8 +121,9 @@ fn setup(broker_url: &str) -> Setup {
 async fn throughput(node: &Node, report: &mut Report) {
     let hyper = BareHyper::start().await;
     let bare = send(hyper.address, Webhooks::new(MANY)).await;
-    drop(hyper);
     report.add("bare hyper", "requests/s", Reference, bare.per_second);
+    report.add("CPU per request, bare hyper", "us", Reference, per_event(machine::cpu(hyper.pid())));
+    drop(hyper);
     report.add("the senders' share of a processor meanwhile", "", Reference, bare.busy);
 
     let relay = setup(NO_BROKER).start().await;
@@ -130,6 +131,7 @@ async fn throughput(node: &Node, report: &mut Report) {
     let kept = send(relay.address(), Webhooks::new(MANY)).await;
     report.add("durable 200s, broker unreachable", "/s", Reference, kept.per_second);
     report.add("durable 200s, broker unreachable : bare hyper", "", AtLeast(0.65), kept.per_second / bare.per_second);
+    report.add("CPU per event, broker unreachable", "us", Reference, per_event(machine::cpu(relay.pid())));
     drop(relay);
 
     let vhost = Vhost::new(node).await;
@@ -146,8 +148,13 @@ async fn throughput(node: &Node, report: &mut Report) {
     );
     confirmed(&relay, MANY).await;
     let cpu = machine::cpu(relay.pid()) - cpu;
-    report.add("CPU per event, from accept to deletion", "us", AtMost(40.0), cpu.as_secs_f64() * 1e6 / MANY as f64);
+    report.add("CPU per event, from accept to deletion", "us", AtMost(40.0), per_event(cpu));
     report.add("RSS, highest under this load", "MiB", AtMost(64.0), machine::memory(relay.pid(), "VmHWM"));
+}
+
+/// Microseconds for each of [`MANY`] events.
+fn per_event(cpu: Duration) -> f64 {
+    cpu.as_secs_f64() * 1e6 / MANY as f64
 }
 
 /// On a thread of its own, so that this one can go on collecting output.

@@ -38,7 +38,7 @@ const WINDOW: usize = 1000;
 /// A server in a process of its own that reads each body and answers as many bytes as the relay does.
 pub struct BareHyper {
     pub address: SocketAddr,
-    _program: Program,
+    program: Program,
 }
 
 impl BareHyper {
@@ -51,7 +51,11 @@ impl BareHyper {
             let lines = program.stderr();
             lines.first().and_then(|line| line.parse().ok()).ok_or_else(|| lines.join("\n"))
         });
-        Self { address: address.await, _program: program }
+        Self { address: address.await, program }
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.program.pid()
     }
 
     /// Serves until the process is killed.

@@ -40,6 +40,7 @@ fn parse_hop(hop: &str) -> Option<IpAddr> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn from(peer: &str, lines: &[&str], trusted: &[&str]) -> String {
         let trusted: Vec<IpNet> = trusted.iter().map(|network| network.parse().unwrap()).collect();
@@ -71,5 +72,24 @@ mod tests {
         assert_eq!(from("10.0.0.1", &["[2001:db8::1]"], &trusted), "2001:db8::1");
         assert_eq!(from("10.0.0.1", &["1.1.1.1, unknown"], &trusted), "10.0.0.1");
         assert_eq!(from("10.0.0.1", &[""], &trusted), "10.0.0.1");
+    }
+
+    proptest! {
+        #[test]
+        fn whoever_is_no_trusted_proxy_is_always_itself(lines in proptest::collection::vec(".{0,60}", 0..4)) {
+            let lines: Vec<_> = lines.iter().map(String::as_str).collect();
+            prop_assert_eq!(from("203.0.113.9", &lines, &["10.0.0.0/8"]), "203.0.113.9");
+        }
+
+        #[test]
+        fn what_a_client_writes_stands_behind_what_the_proxy_adds(
+            written in "[0-9a-fA-F:., \\[\\]]{0,60}",
+            client in any::<std::net::Ipv4Addr>(),
+        ) {
+            prop_assume!(client.octets()[0] != 10);
+            let line = format!("{written}, {client}");
+            prop_assert_eq!(from("10.0.0.1", &[&line], &["10.0.0.0/8"]), client.to_string());
+            prop_assert_eq!(from("10.0.0.1", &[&written, &client.to_string()], &["10.0.0.0/8"]), client.to_string());
+        }
     }
 }
