@@ -106,7 +106,9 @@ async fn a_message_that_is_too_large_for_the_broker_is_parked_and_released_when_
     let vhost = Vhost::new(&node).await;
     // In bytes; RabbitMQ 3 takes 128 MiB unless told otherwise, RabbitMQ 4 takes 16 MiB.
     let limit = async |bytes: u32| {
-        node.ctl(&["eval", &format!("application:set_env(rabbit, max_message_size, {bytes}).")]).await;
+        // The second place is RabbitMQ 4's.
+        let expression = "application:set_env(rabbit, max_message_size, N), persistent_term:put(max_message_size, N).";
+        node.ctl(&["eval", &format!("N = {bytes}, {expression}")]).await;
     };
     limit(2000).await;
     let relay = Setup::new(&vhost.url()).set("broker.parked_retry", "300ms").start().await;
