@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::harness::{Node, Relay, Setup, Vhost};
+use crate::harness::{Node, Relay, Setup, Vhost, Wire};
 
 const EVENT: &str = r#"{"eventType":"scan.a","payload":{}}"#;
 
@@ -89,14 +89,17 @@ async fn a_clash_names_the_entity_and_both_values_and_loses_nothing() {
 #[tokio::test]
 async fn passive_creates_nothing_and_names_what_is_missing() {
     let vhost = Vhost::new(Node::shared().await).await;
-    let relay = Setup::new(&vhost.url()).set("topology.declare", "passive").start().await;
+    let mut wire = Wire::new(vhost.address());
+    let relay = Setup::new(&vhost.url_through(&wire)).set("topology.declare", "passive").start().await;
     relay.post(EVENT).await.expect(200);
     let error = relay.eventually_logs("not delivering").await["error"].as_str().unwrap().to_owned();
     assert!(error.contains("exchange prism.unrouted does not exist") && error.contains("\"active\""), "{error}");
     assert!(vhost.exchange("prism.unrouted").await.is_none());
-    // Another relay, or an operator, creates it.
+    // Another relay, or an operator, creates it. AMQP cannot tell whether the bindings are there yet, so this one waits.
+    wire.refuse().await;
     let active = Relay::start(&vhost).await;
     active.eventually_metric("prism_relay_broker_connected", &[], 1.0).await;
+    wire.accept();
     vhost.messages("prism.scan", 1).await;
 }
 
