@@ -70,7 +70,7 @@ fn append(criterion: &mut Criterion) {
             bencher.to_async(&runtime).iter_batched(
                 events,
                 |events| async {
-                    for receipt in join_all(events.into_iter().map(|event| spool.append(event))).await {
+                    for receipt in join_all(events.into_iter().map(|event| spool.append(event, None))).await {
                         assert!(!receipt.expect("a receipt").duplicate);
                     }
                 },

@@ -7,8 +7,6 @@
 //!
 //! Ingress and publisher meet only at the spool.
 
-#![forbid(unsafe_code)]
-
 pub mod cli;
 pub mod config;
 pub mod relay;
@@ -24,5 +22,8 @@ pub mod topology;
 pub mod ops;
 pub mod backoff;
 pub mod metrics;
+pub mod notices;
+pub mod reload;
 pub mod secret;
 pub mod telemetry;
+pub mod tls;

@@ -3,10 +3,13 @@
 //! Handles are kept, so that counting costs an atomic addition and no look-up. Nothing is global: a second relay in
 //! the same process counts for itself.
 
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use metrics::{Counter, Gauge, Histogram, Key, KeyName, Label, Level, Metadata, Recorder, Unit};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
+
+use crate::config;
 
 /// From a tenth of a millisecond to ten seconds: an answer or a commit outside of it is a fault.
 const FAST_SECONDS: [f64; 16] =
@@ -20,6 +23,11 @@ const METADATA: Metadata<'static> = Metadata::new(module_path!(), Level::INFO, N
 
 const WEBHOOKS: &str = "prism_relay_webhooks_total";
 const WEBHOOKS_HELP: &str = "Requests to the public listener, by outcome and, if they were refused, by reason.";
+const VERIFIED: &str = "prism_relay_signature_verified_total";
+const VERIFIED_HELP: &str = "Signatures that were right, by the position of their secret in the list; 1 is the first.";
+const REFUSED: &str = "prism_relay_connections_refused_total";
+const REFUSED_HELP: &str = "Connections that were refused or cut: tls-handshake, malformed (no HTTP), timeout (no request in \
+                            time), source-limit, evicted (half-open when the place was needed).";
 
 /// Every metric, grouped by the part of the relay that it tells about.
 pub struct Metrics {
@@ -28,6 +36,22 @@ pub struct Metrics {
     pub spool: SpoolMetrics,
     pub publish: Publishes,
     pub broker: BrokerMetrics,
+    pub connections: Connections,
+    pub reloads: Reloads,
+    /// By the position of the secret. One that has never been used has no counter.
+    verified: [OnceLock<Counter>; config::SECRETS_MAX],
+}
+
+/// Of the public listener.
+pub struct Connections {
+    pub half_open: Gauge,
+    pub established: Gauge,
+}
+
+/// Secrets and certificates that were read anew.
+pub struct Reloads {
+    pub done: Counter,
+    pub failed: Counter,
 }
 
 pub struct Webhooks {
@@ -84,12 +108,17 @@ impl Metrics {
         });
         let recorder = builder.build_recorder();
         let version = [("version", env!("CARGO_PKG_VERSION"))];
+        recorder.describe_counter(KeyName::from_const_str(VERIFIED), Some(Unit::Count), VERIFIED_HELP.into());
+        recorder.describe_counter(KeyName::from_const_str(REFUSED), Some(Unit::Count), REFUSED_HELP.into());
         gauge(&recorder, "prism_relay_build_info", "The version that runs; always 1.", &version).set(1.0);
         Self {
             webhooks: Webhooks::new(&recorder),
             spool: SpoolMetrics::new(&recorder),
             publish: Publishes::new(&recorder),
             broker: BrokerMetrics::new(&recorder),
+            connections: Connections::new(&recorder),
+            reloads: Reloads::new(&recorder),
+            verified: Default::default(),
             recorder,
         }
     }
@@ -99,6 +128,31 @@ impl Metrics {
         self.recorder
             .register_counter(&key(WEBHOOKS, &[("outcome", "refused"), ("reason", reason)]), &METADATA)
             .increment(1);
+    }
+
+    /// Counts a signature by the secret that made it: its position in the list, from 0.
+    pub fn signature_verified(&self, position: usize) {
+        if let Some(counter) = self.verified.get(position) {
+            let register = || {
+                let position = (position + 1).to_string();
+                let key = Key::from_parts(VERIFIED, vec![Label::new("secret", position)]);
+                self.recorder.register_counter(&key, &METADATA)
+            };
+            counter.get_or_init(register).increment(1);
+        }
+    }
+
+    /// Counts a connection that was cut or refused. `listener` is `http` or `ops`.
+    pub fn connection_refused(&self, listener: &'static str, reason: &'static str) {
+        self.recorder
+            .register_counter(&key(REFUSED, &[("listener", listener), ("reason", reason)]), &METADATA)
+            .increment(1);
+    }
+
+    /// Of the certificate that the public listener shows. Not there without TLS.
+    pub fn certificate_days_left(&self, days: f64) {
+        let help = "Days until the certificate of the public listener expires.";
+        gauge(&self.recorder, "prism_relay_tls_certificate_days_left", help, &[]).set(days);
     }
 
     /// The Prometheus text format.
@@ -177,6 +231,22 @@ impl BrokerMetrics {
             ),
             reconnects: counter(recorder, "prism_relay_broker_reconnects_total", help, &[]),
         }
+    }
+}
+
+impl Connections {
+    fn new(recorder: &PrometheusRecorder) -> Self {
+        let help = "Open connections to the public listener: half-open until their first request, then established.";
+        let gauge = |state| gauge(recorder, "prism_relay_connections", help, &[("state", state)]);
+        Self { half_open: gauge("half-open"), established: gauge("established") }
+    }
+}
+
+impl Reloads {
+    fn new(recorder: &PrometheusRecorder) -> Self {
+        let help = "Secrets and certificates read anew: done, or failed (the old ones stay in force).";
+        let count = |outcome| counter(recorder, "prism_relay_reloads_total", help, &[("outcome", outcome)]);
+        Self { done: count("done"), failed: count("failed") }
     }
 }
 

@@ -18,13 +18,22 @@ use crate::config;
 use crate::ingress::{blocker, readiness};
 use crate::metrics::Metrics;
 use crate::publisher::{BrokerState, Status};
-use crate::server::{BindError, Limits, Server};
+use crate::server::{Admission, BindError, Limits, Server};
 use crate::spool::{ReadError, Spool};
 use crate::telemetry::chain;
+use crate::tls;
 
 /// Operators and their scrapers are few, and patient.
-const LIMITS: Limits =
-    Limits { connections_max: 256, header_timeout: Duration::from_secs(10), silence_timeout: Duration::from_secs(120) };
+const LIMITS: Limits = Limits {
+    connections_max: 256,
+    connections_per_source_max: 256,
+    unlimited_sources: Vec::new(),
+    header_timeout: Duration::from_secs(10),
+    silence_timeout: Duration::from_secs(120),
+    headers_max: 64,
+    header_bytes_max: 16 * 1024,
+    streams_max: 64,
+};
 
 /// The Prometheus text format, version 0.0.4.
 const METRICS_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -35,11 +44,21 @@ pub struct Ops {
     desk: Desk,
 }
 
+/// What there is to tell about.
+#[derive(Clone)]
+pub struct Parts {
+    pub spool: Spool,
+    pub broker: Arc<Status>,
+    /// Connections to the public listener.
+    pub connections: Arc<Admission>,
+    /// Of the public listener.
+    pub tls: Option<Arc<tls::Server>>,
+    pub metrics: Arc<Metrics>,
+}
+
 #[derive(Clone)]
 struct Desk {
-    spool: Spool,
-    broker: Arc<Status>,
-    metrics: Arc<Metrics>,
+    parts: Parts,
     draining: CancellationToken,
     started: (Instant, Timestamp),
 }
@@ -84,16 +103,10 @@ struct BrokerReport {
 
 impl Ops {
     /// `draining` is cancelled when the relay begins to stop.
-    pub async fn bind(
-        config: &config::Ops,
-        spool: Spool,
-        broker: Arc<Status>,
-        metrics: Arc<Metrics>,
-        draining: CancellationToken,
-    ) -> Result<Self, BindError> {
-        let server = Server::bind(config.listen, "ops.listen", LIMITS).await?;
+    pub async fn bind(config: &config::Ops, parts: Parts, draining: CancellationToken) -> Result<Self, BindError> {
+        let server = Server::bind(config.listen, "ops.listen", LIMITS, None, Arc::clone(&parts.metrics)).await?;
         let started = (Instant::now(), Timestamp::now());
-        Ok(Self { server, desk: Desk { spool, broker, metrics, draining, started } })
+        Ok(Self { server, desk: Desk { parts, draining, started } })
     }
 
     pub fn address(&self) -> std::io::Result<SocketAddr> {
@@ -119,7 +132,7 @@ impl Desk {
         }
         let answer = match request.uri().path() {
             "/livez" => Ok(text(StatusCode::OK, "alive\n")),
-            "/readyz" => Ok(readiness(&self.spool, &self.draining)),
+            "/readyz" => Ok(readiness(&self.parts.spool, &self.draining)),
             "/metrics" => Ok(self.metrics().await),
             "/api/status" => self.status().await,
             _ => Ok(text(StatusCode::NOT_FOUND, "there are /livez, /readyz, /metrics and /api/status\n")),
@@ -131,8 +144,8 @@ impl Desk {
     }
 
     async fn metrics(&self) -> Response<Full<Bytes>> {
-        let (ledger, broker) = (self.spool.gauges().ledger(), self.broker.snapshot());
-        let metrics = &self.metrics;
+        let (ledger, broker) = (self.parts.spool.gauges().ledger(), self.parts.broker.snapshot());
+        let metrics = &self.parts.metrics;
         metrics.spool.events.set(ledger.pending as f64);
         metrics.spool.bytes.set(ledger.bytes as f64);
         metrics.spool.parked_events.set(ledger.parked as f64);
@@ -140,19 +153,25 @@ impl Desk {
         if let Ok(age) = self.oldest_age().await {
             metrics.spool.oldest_age.set(age.unwrap_or(0.0));
         }
+        let census = self.parts.connections.census();
+        metrics.connections.half_open.set(census.half_open as f64);
+        metrics.connections.established.set(census.established as f64);
+        if let Some(tls) = &self.parts.tls {
+            metrics.certificate_days_left(days_left(tls.identity().expires_at));
+        }
         metrics.broker.connected.set(f64::from(u8::from(broker.connected)));
         metrics.broker.blocked.set(f64::from(u8::from(broker.blocked.is_some())));
         response(StatusCode::OK, METRICS_TYPE, metrics.render())
     }
 
     async fn status(&self) -> Result<Response<Full<Bytes>>, ReadError> {
-        let ledger = self.spool.gauges().ledger();
+        let ledger = self.parts.spool.gauges().ledger();
         let (started, started_at) = self.started;
         let report = Report {
             version: env!("CARGO_PKG_VERSION"),
             started_at,
             uptime_seconds: started.elapsed().as_secs(),
-            ready: blocker(&self.spool, &self.draining).is_none(),
+            ready: blocker(&self.parts.spool, &self.draining).is_none(),
             draining: self.draining.is_cancelled(),
             spool: SpoolReport {
                 accepted: ledger.accepted,
@@ -162,11 +181,11 @@ impl Desk {
                 removed: ledger.removed,
                 duplicates: ledger.duplicates,
                 bytes: ledger.bytes,
-                max_bytes: self.spool.max_bytes(),
-                writable: self.spool.gauges().writable(),
+                max_bytes: self.parts.spool.max_bytes(),
+                writable: self.parts.spool.gauges().writable(),
                 oldest_age_seconds: self.oldest_age().await?,
             },
-            broker: BrokerReport { state: self.broker.snapshot(), in_flight: self.broker.in_flight() },
+            broker: BrokerReport { state: self.parts.broker.snapshot(), in_flight: self.parts.broker.in_flight() },
         };
         // Made of strings and numbers, so serialising cannot fail.
         Ok(response(StatusCode::OK, "application/json", serde_json::to_vec(&report).unwrap_or_default()))
@@ -174,9 +193,13 @@ impl Desk {
 
     /// In seconds.
     async fn oldest_age(&self) -> Result<Option<f64>, ReadError> {
-        let accepted_ms = self.spool.oldest_pending_ms().await?;
+        let accepted_ms = self.parts.spool.oldest_pending_ms().await?;
         Ok(accepted_ms.map(|accepted_ms| (Timestamp::now().as_millisecond() - accepted_ms).max(0) as f64 / 1000.0))
     }
+}
+
+fn days_left(expires_at: Timestamp) -> f64 {
+    expires_at.duration_since(Timestamp::now()).as_secs_f64() / 86_400.0
 }
 
 fn text(status: StatusCode, text: &'static str) -> Response<Full<Bytes>> {

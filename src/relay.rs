@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use jiff::{SignedDuration, Timestamp};
 use thiserror::Error;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinHandle;
@@ -10,17 +11,24 @@ use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use crate::config::{Config, Durability};
+use crate::config::{self, Config, Durability};
 use crate::ingress::Ingress;
 use crate::metrics::Metrics;
-use crate::ops::Ops;
-use crate::publisher::{Publisher, PublisherError};
+use crate::ops::{self, Ops};
+use crate::publisher::{Access, Publisher, PublisherError};
+use crate::reload::{self, Watched};
 use crate::server::BindError;
 use crate::signature::Verifier;
 use crate::spool::{OpenError, Spool, WriterEnd};
+use crate::telemetry::chain;
+use crate::tls::{self, TlsError};
 
 /// How often the histograms' raw samples are folded into buckets.
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
+
+/// How long before its end a certificate is warned of, and how often.
+const CERTIFICATE_NOTICE: SignedDuration = SignedDuration::from_hours(14 * 24);
+const CERTIFICATE_REMINDER: Duration = Duration::from_secs(24 * 3600);
 
 /// How long the last commit may take after the grace.
 const WRITER_PATIENCE: Duration = Duration::from_secs(1);
@@ -32,6 +40,8 @@ pub enum RelayError {
     Spool(#[from] OpenError),
     #[error(transparent)]
     Bind(#[from] BindError),
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     #[error("cannot listen for signals, or tell the own address")]
     System(#[from] std::io::Error),
     #[error("the publisher has died")]
@@ -47,6 +57,7 @@ struct Tasks {
     spool_writer: WriterEnd,
     publisher: JoinHandle<Result<(), PublisherError>>,
     ops: JoinHandle<()>,
+    reload: JoinHandle<()>,
     upkeep: JoinHandle<()>,
 }
 
@@ -83,16 +94,29 @@ async fn start(config: Config, stops: &Stops) -> Result<Tasks, RelayError> {
     warn_of_weak_settings(&config);
     let metrics = Arc::new(Metrics::new());
     let (spool, spool_writer) = Spool::open(&config.spool, &config.dedupe, Arc::clone(&metrics))?;
-    let verifier = Verifier::new(&config.signature.secrets, config.signature.required, config.signature.tolerance);
-    let path = config.http.path.clone();
-    let ingress =
-        Ingress::bind(config.http, verifier, spool.clone(), Arc::clone(&metrics), stops.ingress.clone()).await?;
-    let publisher = Publisher::new(spool.clone(), config.broker, &config.topology, Arc::clone(&metrics));
-    let ops =
-        Ops::bind(&config.ops, spool.clone(), publisher.status(), Arc::clone(&metrics), stops.ingress.clone()).await?;
+    let Config { http, signature, broker, .. } = config;
+    let verifier = Arc::new(Verifier::new(&signature.secrets, signature.required, signature.tolerance));
+    let tls = http.tls.clone().map(tls::Server::load).transpose()?.map(Arc::new);
+    let access = Arc::new(Access::new(&broker)?);
+    let watched = watched(&signature, &broker, &verifier, tls.as_ref(), &access);
+    let hangup = signal(SignalKind::hangup())?;
+
+    let scheme = if tls.is_some() { "https" } else { "http" };
+    let path = http.path.clone();
+    let (draining, metrics_too) = (stops.ingress.clone(), Arc::clone(&metrics));
+    let ingress = Ingress::bind(http, tls.clone(), verifier, spool.clone(), metrics_too, draining.clone()).await?;
+    let publisher = Publisher::new(spool.clone(), broker, access, &config.topology, Arc::clone(&metrics));
+    let parts = ops::Parts {
+        spool: spool.clone(),
+        broker: publisher.status(),
+        connections: ingress.admission(),
+        tls: tls.clone(),
+        metrics: Arc::clone(&metrics),
+    };
+    let ops = Ops::bind(&config.ops, parts, draining).await?;
 
     info!(
-        url = format!("http://{}{path}", ingress.address()?),
+        url = format!("{scheme}://{}{path}", ingress.address()?),
         ops = format!("http://{}", ops.address()?),
         spool = %config.spool.path.display(),
         pending = spool.gauges().ledger().pending,
@@ -103,10 +127,43 @@ async fn start(config: Config, stops: &Stops) -> Result<Tasks, RelayError> {
         ingress: tokio::spawn(ingress.run()),
         publisher: tokio::spawn(publisher.run(stops.publisher.clone())),
         ops: tokio::spawn(ops.run(CancellationToken::new())),
-        upkeep: tokio::spawn(upkeep(metrics)),
+        reload: tokio::spawn(reload::run(watched, hangup, Arc::clone(&metrics))),
+        upkeep: tokio::spawn(upkeep(metrics, tls)),
         spool,
         spool_writer,
     })
+}
+
+/// The files whose contents may change while the relay runs.
+fn watched(
+    signature: &config::Signature,
+    broker: &config::Broker,
+    verifier: &Arc<Verifier>,
+    tls: Option<&Arc<tls::Server>>,
+    access: &Arc<Access>,
+) -> Vec<Watched> {
+    let mut watched = Vec::new();
+    if let Some(file) = signature.secrets_file.clone() {
+        let verifier = Arc::clone(verifier);
+        watched.push(Watched::new("signature.secrets_file", vec![file.clone()], move || {
+            config::read_secret(&file, config::secrets_in).map(|secrets| verifier.replace(&secrets))
+        }));
+    }
+    if let Some(file) = broker.password_file.clone() {
+        let access = Arc::clone(access);
+        watched.push(Watched::new("broker.password_file", vec![file.clone()], move || {
+            config::read_secret(&file, config::password_in).map(|password| access.set_password(&password))
+        }));
+    }
+    if let Some(tls) = tls.map(Arc::clone) {
+        let files = tls.files().paths();
+        watched.push(Watched::new("http.tls", files, move || tls.reload().map_err(|error| chain(&error))));
+    }
+    if broker.urls.iter().any(config::BrokerUrl::wants_tls) {
+        let (files, access) = (broker.tls.paths(), Arc::clone(access));
+        watched.push(Watched::new("broker.tls", files, move || access.reload_tls().map_err(|error| chain(&error))));
+    }
+    watched
 }
 
 fn warn_of_weak_settings(config: &Config) {
@@ -132,6 +189,7 @@ impl Tasks {
                 Ok(Ok(())) | Err(_) => RelayError::Died("publisher"),
             },
             _ = &mut self.ops => RelayError::Died("operators' listener"),
+            _ = &mut self.reload => RelayError::Died("look at changed secrets"),
             _ = &mut self.upkeep => RelayError::Died("metrics upkeep"),
         }
     }
@@ -152,7 +210,7 @@ impl Tasks {
     /// In the order of the data: requests, spool, deliveries; the operators' listener last. What is not delivered by the
     /// deadline stays on disk.
     async fn drain(self, stops: &Stops, deadline: Instant) -> Result<(), RelayError> {
-        let Self { mut ingress, spool, spool_writer, mut publisher, ops, upkeep } = self;
+        let Self { mut ingress, spool, spool_writer, mut publisher, ops, reload, upkeep } = self;
         let begun = Instant::now();
         // Requests get half of the grace, so that slow senders do not take the deliveries' share. Whoever comes later on
         // an open connection is told to come back.
@@ -168,9 +226,11 @@ impl Tasks {
             warn!("the grace is over: what is not delivered stays on disk");
         }
         // They hold the spool open.
-        for task in [ingress.abort_handle(), publisher.abort_handle(), ops.abort_handle(), upkeep.abort_handle()] {
+        for task in [ingress.abort_handle(), publisher.abort_handle(), ops.abort_handle()] {
             task.abort();
         }
+        reload.abort();
+        upkeep.abort();
         let pending = spool.gauges().ledger().pending;
         drop(spool);
         // The writer ends once nobody can send to it any more, and leaves a closed file. A sick disk is not waited for.
@@ -186,11 +246,20 @@ impl Tasks {
     }
 }
 
-async fn upkeep(metrics: Arc<Metrics>) {
+async fn upkeep(metrics: Arc<Metrics>, tls: Option<Arc<tls::Server>>) {
     let mut ticks = tokio::time::interval(METRICS_UPKEEP);
+    let mut warned = None;
     loop {
         ticks.tick().await;
         metrics.upkeep();
+        let expires_at = tls.as_ref().map(|tls| tls.identity().expires_at);
+        if let Some(expires_at) = expires_at
+            && Timestamp::now() + CERTIFICATE_NOTICE > expires_at
+            && warned.is_none_or(|at: Instant| at.elapsed() >= CERTIFICATE_REMINDER)
+        {
+            warned = Some(Instant::now());
+            warn!(%expires_at, "the certificate of the public listener is about to expire, or has expired");
+        }
     }
 }
 
@@ -228,6 +297,7 @@ mod tests {
         Tasks {
             ingress: idle(),
             ops: idle(),
+            reload: idle(),
             upkeep: idle(),
             publisher: tokio::spawn(std::future::pending()),
             spool,

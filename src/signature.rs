@@ -4,12 +4,14 @@
 //! bytes, over `<prism-timestamp>.<raw body>`. The timestamp is part of what is signed, so it goes into the HMAC
 //! exactly as it was received.
 
+use std::fmt;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use hmac::{Hmac, KeyInit, Mac};
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use sha2::Sha256;
-use subtle::{Choice, ConstantTimeEq};
+use subtle::{ConditionallySelectable, ConstantTimeEq};
 use thiserror::Error;
 
 use crate::secret::Secret;
@@ -32,18 +34,30 @@ pub enum Rejection {
     StaleTimestamp { age: i64, tolerance: u64 },
 }
 
-/// A body that has passed the one door of this module. `authentic` tells whether a signature vouched for it or the
-/// configuration let it pass without one.
-#[derive(Debug)]
+/// A body that has passed the one door of this module: a signature vouches for it, or the configuration lets it pass
+/// without one.
 pub struct Accepted<B> {
     body: B,
-    authentic: bool,
+    signed: Option<Signed>,
+}
+
+/// What a signature that was right tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Signed {
+    /// The position of its secret in the list, from 0.
+    pub secret: usize,
+    /// Until when the same request, captured and sent again, would pass the door.
+    pub valid_until: Timestamp,
 }
 
 impl<B> Accepted<B> {
     /// Whether a signature vouches for the body.
     pub fn authentic(&self) -> bool {
-        self.authentic
+        self.signed.is_some()
+    }
+
+    pub fn signed(&self) -> Option<Signed> {
+        self.signed
     }
 
     pub fn body(&self) -> &B {
@@ -55,10 +69,16 @@ impl<B> Accepted<B> {
     }
 }
 
-/// Checks signatures against a fixed set of secrets.
-#[derive(Clone)]
+/// The body has a `userToken` in it, so it is not shown.
+impl<B> fmt::Debug for Accepted<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Accepted").field("signed", &self.signed).finish_non_exhaustive()
+    }
+}
+
+/// Checks signatures against a set of secrets, which can be replaced at any time.
 pub struct Verifier {
-    keys: Vec<Hmac<Sha256>>,
+    keys: RwLock<Arc<[Hmac<Sha256>]>>,
     required: bool,
     tolerance: Duration,
 }
@@ -66,7 +86,12 @@ pub struct Verifier {
 impl Verifier {
     /// `secrets`: any of them may have signed. `tolerance`: how far the time of signing may lie from now, either way.
     pub fn new(secrets: &[Secret], required: bool, tolerance: Duration) -> Self {
-        Self { keys: secrets.iter().map(key).collect(), required, tolerance }
+        Self { keys: RwLock::new(keys(secrets)), required, tolerance }
+    }
+
+    /// From now on these secrets count, and no others.
+    pub fn replace(&self, secrets: &[Secret]) {
+        *self.keys.write().unwrap_or_else(PoisonError::into_inner) = keys(secrets);
     }
 
     /// Lets `body` through if a secret signed it lately, or if it is unsigned and signatures are not required.
@@ -80,8 +105,9 @@ impl Verifier {
         body: B,
         now: Timestamp,
     ) -> Result<Accepted<B>, Rejection> {
-        if !self.required && (signature.is_none() || self.keys.is_empty()) {
-            return Ok(Accepted { body, authentic: false });
+        let keys = Arc::clone(&self.keys.read().unwrap_or_else(PoisonError::into_inner));
+        if !self.required && (signature.is_none() || keys.is_empty()) {
+            return Ok(Accepted { body, signed: None });
         }
         let signature = signature.ok_or(Rejection::Missing(SIGNATURE_HEADER))?;
         let timestamp = timestamp.ok_or(Rejection::Missing(TIMESTAMP_HEADER))?;
@@ -90,31 +116,37 @@ impl Verifier {
             .and_then(|text| text.parse().ok())
             .ok_or(Rejection::InvalidTimestamp)?;
 
-        if !self.any_key_signed(timestamp, body.as_ref(), signature) {
-            return Err(Rejection::InvalidSignature);
-        }
+        let secret = signer(&keys, timestamp, body.as_ref(), signature).ok_or(Rejection::InvalidSignature)?;
         // Only after the signature: an authentic but late request tells the operator of a clock that is wrong.
         let age = now.as_second() - signed_at.as_second();
         let tolerance = self.tolerance.as_secs();
         if now.duration_since(signed_at).unsigned_abs() > self.tolerance {
             return Err(Rejection::StaleTimestamp { age, tolerance });
         }
-        Ok(Accepted { body, authentic: true })
+        let valid_for = SignedDuration::try_from(self.tolerance).unwrap_or(SignedDuration::MAX);
+        let valid_until = signed_at.checked_add(valid_for).unwrap_or(Timestamp::MAX);
+        Ok(Accepted { body, signed: Some(Signed { secret, valid_until }) })
     }
+}
 
-    /// Tries every key, also after a match, so that the time taken does not tell which one it was.
-    fn any_key_signed(&self, timestamp: &[u8], body: &[u8], signature: &[u8]) -> bool {
-        let matches = self
-            .keys
-            .iter()
-            .fold(Choice::from(0), |found, key| found | digest(key, timestamp, body).as_bytes().ct_eq(signature));
-        matches.into()
+/// Tries every key, also after a match, so that the time taken does not tell which one it was.
+fn signer(keys: &[Hmac<Sha256>], timestamp: &[u8], body: &[u8], signature: &[u8]) -> Option<usize> {
+    const NONE: u32 = u32::MAX;
+    let mut found = NONE;
+    for (position, key) in (0..NONE).zip(keys) {
+        let matches = digest(key, timestamp, body).as_bytes().ct_eq(signature);
+        found.conditional_assign(&position, matches);
     }
+    (found != NONE).then_some(found as usize)
 }
 
 /// The value of `prism-signature` for this body, as Prism computes it.
 pub fn sign(secret: &Secret, timestamp: &str, body: &[u8]) -> String {
     digest(&key(secret), timestamp.as_bytes(), body)
+}
+
+fn keys(secrets: &[Secret]) -> Arc<[Hmac<Sha256>]> {
+    secrets.iter().map(key).collect()
 }
 
 fn key(secret: &Secret) -> Hmac<Sha256> {
@@ -207,6 +239,23 @@ mod tests {
         assert_eq!(check(-300), Ok(()));
         assert_eq!(check(301), Err(Rejection::StaleTimestamp { age: 301, tolerance: 300 }));
         assert_eq!(check(-301), Err(Rejection::StaleTimestamp { age: -301, tolerance: 300 }));
+    }
+
+    #[test]
+    fn the_secret_that_signed_is_told_and_secrets_can_be_replaced() {
+        let verifier = verifier(&["new", "old"], true);
+        let now: Timestamp = "2025-10-01T21:26:17Z".parse().unwrap();
+        let check = |secret: &str| {
+            let signed_at = "2025-10-01T21:25:17Z";
+            let signature = sign(&Secret::new(secret), signed_at, b"{}");
+            verifier.verify(Some(signed_at.as_bytes()), Some(signature.as_bytes()), b"{}", now).map(|a| a.signed())
+        };
+        let valid_until = "2025-10-01T21:30:17Z".parse().unwrap();
+        assert_eq!(check("new"), Ok(Some(Signed { secret: 0, valid_until })));
+        assert_eq!(check("old"), Ok(Some(Signed { secret: 1, valid_until })));
+        verifier.replace(&[Secret::new("newest"), Secret::new("new")]);
+        assert_eq!(check("old"), Err(Rejection::InvalidSignature));
+        assert_eq!(check("new"), Ok(Some(Signed { secret: 1, valid_until })));
     }
 
     #[test]

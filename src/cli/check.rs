@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::{Failure, say};
 use crate::config::{BrokerUrl, Config, Declare};
-use crate::publisher::Link;
+use crate::publisher::{Access, Link};
 use crate::spool::{Inspector, Presence, presence};
 use crate::telemetry::chain;
 use crate::topology::{Comparison, Plan, compare};
@@ -34,9 +34,10 @@ pub async fn run(config: &Config) -> Result<(), Failure> {
     check_signature(config, &table);
     check_spool(config, &mut table);
     let mut compared = false;
-    for url in &config.broker.urls {
+    let access = Access::new(&config.broker).map_err(Failure::new)?;
+    for (index, url) in config.broker.urls.iter().enumerate() {
         let what = format!("broker {}:{}", url.host(), url.port());
-        match Link::open(url, "prism-relay check", config.broker.connect_timeout).await {
+        match access.open(index, "prism-relay check").await {
             Ok(link) => {
                 table.good(&what, &format!("logged in to {url}"));
                 // The nodes of a cluster share their topology, so one look is enough.

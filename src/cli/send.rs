@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper::{Request, StatusCode, Uri};
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
@@ -27,6 +28,8 @@ use crate::config::Config;
 use crate::event::DOCUMENTED_TYPES;
 use crate::secret::Secret;
 use crate::signature::{SIGNATURE_HEADER, TIMESTAMP_HEADER, sign};
+use crate::telemetry::chain;
+use crate::tls::{self, ClientFiles};
 
 /// The pauses before Prism's second, third and fourth try. After the fourth it gives up.
 const RETRIES: [Duration; 3] = [Duration::ZERO, Duration::from_secs(5), Duration::from_secs(30)];
@@ -54,6 +57,9 @@ pub struct Options {
     /// Send the contents of this file as the body of every event, as it is
     #[arg(long, value_name = "FILE", conflicts_with = "types")]
     body: Option<PathBuf>,
+    /// Believe only this authority (PEM), if the url begins with https [default: those of the system]
+    #[arg(long, value_name = "FILE")]
+    ca: Option<PathBuf>,
     /// Do not sign, even if the configuration has a secret
     #[arg(long)]
     unsigned: bool,
@@ -71,7 +77,7 @@ fn rate(text: &str) -> Result<f64, String> {
 
 /// What every event needs.
 struct Sender {
-    client: Client<HttpConnector, Full<Bytes>>,
+    client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
     url: Uri,
     secret: Option<Secret>,
     retries: &'static [Duration],
@@ -80,7 +86,7 @@ struct Sender {
 /// What became of one event.
 struct Fate {
     /// The outcome of each try: a status, or why there was none.
-    tries: Vec<Result<StatusCode, &'static str>>,
+    tries: Vec<Result<StatusCode, String>>,
     /// Of the last try, if it was answered 2xx.
     latency: Option<Duration>,
 }
@@ -98,9 +104,7 @@ pub async fn run(config: &Config, options: Options) -> Result<(), Failure> {
         Some(url) => url,
         None => own_url(config)?,
     };
-    if url.scheme_str() != Some("http") {
-        return Err(Failure::Usage(format!("{url}: only http:// addresses can be posted to")));
-    }
+    let client = client(&url, options.ca)?;
     let types = if options.types.is_empty() { DOCUMENTED_TYPES.map(str::to_owned).to_vec() } else { options.types };
     let fixed_body = options.body.as_ref().map(std::fs::read).transpose().map_err(|error| {
         Failure::Usage(format!("cannot read {}: {error}", options.body.as_deref().unwrap_or("".as_ref()).display()))
@@ -108,7 +112,6 @@ pub async fn run(config: &Config, options: Options) -> Result<(), Failure> {
     let fixed_body = fixed_body.map(Bytes::from);
     let count = options.count.map_or(if fixed_body.is_some() { 1 } else { types.len() as u64 }, NonZeroU64::get);
 
-    let client = Client::builder(TokioExecutor::new()).build_http();
     let retries: &[Duration] = if options.no_retry { &[] } else { &RETRIES };
     let sender = Arc::new(Sender { client, url, secret, retries });
     let body = |index: u64| match &fixed_body {
@@ -121,8 +124,25 @@ pub async fn run(config: &Config, options: Options) -> Result<(), Failure> {
     if fates.iter().any(|fate| fate.latency.is_none()) { Err(Failure::Reported) } else { Ok(()) }
 }
 
+fn client(url: &Uri, ca: Option<PathBuf>) -> Result<Client<HttpsConnector<HttpConnector>, Full<Bytes>>, Failure> {
+    let tls = match url.scheme_str() {
+        Some("https") => {
+            ClientFiles { ca, identity: None }.load().map_err(|error| Failure::Usage(error.to_string()))?
+        }
+        Some("http") if ca.is_none() => tls::client_without_authorities().map_err(Failure::new)?,
+        Some("http") => return Err(Failure::Usage("--ca is for urls that begin with https://".to_owned())),
+        _ => return Err(Failure::Usage(format!("{url}: only http:// and https:// addresses can be posted to"))),
+    };
+    let connector = HttpsConnectorBuilder::new().with_tls_config((*tls).clone()).https_or_http().enable_http1().build();
+    Ok(Client::builder(TokioExecutor::new()).build(connector))
+}
+
 /// Where a relay with this configuration takes webhooks.
 fn own_url(config: &Config) -> Result<Uri, Failure> {
+    if config.http.tls.is_some() {
+        let hint = "the relay speaks TLS: give --url with the host name that is in its certificate";
+        return Err(Failure::Usage(hint.to_owned()));
+    }
     let mut address = config.http.listen;
     if address.port() == 0 {
         return Err(Failure::Usage("http.listen has no fixed port: tell where to post with --url".to_owned()));
@@ -187,7 +207,7 @@ impl Sender {
             tokio::time::sleep(*pause).await;
             let started = Instant::now();
             let outcome = self.attempt(body.clone()).await;
-            let success = outcome.is_ok_and(|status| status.is_success());
+            let success = outcome.as_ref().is_ok_and(StatusCode::is_success);
             tries.push(outcome);
             if success {
                 return Fate { tries, latency: Some(started.elapsed()) };
@@ -196,22 +216,23 @@ impl Sender {
         Fate { tries, latency: None }
     }
 
-    async fn attempt(&self, body: Bytes) -> Result<StatusCode, &'static str> {
+    async fn attempt(&self, body: Bytes) -> Result<StatusCode, String> {
         let mut request = Request::post(&self.url).header("content-type", "application/json");
         if let Some(secret) = &self.secret {
             let timestamp = format!("{:.0}", Timestamp::now());
             request =
                 request.header(SIGNATURE_HEADER, sign(secret, &timestamp, &body)).header(TIMESTAMP_HEADER, timestamp);
         }
-        let request = request.body(Full::new(body)).map_err(|_| "the request could not be made")?;
+        let request = request.body(Full::new(body)).map_err(|error| format!("no request: {error}"))?;
         let answer = async {
-            let response = self.client.request(request).await.map_err(|_| "no connection, or it broke")?;
+            let response =
+                self.client.request(request).await.map_err(|error| format!("no answer: {}", chain(&error)))?;
             let status = response.status();
             // Read to the end, so that the connection can be used again.
-            response.into_body().collect().await.map_err(|_| "the answer broke off")?;
+            response.into_body().collect().await.map_err(|error| format!("the answer broke off: {}", chain(&error)))?;
             Ok(status)
         };
-        timeout(ANSWER_TIMEOUT, answer).await.unwrap_or(Err("no answer in time"))
+        timeout(ANSWER_TIMEOUT, answer).await.unwrap_or_else(|_| Err("no answer in time".to_owned()))
     }
 }
 
@@ -239,7 +260,7 @@ fn summary(fates: &[Fate], elapsed: Duration) -> String {
     for outcome in fates.iter().flat_map(|fate| &fate.tries) {
         let name = match outcome {
             Ok(status) => format!("answered {}", status.as_u16()),
-            Err(reason) => (*reason).to_owned(),
+            Err(reason) => reason.clone(),
         };
         *outcomes.entry(name).or_default() += 1;
     }

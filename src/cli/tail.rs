@@ -13,7 +13,8 @@ use thiserror::Error;
 
 use super::{Failure, clean};
 use crate::config::Config;
-use crate::publisher::{ConnectError, Link};
+use crate::publisher::{Access, ConnectError, Link};
+use crate::tls::TlsError;
 use crate::topology::{UNROUTED, reply_text};
 
 /// Events that the throw-away queue keeps for a slow terminal; the oldest go first.
@@ -41,6 +42,8 @@ pub struct Options {
 enum TailError {
     #[error("none of the brokers could be reached")]
     Unreachable(#[source] ConnectError),
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     #[error("the broker refuses: {0}. The relay declares exchanges and queues when it first connects")]
     Refused(String),
     #[error("the connection to the broker was lost")]
@@ -87,9 +90,10 @@ pub async fn run(config: &Config, options: Options) -> Result<(), Failure> {
 
 /// To the first broker that can be reached.
 async fn connect(config: &Config) -> Result<Link, TailError> {
+    let access = Access::new(&config.broker)?;
     let mut failure = None;
-    for url in &config.broker.urls {
-        match Link::open(url, "prism-relay tail", config.broker.connect_timeout).await {
+    for index in 0..config.broker.urls.len() {
+        match access.open(index, "prism-relay tail").await {
             Ok(link) => return Ok(link),
             Err(error) => failure = Some(error),
         }

@@ -3,11 +3,11 @@
 use std::fmt;
 use std::net::Ipv6Addr;
 
-use lapin::uri::{AMQPScheme, AMQPUri};
+use lapin::uri::{AMQPScheme, AMQPUri, SASLMechanism};
 
 use crate::secret::Secret;
 
-/// An `amqp://` URI whose `Display` and `Debug` leave the password out.
+/// An `amqp://` or `amqps://` URI whose `Display` and `Debug` leave the password out.
 #[derive(Clone)]
 pub struct BrokerUrl(AMQPUri);
 
@@ -16,9 +16,6 @@ impl BrokerUrl {
     pub fn parse(text: &str) -> Result<Self, String> {
         let mut uri: AMQPUri =
             text.parse().map_err(|_| "is not a URL such as amqp://user:password@host:5672/%2f".to_owned())?;
-        if uri.scheme == AMQPScheme::AMQPS {
-            return Err("is an amqps URL: TLS to the broker is not supported yet".to_owned());
-        }
         if uri.vhost.is_empty() {
             return Err("ends with `/`, which names the virtual host \"\"; write /%2f for the default one".to_owned());
         }
@@ -56,6 +53,10 @@ impl BrokerUrl {
         self.0.authority.port
     }
 
+    pub fn wants_tls(&self) -> bool {
+        self.0.scheme == AMQPScheme::AMQPS
+    }
+
     pub fn vhost(&self) -> &str {
         &self.0.vhost
     }
@@ -70,7 +71,13 @@ impl fmt::Display for BrokerUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let host = if self.host().contains(':') { format!("[{}]", self.host()) } else { self.host().to_owned() };
         let vhost = self.vhost().replace('%', "%25").replace('/', "%2f");
-        write!(f, "amqp://{}@{host}:{}/{vhost}", self.0.authority.userinfo.username, self.port())
+        let scheme = if self.wants_tls() { "amqps" } else { "amqp" };
+        write!(f, "{scheme}://")?;
+        // With EXTERNAL it is the certificate that tells who we are.
+        if self.0.query.auth_mechanism != Some(SASLMechanism::External) {
+            write!(f, "{}@", self.0.authority.userinfo.username)?;
+        }
+        write!(f, "{host}:{}/{vhost}", self.port())
     }
 }
 
@@ -93,6 +100,13 @@ mod tests {
     }
 
     #[test]
+    fn tls_and_a_login_by_certificate_are_read() {
+        let url = BrokerUrl::parse("amqps://broker/v?auth_mechanism=external").unwrap();
+        assert!(url.wants_tls());
+        assert_eq!(url.to_string(), "amqps://broker:5671/v");
+    }
+
+    #[test]
     fn an_ipv6_address_stays_one() {
         let url = BrokerUrl::parse("amqp://a:b@[::1]:5673/v").unwrap();
         assert_eq!((url.host(), url.port(), url.vhost()), ("::1", 5673, "v"));
@@ -102,9 +116,7 @@ mod tests {
     #[test]
     fn no_path_is_the_default_virtual_host_and_an_empty_one_is_a_mistake() {
         assert_eq!(BrokerUrl::parse("amqp://localhost").unwrap().vhost(), "/");
-        for bad in
-            ["amqp://localhost/", "amqp://localhost/a/b", "amqps://localhost", "http://localhost", "localhost", ""]
-        {
+        for bad in ["amqp://localhost/", "amqps://localhost/a/b", "http://localhost", "localhost", ""] {
             let error = BrokerUrl::parse(bad).unwrap_err();
             assert!(bad.is_empty() || !error.contains(bad), "{error}");
         }

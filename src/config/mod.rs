@@ -11,12 +11,15 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ipnet::IpNet;
+use jiff::Timestamp;
 use thiserror::Error;
 
 pub use broker_url::BrokerUrl;
 use raw::Raw;
 
 use crate::secret::Secret;
+use crate::telemetry::chain;
+use crate::tls::{self, ClientFiles, ServerFiles};
 use crate::topology::{DEAD, UNROUTED};
 
 /// The defaults, which are also the documentation of every key.
@@ -47,6 +50,13 @@ pub struct Http {
     pub body_timeout: Duration,
     /// At least 1.
     pub connections_max: usize,
+    /// At least 1.
+    pub connections_per_source_max: usize,
+    pub headers_max: usize,
+    pub header_bytes_max: usize,
+    pub streams_max: u32,
+    /// `None`: without TLS.
+    pub tls: Option<ServerFiles>,
     /// Empty: everyone.
     pub allowed_sources: Vec<IpNet>,
     pub trusted_proxies: Vec<IpNet>,
@@ -55,7 +65,10 @@ pub struct Http {
 #[derive(Debug)]
 pub struct Signature {
     pub required: bool,
+    /// At most [`SECRETS_MAX`].
     pub secrets: Vec<Secret>,
+    /// Where the secrets come from, if it is a file that may change.
+    pub secrets_file: Option<PathBuf>,
     pub tolerance: Duration,
 }
 
@@ -86,6 +99,12 @@ pub struct Dedupe {
 pub struct Broker {
     /// At least one.
     pub urls: Vec<BrokerUrl>,
+    /// Where the password in the urls comes from, if it is a file that may change.
+    pub password_file: Option<PathBuf>,
+    /// For the urls that want TLS.
+    pub tls: ClientFiles,
+    /// The name in the broker's certificate; `None`: the host of the url.
+    pub server_name: Option<String>,
     pub exchange: String,
     /// At least 1.
     pub window: usize,
@@ -167,6 +186,9 @@ pub enum Purpose {
     Client,
 }
 
+/// Enough for any rotation, and few enough to try each of them for every request.
+pub const SECRETS_MAX: usize = 8;
+
 const KIB: u64 = 1024;
 const MIB: u64 = 1024 * KIB;
 const SECOND: Duration = Duration::from_secs(1);
@@ -186,7 +208,7 @@ impl Config {
     ) -> Result<Self, ConfigError> {
         let mut raw = Raw::merge(file, environment).map_err(|mistake| ConfigError { mistakes: vec![mistake] })?;
         let config = Self {
-            http: Http::read(&mut raw),
+            http: Http::read(&mut raw, purpose),
             signature: Signature::read(&mut raw, purpose),
             spool: Spool::read(&mut raw),
             dedupe: Dedupe::read(&mut raw),
@@ -204,7 +226,7 @@ impl Config {
 }
 
 impl Http {
-    fn read(raw: &mut Raw) -> Self {
+    fn read(raw: &mut Raw, purpose: Purpose) -> Self {
         let body_bytes_max = raw.bytes("http.body_bytes_max", 1..=128 * MIB);
         let buffer_bytes_max = raw.bytes("http.buffer_bytes_max", 1..=MIB * MIB);
         if buffer_bytes_max < body_bytes_max {
@@ -218,6 +240,12 @@ impl Http {
             header_timeout: raw.duration("http.header_timeout", MILLISECOND..=HOUR),
             body_timeout: raw.duration("http.body_timeout", MILLISECOND..=HOUR),
             connections_max: raw.number("http.connections_max", 1..=1_000_000),
+            connections_per_source_max: raw.number("http.connections_per_source_max", 1..=1_000_000),
+            headers_max: raw.number("http.headers_max", 1..=1000),
+            // 8 KiB is the least that hyper takes.
+            header_bytes_max: raw.bytes("http.header_bytes_max", 8 * KIB..=MIB) as usize,
+            streams_max: raw.number("http.streams_max", 1..=10_000) as u32,
+            tls: server_files(raw, purpose),
             allowed_sources: raw.list("http.allowed_sources", network),
             trusted_proxies: raw.list("http.trusted_proxies", network),
         }
@@ -228,11 +256,19 @@ impl Signature {
     fn read(raw: &mut Raw, purpose: Purpose) -> Self {
         let required = raw.one_of("signature.required", &[("true", true), ("false", false)]);
         let mut secrets = raw.list("signature.secrets", |text| Ok(Secret::new(text)));
-        if let Some(lines) = raw.file("signature.secrets_file") {
+        let file = raw.file("signature.secrets_file", secrets_in);
+        let secrets_file = file.map(|(path, from_file)| {
             if !secrets.is_empty() {
                 raw.mistake("signature.secrets_file", "is set together with signature.secrets; set one of them");
             }
-            secrets = lines.lines().filter(|line| !line.is_empty()).map(Secret::new).collect();
+            secrets = from_file;
+            path
+        });
+        if secrets.len() > SECRETS_MAX {
+            raw.mistake(
+                "signature.secrets",
+                format_args!("holds {} secrets; {SECRETS_MAX} are allowed", secrets.len()),
+            );
         }
         if required && secrets.is_empty() && purpose == Purpose::Serve {
             raw.mistake(
@@ -241,7 +277,7 @@ impl Signature {
                  Prism account, or set signature.required to false if the account does not sign",
             );
         }
-        Self { required, secrets, tolerance: raw.duration("signature.tolerance", SECOND..=DAY) }
+        Self { required, secrets, secrets_file, tolerance: raw.duration("signature.tolerance", SECOND..=DAY) }
     }
 }
 
@@ -271,19 +307,23 @@ impl Broker {
         if urls.is_empty() && !raw.has_mistake("broker.urls") {
             raw.mistake("broker.urls", "names no broker");
         }
-        let password = raw.read("broker.password", |text| Ok(text.to_owned()));
-        let from_file = raw.file("broker.password_file");
+        let password = raw.read("broker.password", |text| Ok(Secret::new(text)));
+        let from_file = raw.file("broker.password_file", password_in);
         if password.is_some() && from_file.is_some() {
             raw.mistake("broker.password_file", "is set together with broker.password; set one of them");
         }
+        let (password_file, password) = match from_file {
+            Some((path, from_file)) => (Some(path), Some(from_file)),
+            None => (None, password),
+        };
         let heartbeat = raw.duration("broker.heartbeat", SECOND..=HOUR);
         if heartbeat.subsec_nanos() != 0 {
             raw.mistake("broker.heartbeat", "AMQP counts it in whole seconds");
         }
         let heartbeat_seconds = heartbeat.as_secs() as u16;
         for url in &mut urls {
-            if let Some(password) = password.as_ref().or(from_file.as_ref()) {
-                url.set_password(&Secret::new(password));
+            if let Some(password) = &password {
+                url.set_password(password);
             }
             url.set_heartbeat(heartbeat_seconds);
         }
@@ -299,8 +339,12 @@ impl Broker {
         if reconnect_max < reconnect_min {
             raw.mistake("broker.reconnect_max", "is below broker.reconnect_min");
         }
+        let (tls, server_name) = client_files(raw, &urls);
         Self {
             urls,
+            password_file,
+            tls,
+            server_name,
             exchange: raw.read("broker.exchange", exchange_name).unwrap_or_default(),
             window: raw.number("broker.window", 1..=65_535),
             confirm_timeout,
@@ -352,6 +396,82 @@ impl Log {
         let filter = |text: &str| text.parse().map_err(|_| "is no filter such as info or info,lapin=debug".to_owned());
         Self { format: raw.one_of("log.format", &formats), filter: raw.read("log.filter", filter).unwrap_or_default() }
     }
+}
+
+/// Read once now, so that a file which cannot be used is one of the mistakes. The commands beside the relay do not need
+/// them, and may not be allowed to read them.
+fn server_files(raw: &mut Raw, purpose: Purpose) -> Option<ServerFiles> {
+    let path = |text: &str| Ok(PathBuf::from(text));
+    let certificate = raw.read("http.tls.certificate", path);
+    let private_key = raw.read("http.tls.private_key", path);
+    let client_ca = raw.read("http.tls.client_ca", path);
+    let files = match (certificate, private_key) {
+        (Some(certificate), Some(private_key)) => ServerFiles { certificate, private_key, client_ca },
+        (None, None) if client_ca.is_none() => return None,
+        (None, _) => return missing(raw, "http.tls.certificate"),
+        (_, None) => return missing(raw, "http.tls.private_key"),
+    };
+    if purpose == Purpose::Serve
+        && let Err(error) = files.load(Timestamp::now())
+    {
+        raw.mistake("http.tls", chain(&error));
+    }
+    Some(files)
+}
+
+fn client_files(raw: &mut Raw, urls: &[BrokerUrl]) -> (ClientFiles, Option<String>) {
+    let path = |text: &str| Ok(PathBuf::from(text));
+    let ca = raw.read("broker.tls.ca", path);
+    let certificate = raw.read("broker.tls.certificate", path);
+    let private_key = raw.read("broker.tls.private_key", path);
+    let name = |text: &str| tls::server_name(text).map(|_| text.to_owned()).ok_or("is no host name".to_owned());
+    let server_name = raw.read("broker.tls.server_name", name);
+    let identity = match (certificate, private_key) {
+        (Some(certificate), Some(private_key)) => Some((certificate, private_key)),
+        (None, None) => None,
+        (None, Some(_)) => missing(raw, "broker.tls.certificate"),
+        (Some(_), None) => missing(raw, "broker.tls.private_key"),
+    };
+    let files = ClientFiles { ca, identity };
+    if urls.iter().any(BrokerUrl::wants_tls) {
+        if let Err(error) = files.load() {
+            raw.mistake("broker.tls", chain(&error));
+        }
+    } else if !files.paths().is_empty() || server_name.is_some() {
+        raw.mistake("broker.tls", "is set, but no url in broker.urls begins with amqps://");
+    }
+    (files, server_name)
+}
+
+fn missing<T>(raw: &mut Raw, key: &str) -> Option<T> {
+    raw.mistake(key, "is missing: a certificate and its private key go together");
+    None
+}
+
+/// One secret a line; empty lines are passed over.
+pub fn secrets_in(text: &str) -> Result<Vec<Secret>, String> {
+    let lines = text.lines().filter(|line| !line.is_empty());
+    let secrets: Vec<_> = lines.map(Secret::new).collect();
+    match secrets.len() {
+        0 => Err("holds no secret".to_owned()),
+        count if count > SECRETS_MAX => Err(format!("holds {count} secrets; {SECRETS_MAX} are allowed")),
+        _ => Ok(secrets),
+    }
+}
+
+/// The password is the file's only line.
+pub fn password_in(text: &str) -> Result<Secret, String> {
+    match text.trim_end_matches(['\r', '\n']) {
+        "" => Err("is empty".to_owned()),
+        password if password.contains(['\r', '\n']) => Err("has more than one line".to_owned()),
+        password => Ok(Secret::new(password)),
+    }
+}
+
+/// Reads a file that holds a secret. The error completes the sentence "the file ...", and does not quote it.
+pub fn read_secret<T>(path: &Path, parse: impl Fn(&str) -> Result<T, String>) -> Result<T, String> {
+    let text = std::fs::read(path).map_err(|error| format!("cannot be read: {error}"))?;
+    parse(std::str::from_utf8(&text).map_err(|_| "is not UTF-8".to_owned())?)
 }
 
 /// Stands in for an address that could not be read; the mistake is on the list, so nobody gets to use it.

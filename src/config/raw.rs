@@ -147,11 +147,11 @@ impl Raw {
         self.read(key, parse).unwrap_or(choices[0].1)
     }
 
-    /// The contents of the file that `key` names, without the line end at its end.
-    pub fn file(&mut self, key: &str) -> Option<String> {
+    /// The secret in the file that `key` names, and the file's path.
+    pub fn file<T>(&mut self, key: &str, parse: impl Fn(&str) -> Result<T, String>) -> Option<(PathBuf, T)> {
         self.read(key, |path| {
-            let text = std::fs::read_to_string(path).map_err(|error| format!("cannot be read: {error}"))?;
-            Ok(text.trim_end_matches(['\r', '\n']).to_owned())
+            let path = PathBuf::from(path);
+            super::read_secret(&path, &parse).map(|secret| (path, secret))
         })
     }
 

@@ -55,9 +55,14 @@ fn the_example_differs_from_valid_only_by_the_files_that_it_names() {
 
     let secrets = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(secrets.path(), "whsec_new\nwhsec_old\n").unwrap();
-    let path = secrets.path().to_str().unwrap();
-    let twins = [("PRISM_RELAY__SIGNATURE__SECRETS_FILE", path), ("PRISM_RELAY__BROKER__PASSWORD_FILE", path)];
+    let password = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(password.path(), "hunter2\n").unwrap();
+    let twins = [
+        ("PRISM_RELAY__SIGNATURE__SECRETS_FILE", secrets.path().to_str().unwrap()),
+        ("PRISM_RELAY__BROKER__PASSWORD_FILE", password.path().to_str().unwrap()),
+    ];
     let config = load(EXAMPLE, &twins, Purpose::Serve).unwrap();
+    assert_eq!(config.broker.urls[0].expose().authority.userinfo.password, "hunter2");
     assert_eq!(config.broker.urls.len(), 3);
     let secrets: Vec<_> = config.signature.secrets.iter().map(Secret::expose).collect();
     assert_eq!(secrets, ["whsec_new", "whsec_old"]);
@@ -176,6 +181,7 @@ fn broken_or_missing_files_are_told_with_their_place() {
 #[test]
 fn a_value_and_its_file_twin_exclude_each_other() {
     let secrets = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(secrets.path(), "hunter2").unwrap();
     let path = secrets.path().to_str().unwrap();
     let toml = format!(
         "[signature]\nsecrets = [\"a\"]\nsecrets_file = \"{path}\"\n[broker]\npassword = \"b\"\npassword_file = \"{path}\""
@@ -183,6 +189,41 @@ fn a_value_and_its_file_twin_exclude_each_other() {
     let text = mistakes(&toml, &[]);
     assert!(text.contains("signature.secrets_file: is set together with signature.secrets"), "{text}");
     assert!(text.contains("broker.password_file: is set together with broker.password"), "{text}");
+}
+
+#[test]
+fn files_with_secrets_that_cannot_be_used_are_told_without_what_is_in_them() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let (path, tell) = (file.path().to_str().unwrap(), |content: &[u8]| {
+        std::fs::write(file.path(), content).unwrap();
+        let key = |name: &str| format!("{name} = \"{}\"\n", file.path().display());
+        mistakes(&format!("[signature]\n{}[broker]\n{}", key("secrets_file"), key("password_file")), &[])
+    });
+    let text = tell(b"\n\n");
+    assert!(text.contains(&format!("signature.secrets_file: \"{path}\" holds no secret")), "{text}");
+    assert!(text.contains(&format!("broker.password_file: \"{path}\" is empty")), "{text}");
+    let text = tell("hunter2\n".repeat(9).as_bytes());
+    assert!(text.contains("holds 9 secrets; 8 are allowed") && text.contains("has more than one line"), "{text}");
+    assert!(!text.contains("hunter2"), "{text}");
+    let text = tell(b"hunter2\xff");
+    assert!(text.matches("is not UTF-8").count() == 2 && !text.contains("hunter2"), "{text}");
+}
+
+#[test]
+fn what_belongs_together_in_tls_is_asked_for_together() {
+    let text = mistakes("[http]\ntls = { private_key = \"a\" }\n[broker]\ntls = { certificate = \"b\" }", &[]);
+    assert!(text.contains("http.tls.certificate: is missing"), "{text}");
+    assert!(text.contains("broker.tls.private_key: is missing"), "{text}");
+    let text = mistakes("[broker]\ntls = { ca = \"/nowhere/ca.pem\", server_name = \"a b\" }", &[]);
+    assert!(text.contains("broker.tls: is set, but no url in broker.urls begins with amqps://"), "{text}");
+    assert!(text.contains("broker.tls.server_name: \"a b\" is no host name"), "{text}");
+    let text = mistakes("[broker]\nurls = [\"amqps://broker\"]\ntls = { ca = \"/nowhere/ca.pem\" }", &[]);
+    assert!(text.contains("broker.tls: cannot read /nowhere/ca.pem: No such file"), "{text}");
+    // The commands beside the relay may not be allowed to read its key.
+    let tls = "[http]\ntls = { certificate = \"/nowhere/a\", private_key = \"/nowhere/b\" }";
+    assert!(load(tls, &[], Purpose::Client).is_ok());
+    let text = load(tls, &[("PRISM_RELAY__SIGNATURE__SECRETS", "s")], Purpose::Serve).unwrap_err();
+    assert!(text.contains("http.tls: cannot read /nowhere/a: No such file"), "{text}");
 }
 
 #[test]

@@ -3,10 +3,9 @@
 
 mod answer;
 mod body;
-mod notices;
-mod source;
+pub mod source;
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -19,19 +18,20 @@ use hyper::{Method, Request, Response};
 use jiff::Timestamp;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
-use tracing::debug;
+use tracing::{debug, warn};
 
 use answer::{Refusal, accepted};
 pub use answer::{blocker, readiness};
 use body::{Inbound, Memory};
-use notices::Notices;
 
 use crate::config;
 use crate::event::{Envelope, Event, TraceContext};
 use crate::metrics::Metrics;
-use crate::server::{BindError, Limits, Server};
+use crate::notices::Notices;
+use crate::server::{Admission, BindError, Limits, Server};
 use crate::signature::{Accepted, SIGNATURE_HEADER, TIMESTAMP_HEADER, Verifier};
 use crate::spool::{AppendError, Receipt, Spool};
+use crate::tls;
 
 /// Answers like `/readyz`, on the public listener, for load balancers.
 pub const HEALTH_PATH: &str = "/healthz";
@@ -50,23 +50,19 @@ impl Ingress {
     /// `draining` is cancelled when the relay begins to stop.
     pub async fn bind(
         http: config::Http,
-        verifier: Verifier,
+        tls: Option<Arc<tls::Server>>,
+        verifier: Arc<Verifier>,
         spool: Spool,
         metrics: Arc<Metrics>,
         draining: CancellationToken,
     ) -> Result<Self, BindError> {
-        let limits = Limits {
-            connections_max: http.connections_max,
-            header_timeout: http.header_timeout,
-            // Longer than the deadline of a body, which has an answer of its own.
-            silence_timeout: http.header_timeout + http.body_timeout,
-        };
-        let server = Server::bind(http.listen, "http.listen", limits).await?;
-        let memory = Memory::new(http.buffer_bytes_max);
-        Ok(Self {
-            server,
-            desk: Desk { http, verifier, spool, metrics, memory, draining, notices: Notices::default() },
-        })
+        let server = Server::bind(http.listen, "http.listen", limits(&http), tls, Arc::clone(&metrics)).await?;
+        Ok(Self { server, desk: Desk::new(http, verifier, spool, metrics, draining) })
+    }
+
+    /// The table of connections, to be looked at.
+    pub fn admission(&self) -> Arc<Admission> {
+        self.server.admission()
     }
 
     pub fn address(&self) -> std::io::Result<SocketAddr> {
@@ -85,10 +81,24 @@ impl Ingress {
     }
 }
 
+fn limits(http: &config::Http) -> Limits {
+    Limits {
+        connections_max: http.connections_max,
+        connections_per_source_max: http.connections_per_source_max,
+        unlimited_sources: http.trusted_proxies.clone(),
+        header_timeout: http.header_timeout,
+        // Longer than the deadline of a body, which has an answer of its own.
+        silence_timeout: http.header_timeout + http.body_timeout,
+        headers_max: http.headers_max,
+        header_bytes_max: http.header_bytes_max,
+        streams_max: http.streams_max,
+    }
+}
+
 /// Everything that is needed to answer one request.
 struct Desk {
     http: config::Http,
-    verifier: Verifier,
+    verifier: Arc<Verifier>,
     spool: Spool,
     metrics: Arc<Metrics>,
     memory: Memory,
@@ -97,6 +107,17 @@ struct Desk {
 }
 
 impl Desk {
+    fn new(
+        http: config::Http,
+        verifier: Arc<Verifier>,
+        spool: Spool,
+        metrics: Arc<Metrics>,
+        draining: CancellationToken,
+    ) -> Self {
+        let memory = Memory::new(http.buffer_bytes_max);
+        Self { http, verifier, spool, metrics, memory, draining, notices: Notices::default() }
+    }
+
     async fn answer(&self, request: Request<Incoming>, peer: SocketAddr) -> Response<Full<Bytes>> {
         let started = Instant::now();
         let (parts, body) = request.into_parts();
@@ -107,19 +128,29 @@ impl Desk {
                 _ => Refusal::MethodNotAllowed("GET, HEAD").response(),
             };
         }
-        let refusal = match self.admit(&parts, body.declared(), peer) {
+        let client = self.client(&parts, peer);
+        let refusal = match self.admit(&parts, body.declared(), client) {
             Ok(()) => match self.receive(&parts.headers, &mut body).await {
                 Ok(receipt) => return self.acknowledge(&receipt, started),
                 Err(refusal) => refusal,
             },
             Err(refusal) => refusal,
         };
-        self.metrics.webhook_refused(refusal.code());
-        self.notices.refused(&refusal, peer);
+        self.tell(&refusal, client);
         if !matches!(refusal, Refusal::TimedOut) {
             body.discard();
         }
         refusal.response()
+    }
+
+    /// Each refusal at debug, and of each kind one a minute as a warning.
+    fn tell(&self, refusal: &Refusal, client: IpAddr) {
+        let (code, detail) = (refusal.code(), refusal.detail());
+        self.metrics.webhook_refused(code);
+        debug!(%client, code, detail, "webhook refused");
+        if let Some(unreported) = self.notices.due(code, Instant::now()) {
+            warn!(%client, code, detail, unreported, "webhook refused; further ones of this kind are counted for a minute");
+        }
     }
 
     fn acknowledge(&self, receipt: &Receipt, started: Instant) -> Response<Full<Bytes>> {
@@ -138,28 +169,37 @@ impl Desk {
         let (timestamp, signature) = (header(headers, TIMESTAMP_HEADER), header(headers, SIGNATURE_HEADER));
         let verified = self.verifier.verify(timestamp, signature, body, now).map_err(Refusal::Unauthenticated)?;
         must_be_believable(&verified)?;
+        let signed = verified.signed();
+        if let Some(signed) = signed {
+            self.metrics.signature_verified(signed.secret);
+        }
 
         let trace = TraceContext::from_headers(header(headers, "traceparent"), header(headers, "tracestate"));
         let event = Event::new(verified, trace, now);
         // An event that is committed later all the same is recognised when the sender comes back.
-        let appended = timeout(APPEND_PATIENCE, self.spool.append(event)).await;
+        let appended =
+            timeout(APPEND_PATIENCE, self.spool.append(event, signed.map(|signed| signed.valid_until))).await;
         let receipt = appended.unwrap_or(Err(AppendError::Unavailable)).map_err(Refusal::NotStored)?;
         debug!(id = %receipt.id, duplicate = receipt.duplicate, "accepted");
         Ok(receipt)
     }
 
+    /// Who is asking, behind the proxies that we trust.
+    fn client(&self, parts: &Parts, peer: SocketAddr) -> IpAddr {
+        // A line that is no text is a hop that nobody can read, not one that is not there.
+        let forwarded_for = parts.headers.get_all("x-forwarded-for").iter().map(|line| line.to_str().unwrap_or("?"));
+        let forwarded_for: Vec<&str> = forwarded_for.collect();
+        source::client(peer.ip(), forwarded_for.into_iter(), &self.http.trusted_proxies)
+    }
+
     /// Everything that can be said without the body.
-    fn admit(&self, parts: &Parts, declared: u64, peer: SocketAddr) -> Result<(), Refusal> {
+    fn admit(&self, parts: &Parts, declared: u64, client: IpAddr) -> Result<(), Refusal> {
         if parts.uri.path() != self.http.path {
             return Err(Refusal::NotFound);
         }
         if parts.method != Method::POST {
             return Err(Refusal::MethodNotAllowed("POST"));
         }
-        // A line that is no text is a hop that nobody can read, not one that is not there.
-        let forwarded_for = parts.headers.get_all("x-forwarded-for").iter().map(|line| line.to_str().unwrap_or("?"));
-        let forwarded_for: Vec<&str> = forwarded_for.collect();
-        let client = source::client(peer.ip(), forwarded_for.into_iter(), &self.http.trusted_proxies);
         if !self.http.allowed_sources.is_empty() && !source::contains(&self.http.allowed_sources, client) {
             return Err(Refusal::SourceNotAllowed);
         }

@@ -6,17 +6,23 @@
 
 use std::net::Shutdown;
 use std::os::fd::AsFd;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_compat::Compat;
+use async_rs::util::RuntimeParts;
 use lapin::{AsyncTcpStream, Connection, ConnectionProperties, ErrorKind};
 use socket2::{SockRef, TcpKeepalive};
 use thiserror::Error;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::rustls::ClientConfig;
+use tokio_util::either::Either;
 
+use super::reactor::{OwnReactor, Stream};
 use crate::config::BrokerUrl;
+use crate::tls;
 
 /// How long a polite goodbye may take. A broker that blocks publishers does not answer it at all.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -26,6 +32,8 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 pub enum ConnectError {
     #[error("cannot reach {host}:{port}: {source}")]
     Tcp { host: String, port: u16, source: std::io::Error },
+    #[error("no TLS with {host}:{port} as {server_name}: {source}")]
+    Tls { host: String, port: u16, server_name: String, source: std::io::Error },
     #[error("no answer from {url} within {timeout:?}")]
     Timeout { url: String, timeout: Duration },
     #[error("{url} closed the connection during the login: wrong user, password or virtual host? ({source})")]
@@ -50,15 +58,28 @@ impl Drop for Wire {
     }
 }
 
+/// How to speak TLS with the broker.
+#[derive(Clone)]
+pub(super) struct Tls {
+    pub config: Arc<ClientConfig>,
+    /// What has to stand in the broker's certificate.
+    pub server_name: String,
+}
+
 impl Link {
     /// Connects and logs in within `deadline`.
-    pub async fn open(url: &BrokerUrl, name: &str, deadline: Duration) -> Result<Self, ConnectError> {
-        timeout(deadline, Self::connect(url, name))
+    pub(super) async fn open(
+        url: &BrokerUrl,
+        tls: Option<Tls>,
+        name: &str,
+        deadline: Duration,
+    ) -> Result<Self, ConnectError> {
+        timeout(deadline, Self::connect(url, tls, name))
             .await
             .unwrap_or_else(|_| Err(ConnectError::Timeout { url: url.to_string(), timeout: deadline }))
     }
 
-    async fn connect(url: &BrokerUrl, name: &str) -> Result<Self, ConnectError> {
+    async fn connect(url: &BrokerUrl, tls: Option<Tls>, name: &str) -> Result<Self, ConnectError> {
         let tcp = |source| ConnectError::Tcp { host: url.host().to_owned(), port: url.port(), source };
         let stream = TcpStream::connect((url.host(), url.port())).await.map_err(tcp)?;
         stream.set_nodelay(true).map_err(tcp)?;
@@ -68,16 +89,20 @@ impl Link {
             .map_err(tcp)?;
         let socket = Wire(stream.as_fd().try_clone_to_owned().map_err(tcp)?.into());
 
-        let stream = Mutex::new(Some(stream));
+        let stream = match tls {
+            None => Either::Left(stream),
+            Some(tls) => Either::Right(Box::new(handshake(stream, tls, url).await?)),
+        };
+        let stream: Mutex<Option<Stream>> = Mutex::new(Some(Compat::new(stream)));
         let connect = async move |_uri, _runtime| {
             let stream = stream.lock().ok().and_then(|mut stream| stream.take());
             // Without recovery lapin connects once.
             let stream = stream
                 .ok_or_else(|| lapin::Error::from(ErrorKind::InvalidConnectionState(lapin::ConnectionState::Closed)))?;
-            Ok(AsyncTcpStream::Plain(Compat::new(stream)))
+            Ok(AsyncTcpStream::Plain(stream))
         };
-        let runtime = lapin::runtime::default_runtime()
-            .map_err(|source| ConnectError::Handshake { url: url.to_string(), source })?;
+        let tokio = async_rs::Tokio::current();
+        let runtime = async_rs::Runtime::new(RuntimeParts::new(tokio.clone(), OwnReactor(tokio)));
         let properties = ConnectionProperties::default()
             .with_connection_name(name.into())
             .with_client_property("product".into(), "prism-relay".into())
@@ -100,6 +125,20 @@ impl Link {
     pub fn cut(&self) {
         let _ = self.socket.0.shutdown(Shutdown::Both);
     }
+}
+
+async fn handshake(
+    stream: TcpStream,
+    Tls { config, server_name }: Tls,
+    url: &BrokerUrl,
+) -> Result<tokio_rustls::client::TlsStream<TcpStream>, ConnectError> {
+    let failed = |source| {
+        let (host, port, server_name) = (url.host().to_owned(), url.port(), server_name.clone());
+        ConnectError::Tls { host, port, server_name, source }
+    };
+    let name = tls::server_name(&server_name)
+        .ok_or_else(|| failed(std::io::Error::new(std::io::ErrorKind::InvalidInput, "that is no host name")))?;
+    TlsConnector::from(config).connect(name, stream).await.map_err(failed)
 }
 
 /// A broker that does not know the user or the virtual host says so, or just hangs up.

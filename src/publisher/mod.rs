@@ -5,12 +5,14 @@
 //! and starts again from the oldest unconfirmed event; what the broker had already taken is then published twice, under
 //! the same `message_id`.
 
+mod access;
 mod ahead;
 mod careful;
 mod connection;
 mod flight;
 pub mod message;
 mod outcome;
+mod reactor;
 mod session;
 mod status;
 
@@ -21,6 +23,7 @@ use thiserror::Error;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
+pub use access::Access;
 pub use connection::{ConnectError, Link};
 pub use status::{BrokerState, Status};
 
@@ -57,6 +60,7 @@ pub enum PublisherError {
 pub struct Publisher {
     spool: Spool,
     broker: config::Broker,
+    access: Arc<Access>,
     plan: Plan,
     declare: config::Declare,
     status: Arc<Status>,
@@ -64,9 +68,15 @@ pub struct Publisher {
 }
 
 impl Publisher {
-    pub fn new(spool: Spool, broker: config::Broker, topology: &config::Topology, metrics: Arc<Metrics>) -> Self {
+    pub fn new(
+        spool: Spool,
+        broker: config::Broker,
+        access: Arc<Access>,
+        topology: &config::Topology,
+        metrics: Arc<Metrics>,
+    ) -> Self {
         let plan = Plan::new(topology, &broker.exchange);
-        Self { spool, broker, plan, declare: topology.declare, status: Arc::new(Status::new()), metrics }
+        Self { spool, broker, access, plan, declare: topology.declare, status: Arc::new(Status::new()), metrics }
     }
 
     pub fn status(&self) -> Arc<Status> {
@@ -80,8 +90,9 @@ impl Publisher {
         let mut careful = Careful::default();
         // Of each url: what was last said about it.
         let mut told = vec![String::new(); self.broker.urls.len()];
-        for (index, url) in self.broker.urls.iter().enumerate().cycle() {
-            let error = match self.deliver_to(url, &mut careful, &drain).await {
+        for index in (0..self.broker.urls.len()).cycle() {
+            let url = self.access.url(index);
+            let error = match self.deliver_to(index, &mut careful, &drain).await {
                 (_, Ok(())) => return Ok(()),
                 (_, Err(PublisherError::Spool(error))) => return Err(error.into()),
                 (progress, Err(error)) => {
@@ -115,12 +126,12 @@ impl Publisher {
     /// One connection, from the login to its end. The flag tells whether anything was delivered on it.
     async fn deliver_to(
         &self,
-        url: &config::BrokerUrl,
+        index: usize,
         careful: &mut Careful,
         drain: &CancellationToken,
     ) -> (bool, Result<(), PublisherError>) {
         let connecting = async {
-            let link = Link::open(url, "prism-relay", self.broker.connect_timeout).await?;
+            let link = self.access.open(index, "prism-relay").await?;
             // Each declaration is a round trip, and may take as long as a login.
             let limit = self.broker.connect_timeout * (self.plan.steps() + 2);
             let setup = tokio::time::timeout(limit, self.set_up(&link)).await;
@@ -134,7 +145,8 @@ impl Publisher {
             },
             () = self.drained_before_connecting(drain) => return (false, Ok(())),
         };
-        if self.status.connected(url) {
+        let url = self.access.url(index);
+        if self.status.connected(&url) {
             self.metrics.broker.reconnects.increment(1);
         }
         info!(%url, pending = self.spool.gauges().ledger().pending, "connected to the broker");

@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use jiff::Timestamp;
 use thiserror::Error;
 use tokio::sync::{Notify, mpsc, oneshot};
 use uuid::Uuid;
@@ -199,12 +200,15 @@ impl Spool {
     }
 
     /// Returns once the event is on disk. Dropping the future does not take the event back.
-    pub async fn append(&self, event: Event) -> Result<Receipt, AppendError> {
+    ///
+    /// `replayable_until`: how long the request, captured and sent again, would be believed; until then it is recognised.
+    pub async fn append(&self, event: Event, replayable_until: Option<Timestamp>) -> Result<Receipt, AppendError> {
         if self.closed.load(Ordering::Relaxed) {
             return Err(AppendError::Closed);
         }
         let (reply, answer) = oneshot::channel();
-        let command = Command::Append { event, reply };
+        let replayable_until_ms = replayable_until.map(Timestamp::as_millisecond);
+        let command = Command::Append { event, replayable_until_ms, reply };
         self.inbox.send(command).await.map_err(|_| AppendError::Closed)?;
         answer.await.map_err(|_| AppendError::Closed)?
     }

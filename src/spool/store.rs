@@ -14,10 +14,13 @@ use crate::event::{Event, Fingerprint};
 /// "PRLY", so that `file` and other programs can tell what this is.
 const APPLICATION_ID: i64 = 0x5052_4c59;
 /// The version of the schema below; raised with each change that an older relay could not read.
-const FORMAT: i64 = 1;
+const FORMAT: i64 = 2;
 
 /// How long to wait for another process that has the file open, such as `sqlite3` in an operator's hands.
 pub(super) const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// From one format to the next, the oldest first.
+const MIGRATIONS: [(i64, &str); 1] = [(1, "ALTER TABLE seen ADD COLUMN replayable_until_ms INTEGER")];
 
 const SCHEMA: &str = "
     CREATE TABLE event (
@@ -37,7 +40,8 @@ const SCHEMA: &str = "
         seq           INTEGER PRIMARY KEY,
         fingerprint   BLOB    NOT NULL,    -- SHA-256 of the body
         id            BLOB    NOT NULL,
-        accepted_ms   INTEGER NOT NULL
+        accepted_ms   INTEGER NOT NULL,
+        replayable_until_ms INTEGER        -- NULL: not signed
     ) STRICT;
     CREATE TABLE ledger (                  -- accepted = confirmed + pending + parked + removed
         id            INTEGER PRIMARY KEY CHECK (id = 1),
@@ -85,6 +89,8 @@ impl Store {
         }
         if empty {
             create(&connection).map_err(sqlite)?;
+        } else {
+            migrate(&connection).map_err(sqlite)?;
         }
         // The first read opens the log.
         Ledger::read(&connection).map_err(sqlite)?;
@@ -188,10 +194,19 @@ impl Store {
         statement.execute((seq, now_ms)).map(|_| ())
     }
 
-    pub fn remember(&self, seq: u64, event: &Event) -> Result<()> {
-        let mut statement = self.connection.prepare_cached("INSERT INTO seen VALUES (?1, ?2, ?3, ?4)")?;
-        statement.execute((seq, event.fingerprint.0, event.id.as_bytes(), event.accepted_ms))?;
+    pub fn remember(&self, seq: u64, event: &Event, replayable_until_ms: Option<i64>) -> Result<()> {
+        let mut statement = self.connection.prepare_cached(
+            "INSERT INTO seen (seq, fingerprint, id, accepted_ms, replayable_until_ms) VALUES (?1, ?2, ?3, ?4, ?5)",
+        )?;
+        statement.execute((seq, event.fingerprint.0, event.id.as_bytes(), event.accepted_ms, replayable_until_ms))?;
         Ok(())
+    }
+
+    /// A re-send was signed later than what was known.
+    pub fn extend(&self, seq: u64, replayable_until_ms: Option<i64>) -> Result<()> {
+        let mut statement =
+            self.connection.prepare_cached("UPDATE seen SET replayable_until_ms = ?2 WHERE seq = ?1")?;
+        statement.execute((seq, replayable_until_ms)).map(|_| ())
     }
 
     /// Forgets the dedupe window up to `seq`, itself included.
@@ -203,14 +218,16 @@ impl Store {
 
     /// The newest `limit` entries of the dedupe window, the oldest first.
     pub fn seen(&self, limit: usize) -> Result<Vec<Seen>> {
-        let mut statement =
-            self.connection.prepare("SELECT seq, fingerprint, id, accepted_ms FROM seen ORDER BY seq DESC LIMIT ?1")?;
+        let mut statement = self.connection.prepare(
+            "SELECT seq, fingerprint, id, accepted_ms, replayable_until_ms FROM seen ORDER BY seq DESC LIMIT ?1",
+        )?;
         let rows = statement.query_map([limit as i64], |row| {
             Ok(Seen {
                 seq: row.get(0)?,
                 fingerprint: Fingerprint(row.get(1)?),
                 id: Uuid::from_bytes(row.get(2)?),
                 accepted_ms: row.get(3)?,
+                replayable_until_ms: row.get(4)?,
             })
         })?;
         let mut seen = rows.collect::<Result<Vec<_>>>()?;
@@ -248,6 +265,15 @@ fn create(connection: &Connection) -> Result<()> {
         "BEGIN IMMEDIATE; {SCHEMA}
          PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {FORMAT}; COMMIT;"
     ))
+}
+
+/// Brings the file of an older relay to this one's format.
+fn migrate(connection: &Connection) -> Result<()> {
+    let found = pragma(connection, "user_version")?;
+    for (_, change) in MIGRATIONS.iter().filter(|(format, _)| *format >= found) {
+        connection.execute_batch(&format!("BEGIN IMMEDIATE; {change}; PRAGMA user_version = {FORMAT}; COMMIT;"))?;
+    }
+    Ok(())
 }
 
 /// How many events were deleted, and what they counted for.

@@ -155,7 +155,7 @@ async fn replay(operations: Vec<Operation>) {
         match operation {
             Operation::Append(number, length) => {
                 let event = event(vec![number; usize::from(length) + 1]);
-                assert_eq!(spool.append(event.clone()).await, model.append(&event, MAX_BYTES));
+                assert_eq!(spool.append(event.clone(), None).await, model.append(&event, MAX_BYTES));
             }
             Operation::Confirm(n) => {
                 if let Some(seq) = nth(&model.pending, n) {
@@ -206,7 +206,7 @@ async fn everything_about_an_event_comes_back_as_it_went_in() {
     event.authentic = false;
     event.trace = Some(TraceContext { traceparent: "00-a-b-01".to_owned(), tracestate: Some("k=v".to_owned()) });
     let opened = Opened::open(&path, 1 << 20, WINDOW);
-    opened.spool.append(event.clone()).await.unwrap();
+    opened.spool.append(event.clone(), None).await.unwrap();
     opened.close().await;
     let opened = Opened::open(&path, 1 << 20, WINDOW);
     let batch = opened.spool.pending_after(0, 10).await.unwrap();
@@ -220,7 +220,7 @@ async fn many_senders_share_commits_and_one_body_is_taken_once() {
     let opened = Opened::open(&folder.path().join("spool.db"), 1 << 30, WINDOW);
     let senders = (0..200u32).map(|n| {
         let spool = opened.spool.clone();
-        tokio::spawn(async move { spool.append(event((n / 2).to_string())).await.unwrap() })
+        tokio::spawn(async move { spool.append(event((n / 2).to_string()), None).await.unwrap() })
     });
     let mut ids: HashMap<Uuid, Vec<bool>> = HashMap::new();
     for sender in senders.collect::<Vec<_>>() {
@@ -239,7 +239,7 @@ async fn without_a_window_every_body_counts() {
     let folder = TempDir::new().unwrap();
     let opened = Opened::open(&folder.path().join("spool.db"), 1 << 20, Duration::ZERO);
     for _ in 0..3 {
-        assert!(!opened.spool.append(event("a")).await.unwrap().duplicate);
+        assert!(!opened.spool.append(event("a"), None).await.unwrap().duplicate);
     }
     opened.close().await;
 }
@@ -249,7 +249,7 @@ async fn reading_is_bounded_by_number_and_by_bytes() {
     let folder = TempDir::new().unwrap();
     let opened = Opened::open(&folder.path().join("spool.db"), 1 << 30, WINDOW);
     for n in 0..10u8 {
-        opened.spool.append(event(vec![n; 1024 * 1024])).await.unwrap();
+        opened.spool.append(event(vec![n; 1024 * 1024]), None).await.unwrap();
     }
     let two = opened.spool.pending_after(3, 2).await.unwrap();
     assert_eq!((two.events.iter().map(|stored| stored.seq).collect::<Vec<_>>(), two.more), (vec![4, 5], true));
@@ -265,17 +265,17 @@ async fn a_failed_commit_refuses_its_events_and_they_never_appear() {
     let folder = TempDir::new().unwrap();
     let path = folder.path().join("spool.db");
     let opened = Opened::open(&path, 1 << 30, WINDOW);
-    opened.spool.append(event("before")).await.unwrap();
+    opened.spool.append(event("before"), None).await.unwrap();
     // A statement in the middle of the transaction fails, as it would on a full disk.
     let meddler = rusqlite::Connection::open(&path).unwrap();
     meddler
         .execute_batch("CREATE TRIGGER no_more BEFORE INSERT ON event BEGIN SELECT RAISE(ABORT, 'no'); END")
         .unwrap();
     let refused = event("during");
-    assert_eq!(opened.spool.append(refused.clone()).await, Err(AppendError::Unavailable));
+    assert_eq!(opened.spool.append(refused.clone(), None).await, Err(AppendError::Unavailable));
     meddler.execute_batch("DROP TRIGGER no_more").unwrap();
     // The same body again: the failed one has left no trace in the dedupe window.
-    let receipt = opened.spool.append(event("during")).await.unwrap();
+    let receipt = opened.spool.append(event("during"), None).await.unwrap();
     assert!(!receipt.duplicate && receipt.id != refused.id);
     assert!(opened.spool.gauges().writable());
     let events = opened.spool.pending_after(0, 10).await.unwrap().events;
@@ -290,7 +290,7 @@ async fn settlements_survive_a_failed_commit() {
     let folder = TempDir::new().unwrap();
     let path = folder.path().join("spool.db");
     let opened = Opened::open(&path, 1 << 30, WINDOW);
-    opened.spool.append(event("a")).await.unwrap();
+    opened.spool.append(event("a"), None).await.unwrap();
     let meddler = rusqlite::Connection::open(&path).unwrap();
     meddler.execute_batch("CREATE TRIGGER keep BEFORE DELETE ON event BEGIN SELECT RAISE(ABORT, 'no'); END").unwrap();
     opened.spool.settle(vec![Settlement::Confirmed(1)]).await;
@@ -310,7 +310,7 @@ async fn the_file_is_private_and_has_one_relay() {
     let folder = TempDir::new().unwrap();
     let path = folder.path().join("data/spool.db");
     let opened = Opened::open(&path, 1 << 20, WINDOW);
-    opened.spool.append(event("a")).await.unwrap();
+    opened.spool.append(event("a"), None).await.unwrap();
     for name in ["spool.db", "spool.db-wal", "spool.db-shm", "spool.db.lock"] {
         let mode = std::fs::metadata(path.with_file_name(name)).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600, "{name}");

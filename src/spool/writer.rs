@@ -19,6 +19,7 @@ use super::{AppendError, EVENT_OVERHEAD_BYTES, Gauges, Ledger, Receipt, Settleme
 use crate::config;
 use crate::event::Event;
 use crate::metrics::Metrics;
+use crate::notices::Notices;
 
 /// Commands in one transaction at most: enough to share the fsync, few enough that the first does not wait long.
 const BATCH_MAX: usize = 1024;
@@ -29,6 +30,7 @@ const PROBE_EVERY: Duration = Duration::from_secs(1);
 pub(super) enum Command {
     Append {
         event: Event,
+        replayable_until_ms: Option<i64>,
         reply: Reply,
     },
     Settle(Vec<Settlement>),
@@ -51,6 +53,7 @@ pub(super) struct Writer {
     gauges: Arc<Gauges>,
     committed: Arc<Notify>,
     metrics: Arc<Metrics>,
+    notices: Notices,
 }
 
 /// What one transaction did, to be told once it is committed.
@@ -84,6 +87,7 @@ impl Writer {
             gauges,
             committed,
             metrics,
+            notices: Notices::default(),
         })
     }
 
@@ -119,7 +123,9 @@ impl Writer {
         let (mut appends, mut flushes) = (Vec::new(), Vec::new());
         for command in batch {
             match command {
-                Command::Append { event, reply } => appends.push((event, reply)),
+                Command::Append { event, replayable_until_ms, reply } => {
+                    appends.push((event, replayable_until_ms, reply))
+                }
                 Command::Settle(settlements) => self.settlements.extend(settlements),
                 Command::Flush(reply) => flushes.push(reply),
             }
@@ -132,7 +138,7 @@ impl Writer {
             );
         }
         if !self.may_append() {
-            for (_, reply) in appends.drain(..) {
+            for (_, _, reply) in appends.drain(..) {
                 // A sender that has hung up does not want to know.
                 let _ = reply.send(Err(AppendError::Unavailable));
             }
@@ -172,7 +178,7 @@ impl Writer {
     /// One transaction: all of it, or nothing. `durable`: see [`Store::begin`].
     fn transact(
         &mut self,
-        appends: Vec<(Event, Reply)>,
+        appends: Vec<(Event, Option<i64>, Reply)>,
         durable: bool,
     ) -> Result<Outcome, (Vec<Reply>, rusqlite::Error)> {
         let mut outcome = Outcome::default();
@@ -182,14 +188,15 @@ impl Writer {
             self.store.begin(durable)?;
             outcome.ledger = self.store.ledger()?;
             before = Some(outcome.ledger.accepted);
-            if let Some(seq) = self.window.purge(Instant::now()) {
+            if let Some((seq, early)) = self.window.purge(Instant::now()) {
                 self.store.forget(seq)?;
+                self.tell_of_short_window(early);
             }
             // First, because they make room.
             settle(&self.store, &mut outcome.ledger, &self.settlements)?;
-            for (event, reply) in waiting.by_ref() {
+            for (event, replayable_until_ms, reply) in waiting.by_ref() {
                 outcome.replies.push((reply, Err(AppendError::Unavailable)));
-                let answer = self.append(&mut outcome.ledger, &event)?;
+                let answer = self.append(&mut outcome.ledger, &event, replayable_until_ms)?;
                 outcome.appended += u64::from(matches!(answer, Ok(Receipt { duplicate: false, .. })));
                 outcome.replies.last_mut().expect("just pushed").1 = answer;
             }
@@ -209,16 +216,26 @@ impl Writer {
                     error!(%error, "cannot roll back");
                 }
                 let replies = outcome.replies.into_iter().map(|(reply, _)| reply);
-                Err((replies.chain(waiting.map(|(_, reply)| reply)).collect(), cause))
+                Err((replies.chain(waiting.map(|(_, _, reply)| reply)).collect(), cause))
             }
         }
     }
 
     /// The inner result is the answer to the webhook; the outer one concerns the whole transaction.
-    fn append(&mut self, ledger: &mut Ledger, event: &Event) -> Result<Result<Receipt, AppendError>> {
-        if let Some(id) = self.window.find(&event.fingerprint) {
+    fn append(
+        &mut self,
+        ledger: &mut Ledger,
+        event: &Event,
+        replayable_until_ms: Option<i64>,
+    ) -> Result<Result<Receipt, AppendError>> {
+        let now = (Timestamp::now().as_millisecond(), Instant::now());
+        if let Some(found) = self.window.find(&event.fingerprint, replayable_until_ms, now.1) {
+            if found.extended {
+                self.store.extend(found.seq, replayable_until_ms)?;
+                self.window.extend(event.fingerprint, replayable_until_ms, now);
+            }
             ledger.duplicates += 1;
-            return Ok(Ok(Receipt { id, duplicate: true }));
+            return Ok(Ok(Receipt { id: found.id, duplicate: true }));
         }
         let cost = event.body.len() as u64 + EVENT_OVERHEAD_BYTES;
         if ledger.bytes + cost > self.max_bytes {
@@ -227,13 +244,20 @@ impl Writer {
         let seq = ledger.accepted + 1;
         self.store.insert(seq, event)?;
         if self.window.is_on() {
-            self.store.remember(seq, event)?;
-            self.window.insert(seq, event.fingerprint, event.id, Instant::now());
+            self.store.remember(seq, event, replayable_until_ms)?;
+            self.window.insert(seq, event.fingerprint, event.id, replayable_until_ms, now);
         }
         ledger.accepted = seq;
         ledger.pending += 1;
         ledger.bytes += cost;
         Ok(Ok(Receipt { id: event.id, duplicate: false }))
+    }
+
+    /// More events come in than the window may hold, so re-sends and replays are recognised for less time than they should.
+    fn tell_of_short_window(&self, early: bool) {
+        if early && let Some(unreported) = self.notices.due("short-window", Instant::now()) {
+            warn!(unreported, "dedupe.entries_max is too small for this traffic: re-sends may be published twice");
+        }
     }
 
     /// Whether events can be taken: the files are there, the last failure has been mended, and there is space in reserve.

@@ -161,16 +161,6 @@ async fn slow_senders_are_cut_off() {
 }
 
 #[tokio::test]
-async fn the_number_of_connections_is_limited_and_the_next_one_waits() {
-    let relay = Setup::new(NO_BROKER).set("http.connections_max", 2).start().await;
-    let (one, _two) = (Raw::connect(relay.address()).await, Raw::connect(relay.address()).await);
-    let sender = relay.sender();
-    let third = tokio::spawn(async move { sender.post(EVENT).await });
-    drop(one);
-    third.await.unwrap().unwrap().expect(200);
-}
-
-#[tokio::test]
 async fn http_2_with_prior_knowledge_is_served() {
     let relay = Setup::new(NO_BROKER).start().await;
     let client = Client::http2();

@@ -1,0 +1,284 @@
+//! Who may stay when places are short: a table of the open connections. Pure but for a lock; takes `now`.
+//!
+//! A connection is *half-open* until it has sent its first complete request head, TLS included. When the limit is
+//! reached, the newest half-open connection gives way to the next one, so that a flood of connections that never ask for
+//! anything displaces itself; established senders stay. A newcomer has a second to send its request before it is a
+//! candidate, as long as there are older candidates.
+
+use std::collections::{BTreeSet, HashMap};
+use std::net::{IpAddr, Ipv6Addr};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use ipnet::IpNet;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+/// Enough for a TLS handshake and a request from the other side of the world.
+const FAIR_CHANCE: Duration = Duration::from_secs(1);
+
+/// Whoever has an IPv6 address usually has the 2^64 around it (RFC 6177).
+const IPV6_SOURCE_BITS: u32 = 64;
+
+/// Places by limit.
+pub struct Admission {
+    total_max: usize,
+    source_max: usize,
+    /// Proxies: many senders behind one address.
+    unlimited_sources: Vec<IpNet>,
+    table: Mutex<Table>,
+    left: Notify,
+}
+
+#[derive(Default)]
+struct Table {
+    next_id: u64,
+    connections: HashMap<u64, Connection>,
+    half_open: BTreeSet<(Instant, u64)>,
+    sources: HashMap<IpAddr, Source>,
+}
+
+struct Connection {
+    source: IpAddr,
+    since: Instant,
+    evicted: CancellationToken,
+}
+
+#[derive(Default)]
+struct Source {
+    open: usize,
+    half_open: BTreeSet<(Instant, u64)>,
+}
+
+/// A newcomer's fate.
+pub enum Admitted {
+    /// It has a place. The flag tells whether another one had to go for it.
+    Yes { place: Place, evicted: bool },
+    /// All places of its source are taken by established connections.
+    SourceFull,
+}
+
+/// A connection's place in the table; given back when it is dropped.
+pub struct Place {
+    admission: Arc<Admission>,
+    id: u64,
+    evicted: CancellationToken,
+}
+
+/// How many connections there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Census {
+    pub half_open: usize,
+    pub established: usize,
+}
+
+impl Admission {
+    pub fn new(total_max: usize, source_max: usize, unlimited_sources: Vec<IpNet>) -> Arc<Self> {
+        Arc::new(Self { total_max, source_max, unlimited_sources, table: Mutex::default(), left: Notify::new() })
+    }
+
+    /// Returns once a newcomer could be admitted: there is a place, or a half-open connection that can go.
+    pub async fn room(&self) {
+        loop {
+            let left = self.left.notified();
+            let full = {
+                let table = self.table();
+                table.connections.len() >= self.total_max && table.half_open.is_empty()
+            };
+            if !full {
+                return;
+            }
+            left.await;
+        }
+    }
+
+    /// Gives the peer a place, if need be that of another.
+    pub fn admit(self: &Arc<Self>, peer: IpAddr, now: Instant) -> Admitted {
+        let source = source(peer);
+        let mut table = self.table();
+        let mut evicted = false;
+        let open = table.sources.get(&source).map_or(0, |source| source.open);
+        if open >= self.source_max && !self.unlimited_sources.iter().any(|proxy| proxy.contains(&peer.to_canonical())) {
+            match table.sources.get(&source).and_then(|source| candidate(&source.half_open, now)) {
+                Some(id) => evicted = table.evict(id),
+                None => return Admitted::SourceFull,
+            }
+        }
+        if table.connections.len() >= self.total_max
+            && let Some(id) = candidate(&table.half_open, now)
+        {
+            evicted = table.evict(id);
+        }
+        let id = table.next_id;
+        table.next_id += 1;
+        let token = CancellationToken::new();
+        table.half_open.insert((now, id));
+        let entry = table.sources.entry(source).or_default();
+        entry.open += 1;
+        entry.half_open.insert((now, id));
+        table.connections.insert(id, Connection { source, since: now, evicted: token.clone() });
+        Admitted::Yes { place: Place { admission: Arc::clone(self), id, evicted: token }, evicted }
+    }
+
+    pub fn census(&self) -> Census {
+        let table = self.table();
+        let half_open = table.half_open.len();
+        Census { half_open, established: table.connections.len() - half_open }
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Table {
+    fn evict(&mut self, id: u64) -> bool {
+        let connection = self.remove(id);
+        if let Some(connection) = &connection {
+            connection.evicted.cancel();
+        }
+        connection.is_some()
+    }
+
+    fn remove(&mut self, id: u64) -> Option<Connection> {
+        let connection = self.connections.remove(&id)?;
+        self.not_half_open(&connection, id);
+        if let Some(source) = self.sources.get_mut(&connection.source) {
+            source.open -= 1;
+            if source.open == 0 {
+                self.sources.remove(&connection.source);
+            }
+        }
+        Some(connection)
+    }
+
+    fn not_half_open(&mut self, connection: &Connection, id: u64) {
+        self.half_open.remove(&(connection.since, id));
+        if let Some(source) = self.sources.get_mut(&connection.source) {
+            source.half_open.remove(&(connection.since, id));
+        }
+    }
+}
+
+impl Place {
+    /// The first request has come: from now on it stays.
+    pub fn establish(&self) {
+        let mut table = self.admission.table();
+        if let Some(connection) = table.connections.remove(&self.id) {
+            table.not_half_open(&connection, self.id);
+            table.connections.insert(self.id, connection);
+        }
+    }
+
+    /// Resolves when the place has been given to another.
+    pub async fn evicted(&self) {
+        self.evicted.cancelled().await;
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.admission.table().remove(self.id);
+        self.admission.left.notify_waiters();
+    }
+}
+
+/// The newest one that has had its chance, or else the newest of all.
+fn candidate(half_open: &BTreeSet<(Instant, u64)>, now: Instant) -> Option<u64> {
+    let chance_over = now.checked_sub(FAIR_CHANCE);
+    let fair = chance_over.and_then(|until| half_open.range(..=(until, u64::MAX)).next_back());
+    fair.or(half_open.last()).map(|(_, id)| *id)
+}
+
+/// What counts as one source.
+fn source(peer: IpAddr) -> IpAddr {
+    match peer.to_canonical() {
+        IpAddr::V4(address) => address.into(),
+        IpAddr::V6(address) => {
+            IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() >> (128 - IPV6_SOURCE_BITS) << (128 - IPV6_SOURCE_BITS)))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn admission(total_max: usize, source_max: usize) -> Arc<Admission> {
+        Admission::new(total_max, source_max, vec!["10.0.0.0/8".parse().unwrap()])
+    }
+
+    /// The place of an admitted peer, and whether another one went for it.
+    fn admit(admission: &Arc<Admission>, peer: &str, now: Instant) -> Option<(Place, bool)> {
+        match admission.admit(peer.parse().unwrap(), now) {
+            Admitted::Yes { place, evicted } => Some((place, evicted)),
+            Admitted::SourceFull => None,
+        }
+    }
+
+    fn is_evicted(place: &Place) -> bool {
+        place.evicted.is_cancelled()
+    }
+
+    #[test]
+    fn the_newest_half_open_connection_gives_way_and_established_ones_stay() {
+        let (admission, start) = (admission(3, 100), Instant::now());
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let (established, _) = admit(&admission, "192.0.2.1", start).unwrap();
+        established.establish();
+        let (older, _) = admit(&admission, "192.0.2.2", at(1)).unwrap();
+        let (newer, _) = admit(&admission, "192.0.2.3", at(2)).unwrap();
+        let (newcomer, evicted) = admit(&admission, "192.0.2.4", at(10)).unwrap();
+        assert!(evicted && is_evicted(&newer) && !is_evicted(&older) && !is_evicted(&established));
+        assert_eq!(admission.census(), Census { half_open: 2, established: 1 });
+        // The newcomer has its chance: the one before goes first.
+        let (_another, _) = admit(&admission, "192.0.2.5", at(10)).unwrap();
+        assert!(is_evicted(&older) && !is_evicted(&newcomer));
+        drop((newer, older));
+        assert_eq!(admission.census().half_open, 2, "who was evicted gives nothing back");
+    }
+
+    #[test]
+    fn a_burst_displaces_itself() {
+        let (admission, now) = (admission(2, 100), Instant::now());
+        let (first, _) = admit(&admission, "192.0.2.1", now).unwrap();
+        let (second, _) = admit(&admission, "192.0.2.1", now).unwrap();
+        let (third, _) = admit(&admission, "192.0.2.1", now).unwrap();
+        assert!(!is_evicted(&first) && is_evicted(&second) && !is_evicted(&third));
+    }
+
+    #[test]
+    fn a_source_displaces_its_own_and_proxies_are_not_limited() {
+        let (admission, now) = (admission(100, 2), Instant::now());
+        let (neighbour, _) = admit(&admission, "192.0.2.9", now).unwrap();
+        let (established, _) = admit(&admission, "2001:db8::1", now).unwrap();
+        established.establish();
+        let (idle, _) = admit(&admission, "2001:db8::2", now).unwrap();
+        let (third, evicted) = admit(&admission, "2001:db8::3", now).unwrap();
+        assert!(evicted && is_evicted(&idle) && !is_evicted(&neighbour));
+        third.establish();
+        assert!(admit(&admission, "2001:db8::4", now).is_none(), "a /64 is one source");
+        assert!(admit(&admission, "2001:db8:0:1::1", now).is_some());
+        drop(established);
+        let back = admit(&admission, "2001:db8::5", now);
+        assert!(back.is_some_and(|(_, evicted)| !evicted), "a place was given back");
+        let proxied: Vec<_> = (0..10).map(|_| admit(&admission, "::ffff:10.0.0.1", now)).collect();
+        assert!(proxied.iter().all(|admitted| admitted.as_ref().is_some_and(|(_, evicted)| !evicted)));
+    }
+
+    #[tokio::test]
+    async fn without_half_open_connections_the_next_one_waits() {
+        let (admission, now) = (admission(1, 100), Instant::now());
+        let (place, _) = admit(&admission, "192.0.2.1", now).unwrap();
+        admission.room().await;
+        place.establish();
+        let waiting = tokio::spawn({
+            let admission = Arc::clone(&admission);
+            async move { admission.room().await }
+        });
+        tokio::task::yield_now().await;
+        assert!(!waiting.is_finished());
+        drop(place);
+        waiting.await.unwrap();
+    }
+}

@@ -1,0 +1,226 @@
+//! An HTTP server with limits: bind, accept, serve, drain. Knows nothing of what it serves.
+//!
+//! HTTP/1.1 and HTTP/2, told apart by the first bytes: with TLS as agreed by ALPN, without it with prior knowledge
+//! (RFC 9113, section 3.3).
+
+mod admission;
+mod connection;
+
+use std::convert::Infallible;
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::body::{Body, Incoming};
+use hyper::header::{CONTENT_LENGTH, HeaderValue};
+use hyper::service::service_fn;
+use hyper::{Method, Request, Response};
+use ipnet::IpNet;
+use thiserror::Error;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+
+pub use admission::{Admission, Census};
+use admission::{Admitted, Place};
+pub use connection::Protocol;
+use connection::{Activity, End};
+
+use crate::metrics::Metrics;
+use crate::notices::Notices;
+use crate::tls;
+
+/// When the process has no file descriptor left, one may be free after this time.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// The address could not be taken.
+#[derive(Debug, Error)]
+#[error("cannot listen on {address} ({key}): {source}")]
+pub struct BindError {
+    address: SocketAddr,
+    key: &'static str,
+    source: io::Error,
+}
+
+/// What clients may take.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    pub connections_max: usize,
+    /// Of one IPv4 address or IPv6 /64.
+    pub connections_per_source_max: usize,
+    /// Peers that the limit for a source does not concern: proxies.
+    pub unlimited_sources: Vec<IpNet>,
+    /// For a TLS handshake, for a request head, and for the time between two requests.
+    pub header_timeout: Duration,
+    /// For a connection on which no byte moves, in either direction.
+    pub silence_timeout: Duration,
+    pub headers_max: usize,
+    /// Of a request head.
+    pub header_bytes_max: usize,
+    /// Of an HTTP/2 connection.
+    pub streams_max: u32,
+}
+
+/// A bound listener.
+pub struct Server {
+    listener: TcpListener,
+    context: Context,
+}
+
+/// What every connection needs.
+#[derive(Clone)]
+struct Context {
+    /// The configuration's name of the listener, for metrics and logs.
+    name: &'static str,
+    admission: Arc<Admission>,
+    protocol: Arc<Protocol>,
+    tls: Option<Arc<tls::Server>>,
+    metrics: Arc<Metrics>,
+    notices: Arc<Notices>,
+}
+
+impl Server {
+    /// `key` is the configuration's name of the address, for the error.
+    pub async fn bind(
+        address: SocketAddr,
+        key: &'static str,
+        limits: Limits,
+        tls: Option<Arc<tls::Server>>,
+        metrics: Arc<Metrics>,
+    ) -> Result<Self, BindError> {
+        let listener = TcpListener::bind(address).await.map_err(|source| BindError { address, key, source })?;
+        let protocol = Arc::new(Protocol::new(&limits));
+        let Limits { connections_max, connections_per_source_max, unlimited_sources, .. } = limits;
+        let admission = Admission::new(connections_max, connections_per_source_max, unlimited_sources);
+        let name = key.split('.').next().unwrap_or(key);
+        Ok(Self { listener, context: Context { name, admission, protocol, tls, metrics, notices: Arc::default() } })
+    }
+
+    /// Where it listens: the port that was given if 0 was asked for.
+    pub fn address(&self) -> io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+
+    /// The table of connections, to be looked at.
+    pub fn admission(&self) -> Arc<Admission> {
+        Arc::clone(&self.context.admission)
+    }
+
+    /// Serves until `shutdown`, then takes no new connection, finishes the requests under way, and returns. Dropping the
+    /// future cuts the connections.
+    pub async fn run<H, F>(self, handler: H, shutdown: CancellationToken)
+    where
+        H: Fn(Request<Incoming>, SocketAddr) -> F + Clone + Send + 'static,
+        F: Future<Output = Response<Full<Bytes>>> + Send + 'static,
+    {
+        let Self { listener, context } = self;
+        let mut connections = JoinSet::new();
+        loop {
+            // Where everybody is established nobody is accepted: the kernel keeps the next ones waiting.
+            let accepted = async {
+                context.admission.room().await;
+                accept(&listener, &context.notices).await
+            };
+            let (stream, peer) = tokio::select! {
+                accepted = accepted => accepted,
+                // Reaps the connections that have ended.
+                Some(_) = connections.join_next() => continue,
+                () = shutdown.cancelled() => break,
+            };
+            match context.admission.admit(peer.ip(), Instant::now()) {
+                Admitted::Yes { place, evicted } => {
+                    if evicted {
+                        context.refused(&End::Evicted, peer);
+                    }
+                    connections.spawn(context.clone().serve(stream, peer, place, handler.clone(), shutdown.clone()));
+                }
+                Admitted::SourceFull => context.refused(&End::SourceFull, peer),
+            }
+        }
+        drop(listener);
+        while connections.join_next().await.is_some() {}
+    }
+}
+
+impl Context {
+    async fn serve<H, F>(
+        self,
+        stream: TcpStream,
+        peer: SocketAddr,
+        place: Place,
+        handler: H,
+        shutdown: CancellationToken,
+    ) where
+        H: Fn(Request<Incoming>, SocketAddr) -> F + Send + 'static,
+        F: Future<Output = Response<Full<Bytes>>> + Send + 'static,
+    {
+        let place = Arc::new(place);
+        let activity = Arc::new(Activity::new());
+        let service = service_fn({
+            let (place, activity) = (Arc::clone(&place), Arc::clone(&activity));
+            move |request: Request<Incoming>| {
+                let under_way = activity.begin(&place);
+                let head = request.method() == Method::HEAD;
+                let response = handler(request, peer);
+                async move {
+                    let response = response.await;
+                    drop(under_way);
+                    Ok::<_, Infallible>(if head { without_body(response) } else { response })
+                }
+            }
+        });
+        let identity = self.tls.as_ref().map(|tls| tls.identity().config);
+        let end = tokio::select! {
+            end = self.protocol.serve(stream, identity, service, &activity, &shutdown) => end,
+            // Whoever took the place has been told of.
+            () = place.evicted() => return,
+        };
+        self.refused(&end, peer);
+    }
+
+    /// Counts a connection that ended otherwise than it should, and tells of it now and then.
+    fn refused(&self, end: &End, peer: SocketAddr) {
+        let Some(reason) = end.reason() else {
+            if let End::Broken(error) = end {
+                debug!(%peer, listener = self.name, error, "connection ended");
+            }
+            return;
+        };
+        self.metrics.connection_refused(self.name, reason);
+        debug!(%peer, listener = self.name, reason, error = end.error(), "connection refused");
+        if let Some(unreported) = self.notices.due(reason, Instant::now()) {
+            info!(%peer, listener = self.name, reason, error = end.error(), unreported, "connection refused; further ones of this kind are counted for a minute");
+        }
+    }
+}
+
+/// The answer to HEAD (RFC 9110, section 9.3.2). hyper leaves the body out by itself only in HTTP/1.
+fn without_body(response: Response<Full<Bytes>>) -> Response<Full<Bytes>> {
+    let length = response.body().size_hint().lower();
+    let mut response = response.map(|_| Full::default());
+    response.headers_mut().insert(CONTENT_LENGTH, HeaderValue::from(length));
+    response
+}
+
+/// Never fails: what goes wrong with one connection is no reason to stop taking others.
+async fn accept(listener: &TcpListener, notices: &Notices) -> (TcpStream, SocketAddr) {
+    loop {
+        match listener.accept().await {
+            Ok(accepted) => return accepted,
+            // The peer was gone before it was accepted.
+            Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset) => {
+            }
+            Err(error) => {
+                if let Some(unreported) = notices.due("accept", Instant::now()) {
+                    warn!(%error, unreported, "cannot accept connections");
+                }
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}

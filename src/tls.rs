@@ -1,0 +1,212 @@
+//! TLS: from PEM files to what the listener and the connection to the broker use. Knows neither HTTP nor AMQP.
+//!
+//! rustls with ring as its only crypto provider: TLS 1.2 and 1.3. No error quotes what is in a file.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, LazyLock, PoisonError, RwLock};
+
+use jiff::Timestamp;
+use rustls::crypto::CryptoProvider;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::server::WebPkiClientVerifier;
+use rustls::{ClientConfig, RootCertStore, ServerConfig};
+use thiserror::Error;
+use tokio_rustls::rustls;
+use x509_cert::der::Decode;
+
+static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| Arc::new(rustls::crypto::ring::default_provider()));
+
+/// HTTP/2 first (RFC 7301; the names are IANA's).
+const SERVER_PROTOCOLS: [&[u8]; 2] = [b"h2", b"http/1.1"];
+
+/// The files behind a TLS listener, all PEM.
+#[derive(Clone, Debug)]
+pub struct ServerFiles {
+    /// The server's own certificate first, then the intermediate ones.
+    pub certificate: PathBuf,
+    pub private_key: PathBuf,
+    /// If set, clients have to show a certificate of one of these authorities.
+    pub client_ca: Option<PathBuf>,
+}
+
+/// The files behind a TLS connection that we open, all PEM.
+#[derive(Clone, Debug, Default)]
+pub struct ClientFiles {
+    /// Whom to believe; `None`: the authorities that the system believes.
+    pub ca: Option<PathBuf>,
+    /// Our own certificate with its key, for peers that ask for one.
+    pub identity: Option<(PathBuf, PathBuf)>,
+}
+
+/// Why certificates cannot be used; each names the file.
+#[derive(Debug, Error)]
+pub enum TlsError {
+    #[error("cannot read {}: {source}", path.display())]
+    Read { path: PathBuf, source: std::io::Error },
+    #[error("{} holds no {what} in PEM format", path.display())]
+    Empty { path: PathBuf, what: &'static str },
+    #[error("{} is broken: {reason}", path.display())]
+    Broken { path: PathBuf, reason: String },
+    #[error("{} expired on {at:.0}", path.display())]
+    Expired { path: PathBuf, at: Timestamp },
+    #[error("{} and {} do not belong together: {source}", certificate.display(), private_key.display())]
+    Mismatch { certificate: PathBuf, private_key: PathBuf, source: rustls::Error },
+    #[error("the system has no certificate authorities that could be read")]
+    NoSystemAuthorities,
+    #[error("TLS cannot be set up: {0}")]
+    Rustls(#[from] rustls::Error),
+}
+
+/// What a listener shows to its clients, with the end of its certificate.
+#[derive(Clone)]
+pub struct Identity {
+    pub config: Arc<ServerConfig>,
+    pub expires_at: Timestamp,
+}
+
+/// An [`Identity`] that can be replaced while connections are open: they keep theirs, the next ones get the new one.
+pub struct Server {
+    files: ServerFiles,
+    identity: RwLock<Identity>,
+}
+
+impl Server {
+    pub fn load(files: ServerFiles) -> Result<Self, TlsError> {
+        let identity = RwLock::new(files.load(Timestamp::now())?);
+        Ok(Self { files, identity })
+    }
+
+    /// Reads the files anew. What cannot be used changes nothing.
+    pub fn reload(&self) -> Result<(), TlsError> {
+        let identity = self.files.load(Timestamp::now())?;
+        *self.identity.write().unwrap_or_else(PoisonError::into_inner) = identity;
+        Ok(())
+    }
+
+    pub fn identity(&self) -> Identity {
+        self.identity.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub fn files(&self) -> &ServerFiles {
+        &self.files
+    }
+}
+
+impl ServerFiles {
+    /// An expired certificate is an error: no client would take it.
+    pub fn load(&self, now: Timestamp) -> Result<Identity, TlsError> {
+        let chain = certificates(&self.certificate)?;
+        let expires_at = expiry(&chain[0], &self.certificate)?;
+        if expires_at <= now {
+            return Err(TlsError::Expired { path: self.certificate.clone(), at: expires_at });
+        }
+        let builder =
+            ServerConfig::builder_with_provider(Arc::clone(&PROVIDER)).with_safe_default_protocol_versions()?;
+        let builder = match &self.client_ca {
+            None => builder.with_no_client_auth(),
+            Some(ca) => {
+                let roots = Arc::new(authorities(ca)?);
+                let verifier = WebPkiClientVerifier::builder_with_provider(roots, Arc::clone(&PROVIDER)).build();
+                builder.with_client_cert_verifier(verifier.map_err(|error| broken(ca, error))?)
+            }
+        };
+        let mut config = builder
+            .with_single_cert(chain, private_key(&self.private_key)?)
+            .map_err(|source| mismatch(&self.certificate, &self.private_key, source))?;
+        config.alpn_protocols = SERVER_PROTOCOLS.map(<[u8]>::to_vec).to_vec();
+        Ok(Identity { config: Arc::new(config), expires_at })
+    }
+
+    pub fn paths(&self) -> Vec<PathBuf> {
+        [Some(&self.certificate), Some(&self.private_key), self.client_ca.as_ref()]
+            .into_iter()
+            .flatten()
+            .cloned()
+            .collect()
+    }
+}
+
+impl ClientFiles {
+    pub fn load(&self) -> Result<Arc<ClientConfig>, TlsError> {
+        let roots = match &self.ca {
+            Some(ca) => authorities(ca)?,
+            None => system_authorities()?,
+        };
+        let builder = ClientConfig::builder_with_provider(Arc::clone(&PROVIDER))
+            .with_safe_default_protocol_versions()?
+            .with_root_certificates(roots);
+        let config = match &self.identity {
+            None => builder.with_no_client_auth(),
+            Some((certificate, key)) => builder
+                .with_client_auth_cert(certificates(certificate)?, private_key(key)?)
+                .map_err(|source| mismatch(certificate, key, source))?,
+        };
+        Ok(Arc::new(config))
+    }
+
+    pub fn paths(&self) -> Vec<PathBuf> {
+        let identity = self.identity.iter().flat_map(|(certificate, key)| [certificate, key]);
+        self.ca.iter().chain(identity).cloned().collect()
+    }
+}
+
+/// For a client that will not speak TLS, and has to be set up for it all the same. It believes nobody.
+pub fn client_without_authorities() -> Result<Arc<ClientConfig>, TlsError> {
+    let builder = ClientConfig::builder_with_provider(Arc::clone(&PROVIDER)).with_safe_default_protocol_versions()?;
+    Ok(Arc::new(builder.with_root_certificates(RootCertStore::empty()).with_no_client_auth()))
+}
+
+/// A name that a certificate can be checked against: a host name or an IP address.
+pub fn server_name(host: &str) -> Option<ServerName<'static>> {
+    ServerName::try_from(host.to_owned()).ok()
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, TlsError> {
+    std::fs::read(path).map_err(|source| TlsError::Read { path: path.to_owned(), source })
+}
+
+fn broken(path: &Path, reason: impl ToString) -> TlsError {
+    TlsError::Broken { path: path.to_owned(), reason: reason.to_string() }
+}
+
+fn mismatch(certificate: &Path, private_key: &Path, source: rustls::Error) -> TlsError {
+    TlsError::Mismatch { certificate: certificate.to_owned(), private_key: private_key.to_owned(), source }
+}
+
+/// At least one.
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&read(path)?).collect();
+    match certificates.map_err(|error| broken(path, error))? {
+        none if none.is_empty() => Err(TlsError::Empty { path: path.to_owned(), what: "certificate" }),
+        certificates => Ok(certificates),
+    }
+}
+
+fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsError> {
+    PrivateKeyDer::from_pem_slice(&read(path)?).map_err(|error| match error {
+        rustls::pki_types::pem::Error::NoItemsFound => TlsError::Empty { path: path.to_owned(), what: "private key" },
+        error => broken(path, error),
+    })
+}
+
+fn authorities(path: &Path) -> Result<RootCertStore, TlsError> {
+    let mut roots = RootCertStore::empty();
+    for certificate in certificates(path)? {
+        roots.add(certificate).map_err(|error| broken(path, error))?;
+    }
+    Ok(roots)
+}
+
+fn system_authorities() -> Result<RootCertStore, TlsError> {
+    let mut roots = RootCertStore::empty();
+    // Systems carry a few that nobody can read; what counts is that there are others.
+    roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+    if roots.is_empty() { Err(TlsError::NoSystemAuthorities) } else { Ok(roots) }
+}
+
+fn expiry(certificate: &CertificateDer<'_>, path: &Path) -> Result<Timestamp, TlsError> {
+    let parsed = x509_cert::Certificate::from_der(certificate).map_err(|error| broken(path, error))?;
+    let not_after = parsed.tbs_certificate().validity().not_after.to_unix_duration();
+    Timestamp::from_second(i64::try_from(not_after.as_secs()).unwrap_or(i64::MAX)).map_err(|error| broken(path, error))
+}
