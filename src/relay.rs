@@ -173,6 +173,9 @@ fn warn_of_weak_settings(config: &Config) {
             warn!("there is no secret, so signatures are not checked even where they are present");
         }
     }
+    if config.dedupe.window.is_zero() {
+        warn!("dedupe.window is 0s: re-sends are published again, and so is a request that somebody has captured");
+    }
     if config.spool.durability == Durability::Process {
         warn!("spool.durability is \"process\": a power loss takes back events that were answered 200");
     }

@@ -139,6 +139,15 @@ impl Activity {
         }
     }
 
+    /// Who has never sent a request has been timed out; who was served, and then asked for nothing more, has not.
+    fn end(&self, ended: Result<(), Box<dyn Error + Send + Sync>>) -> End {
+        let end = ended.map_or_else(|error| End::of(&*error), |()| End::Closed);
+        match (self.since().established, end) {
+            (true, End::TimedOut) => End::Closed,
+            (_, end) => end,
+        }
+    }
+
     fn since(&self) -> MutexGuard<'_, Since> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -224,19 +233,18 @@ impl Protocol {
         let stream = with_timeouts(stream, self.silence_timeout);
         let mut connection = pin!(self.builder.serve_connection(TokioIo::new(stream), service));
         let idle = activity.idle_for(self.header_timeout);
-        let timed_out = tokio::select! {
-            ended = connection.as_mut() => return ended.map_or_else(|error| End::of(&*error), |()| End::Closed),
-            () = shutdown.cancelled() => false,
+        tokio::select! {
+            ended = connection.as_mut() => return activity.end(ended),
+            () = shutdown.cancelled() => {
+                connection.as_mut().graceful_shutdown();
+                return activity.end(connection.await);
+            }
             // hyper looks after HTTP/1 by itself; an HTTP/2 client that answers pings could stay for ever.
-            () = idle => true,
-        };
-        connection.as_mut().graceful_shutdown();
-        if !timed_out {
-            return connection.await.map_or_else(|error| End::of(&*error), |()| End::Closed);
+            () = idle => connection.as_mut().graceful_shutdown(),
         }
         // A goodbye is for those who listen.
-        let ended = timeout(self.header_timeout, connection).await;
-        if activity.since().established && matches!(ended, Ok(Ok(()))) { End::Closed } else { End::TimedOut }
+        let _ = timeout(self.header_timeout, connection).await;
+        activity.end(Err(Box::new(io::Error::from(io::ErrorKind::TimedOut))))
     }
 }
 

@@ -8,9 +8,16 @@
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
+use jiff::Timestamp;
 use uuid::Uuid;
 
 use crate::event::Fingerprint;
+
+/// How many signatures of one body are kept in mind: far more than Prism's retries.
+const SIGNATURES_MAX: usize = 16;
+
+/// Twice the largest `signature.tolerance`. Were the clock set back by years, an entry would stay as long.
+const REPLAYABLE_MAX: Duration = Duration::from_secs(2 * 24 * 3600);
 
 /// An entry as it is on disk.
 pub(super) struct Seen {
@@ -19,9 +26,13 @@ pub(super) struct Seen {
     pub id: Uuid,
     /// Wall clock, in milliseconds since 1970.
     pub accepted_ms: i64,
-    /// Until when the signed request could be replayed; `None` if it was not signed. Milliseconds since 1970.
-    pub replayable_until_ms: Option<i64>,
+    pub signatures: Signatures,
 }
+
+/// The signed requests that have carried a body: until when each of them could be replayed, in milliseconds since 1970.
+/// That is its time of signing plus a constant, so it also tells one from the other.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Signatures(Vec<i64>);
 
 pub(super) struct Window {
     length: Duration,
@@ -36,7 +47,7 @@ struct Entry {
     seq: u64,
     id: Uuid,
     accepted_at: Instant,
-    replayable_until_ms: Option<i64>,
+    signatures: Signatures,
 }
 
 #[derive(Clone, Copy)]
@@ -52,8 +63,48 @@ struct Remembered {
 pub(super) struct Found {
     pub seq: u64,
     pub id: Uuid,
-    /// The new request can be replayed for longer than those before: to be kept in mind.
-    pub extended: bool,
+    /// Sent again under a new signature, which is to be kept in mind.
+    pub signed_anew: bool,
+}
+
+/// Both clocks at the same instant: the wall clock in milliseconds since 1970, and the monotonic one.
+#[derive(Clone, Copy)]
+pub(super) struct Now {
+    pub wall_ms: i64,
+    pub monotonic: Instant,
+}
+
+impl Now {
+    pub fn read() -> Self {
+        Self { wall_ms: Timestamp::now().as_millisecond(), monotonic: Instant::now() }
+    }
+}
+
+impl Signatures {
+    pub fn of(replayable_until_ms: Option<i64>) -> Self {
+        Self(replayable_until_ms.into_iter().collect())
+    }
+
+    /// Eight bytes each, big-endian.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        self.0.iter().flat_map(|until| until.to_be_bytes()).collect()
+    }
+
+    pub fn from_bytes(bytes: &[u8]) -> Self {
+        Self(bytes.chunks_exact(8).map(|until| i64::from_be_bytes(until.try_into().expect("eight bytes"))).collect())
+    }
+
+    /// Takes in the signatures that are still good, the newest ones if there are too many.
+    fn merge(&mut self, others: &[i64], now_ms: i64) {
+        self.0.extend_from_slice(others);
+        self.0.retain(|until| *until >= now_ms);
+        let surplus = self.0.len().saturating_sub(SIGNATURES_MAX);
+        self.0.drain(..surplus);
+    }
+
+    fn last(&self) -> Option<i64> {
+        self.0.iter().copied().max()
+    }
 }
 
 impl Window {
@@ -67,54 +118,52 @@ impl Window {
     }
 
     /// Takes over what a former process has seen. An entry from the future counts as seen just now.
-    pub fn load(&mut self, seen: Vec<Seen>, now_ms: i64, now: Instant) {
+    pub fn load(&mut self, seen: Vec<Seen>, now: Now) {
         for entry in seen {
-            let age = Duration::from_millis(u64::try_from(now_ms - entry.accepted_ms).unwrap_or(0));
-            if let Some(accepted_at) = now.checked_sub(age) {
-                let until = self.until(accepted_at, entry.replayable_until_ms, now_ms, now);
-                self.remember(entry.seq, entry.fingerprint, entry.id, accepted_at, entry.replayable_until_ms, until);
+            let age = Duration::from_millis(u64::try_from(now.wall_ms - entry.accepted_ms).unwrap_or(0));
+            if let Some(accepted_at) = now.monotonic.checked_sub(age) {
+                self.remember(entry.seq, entry.fingerprint, entry.id, accepted_at, entry.signatures, now);
             }
         }
     }
 
-    /// Whether this body is a repetition: it was accepted within the window, or it was signed no later than one that was.
-    /// The latter is a request that somebody has captured and sends again; Prism signs what it sends later with a later
-    /// time.
+    /// Whether this body is a repetition: it was accepted within the window, or the very same signed request was accepted
+    /// before. The latter has been captured by somebody: Prism signs what it sends later with a later time.
     pub fn find(&self, fingerprint: &Fingerprint, replayable_until_ms: Option<i64>, now: Instant) -> Option<Found> {
         let entry = self.by_fingerprint.get(fingerprint)?;
         let recent = now.saturating_duration_since(entry.accepted_at) <= self.length;
-        let replayed = replayable_until_ms.is_some_and(|until| entry.replayable_until_ms >= Some(until));
-        let extended = replayable_until_ms > entry.replayable_until_ms;
-        (recent || replayed).then_some(Found { seq: entry.seq, id: entry.id, extended })
+        let known = replayable_until_ms.is_none_or(|until| entry.signatures.0.contains(&until));
+        let replayed = known && replayable_until_ms.is_some();
+        (recent || replayed).then_some(Found { seq: entry.seq, id: entry.id, signed_anew: !known })
     }
 
-    /// `now_ms` is the wall clock, `now` the monotonic one, of the same instant.
+    /// Returns the signatures to be kept in mind.
     pub fn insert(
         &mut self,
         seq: u64,
         fingerprint: Fingerprint,
         id: Uuid,
         replayable_until_ms: Option<i64>,
-        (now_ms, now): (i64, Instant),
-    ) {
-        let until = self.until(now, replayable_until_ms, now_ms, now);
-        self.remember(seq, fingerprint, id, now, replayable_until_ms, until);
+        now: Now,
+    ) -> &Signatures {
+        self.remember(seq, fingerprint, id, now.monotonic, Signatures::of(replayable_until_ms), now)
     }
 
-    /// A re-send of a known body came with a later signature, which could be captured as well.
-    pub fn extend(
+    /// A re-send of a known body came under a new signature, which could be captured as well. Returns the signatures to be
+    /// kept in mind.
+    pub fn signed_anew(
         &mut self,
-        fingerprint: Fingerprint,
-        replayable_until_ms: Option<i64>,
-        (now_ms, now): (i64, Instant),
-    ) {
-        let Some(entry) = self.by_fingerprint.get_mut(&fingerprint) else { return };
-        entry.replayable_until_ms = entry.replayable_until_ms.max(replayable_until_ms);
-        let (seq, accepted_at) = (entry.seq, entry.accepted_at);
-        let until = self.until(accepted_at, replayable_until_ms, now_ms, now);
-        if let Ok(index) = self.order.binary_search_by_key(&seq, |remembered| remembered.seq) {
-            self.order[index].until = self.order[index].until.max(until);
+        fingerprint: &Fingerprint,
+        replayable_until_ms: i64,
+        now: Now,
+    ) -> Option<&Signatures> {
+        let entry = self.by_fingerprint.get_mut(fingerprint)?;
+        entry.signatures.merge(&[replayable_until_ms], now.wall_ms);
+        let until = until(entry, self.length, now);
+        if let Ok(index) = self.order.binary_search_by_key(&entry.seq, |remembered| remembered.seq) {
+            self.order[index].until = until;
         }
+        Some(&entry.signatures)
     }
 
     /// Takes back everything after `seq`, whose commit has failed.
@@ -141,28 +190,22 @@ impl Window {
         purged
     }
 
-    /// When an entry is of no use any more: its window has passed, and its signature is too old.
-    fn until(&self, accepted_at: Instant, replayable_until_ms: Option<i64>, now_ms: i64, now: Instant) -> Instant {
-        let replayable_ms = replayable_until_ms.map_or(0, |until| until.saturating_sub(now_ms));
-        let replayable = Duration::from_millis(u64::try_from(replayable_ms).unwrap_or(0));
-        // The tolerance is a day at most, so nothing overflows.
-        (accepted_at + self.length).max(now + replayable)
-    }
-
     fn remember(
         &mut self,
         seq: u64,
         fingerprint: Fingerprint,
         id: Uuid,
         accepted_at: Instant,
-        replayable_until_ms: Option<i64>,
-        until: Instant,
-    ) {
+        mut signatures: Signatures,
+        now: Now,
+    ) -> &Signatures {
         // The same body was accepted before, and that request can still be replayed, too.
-        let before = self.by_fingerprint.get(&fingerprint).and_then(|entry| entry.replayable_until_ms);
-        let replayable_until_ms = replayable_until_ms.max(before);
-        self.by_fingerprint.insert(fingerprint, Entry { seq, id, accepted_at, replayable_until_ms });
-        self.order.push_back(Remembered { seq, fingerprint, until });
+        if let Some(before) = self.by_fingerprint.get(&fingerprint) {
+            signatures.merge(&before.signatures.0, now.wall_ms);
+        }
+        let entry = Entry { seq, id, accepted_at, signatures };
+        self.order.push_back(Remembered { seq, fingerprint, until: until(&entry, self.length, now) });
+        &self.by_fingerprint.entry(fingerprint).insert_entry(entry).into_mut().signatures
     }
 
     fn remove(&mut self, seq: u64, fingerprint: &Fingerprint) {
@@ -170,6 +213,13 @@ impl Window {
             self.by_fingerprint.remove(fingerprint);
         }
     }
+}
+
+/// When an entry is of no use any more: its window has passed, and its signatures are too old.
+fn until(entry: &Entry, length: Duration, now: Now) -> Instant {
+    let replayable_ms = entry.signatures.last().map_or(0, |until| until.saturating_sub(now.wall_ms));
+    let replayable = Duration::from_millis(u64::try_from(replayable_ms).unwrap_or(0)).min(REPLAYABLE_MAX);
+    (entry.accepted_at + length).max(now.monotonic + replayable)
 }
 
 #[cfg(test)]
@@ -186,11 +236,15 @@ mod tests {
         Uuid::from_bytes([n; 16])
     }
 
+    fn at(start: Instant, seconds: u32) -> Now {
+        Now { wall_ms: 1_000_000 + i64::from(seconds) * 1000, monotonic: start + seconds * SECOND }
+    }
+
     /// A window that saw `count` unsigned bodies at `start`, numbered from 1.
     fn window(entries_max: usize, count: u8, start: Instant) -> Window {
         let mut window = Window::new(120 * SECOND, entries_max);
         for n in 1..=count {
-            window.insert(n.into(), body(n), id(n), None, (0, start));
+            window.insert(n.into(), body(n), id(n), None, at(start, 0));
         }
         window
     }
@@ -228,39 +282,59 @@ mod tests {
     }
 
     #[test]
-    fn a_captured_request_is_recognised_for_as_long_as_its_signature_is_valid() {
-        let (start, now_ms) = (Instant::now(), 1_000_000);
-        let at = |seconds: u32| start + seconds * SECOND;
+    fn a_captured_request_is_recognised_for_as_long_as_its_signature_is_good() {
+        let start = Instant::now();
+        let at = |seconds| at(start, seconds);
+        let find = |window: &Window, until, seconds| {
+            window.find(&body(1), Some(until), at(seconds).monotonic).map(|found| (found.seq, found.signed_anew))
+        };
         let mut window = Window::new(120 * SECOND, 10);
-        // Signed by a clock that is ahead: valid for ten minutes from now on.
-        let until = Some(now_ms + 600_000);
-        window.insert(1, body(1), id(1), until, (now_ms, start));
-        let captured = window.find(&body(1), until, at(599));
-        assert_eq!(captured, Some(Found { seq: 1, id: id(1), extended: false }));
-        assert_eq!(window.find(&body(1), Some(now_ms + 700_000), at(121)), None, "signed later: sent anew");
-        assert_eq!(window.purge(at(599)), None);
-        // A re-send within the window had a later signature, and could be captured as well.
-        let later = Some(now_ms + 630_000);
-        assert!(window.find(&body(1), later, at(30)).unwrap().extended);
-        window.extend(body(1), later, (now_ms + 30_000, at(30)));
-        assert_eq!(window.purge(at(629)), None);
-        assert!(window.find(&body(1), later, at(629)).is_some_and(|found| !found.extended));
-        assert_eq!(window.purge(at(630)), Some((1, false)));
+        // By a clock that is ahead: good for ten minutes from now on.
+        let first = at(600).wall_ms;
+        window.insert(1, body(1), id(1), Some(first), at(0));
+        // A re-send within the window has a signature of its own, and could be captured as well.
+        let second = at(630).wall_ms;
+        assert_eq!(find(&window, second, 30), Some((1, true)));
+        let signatures = window.signed_anew(&body(1), second, at(30)).unwrap();
+        assert_eq!(Signatures::from_bytes(&signatures.to_bytes()), Signatures(vec![first, second]));
+        assert_eq!((find(&window, first, 599), find(&window, second, 629)), (Some((1, false)), Some((1, false))));
+        assert_eq!(window.purge(at(629).monotonic), None);
+        // What is signed at another time was sent anew, also by a clock that was set back.
+        let (later, earlier) = (at(700).wall_ms, at(500).wall_ms);
+        assert_eq!((find(&window, later, 200), find(&window, earlier, 200)), (None, None));
+        window.insert(2, body(1), id(2), Some(later), at(200));
+        assert_eq!([first, second, later].map(|until| find(&window, until, 599)), [Some((2, false)); 3]);
+        assert_eq!(window.purge(at(701).monotonic), Some((2, false)));
+    }
+
+    #[test]
+    fn a_body_has_only_so_many_signatures() {
+        let start = Instant::now();
+        let mut window = Window::new(120 * SECOND, 10);
+        window.insert(1, body(1), id(1), Some(at(start, 300).wall_ms), at(start, 0));
+        for seconds in 1..100 {
+            window.signed_anew(&body(1), at(start, 300 + seconds).wall_ms, at(start, 0));
+        }
+        let signatures = window.signed_anew(&body(1), at(start, 400).wall_ms, at(start, 0)).unwrap();
+        assert_eq!((signatures.0.len(), signatures.last()), (SIGNATURES_MAX, Some(at(start, 400).wall_ms)));
     }
 
     #[test]
     fn loading_keeps_the_ages_and_survives_a_clock_that_went_back() {
-        let now = Instant::now() + Duration::from_secs(1000);
+        let monotonic = Instant::now() + Duration::from_secs(1000);
         let seen = |seq, accepted_ms, replayable_until_ms| {
-            let (fingerprint, id) = (body(seq as u8), id(seq as u8));
-            Seen { seq, fingerprint, id, accepted_ms, replayable_until_ms }
+            let (fingerprint, id, signatures) = (body(seq as u8), id(seq as u8), Signatures::of(replayable_until_ms));
+            Seen { seq, fingerprint, id, accepted_ms, signatures }
         };
         let mut window = Window::new(120 * SECOND, 10);
         let entries = [seen(1, 0, None), seen(2, 100_000, None), seen(3, 900_000, None), seen(4, 0, Some(500_000))];
-        window.load(entries.into(), 200_000, now);
-        window.purge(now);
-        assert_eq!([1, 2, 3].map(|n| found(&window, n, now).is_some()), [false, true, true]);
-        assert_eq!(found(&window, 3, now + 121 * SECOND), None);
-        assert!(window.find(&body(4), Some(500_000), now + 299 * SECOND).is_some(), "replayable, though long ago");
+        window.load(entries.into(), Now { wall_ms: 200_000, monotonic });
+        window.purge(monotonic);
+        assert_eq!([1, 2, 3].map(|n| found(&window, n, monotonic).is_some()), [false, true, true]);
+        assert_eq!(found(&window, 3, monotonic + 121 * SECOND), None);
+        assert!(
+            window.find(&body(4), Some(500_000), monotonic + 299 * SECOND).is_some(),
+            "replayable, though long ago"
+        );
     }
 }

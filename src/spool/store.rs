@@ -6,7 +6,7 @@ use std::time::Duration;
 use rusqlite::{Connection, Result};
 use uuid::Uuid;
 
-use super::dedupe::Seen;
+use super::dedupe::{Seen, Signatures};
 use super::{EVENT_OVERHEAD_BYTES, Ledger, OpenError, files};
 use crate::config::Durability;
 use crate::event::{Event, Fingerprint};
@@ -20,7 +20,7 @@ const FORMAT: i64 = 2;
 pub(super) const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// From one format to the next, the oldest first.
-const MIGRATIONS: [(i64, &str); 1] = [(1, "ALTER TABLE seen ADD COLUMN replayable_until_ms INTEGER")];
+const MIGRATIONS: [(i64, &str); 1] = [(1, "ALTER TABLE seen ADD COLUMN signatures BLOB")];
 
 const SCHEMA: &str = "
     CREATE TABLE event (
@@ -41,7 +41,7 @@ const SCHEMA: &str = "
         fingerprint   BLOB    NOT NULL,    -- SHA-256 of the body
         id            BLOB    NOT NULL,
         accepted_ms   INTEGER NOT NULL,
-        replayable_until_ms INTEGER        -- NULL: not signed
+        signatures    BLOB                 -- until when each signed request that carried it can be replayed, 8 bytes each
     ) STRICT;
     CREATE TABLE ledger (                  -- accepted = confirmed + pending + parked + removed
         id            INTEGER PRIMARY KEY CHECK (id = 1),
@@ -194,19 +194,19 @@ impl Store {
         statement.execute((seq, now_ms)).map(|_| ())
     }
 
-    pub fn remember(&self, seq: u64, event: &Event, replayable_until_ms: Option<i64>) -> Result<()> {
+    pub fn remember(&self, seq: u64, event: &Event, signatures: &Signatures) -> Result<()> {
         let mut statement = self.connection.prepare_cached(
-            "INSERT INTO seen (seq, fingerprint, id, accepted_ms, replayable_until_ms) VALUES (?1, ?2, ?3, ?4, ?5)",
+            "INSERT INTO seen (seq, fingerprint, id, accepted_ms, signatures) VALUES (?1, ?2, ?3, ?4, ?5)",
         )?;
-        statement.execute((seq, event.fingerprint.0, event.id.as_bytes(), event.accepted_ms, replayable_until_ms))?;
+        let (fingerprint, id) = (event.fingerprint.0, event.id.as_bytes());
+        statement.execute((seq, fingerprint, id, event.accepted_ms, signatures.to_bytes()))?;
         Ok(())
     }
 
-    /// A re-send was signed later than what was known.
-    pub fn extend(&self, seq: u64, replayable_until_ms: Option<i64>) -> Result<()> {
-        let mut statement =
-            self.connection.prepare_cached("UPDATE seen SET replayable_until_ms = ?2 WHERE seq = ?1")?;
-        statement.execute((seq, replayable_until_ms)).map(|_| ())
+    /// Replaces the signatures that are kept in mind.
+    pub fn set_signatures(&self, seq: u64, signatures: &Signatures) -> Result<()> {
+        let mut statement = self.connection.prepare_cached("UPDATE seen SET signatures = ?2 WHERE seq = ?1")?;
+        statement.execute((seq, signatures.to_bytes())).map(|_| ())
     }
 
     /// Forgets the dedupe window up to `seq`, itself included.
@@ -219,7 +219,7 @@ impl Store {
     /// The newest `limit` entries of the dedupe window, the oldest first.
     pub fn seen(&self, limit: usize) -> Result<Vec<Seen>> {
         let mut statement = self.connection.prepare(
-            "SELECT seq, fingerprint, id, accepted_ms, replayable_until_ms FROM seen ORDER BY seq DESC LIMIT ?1",
+            "SELECT seq, fingerprint, id, accepted_ms, coalesce(signatures, x'') FROM seen ORDER BY seq DESC LIMIT ?1",
         )?;
         let rows = statement.query_map([limit as i64], |row| {
             Ok(Seen {
@@ -227,7 +227,7 @@ impl Store {
                 fingerprint: Fingerprint(row.get(1)?),
                 id: Uuid::from_bytes(row.get(2)?),
                 accepted_ms: row.get(3)?,
-                replayable_until_ms: row.get(4)?,
+                signatures: Signatures::from_bytes(row.get_ref(4)?.as_blob()?),
             })
         })?;
         let mut seen = rows.collect::<Result<Vec<_>>>()?;

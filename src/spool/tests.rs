@@ -340,3 +340,30 @@ async fn files_that_are_no_spool_are_left_alone() {
     newer.execute_batch("PRAGMA user_version = 99").unwrap();
     assert!(matches!(open("newer"), OpenError::Newer { found: 99, .. }));
 }
+
+#[test]
+fn a_spool_of_the_first_format_is_brought_up_to_date() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("spool.db");
+    let runtime = Runtime::new().unwrap();
+    let first = runtime.block_on(async {
+        let opened = Opened::open(&path, u64::MAX, WINDOW);
+        let receipt = opened.spool.append(event("a"), None).await.unwrap();
+        opened.close().await;
+        receipt
+    });
+    let old = rusqlite::Connection::open(&path).unwrap();
+    old.execute_batch("ALTER TABLE seen DROP COLUMN signatures; PRAGMA user_version = 1").unwrap();
+    drop(old);
+    runtime.block_on(async {
+        let opened = Opened::open(&path, u64::MAX, WINDOW);
+        let until = Some(Timestamp::now());
+        let again = opened.spool.append(event("a"), until).await.unwrap();
+        assert_eq!((again.id, again.duplicate), (first.id, true));
+        assert!(!opened.spool.append(event("b"), until).await.unwrap().duplicate);
+        opened.close().await;
+    });
+    let version: i64 =
+        rusqlite::Connection::open(&path).unwrap().query_row("PRAGMA user_version", [], |row| row.get(0)).unwrap();
+    assert_eq!(version, 2);
+}

@@ -13,7 +13,7 @@ use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tracing::{error, info, warn};
 
-use super::dedupe::Window;
+use super::dedupe::{Now, Window};
 use super::store::{Deleted, Store};
 use super::{AppendError, EVENT_OVERHEAD_BYTES, Gauges, Ledger, Receipt, Settlement};
 use crate::config;
@@ -75,7 +75,7 @@ impl Writer {
     ) -> Result<Self> {
         let mut window = Window::new(dedupe.window, dedupe.entries_max);
         if window.is_on() {
-            window.load(store.seen(dedupe.entries_max)?, Timestamp::now().as_millisecond(), Instant::now());
+            window.load(store.seen(dedupe.entries_max)?, Now::read());
         }
         Ok(Self {
             store,
@@ -228,11 +228,13 @@ impl Writer {
         event: &Event,
         replayable_until_ms: Option<i64>,
     ) -> Result<Result<Receipt, AppendError>> {
-        let now = (Timestamp::now().as_millisecond(), Instant::now());
-        if let Some(found) = self.window.find(&event.fingerprint, replayable_until_ms, now.1) {
-            if found.extended {
-                self.store.extend(found.seq, replayable_until_ms)?;
-                self.window.extend(event.fingerprint, replayable_until_ms, now);
+        let now = Now::read();
+        if let Some(found) = self.window.find(&event.fingerprint, replayable_until_ms, now.monotonic) {
+            if found.signed_anew
+                && let Some(until_ms) = replayable_until_ms
+                && let Some(signatures) = self.window.signed_anew(&event.fingerprint, until_ms, now)
+            {
+                self.store.set_signatures(found.seq, signatures)?;
             }
             ledger.duplicates += 1;
             return Ok(Ok(Receipt { id: found.id, duplicate: true }));
@@ -244,8 +246,8 @@ impl Writer {
         let seq = ledger.accepted + 1;
         self.store.insert(seq, event)?;
         if self.window.is_on() {
-            self.store.remember(seq, event, replayable_until_ms)?;
-            self.window.insert(seq, event.fingerprint, event.id, replayable_until_ms, now);
+            let signatures = self.window.insert(seq, event.fingerprint, event.id, replayable_until_ms, now);
+            self.store.remember(seq, event, signatures)?;
         }
         ledger.accepted = seq;
         ledger.pending += 1;

@@ -1,12 +1,14 @@
 //! HTTP as Prism and the operators speak it, and bare TCP for what no HTTP client would send.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use hmac::{Hmac, KeyInit, Mac};
 use http_body_util::{BodyExt, Full};
 use hyper::body::Bytes;
 use hyper::{HeaderMap, Method, Request};
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
@@ -15,26 +17,42 @@ use sha2::Sha256;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
+use tokio_rustls::rustls::pki_types::pem::PemObject;
+use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
+use super::certificates::Issued;
 use super::eventually::DEADLINE;
 
 /// A client that keeps its connections. It belongs to the runtime of one test.
 #[derive(Clone)]
-pub struct Client(legacy::Client<HttpConnector, Full<Bytes>>);
+pub struct Client(legacy::Client<HttpsConnector<HttpConnector>, Full<Bytes>>);
 
 impl Client {
     pub fn http1() -> Self {
-        Self::new(false)
+        Self::new(false, tls_config(None, None))
     }
 
     /// HTTP/2 with prior knowledge, without TLS.
     pub fn http2() -> Self {
-        Self::new(true)
+        Self::new(true, tls_config(None, None))
     }
 
-    fn new(http2: bool) -> Self {
+    /// With TLS, and the version of HTTP that both sides agree on, of these.
+    pub fn tls(config: ClientConfig, http2: bool) -> Self {
+        Self::new(http2, config)
+    }
+
+    fn new(http2: bool, config: ClientConfig) -> Self {
         let mut connector = HttpConnector::new();
         connector.set_nodelay(true);
+        connector.enforce_http(false);
+        let builder = HttpsConnectorBuilder::new().with_tls_config(config).https_or_http();
+        let connector = if http2 {
+            builder.enable_http2().wrap_connector(connector)
+        } else {
+            builder.enable_http1().wrap_connector(connector)
+        };
         Self(legacy::Client::builder(TokioExecutor::new()).http2_only(http2).build(connector))
     }
 
@@ -61,6 +79,25 @@ impl Client {
 
     pub async fn get(&self, url: &str) -> Result<Answer, String> {
         self.send(Method::GET, url, &[], Bytes::new()).await
+    }
+}
+
+/// What a client believes (the authority's PEM), and what it shows of itself.
+pub fn tls_config(ca: Option<&str>, identity: Option<&Issued>) -> ClientConfig {
+    let mut roots = RootCertStore::empty();
+    for certificate in CertificateDer::pem_slice_iter(ca.unwrap_or_default().as_bytes()) {
+        roots.add(certificate.expect("a PEM certificate")).expect("a certificate of an authority");
+    }
+    let provider = Arc::new(tokio_rustls::rustls::crypto::ring::default_provider());
+    let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
+    let builder = builder.expect("versions of TLS").with_root_certificates(roots);
+    match identity {
+        None => builder.with_no_client_auth(),
+        Some(identity) => {
+            let chain = CertificateDer::pem_slice_iter(identity.certificate.as_bytes()).map(Result::unwrap).collect();
+            let key = PrivateKeyDer::from_pem_slice(identity.private_key.as_bytes()).expect("a PEM key");
+            builder.with_client_auth_cert(chain, key).expect("a certificate with its key")
+        }
     }
 }
 

@@ -17,6 +17,7 @@
 #![allow(dead_code, unused_imports, reason = "a harness offers more than the tests of one day use")]
 
 pub mod background;
+pub mod certificates;
 pub mod cluster;
 pub mod eventually;
 pub mod http;
@@ -34,6 +35,7 @@ pub mod wire;
 
 mod selftest;
 
+pub use certificates::Authority;
 pub use cluster::Cluster;
 pub use eventually::{eventually, eventually_equal};
 pub use http::{Answer, Client, Raw};

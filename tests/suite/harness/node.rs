@@ -18,6 +18,7 @@ use tokio::net::TcpStream;
 use tokio::sync::OnceCell;
 use tokio::time::timeout;
 
+use super::certificates::Authority;
 use super::eventually::{eventually_within, poll};
 use super::leash::{self, Leash};
 use super::management::{Management, encode};
@@ -46,7 +47,9 @@ pub struct Node {
     bin: PathBuf,
     name: String,
     amqp: u16,
+    amqps: u16,
     dist: u16,
+    authority: Authority,
     management: Management,
     // Dropped in this order: the node, then what it needs.
     broker: Mutex<Option<Leash>>,
@@ -92,7 +95,9 @@ impl Node {
                 .map_or_else(|| PathBuf::from("/usr/lib/rabbitmq/bin"), PathBuf::from),
             name: name.to_owned(),
             amqp: ports::free(),
+            amqps: ports::free(),
             dist: ports::free(),
+            authority: Authority::new(),
             management: Management { port: ports::free() },
             broker: Mutex::new(None),
             epmd: epmd.unwrap_or_else(|| Arc::new(start_epmd(root.as_deref(), folder.path()))),
@@ -125,6 +130,16 @@ impl Node {
     /// The URL of a vhost, for `guest`, who may do everything.
     pub fn amqp_url(&self, vhost: &str) -> String {
         format!("amqp://guest:guest@{}/{}", self.address(), encode(vhost))
+    }
+
+    /// The address of AMQP with TLS. Who shows a certificate of [`Self::authority`] may log in as its common name.
+    pub fn tls_address(&self) -> std::net::SocketAddr {
+        ([127, 0, 0, 1], self.amqps).into()
+    }
+
+    /// Has signed the node's certificate.
+    pub fn authority(&self) -> &Authority {
+        &self.authority
     }
 
     pub fn management(&self) -> Management {
@@ -276,7 +291,15 @@ impl Node {
         let file = |name: &str| self.folder().join(name);
         fs::write(file(".erlang.cookie"), "prism")?;
         fs::set_permissions(file(".erlang.cookie"), fs::Permissions::from_mode(0o400))?;
-        fs::write(file("plugins"), "[rabbitmq_management].\n")?;
+        fs::write(file("plugins"), "[rabbitmq_management,rabbitmq_auth_mechanism_ssl].\n")?;
+        let own = self.authority.issue_server();
+        for (name, pem) in
+            [("ca.pem", self.authority.pem()), ("tls.pem", own.certificate), ("tls.key", own.private_key)]
+        {
+            fs::write(file(name), pem)?;
+        }
+        let tls = inside(self.root.as_deref(), self.folder());
+        let tls = tls.display();
         let mut discovery = String::new();
         for (number, name) in cluster.iter().enumerate() {
             discovery += "cluster_formation.peer_discovery_backend = classic_config\n";
@@ -291,8 +314,18 @@ impl Node {
                  management.tcp.port = {}\n\
                  # What the API tells of connections and rates is half a second old at most.\n\
                  collect_statistics_interval = 500\n\
+                 listeners.ssl.default = 127.0.0.1:{}\n\
+                 ssl_options.cacertfile = {tls}/ca.pem\n\
+                 ssl_options.certfile = {tls}/tls.pem\n\
+                 ssl_options.keyfile = {tls}/tls.key\n\
+                 ssl_options.verify = verify_peer\n\
+                 ssl_options.fail_if_no_peer_cert = false\n\
+                 ssl_cert_login_from = common_name\n\
+                 auth_mechanisms.1 = PLAIN\n\
+                 auth_mechanisms.2 = AMQPLAIN\n\
+                 auth_mechanisms.3 = EXTERNAL\n\
                  {discovery}",
-                self.amqp, self.management.port
+                self.amqp, self.management.port, self.amqps
             ),
         )
     }

@@ -62,6 +62,11 @@ impl Vhost {
         format!("amqp://{user}:{password}@{address}/{}", encode(&self.name))
     }
 
+    /// The URL with TLS; `login` is empty or ends with `@`.
+    pub fn tls_url(&self, login: &str, address: SocketAddr) -> String {
+        format!("amqps://{login}{address}/{}", encode(&self.name))
+    }
+
     // -- over AMQP ----------------------------------------------------------------------------------------------------
 
     pub async fn connect(&self) -> Connection {
@@ -238,6 +243,15 @@ impl Vhost {
             closed += usize::from(self.management.delete(&format!("connections/{}", encode(name))).await);
         }
         closed
+    }
+
+    /// As [`Self::close_connections`], once there is one to be seen.
+    pub async fn eventually_close_connections(&self) {
+        eventually("a connection to be closed", async || match self.close_connections().await {
+            0 => Err("there is none"),
+            _ => Ok(()),
+        })
+        .await;
     }
 
     fn path_of(&self, kind: &str) -> String {

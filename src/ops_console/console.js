@@ -1,0 +1,733 @@
+// The operators' console: shows what /api tells, and asks for a retry or the removal of a parked event.
+//
+// In reading order: words (numbers and times for people), answers (pure: facts in, words out), page (words into the
+// document), charts, questions (the dialog), feed (where the facts come from), start.
+//
+// Whatever the API tells is untrusted text: it enters the page as text nodes only, never as markup.
+
+/** The facts so far. `ahead` is how far the relay's clock is ahead of ours, so that ages are right on a wrong clock. */
+const facts = { status: null, points: [], interval: 5, ahead: 0, heardAt: null, lost: false };
+
+/** As long as `/api/history` reaches back, in seconds. */
+const SPAN = 900;
+
+// ---- words ----------------------------------------------------------------------------------------------------------
+
+const whole = new Intl.NumberFormat("en-US");
+const compact = new Intl.NumberFormat("en-US", { notation: "compact", maximumFractionDigits: 1 });
+const clockFormat = new Intl.DateTimeFormat("en-GB", { hour: "2-digit", minute: "2-digit", second: "2-digit" });
+const dayFormat = new Intl.DateTimeFormat("en-GB", { day: "numeric", month: "short", hour: "2-digit", minute: "2-digit" });
+
+const relayNow = () => Date.now() + facts.ahead;
+const secondsSince = (time) => Math.max(0, (relayNow() - Date.parse(time)) / 1000);
+const short = (number) => (number < 10000 ? whole.format(number) : compact.format(number));
+const rate = (number) => (number >= 9.95 ? whole.format(Math.round(number)) : String(Math.round(number * 10) / 10));
+const count = (number, one, many = one + "s") => `${whole.format(number)} ${number === 1 ? one : many}`;
+
+/** A number and its unit stay on one line. */
+const unit = (number, name) => `${number}\u00a0${name}`;
+
+function duration(seconds) {
+  if (seconds < 1) return `less than ${unit(1, "s")}`;
+  if (seconds < 100) return unit(Math.floor(seconds), "s");
+  const minutes = Math.floor(seconds / 60);
+  const hours = Math.floor(minutes / 60);
+  if (minutes < 60) return unit(minutes, "min");
+  if (hours < 10) return minutes % 60 ? `${unit(hours, "h")} ${unit(minutes % 60, "min")}` : unit(hours, "h");
+  return hours < 48 ? unit(hours, "h") : unit(Math.floor(hours / 24), "days");
+}
+
+function latency(ms) {
+  if (ms < 10) return unit(Math.round(ms * 10) / 10, "ms");
+  if (ms < 1000) return unit(Math.round(ms), "ms");
+  return ms < 10000 ? unit(Math.round(ms / 100) / 10, "s") : duration(ms / 1000);
+}
+
+function bytes(number) {
+  const power = number < 1024 ? 0 : Math.min(4, Math.floor(Math.log2(number) / 10));
+  const scaled = number / 1024 ** power;
+  return unit(power && scaled < 10 ? scaled.toFixed(1) : Math.round(scaled), ["B", "KiB", "MiB", "GiB", "TiB"][power]);
+}
+
+function percent(share) {
+  if (share > 0 && share < 0.01) return `less than ${unit(1, "%")}`;
+  return unit(Math.floor(share * 100), "%"); // Rounded down, because 99.6 % is not full.
+}
+
+function clock(time) {
+  const date = new Date(time);
+  return date.toDateString() === new Date().toDateString() ? clockFormat.format(date) : dayFormat.format(date);
+}
+
+const agoText = (time) => (secondsSince(time) < 1 ? "just now" : `${duration(secondsSince(time))} ago`);
+
+// ---- answers --------------------------------------------------------------------------------------------------------
+
+/** Refusals that say nothing about Prism: any passer-by on the internet can cause them. */
+const NOISE = new Set(["not-found", "method-not-allowed", "source-not-allowed"]);
+
+const OTHER_REFUSAL = "This page does not know this reason. The relay's log tells more.";
+const REFUSALS = {
+  "invalid-signature": "The signature does not fit: the secret here is not Prism's, or a proxy on the way changes the body. Compare signature.secrets with your Prism account.",
+  "missing-signature": "The request carries no signature. Either it is not from Prism, or your Prism account does not sign: then set signature.required to false.",
+  "invalid-timestamp": "The prism-timestamp header is not a time. Look for a proxy that changes headers, or somebody who plays Prism.",
+  "stale-timestamp": "A clock is off by more than signature.tolerance allows. Check this machine's clock (NTP) first.",
+  "source-not-allowed": "The sender's address is not in http.allowed_sources. If it is Prism or your proxy, add it.",
+  "spool-full": "There was no room on disk for more events. Bring RabbitMQ back so that the spool drains, or raise spool.max_bytes.",
+  "spool-unavailable": "The spool could not be written: the disk is full, read-only or failing. Repair the disk; accepting goes on by itself.",
+  "shutting-down": "The relay was stopping. Prism tries again for about 35 s: restart quickly, or run a second relay.",
+  "body-too-large": "The body is larger than http.body_bytes_max. If it comes from Prism, raise that limit.",
+  "request-timeout": "The body did not arrive within http.body_timeout. Look at the network, or at the proxy in front of the relay.",
+  "unreadable-body": "The connection broke off in the middle of the body. Look at the network, or at the proxy in front of the relay.",
+  "not-found": "Somebody asked for another path than http.path. If it is Prism, correct the URL in your Prism account; else ignore it.",
+  "method-not-allowed": "The request was no POST: a browser or a scanner. Ignore it.",
+  "invalid-json": "The body is not JSON, and no signature vouches for it. It is hardly from Prism.",
+  "invalid-encoding": "The body is not UTF-8 text, and no signature vouches for it. It is hardly from Prism.",
+  "not-an-envelope": "The body has no eventType, and no signature vouches for it. It is hardly from Prism.",
+};
+
+const fullness = ({ spool }) => (spool.max_bytes ? spool.bytes / spool.max_bytes : 0);
+const unaccounted = ({ spool }) => spool.accepted - spool.confirmed - spool.pending - spool.parked - spool.removed;
+
+/** How many webhooks there were in the points that `keep` chooses. */
+function sum(key, keep) {
+  return facts.points.filter(keep).reduce((total, point) => total + point[key] * facts.interval, 0);
+}
+
+function lastMinute(key) {
+  const from = relayNow() / 1000 - 60;
+  return sum(key, (point) => point.at > from);
+}
+
+/** The reason, if Prism's webhooks have all been refused for a while. */
+function everythingRefused({ last }) {
+  if (!last.refused_at || NOISE.has(last.refused_reason)) return null;
+  const accepted = last.accepted_at ? Date.parse(last.accepted_at) / 1000 : 0;
+  if (Date.parse(last.refused_at) / 1000 - accepted < 10) return null;
+  // One stray request after a quiet hour is no alarm.
+  return sum("refused", (point) => point.at > accepted) >= 3 ? last.refused_reason : null;
+}
+
+/** Where the depth is heading, from the last minute: `{fullIn}` or `{doneIn}` in seconds, or nothing worth telling. */
+function heading({ spool }) {
+  const points = facts.points.slice(-13);
+  if (points.length < 4 || spool.pending < 100) return {};
+  const [first, latest] = [points[0], points.at(-1)];
+  const slope = (latest.depth - first.depth) / (latest.at - first.at);
+  if (slope < -0.5) return { doneIn: spool.pending / -slope };
+  const bytesPerSecond = (slope * spool.bytes) / (spool.pending + spool.parked);
+  return slope > 0.5 ? { fullIn: Math.max(0, spool.max_bytes - spool.bytes) / bytesPerSecond } : {};
+}
+
+function isPrismSending(status) {
+  const { last } = status;
+  const times = [last.accepted_at, NOISE.has(last.refused_reason) ? null : last.refused_at].filter(Boolean).sort();
+  if (!times.length) return ["quiet", "Not yet", `No webhook has come since the start, ${agoText(status.started_at)}.`];
+  const latest = times.at(-1);
+  if (secondsSince(latest) > 300) return ["quiet", "Not now", `The last webhook came ${agoText(latest)}. That is normal when nobody scans.`];
+  const minute = lastMinute("accepted") + lastMinute("refused");
+  const speed = minute >= 60 ? `${rate(minute / 60)} webhooks per second` : `${count(Math.round(minute), "webhook")} in the last minute`;
+  return ["ok", "Yes", everythingRefused(status) ? `${speed}, and all of them are refused.` : `${speed}, the last one ${agoText(latest)}.`];
+}
+
+function areWeAccepting(status) {
+  const refused = everythingRefused(status);
+  const share = fullness(status);
+  if (status.draining) return ["warning", "Not any more", "The relay is shutting down. Prism tries again, but only for about 35 s."];
+  if (!status.spool.writable) return ["problem", "No", "The disk cannot be written, so every webhook is refused for now."];
+  if (!status.ready && share < 0.9) return ["problem", "No", "The relay says that it is not ready."];
+  if (!status.ready) return ["problem", "No", `The spool is ${percent(share)} full: there is no room for another event.`];
+  if (refused) return ["problem", "No", `Every webhook is refused: ${refused}.`];
+  if (share >= 0.8) {
+    const { fullIn } = heading(status);
+    return ["warning", "Yes, for now", `The spool is ${percent(share)} full${fullIn === undefined ? "" : `, and has room for about ${duration(fullIn)}`}.`];
+  }
+  const turnedAway = lastMinute("refused");
+  if (turnedAway > 0.05 * lastMinute("accepted") && status.last.refused_at && !NOISE.has(status.last.refused_reason)) {
+    return ["warning", "Yes, but not all", `${count(Math.ceil(turnedAway), "webhook")} refused in the last minute, the latest for ${status.last.refused_reason}.`];
+  }
+  return ["ok", "Yes", `${count(status.webhooks.accepted, "webhook")} since the start. The spool is ${percent(share)} full.`];
+}
+
+function isRabbitTaking({ broker, last }) {
+  if (broker.blocked !== null) return ["problem", "No, it is blocked", `Blocked for ${duration(secondsSince(broker.since))}; RabbitMQ says: ${broker.blocked}.`];
+  if (!broker.connected && !broker.error) return ["quiet", "Connecting", "There is no connection yet."];
+  if (!broker.connected) return ["problem", "No", `Not connected for ${duration(secondsSince(broker.since))}: ${broker.error}.`];
+  const minute = lastMinute("confirmed");
+  if (minute >= 60) return ["ok", "Yes", `${rate(minute / 60)} events confirmed per second.`];
+  return ["ok", "Yes", last.confirmed_at ? `Connected; the last event was confirmed ${agoText(last.confirmed_at)}.` : "Connected; there was nothing to deliver yet."];
+}
+
+function howFarBehind(status) {
+  const { pending, oldest_age_seconds: age } = status.spool;
+  const { fullIn, doneIn } = heading(status);
+  if (!pending) return ["ok", "Not at all", "Nothing waits for delivery."];
+  if (!age || age < 10) return ["ok", age >= 1 ? duration(age) : `Less than ${unit(1, "s")}`, `${count(pending, "event")} under way.`];
+  const outlook = doneIn !== undefined ? ` Caught up in about ${duration(doneIn)}.`
+    : fullIn !== undefined ? ` At this rate there is room for about ${duration(fullIn)}.` : "";
+  return [age > 600 ? "problem" : "warning", duration(age), `${count(pending, "event waits", "events wait")}, safe on disk.${outlook}`];
+}
+
+function whatIsStuck({ spool }) {
+  if (!spool.parked) return ["ok", "Nothing", spool.pending > 100 ? "No event is parked. Those that wait go out by themselves." : "No event is parked."];
+  return ["warning", count(spool.parked, "event"), "RabbitMQ does not take them. They are kept, and hold up nothing else.", ["#parked", "See why"]];
+}
+
+function isAnythingLost(status) {
+  const { accepted, confirmed, pending, parked, removed } = status.spool;
+  const gap = unaccounted(status);
+  const ledger = `${whole.format(accepted)} accepted = ${whole.format(confirmed)} delivered + ${whole.format(pending)} waiting`
+    + ` + ${whole.format(parked)} parked + ${whole.format(removed)} removed by hand.`;
+  if (gap) return ["problem", "Perhaps", `The books do not balance, by ${count(Math.abs(gap), "event")}. Run: prism-relay spool verify`];
+  if (everythingRefused(status) || !(status.ready || status.draining)) {
+    return ["problem", "What we refuse", `Prism gives a webhook up after about 35 s. What was accepted is safe: ${ledger}`];
+  }
+  return ["ok", "No", ledger];
+}
+
+const QUESTIONS = [
+  ["Is Prism sending?", isPrismSending], ["Are we accepting?", areWeAccepting], ["Is RabbitMQ taking?", isRabbitTaking],
+  ["How far behind are we?", howFarBehind], ["What is stuck?", whatIsStuck], ["Did we lose anything?", isAnythingLost],
+];
+
+/** What to do next, about the worst thing first. */
+function advice(status) {
+  const { spool, broker, draining, summary } = status;
+  const refused = everythingRefused(status);
+  if (unaccounted(status)) return "Run “prism-relay spool verify” on this machine, and keep what it prints.";
+  if (draining) return "Start the relay again, or leave it to the service manager. What waits is on disk and goes out after the start.";
+  if (!spool.writable) return "Free or repair the disk under the spool. Accepting goes on by itself as soon as it can be written.";
+  if (refused) return REFUSALS[refused] ?? OTHER_REFUSAL;
+  const scarce = !status.ready || fullness(status) >= 0.8;
+  const meanwhile = scarce ? " If that takes longer than the room lasts, raise spool.max_bytes and restart the relay." : " Meanwhile webhooks are accepted and kept on disk.";
+  if (broker.blocked !== null) return `Free memory or disk on the RabbitMQ node; deliveries then go on by themselves.${meanwhile}`;
+  if (!broker.connected && broker.error) return `Bring RabbitMQ back, or check broker.urls; deliveries then go on by themselves.${meanwhile}`;
+  if (scarce) return "Look at why RabbitMQ does not take the events, or raise spool.max_bytes.";
+  if (spool.parked) return "Read the reason below. Mostly a queue is not bound, or a permission is missing: repair it at RabbitMQ, then retry.";
+  return summary.level === "ok" ? "Nothing to do." : "";
+}
+
+// ---- page -----------------------------------------------------------------------------------------------------------
+
+const $ = (id) => document.getElementById(id);
+const svgIcon = document.createElement("template");
+svgIcon.innerHTML = '<svg class="icon" aria-hidden="true"><use href="#icon-quiet"></use></svg>'; // A constant, no data.
+
+/** Makes an element. Children that are strings become text. */
+function el(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  made.append(...children.filter((child) => child !== null && child !== undefined));
+  return made;
+}
+
+/** Text is touched only when it changes, so that selections survive. */
+function say(node, text) {
+  if (node.textContent !== text) node.textContent = text;
+}
+
+function icon(level) {
+  const made = svgIcon.content.firstChild.cloneNode(true);
+  setIcon(made, level);
+  return made;
+}
+
+function setIcon(svg, level) {
+  svg.dataset.level = level;
+  svg.firstElementChild.setAttribute("href", `#icon-${level}`);
+}
+
+/** A time that goes on counting; see tick(). */
+const ago = (time) => el("time", { datetime: time, title: time, "data-ago": time }, agoText(time));
+const cell = (label, className, ...children) => el("td", { role: "cell", class: className, ...(label && { "data-label": label }) }, ...children);
+const row = (...cells) => el("tr", { role: "row" }, ...cells);
+const mono = (text) => el("span", { class: "mono" }, text);
+const second = (...children) => el("span", { class: "second" }, ...children);
+const fact = (name, value) => [el("dt", {}, name), el("dd", {}, value)];
+
+/** Makes the children of `parent` show `items`. What has not changed stays, with its focus and its selection. */
+function fill(parent, items, keyOf, build) {
+  const before = new Map([...parent.children].map((child) => [child.dataset.key, child]));
+  const after = items.map((item) => {
+    const [key, shown] = [String(keyOf(item)), JSON.stringify(item)];
+    const old = before.get(key);
+    if (old?.dataset.shown === shown) return old;
+    const made = build(item);
+    Object.assign(made.dataset, { key, shown });
+    made.takesFocusFrom = old?.contains(document.activeElement) ? document.activeElement.dataset.action : undefined;
+    return made;
+  });
+  const kept = new Set(after);
+  for (const child of before.values()) if (!kept.has(child)) child.remove();
+  let next = parent.firstElementChild;
+  for (const child of after) {
+    if (child === next) next = next.nextElementSibling;
+    else parent.insertBefore(child, next);
+    if (child.takesFocusFrom) child.querySelector(`[data-action="${child.takesFocusFrom}"]`)?.focus();
+    child.takesFocusFrom = undefined;
+  }
+}
+
+const LEVELS = { ok: "All well", warning: "Needs attention", problem: "Problem" };
+
+function showTruth(status) {
+  const { text } = status.summary;
+  const level = status.summary.level in LEVELS ? status.summary.level : "warning";
+  document.body.dataset.level = level;
+  $("truth-icon").setAttribute("href", `#icon-${level}`);
+  say($("truth-level"), LEVELS[level]);
+  say($("truth-text"), text);
+  say($("truth-advice"), advice(status));
+  document.title = `${LEVELS[level]} - prism-relay`;
+  const colour = { ok: "1a7f4e", warning: "d98a00", problem: "c4281e" }[level];
+  const shape = { ok: "<circle cx='8' cy='8' r='7'/>", warning: "<path d='M8 1l7 14H1z'/>", problem: "<path d='M1 1h14v14H1z'/>" }[level];
+  $("favicon").href = `data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16' fill='%23${colour}'>${shape}</svg>`;
+  announce(`${LEVELS[level]}. ${text}`);
+}
+
+let announced = "";
+
+/** Tells screen readers, but not for a number or a time that has merely moved on. */
+function announce(text) {
+  const gist = text.replace(/[\d.,]+(\s?(ms|s|min|h|days?)\b)?/g, "#").replace(/less than |just now/g, "").replace(/(#\s?)+/g, "#");
+  if (gist === announced) return;
+  announced = gist;
+  $("announcer").textContent = text;
+}
+
+function makeAnswers() {
+  $("answer-list").append(...QUESTIONS.map(([question]) => el("li", { class: "answer" },
+    el("h2", {}, question), el("p", { class: "word" }, icon("quiet"), el("span", {}, "…")), el("p", { class: "detail" }, el("span"), " "))));
+}
+
+function showAnswers(status) {
+  QUESTIONS.forEach(([, answer], place) => {
+    const card = $("answer-list").children[place];
+    const [level, word, detail, link] = answer(status);
+    card.dataset.level = level;
+    setIcon(card.querySelector(".icon"), level);
+    say(card.querySelector(".word span"), word);
+    const text = card.querySelector(".detail");
+    say(text.firstChild, detail);
+    const shown = text.querySelector("a");
+    if (link && !shown) text.append(el("a", { href: link[0] }, link[1]));
+    if (!link) shown?.remove();
+  });
+}
+
+function showParked({ total, parked }) {
+  // The section stays while a notice in it has not been read, and while the dialog has to give the focus back.
+  $("parked").hidden = total === 0 && !$("parked-notice").textContent;
+  say($("parked-lead"), total === 0 ? "Nothing is parked any more."
+    : "RabbitMQ has returned these events, or does not let them in. They are kept on disk and tried again now and then, until one is delivered or you remove it."
+      + (total > parked.length ? ` These are the first ${parked.length} of ${whole.format(total)}; “prism-relay spool list --parked” lists them all.` : ""));
+  $("parked-rows").closest("table").hidden = total === 0;
+  fill($("parked-rows"), parked, (event) => event.id, parkedRow);
+}
+
+function parkedRow(event) {
+  const button = (action, label) => {
+    const made = el("button", { type: "button", "data-action": action, "aria-label": `${label} event ${event.id}` }, label);
+    made.addEventListener("click", () => ask(action, event));
+    return made;
+  };
+  return row(
+    cell("", "", event.type ?? "no type", second(mono(event.subject ?? "no subject")), second(mono(event.id))),
+    cell("Reason:", "", event.reason),
+    cell("Accepted:", "nowrap", ago(event.accepted_at)),
+    cell("Last tried:", "nowrap", event.tried_at ? ago(event.tried_at) : "not yet"),
+    cell("", "", el("div", { class: "buttons" }, button("retry", "Retry…"), button("remove", "Remove…"))));
+}
+
+function showRefusals(status) {
+  const refusals = Object.entries(status.webhooks.refused).filter(([, times]) => times > 0).sort((a, b) => b[1] - a[1]);
+  placeRefusals(everythingRefused(status) !== null || areWeAccepting(status)[1] === "Yes, but not all");
+  $("refusals-table").hidden = !refusals.length;
+  say($("refusals-lead"), refusals.length ? `Since the start; the last one ${status.last.refused_at ? agoText(status.last.refused_at) : "long ago"}.` : "None since the start.");
+  fill($("refusals-rows"), refusals, ([reason]) => reason, ([reason, times]) => row(
+    cell("", "nowrap", mono(reason)), cell("Count:", "number", whole.format(times)), cell("", "", REFUSALS[reason] ?? OTHER_REFUSAL)));
+}
+
+/** High up while it matters. It is moved in the document itself, so that reading and tabbing follow what is seen. */
+function placeRefusals(urgent) {
+  const section = $("refusals");
+  if (urgent && section.parentElement !== $("main")) $("charts").before(section);
+  if (!urgent && section.parentElement !== $("trust")) $("trust").prepend(section);
+}
+
+function showTypes({ types }) {
+  const most = Math.max(1, ...types.map((type) => type.accepted));
+  $("types-table").hidden = !types.length;
+  say($("types-lead"), types.length ? "Accepted since the start." : "No event has come since the start.");
+  fill($("types-rows"), types, (type) => type.type, ({ type, accepted, last_seen: seen }) => {
+    const bar = el("span", { class: "share", "aria-hidden": "true" });
+    bar.style.width = `${(100 * accepted) / most}%`;
+    return row(cell("", "", type, bar), cell("Accepted:", "number", whole.format(accepted)), cell("Last seen:", "number", ago(seen)));
+  });
+}
+
+const HAPPENINGS = { connected: ["ok", "Connected"], lost: ["problem", "Connection lost"], blocked: ["warning", "Blocked by RabbitMQ"], unblocked: ["ok", "Unblocked"] };
+
+function showBroker({ broker, timeline }) {
+  const state = broker.blocked !== null ? `connected, but blocked: ${broker.blocked}` : broker.connected ? "connected, takes events" : "not connected";
+  const lines = [["State", state], ["Since", `${clock(broker.since)}, ${duration(secondsSince(broker.since))}`], ["Address", broker.url ?? "none yet"],
+    ["Error", broker.error], ["Connections so far", whole.format(broker.connects)], ["Sent, not yet confirmed", whole.format(broker.in_flight)]].filter(([, value]) => value);
+  const names = lines.map(([name]) => name).join();
+  if ($("broker-facts").dataset.names !== names) $("broker-facts").replaceChildren(...lines.flatMap(([name]) => fact(name, "")));
+  $("broker-facts").dataset.names = names;
+  lines.forEach(([, value], place) => say($("broker-facts").children[2 * place + 1], value));
+  say($("timeline-lead"), timeline.length ? "" : "Nothing yet.");
+  fill($("timeline"), timeline, (entry) => entry.at + entry.what, ({ at, what, detail }) => {
+    const [level, words] = HAPPENINGS[what] ?? ["quiet", what];
+    return el("li", {}, icon(level), el("span", {}, words, second(detail ?? "")), el("time", { datetime: at, title: at }, clock(at)));
+  });
+}
+
+const DELIVERIES = { confirmed: "ok", pending: "quiet", parked: "warning" };
+
+function showEvents({ events }) {
+  const find = $("find").value.trim();
+  say($("events-lead"), !events.length ? (find ? `None of the latest events matches “${find}”. Older ones are not kept here.` : "No event yet.")
+    : find ? `${count(events.length, "event matches", "events match")} “${find}”.` : "Newest first. The list holds still while you point at it.");
+  $("events-table").hidden = !events.length;
+  fill($("events-rows"), events, (event) => event.id, (event) => {
+    const took = event.settled_at ? Date.parse(event.settled_at) - Date.parse(event.accepted_at) : null;
+    const delivery = { pending: "waits", parked: "parked", confirmed: took === null ? "delivered" : `delivered in ${took < 1 ? "less than 1 ms" : latency(took)}` };
+    return row(
+      cell("", "", el("time", { datetime: event.accepted_at, title: event.accepted_at, class: "nowrap" }, clock(event.accepted_at))),
+      cell("", "", event.type),
+      cell("", "", event.scan_id ? mono(event.scan_id) : mono(event.subject ?? "-"), event.prediction_id ? second("prediction ", mono(event.prediction_id)) : null),
+      cell("State at Prism:", "", event.state ?? "-"),
+      cell("", "", el("span", { class: "state" }, icon(DELIVERIES[event.status] ?? "quiet"), delivery[event.status] ?? event.status)),
+      cell("Event id:", "", mono(event.id)));
+  });
+}
+
+function secretLine({ position, last_verified_at: last }, newest, uptime) {
+  const used = last ? `last used ${agoText(last)}` : `not used since the start, ${duration(uptime)} ago`;
+  const name = `Secret ${position}${position === 1 ? ", the newest" : ""}`;
+  if (position === 1) return [last ? "ok" : "quiet", name, `${used[0].toUpperCase()}${used.slice(1)}.`];
+  if (last && secondsSince(last) < 86400) return ["warning", name, `It was ${used}: Prism may still sign with it. Do not remove it yet.`];
+  if (!last && uptime < 86400) return ["quiet", name, `It was ${used}: too early to tell whether it can be removed.`];
+  return newest?.last_verified_at ? ["ok", name, `It was ${used}: it can be removed.`] : ["quiet", name, `It was ${used}.`];
+}
+
+function certificateLine(certificate) {
+  if (!certificate) return ["quiet", "No certificate here", "The relay takes plain HTTP; a proxy in front of it has to do TLS."];
+  const { days_left: days, expires_at: end } = certificate;
+  const level = days <= 7 ? "problem" : days <= 30 ? "warning" : "ok";
+  return [level, "Certificate", days < 0 ? `It expired on ${dayFormat.format(new Date(end))}.` : `${count(days, "day")} left, until ${dayFormat.format(new Date(end))}.`];
+}
+
+function showKeys({ secrets, certificate, uptime_seconds: uptime }) {
+  const lines = secrets.map((secret) => secretLine(secret, secrets[0], uptime));
+  if (!secrets.length) lines.push(["warning", "No secret", "Webhooks are accepted without a signature."]);
+  fill($("keys"), [...lines, certificateLine(certificate)], ([, name]) => name, ([level, name, text]) => el("li", {}, icon(level), el("span", {}, name, second(text))));
+}
+
+function showStatus() {
+  const { status } = facts;
+  showTruth(status);
+  showAnswers(status);
+  showRefusals(status);
+  showTypes(status);
+  showBroker(status);
+  showKeys(status);
+  showFullness(status);
+  say($("about"), `prism-relay ${status.version}, up for ${duration(status.uptime_seconds)}. Times are those of ${Intl.DateTimeFormat().resolvedOptions().timeZone}.`);
+}
+
+/** Once a second: times count on, and silence is noticed. */
+function tick() {
+  for (const time of document.querySelectorAll("time[data-ago]")) say(time, agoText(time.dataset.ago));
+  const silence = facts.heardAt === null ? 0 : (Date.now() - facts.heardAt) / 1000;
+  if (silence > 4) facts.lost = true;
+  document.body.classList.toggle("stale", facts.lost);
+  $("lost").hidden = !facts.lost;
+  if (!facts.lost) return say($("live"), facts.status ? `live, ${clockFormat.format(relayNow())}` : "connecting");
+  say($("live"), "not live");
+  if (facts.status) say($("truth-level"), `When last heard of: ${(LEVELS[document.body.dataset.level] ?? "").toLowerCase()}`);
+  const since = facts.heardAt === null ? "The relay cannot be reached. Trying again." : `Connection to the relay lost ${duration(silence)} ago; what you see is old. Trying again.`;
+  say($("lost"), since);
+  document.title = "Connection lost - prism-relay";
+  announce(since);
+}
+
+// ---- charts ---------------------------------------------------------------------------------------------------------
+
+/** Lines differ by colour and by dashes. Colours are names of custom properties, so they follow the colour scheme. */
+const CHARTS = [
+  { title: "Webhooks per second", format: rate, floor: 1, lines: [{ name: "Accepted", key: "accepted", colour: "--accepted", fill: true }, { name: "Refused", key: "refused", colour: "--refused", dash: [5, 4] }] },
+  { title: "Confirmed by RabbitMQ per second", format: rate, floor: 1, lines: [{ name: "Confirmed", key: "confirmed", colour: "--confirmed", fill: true }] },
+  { title: "Events waiting in the spool", format: whole.format, floor: 5, lines: [{ name: "Waiting", key: "depth", colour: "--depth", fill: true }] },
+  { title: "From accepted to confirmed", format: latency, log: true, lines: [{ name: "Half within", key: "lag_p50_ms", colour: "--p50" }, { name: "99 % within", key: "lag_p99_ms", colour: "--p99", dash: [5, 4] }] },
+];
+
+const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+
+function makeChart(spec) {
+  const keys = spec.lines.map((line) => {
+    const stroke = el("i", line.dash ? { class: "dashed" } : {});
+    stroke.style.borderColor = `var(${line.colour})`;
+    return el("span", { class: "key" }, stroke, line.name, el("b"));
+  });
+  spec.values = keys.map((key) => key.lastChild);
+  spec.when = el("span", { class: "when" });
+  spec.plot = el("div", { class: "plot", role: "img" });
+  const panel = el("li", { class: "panel chart" }, el("h2", {}, spec.title), el("p", { class: "keys-line" }, ...keys, spec.when), spec.plot);
+  $("chart-list").append(panel);
+  spec.chart = new uPlot(chartOptions(spec), [[], ...spec.lines.map(() => [])], spec.plot);
+  new ResizeObserver(() => spec.chart.setSize({ width: spec.plot.clientWidth, height: spec.plot.clientHeight })).observe(spec.plot);
+  if (spec.lines[0].key === "depth") panel.append(makeFullness());
+}
+
+function chartOptions(spec) {
+  const axis = { stroke: () => colour("--soft"), font: `12px ${colour("--text")}`, ticks: { show: false }, grid: { stroke: () => colour("--line"), width: 1 } };
+  const time = { ...axis, grid: { show: false }, space: 72, size: 26, values: (_, splits) => splits.map((at) => clockFormat.format(at * 1000).slice(0, 5)) };
+  const value = { ...axis, size: 58, gap: 6, space: 34, values: (_, splits) => splits.map((split) => (split === null ? "" : spec.log ? latency(split) : short(split))), ...(spec.log && { splits: decades, filter: (_, splits) => splits }) };
+  return {
+    width: spec.plot.clientWidth, height: spec.plot.clientHeight, legend: { show: false }, padding: [8, 8, 0, 0],
+    cursor: { y: false, drag: { x: false, y: false }, sync: { key: "console" }, points: { size: 7 } },
+    scales: { x: { range: () => [relayNow() / 1000 - SPAN, relayNow() / 1000] }, y: spec.log ? { distr: 3, range: decadeRange } : { range: (_, low, high) => [0, Math.max(spec.floor, (high ?? 0) * 1.15)] } },
+    axes: [time, value], hooks: { setCursor: [() => showKeyLine(spec)] }, series: [{}, ...spec.lines.map(chartSeries)],
+  };
+}
+
+function chartSeries({ colour: name, dash, fill: filled }) {
+  return {
+    stroke: () => colour(name), width: 1.75, dash, fill: filled ? () => `${colour(name)}22` : undefined,
+    // A line needs two points; a single value between gaps is drawn as a dot, or nobody would see it.
+    points: { show: true, size: 4, fill: () => colour(name), filter: (chart, place) => {
+      const values = chart.data[place];
+      return [...values.keys()].filter((i) => values[i] !== null && (values[i - 1] ?? null) === null && (values[i + 1] ?? null) === null);
+    } },
+  };
+}
+
+/** Lag spans from parts of a millisecond to hours, so its axis is logarithmic, with a line at each power of ten. */
+function decadeRange(_, low, high) {
+  const [from, to] = [Math.floor(Math.log10(low || 1)), Math.ceil(Math.log10(high || 100))];
+  return [10 ** from, 10 ** Math.max(to, from + 2)];
+}
+
+function decades(chart) {
+  const { min, max } = chart.scales.y;
+  const [from, to] = [Math.round(Math.log10(min)), Math.round(Math.log10(max))];
+  return Array.from({ length: to - from + 1 }, (_, i) => 10 ** (from + i));
+}
+
+function drawCharts() {
+  const times = facts.points.map((point) => point.at);
+  for (const spec of CHARTS) {
+    const columns = spec.lines.map(({ key }) => facts.points.map((point) => (spec.log && point[key] !== null ? Math.max(0.1, point[key]) : point[key])));
+    spec.chart.setData([times, ...columns]);
+    showKeyLine(spec);
+    spec.plot.setAttribute("aria-label", describe(spec, columns));
+  }
+}
+
+/** The values under the cursor, or else the latest. */
+function showKeyLine(spec) {
+  const pointed = spec.chart?.cursor.idx ?? null;
+  const point = facts.points[pointed ?? facts.points.length - 1];
+  spec.lines.forEach(({ key }, place) => say(spec.values[place], point && point[key] !== null ? spec.format(point[key]) : "-"));
+  const empty = spec.lines.every(({ key }) => facts.points.every((each) => each[key] === null));
+  say(spec.when, empty ? "nothing in these 15 minutes" : pointed !== null && point ? `at ${clockFormat.format(point.at * 1000)}` : "");
+}
+
+/** What a screen reader says in place of the picture. */
+function describe(spec, columns) {
+  const sentences = spec.lines.map(({ name }, place) => {
+    const values = columns[place].filter((value) => value !== null);
+    if (!values.length) return `${name}: no values.`;
+    return `${name}: now ${columns[place].at(-1) === null ? "nothing" : spec.format(columns[place].at(-1))}, lowest ${spec.format(Math.min(...values))}, highest ${spec.format(Math.max(...values))}.`;
+  });
+  return `${spec.title}, the last 15 minutes. ${sentences.join(" ")}`;
+}
+
+function makeFullness() {
+  const track = el("span", { class: "track", role: "meter", "aria-label": "Spool", "aria-valuemin": "0", "aria-valuemax": "100", id: "fullness-track" }, el("span", { class: "level" }));
+  return el("div", { class: "filled", id: "fullness" }, track, el("span"));
+}
+
+function showFullness(status) {
+  const share = fullness(status);
+  const words = `${bytes(status.spool.bytes)} of ${bytes(status.spool.max_bytes)} used (${percent(share)})`;
+  const { fullIn } = heading(status);
+  $("fullness").dataset.level = share >= 0.95 ? "problem" : share >= 0.8 ? "warning" : "ok";
+  $("fullness-track").setAttribute("aria-valuenow", String(Math.min(100, Math.floor(share * 100))));
+  $("fullness-track").setAttribute("aria-valuetext", words);
+  $("fullness-track").firstChild.style.width = `${Math.min(100, share * 100)}%`;
+  say($("fullness").lastChild, words + (fullIn === undefined ? "" : `; at this rate full in about ${duration(fullIn)}`));
+}
+
+// ---- questions ------------------------------------------------------------------------------------------------------
+
+const ACTIONS = {
+  retry: { title: "Try this event again?", go: "Retry", busy: "Asking…", style: "primary", done: (id) => `Event ${id} will be tried again within a second or so. If it stays in this list, the reason still holds.`,
+    text: "It will be sent to RabbitMQ again within a second or so. If RabbitMQ still does not take it, it stays here." },
+  remove: { title: "Remove this event for good?", go: "Remove for good", busy: "Removing…", style: "danger", done: (id) => `Event ${id} was removed.`,
+    text: "The event will be gone for good: it is deleted from disk, never delivered, and Prism will not send it again." },
+};
+
+let asked = null;
+
+function ask(action, event) {
+  asked = { action, event };
+  const { title, text, go, style } = ACTIONS[action];
+  say($("ask-title"), title);
+  say($("ask-text"), text);
+  $("ask-facts").replaceChildren(...fact("Event", mono(event.id)), ...fact("Type", event.type ?? "none"), ...fact("Subject", mono(event.subject ?? "none")), ...fact("Reason", event.reason));
+  $("ask-proof").hidden = action !== "remove";
+  say($("ask-prefix"), event.id.slice(0, 8));
+  $("ask-typed").value = "";
+  say($("ask-mistake"), "");
+  Object.assign($("ask-go"), { textContent: go, className: style, disabled: false });
+  $("ask").showModal();
+  // What is dangerous never has the focus first.
+  (action === "remove" ? $("ask-typed") : $("ask-cancel")).focus();
+}
+
+async function act(submit) {
+  submit.preventDefault();
+  const { action, event } = asked;
+  if (action === "remove" && $("ask-typed").value.trim().toLowerCase() !== event.id.slice(0, 8).toLowerCase()) {
+    say($("ask-mistake"), `That is not ${event.id.slice(0, 8)}. Nothing was removed.`);
+    return $("ask-typed").focus();
+  }
+  Object.assign($("ask-go"), { textContent: ACTIONS[action].busy, disabled: true });
+  try {
+    const token = document.querySelector('meta[name="prism-token"]').content;
+    await api(`/api/parked/${encodeURIComponent(event.id)}/${action}`, { method: "POST", headers: { "X-Prism-Token": token } });
+    finish(ACTIONS[action].done(event.id));
+  } catch (error) {
+    if (error.status === 404) return finish(`Event ${event.id} is not parked any more: it was delivered or removed meanwhile.`);
+    say($("ask-mistake"), error.status === 403 ? "The relay does not know this page any more, perhaps because it was restarted. Reload the page and try again." : `It did not work: ${error.message}.`);
+    Object.assign($("ask-go"), { textContent: ACTIONS[action].go, disabled: false });
+  }
+}
+
+async function finish(notice) {
+  $("ask").close();
+  say($("parked-notice"), notice);
+  await loadParked();
+  keepFocus();
+}
+
+/** The button that opened the dialog may have been replaced, or be gone for good: then the keyboard must not be lost. */
+function keepFocus() {
+  if (document.activeElement !== document.body) return;
+  const place = [...$("parked-rows").children].find((child) => child.dataset.key === asked.event.id);
+  (place?.querySelector(`[data-action="${asked.action}"]`) ?? $("parked-title")).focus();
+}
+
+// ---- feed -----------------------------------------------------------------------------------------------------------
+
+/** Asks the relay. Whoever is not logged in is sent to the log-in page. */
+async function api(path, options = {}) {
+  const response = await fetch(path, { signal: AbortSignal.timeout(10_000), ...options });
+  if (response.status === 401) location.assign("/login");
+  const body = await response.json().catch(() => ({}));
+  if (response.ok) return body;
+  throw Object.assign(new Error(body.detail ?? `the relay answered ${response.status}`), { status: response.status });
+}
+
+let finding = 0;
+
+async function loadEvents() {
+  const mine = ++finding;
+  const found = await api(`/api/events?find=${encodeURIComponent($("find").value.trim())}`);
+  // An answer that was overtaken by a later question is of no use.
+  if (mine === finding) showEvents(found);
+}
+
+async function loadParked() {
+  showParked(await api("/api/parked"));
+}
+
+async function loadHistory() {
+  const history = await api("/api/history");
+  facts.interval = history.interval_seconds;
+  facts.points = history.points;
+  drawCharts();
+}
+
+function hearStatus(status) {
+  Object.assign(facts, { status, ahead: Date.parse(status.now) - Date.now(), heardAt: Date.now(), lost: false });
+  showStatus();
+  tick();
+  followTotals(status);
+}
+
+function hearPoint(point) {
+  if (point.at <= (facts.points.at(-1)?.at ?? 0)) return;
+  facts.points = [...facts.points, point].slice(-Math.ceil(SPAN / facts.interval));
+  drawCharts();
+}
+
+const seen = { events: "", parked: "", at: 0 };
+
+/** Fetches the lists again when the totals say that they have changed, every two seconds at most. */
+function followTotals({ spool }) {
+  if (document.hidden || Date.now() - seen.at < 2000) return;
+  const parked = `${spool.parked}/${spool.removed}`;
+  const events = `${spool.accepted}/${spool.confirmed}/${parked}`;
+  seen.at = Date.now();
+  // A parked event that was tried in vain changes no total, only its time, so the list is fetched whenever there is one.
+  if (parked !== seen.parked || spool.parked) loadParked().then(() => { seen.parked = parked; }, ignore);
+  if (events !== seen.events && !$("events-list").matches(":hover, :focus-within")) loadEvents().then(() => { seen.events = events; }, ignore);
+}
+
+/** The next status tries again; that the relay is silent is shown by tick(). */
+function ignore() {}
+
+let stream = null;
+
+/** Follows the relay, and starts anew whenever the stream breaks or falls silent. */
+async function follow() {
+  stream?.close();
+  try {
+    hearStatus(await api("/api/status"));
+    await Promise.all([loadHistory(), loadEvents(), loadParked()]);
+    showStatus();
+    await listen();
+  } catch (error) {
+    // Whatever the reason, the way on is the same: say that the page is old, and begin again.
+    console.warn("prism-relay:", error);
+  }
+  facts.lost = true;
+  tick();
+  setTimeout(follow, 3000);
+}
+
+/** Returns when the stream is of no more use. */
+function listen() {
+  return new Promise((done) => {
+    stream = new EventSource("/api/stream");
+    const guard = setInterval(() => Date.now() - facts.heardAt > 10_000 && end(), 1000);
+    const end = () => { clearInterval(guard); stream.close(); done(); };
+    stream.addEventListener("status", (message) => hearStatus(JSON.parse(message.data)));
+    stream.addEventListener("point", (message) => hearPoint(JSON.parse(message.data)));
+    stream.addEventListener("error", end);
+  });
+}
+
+// ---- start ----------------------------------------------------------------------------------------------------------
+
+function start() {
+  makeAnswers();
+  CHARTS.forEach(makeChart);
+  $("ask-form").addEventListener("submit", act);
+  $("ask-cancel").addEventListener("click", () => $("ask").close());
+  $("ask").addEventListener("close", keepFocus);
+  $("find-form").addEventListener("submit", (submit) => { submit.preventDefault(); loadEvents().catch(ignore); });
+  let typing;
+  $("find").addEventListener("input", () => { clearTimeout(typing); typing = setTimeout(() => loadEvents().catch(ignore), 200); });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => CHARTS.forEach(({ chart }) => chart.redraw()));
+  setInterval(tick, 1000);
+  follow();
+}
+
+// The log-in page has nothing to follow; it only wants to know whether the last try failed.
+if ($("login")) say($("wrong"), new URLSearchParams(location.search).has("wrong") ? "Wrong token." : "");
+else start();

@@ -1,0 +1,57 @@
+//! A certificate authority of one's own, and what it signs.
+
+use std::time::Duration;
+
+use rcgen::{
+    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair,
+    KeyUsagePurpose,
+};
+
+/// The names and addresses under which everything in the suite is reached.
+const NAMES: [&str; 2] = ["localhost", "127.0.0.1"];
+
+pub struct Authority(CertifiedIssuer<'static, KeyPair>);
+
+/// A certificate and its private key, both PEM.
+#[derive(Clone)]
+pub struct Issued {
+    pub certificate: String,
+    pub private_key: String,
+}
+
+impl Authority {
+    pub fn new() -> Self {
+        let mut params = CertificateParams::new(Vec::new()).expect("no names");
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        // A name of its own: who shares a name is told from the other by a bad signature, not by being unknown.
+        params.distinguished_name.push(DnType::CommonName, uuid::Uuid::now_v7().to_string());
+        let key = KeyPair::generate().expect("a key");
+        Self(CertifiedIssuer::self_signed(params, key).expect("a certificate of an authority"))
+    }
+
+    /// The authority's own certificate, PEM.
+    pub fn pem(&self) -> String {
+        self.0.pem()
+    }
+
+    /// For a server at [`NAMES`], or a client with this common name. `days`: how long it is valid; negative: has been.
+    pub fn issue(&self, common_name: &str, days: i32) -> Issued {
+        let mut params = CertificateParams::new(NAMES.map(str::to_owned)).expect("names");
+        params.distinguished_name.push(DnType::CommonName, common_name);
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        let day = Duration::from_secs(24 * 3600);
+        let now = std::time::SystemTime::now();
+        params.not_before = (now - 1000 * day).into();
+        let span = day * days.unsigned_abs();
+        params.not_after = (if days < 0 { now - span } else { now + span }).into();
+        let key = KeyPair::generate().expect("a key");
+        let certificate = params.signed_by(&key, &self.0).expect("a certificate");
+        Issued { certificate: certificate.pem(), private_key: key.serialize_pem() }
+    }
+
+    /// A certificate for a server, valid for a year.
+    pub fn issue_server(&self) -> Issued {
+        self.issue("a server of the suite's own", 365)
+    }
+}

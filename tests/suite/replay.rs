@@ -1,0 +1,104 @@
+//! Requests that somebody has captured and sends again: recognised for as long as their signature is good, refused after.
+
+use serde_json::{Value, json};
+
+use crate::harness::http::sign;
+use crate::harness::{Answer, Node, Relay, SECRET, Setup, Vhost, eventually};
+
+const BODY: &str = r#"{"eventType":"scan.processing.started","payload":{"scanId":"s"}}"#;
+
+/// Sends the body as it was signed `seconds` before now, or after, and returns how it was signed as well.
+async fn signed(relay: &Relay, seconds: i64) -> (Answer, [String; 2]) {
+    let timestamp = format!("{:.3}", jiff::Timestamp::now() + jiff::SignedDuration::from_secs(seconds));
+    let signature = sign(SECRET, &timestamp, BODY.as_bytes());
+    let captured = [timestamp, signature];
+    (send(relay, &captured).await, captured)
+}
+
+async fn send(relay: &Relay, [timestamp, signature]: &[String; 2]) -> Answer {
+    relay.post_with(&[("prism-timestamp", timestamp), ("prism-signature", signature)], BODY).await
+}
+
+/// Waits until the dedupe window has passed: the body, signed anew, is a new event. Returns its id.
+async fn window_passed(relay: &Relay) -> String {
+    eventually("the end of the dedupe window", async || {
+        let (answer, _) = signed(relay, 0).await;
+        if answer.json()["duplicate"].is_null() { Ok(answer.id()) } else { Err(answer) }
+    })
+    .await
+}
+
+fn assert_recognised(answer: &Answer, id: &str) {
+    assert_eq!((answer.status, answer.json()), (200, json!({"ok": true, "id": id, "duplicate": true})));
+}
+
+#[tokio::test]
+async fn a_captured_request_is_not_published_again_however_often_it_comes() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let mut relay = Setup::new(&vhost.url()).set("dedupe.window", "1s").start().await;
+    let (first, captured) = signed(&relay, 0).await;
+    let first = first.id();
+    // A re-send of Prism's is signed anew, by a clock that is ahead, and captured as well.
+    let (again, re_sent) = signed(&relay, 200).await;
+    assert_recognised(&again, &first);
+
+    let second = window_passed(&relay).await;
+    assert_ne!(first, second);
+    for captured in [&captured, &re_sent] {
+        assert_recognised(&send(&relay, captured).await, &second);
+    }
+    relay.kill9().await;
+    relay.start_again().await;
+    for captured in [&captured, &re_sent] {
+        let answer = send(&relay, captured).await;
+        assert_recognised(&answer, &second);
+    }
+    let third = window_passed(&relay).await;
+    for captured in [&captured, &re_sent] {
+        assert_recognised(&send(&relay, captured).await, &third);
+    }
+    let delivered = vhost.messages("prism.scan", 3).await;
+    assert_eq!(delivered.iter().map(|delivery| delivery.id()).collect::<Vec<_>>(), [first, second, third]);
+    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    vhost.assert_empty("prism.scan").await;
+}
+
+#[tokio::test]
+async fn a_captured_request_is_refused_once_its_signature_is_too_old() {
+    let setup = Setup::new("amqp://guest:guest@127.0.0.1:1/%2f");
+    let relay = setup.set("dedupe.window", "1s").set("signature.tolerance", "3s").start().await;
+    let (first, captured) = signed(&relay, 0).await;
+    let first = first.id();
+    // Recognised until then, and never a new event.
+    let refused = eventually("the end of the tolerance", async || {
+        let answer = send(&relay, &captured).await;
+        if answer.status == 200 {
+            assert_recognised(&answer, &first);
+            return Err(answer);
+        }
+        Ok(answer)
+    });
+    let refused = refused.await;
+    assert_eq!((refused.status, &refused.json()["code"]), (401, &json!("stale-timestamp")));
+    assert_eq!(relay.status().await["spool"]["accepted"], 1);
+}
+
+#[tokio::test]
+async fn a_window_that_is_turned_off_recognises_nothing() {
+    let relay = Setup::new("amqp://guest:guest@127.0.0.1:1/%2f").set("dedupe.window", "0s").start().await;
+    relay.eventually_logs("dedupe.window is 0s").await;
+    let (_, captured) = signed(&relay, 0).await;
+    assert_eq!(send(&relay, &captured).await.expect(200).json()["duplicate"], Value::Null);
+    assert_eq!(relay.status().await["spool"]["accepted"], 2);
+}
+
+#[tokio::test]
+async fn more_events_than_the_window_may_hold_are_told_of() {
+    let relay = Setup::new("amqp://guest:guest@127.0.0.1:1/%2f").set("dedupe.entries_max", 2).start().await;
+    let (_, captured) = signed(&relay, 0).await;
+    for number in 0..4 {
+        relay.post(format!(r#"{{"eventType":"scan.a","payload":{{"scanId":"{number}"}}}}"#)).await.expect(200);
+    }
+    relay.eventually_logs("dedupe.entries_max is too small").await;
+    assert_eq!(send(&relay, &captured).await.expect(200).json()["duplicate"], Value::Null);
+}

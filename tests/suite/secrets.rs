@@ -1,0 +1,124 @@
+//! Secrets that change while the relay runs.
+
+use crate::harness::http::{now, sign};
+use crate::harness::{Node, Relay, Setup, Vhost, eventually};
+
+/// Nobody listens here: no answer to a webhook may depend on the broker.
+const NO_BROKER: &str = "amqp://guest:guest@127.0.0.1:1/%2f";
+
+fn event(number: usize) -> String {
+    format!(r#"{{"eventType":"scan.processing.started","payload":{{"scanId":"{number}"}}}}"#)
+}
+
+/// The status of a webhook that is signed with this secret.
+async fn status(relay: &Relay, secret: &str) -> u16 {
+    let (body, timestamp) = (event(0), now());
+    let signature = sign(secret, &timestamp, body.as_bytes());
+    relay.post_with(&[("prism-timestamp", &timestamp), ("prism-signature", &signature)], body).await.status
+}
+
+async fn eventually_status(relay: &Relay, secret: &str, expected: u16) {
+    eventually(&format!("{secret} to be answered {expected}"), async || match status(relay, secret).await {
+        status if status == expected => Ok(()),
+        status => Err(status),
+    })
+    .await;
+}
+
+fn verified(position: &str) -> [(&str, &str); 1] {
+    [("secret", position)]
+}
+
+#[tokio::test]
+async fn the_secret_of_the_webhooks_is_rotated_without_a_restart() {
+    let setup = Setup::new(NO_BROKER).unset("signature.secrets");
+    let file = setup.file("secrets", "whsec_one\n");
+    let mut relay = setup.set("signature.secrets_file", file.to_str().unwrap()).start().await;
+    let metric = "prism_relay_signature_verified_total";
+    assert_eq!((status(&relay, "whsec_one").await, status(&relay, "whsec_two").await), (200, 401));
+    assert_eq!(relay.metric(metric, &verified("1")).await, 1.0);
+
+    // First both, then the new one alone, found by itself.
+    relay.setup().file("secrets", "whsec_two\nwhsec_one\n");
+    eventually_status(&relay, "whsec_two", 200).await;
+    assert_eq!(status(&relay, "whsec_one").await, 200);
+    assert_eq!(relay.metric(metric, &verified("2")).await, 1.0, "the old one is still used");
+    relay.setup().file("secrets", "whsec_two\n");
+    eventually_status(&relay, "whsec_one", 401).await;
+
+    // What cannot be used changes nothing.
+    for (bad, expected) in [(b"\n".as_slice(), "holds no secret"), (b"whsec_\xff", "is not UTF-8")] {
+        relay.setup().file("secrets", bad);
+        let line = relay.eventually_logs(expected).await;
+        assert_eq!(line["key"], "signature.secrets_file", "{line}");
+        assert_eq!(status(&relay, "whsec_two").await, 200);
+    }
+    std::fs::remove_file(&file).unwrap();
+    relay.eventually_logs("cannot be read: No such file").await;
+    assert_eq!(status(&relay, "whsec_two").await, 200);
+
+    // SIGHUP does not wait for a second look.
+    relay.setup().file("secrets", "whsec_three\n");
+    relay.signal("HUP");
+    eventually_status(&relay, "whsec_three", 200).await;
+    assert_eq!(relay.metric("prism_relay_reloads_total", &[("outcome", "failed")]).await, 3.0);
+    for secret in ["whsec_one", "whsec_two", "whsec_three", "whsec_\u{fffd}"] {
+        assert!(!relay.log_text().contains(secret), "{secret} in the log");
+    }
+}
+
+#[tokio::test]
+async fn sighup_without_files_is_no_reason_to_end() {
+    let mut relay = Setup::new(NO_BROKER).start().await;
+    relay.signal("HUP");
+    relay.eventually_logs("there are no files to read anew").await;
+    relay.post(event(1)).await.expect(200);
+}
+
+#[tokio::test]
+async fn the_password_of_the_broker_is_rotated_without_a_restart() {
+    let node = Node::shared().await;
+    let vhost = Vhost::new(node).await;
+    let user = format!("relay-{}", uuid::Uuid::now_v7());
+    node.create_user(&user, "first").await;
+    vhost.permit(&user, ".*", ".*", ".*").await;
+    let url = format!("amqp://{user}@{}/{}", vhost.address(), vhost.name());
+    let setup = Setup::new(&url);
+    let file = setup.file("password", "first\n");
+    let relay = setup.set("broker.password_file", file.to_str().unwrap()).start().await;
+    let mut sent = 0;
+    let mut arrives = async || {
+        sent += 1;
+        let id = relay.post(event(sent)).await.id();
+        assert_eq!(vhost.messages("prism.scan", 1).await[0].id(), id);
+    };
+    let taken_up = async |times: f64| {
+        relay.eventually_metric("prism_relay_reloads_total", &[("outcome", "done")], times).await;
+    };
+    arrives().await;
+
+    // The broker first: the open connection stays; the next one waits for the file.
+    node.create_user(&user, "second").await;
+    vhost.eventually_close_connections().await;
+    relay.eventually_logs("wrong user, password or virtual host?").await;
+    relay.setup().file("password", "second\n");
+    arrives().await;
+
+    // The file first: until the broker knows the new password, the old one serves.
+    relay.setup().file("password", "third\n");
+    taken_up(2.0).await;
+    vhost.eventually_close_connections().await;
+    relay.eventually_logs("refuses the new password and takes the one before").await;
+    arrives().await;
+    node.create_user(&user, "third").await;
+    vhost.eventually_close_connections().await;
+    arrives().await;
+
+    relay.setup().file("password", "");
+    relay.eventually_logs("is empty").await;
+    vhost.eventually_close_connections().await;
+    arrives().await;
+    for password in ["first", "second", "third"] {
+        assert!(!relay.log_text().contains(&format!("\"{password}")), "{password} in the log");
+    }
+}
