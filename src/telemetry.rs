@@ -1,9 +1,11 @@
 //! What the relay says: logs, to standard error, for people on a terminal and as JSON elsewhere; and errors with their
 //! causes.
 
+use std::any::Any;
 use std::error::Error;
 use std::io::IsTerminal;
 
+use tracing::error;
 use tracing::level_filters::LevelFilter;
 use tracing::{Level, Metadata};
 use tracing_subscriber::filter::{FilterExt, Targets, filter_fn};
@@ -28,6 +30,15 @@ pub fn init(log: &Log) {
     };
     let filter = quiet(log.filter.clone()).and(filter_fn(is_discreet));
     let _ = registry().with(layer.with_filter(filter)).try_init();
+    std::panic::set_hook(Box::new(|panic| {
+        let place = panic.location().map(ToString::to_string);
+        error!(place, reason = panic_reason(panic.payload()), "panicked");
+    }));
+}
+
+/// A panic's own words, if they were written in the source. Others may quote the data that led to it, a body for example.
+fn panic_reason(payload: &dyn Any) -> &'static str {
+    payload.downcast_ref::<&'static str>().copied().unwrap_or("left out, for it may quote data")
 }
 
 /// Every error of lapin reaches the publisher, which tells it once, with what follows from it. Whoever wants to hear
@@ -56,4 +67,20 @@ pub fn chain(error: &dyn Error) -> String {
         source = cause.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[expect(clippy::string_slice, reason = "it is the panic that is wanted")]
+    fn a_panic_is_not_quoted_unless_it_stands_in_the_source() {
+        let body = "{\"userToken\":\"h\u{fc}nter2\"}".to_owned();
+        let quoted = std::panic::catch_unwind(|| body[..16].len()).unwrap_err();
+        assert!(quoted.downcast_ref::<String>().is_some_and(|words| words.contains("userToken")), "Rust quotes it");
+        assert!(!panic_reason(&*quoted).contains("userToken"));
+        let own = std::panic::catch_unwind(|| panic!("written in the source")).unwrap_err();
+        assert_eq!(panic_reason(&*own), "written in the source");
+    }
 }

@@ -4,10 +4,12 @@ use std::cell::Cell;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream as BlockingStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::task::LocalSet;
 
 use crate::harness::SECRET;
@@ -148,6 +150,57 @@ pub fn open_loop(address: SocketAddr, webhooks: &Webhooks, per_second: u32) -> V
     });
     sendings.sort_unstable_by_key(|(index, _)| *index);
     sendings.into_iter().map(|(_, sending)| sending).collect()
+}
+
+/// Connections that a flood keeps half-open.
+pub const HALF_OPEN: usize = 2000;
+
+/// A slow flood, on a thread of its own: each connection begins a request and sends a byte of it every second; whoever is
+/// cut comes again at once. From eight addresses, so that no limit for a source is reached.
+pub struct HalfOpen {
+    stop: Arc<AtomicBool>,
+    thread: std::thread::JoinHandle<usize>,
+}
+
+impl HalfOpen {
+    pub fn start(address: SocketAddr) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let thread = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+            let cut = Cell::new(0);
+            let all = (0..HALF_OPEN).map(|number| slowly(address, number, &stopped, &cut));
+            runtime.block_on(futures_util::future::join_all(all));
+            cut.get()
+        });
+        Self { stop, thread }
+    }
+
+    /// Ends the flood, and tells how many connections were cut.
+    pub fn end(self) -> usize {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().expect("the flood")
+    }
+}
+
+async fn slowly(address: SocketAddr, number: usize, stop: &AtomicBool, cut: &Cell<usize>) {
+    let from = SocketAddr::from(([127, 0, 0, 2 + (number % 8) as u8], 0));
+    while !stop.load(Ordering::Relaxed) {
+        let socket = TcpSocket::new_v4().expect("a socket");
+        socket.bind(from).expect("bind to a loopback address");
+        let mut stream = socket.connect(address).await.expect("connect");
+        let bytes = b"POST /webhooks/prism HTTP/1.1\r\nx-slow: ".iter().chain(std::iter::repeat(&b'x'));
+        for byte in bytes {
+            if stop.load(Ordering::Relaxed) {
+                return;
+            }
+            if stream.write_all(&[*byte]).await.is_err() {
+                cut.set(cut.get() + 1);
+                break;
+            }
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+    }
 }
 
 /// Whether this is a whole answer, which has to be a 200 with a length.

@@ -7,7 +7,7 @@
 //! cargo bench --bench relay -- [--rounds N] [--backlog N] [PART...]
 //!   --rounds N   how often everything but the large backlog is measured, 5 by default; the table has the medians
 //!   --backlog N  events in the large backlog, 2000000 by default
-//!   PART         throughput, drain, latency, worker, backlog; all by default
+//!   PART         throughput, drain, latency, flood, worker, backlog; all by default
 //! ```
 
 #[path = "../../tests/suite/harness/mod.rs"]
@@ -26,7 +26,7 @@ use lapin::types::FieldTable;
 use serde_json::json;
 
 use harness::{Node, Relay, Setup, Vhost};
-use load::{Webhooks, closed_loop, open_loop};
+use load::{HALF_OPEN, HalfOpen, Webhooks, closed_loop, open_loop};
 use references::{BARE_HYPER, BareHyper, lapin_alone, lone_syncs};
 use report::Report;
 use report::Target::{AtLeast, AtMost, None as Reference};
@@ -65,6 +65,9 @@ async fn main() {
         if wants("latency") {
             latency(&node, &mut report).await;
         }
+        if wants("flood") {
+            flood(&mut report).await;
+        }
         if wants("worker") {
             worker(&node, &mut report).await;
         }
@@ -97,7 +100,7 @@ fn options() -> Options {
         match argument.as_str() {
             "--rounds" => options.rounds = number(),
             "--backlog" => options.backlog = number(),
-            "throughput" | "drain" | "latency" | "worker" | "backlog" => options.parts.push(argument),
+            "throughput" | "drain" | "latency" | "flood" | "worker" | "backlog" => options.parts.push(argument),
             _ => usage(),
         }
     }
@@ -106,7 +109,7 @@ fn options() -> Options {
 
 fn usage() -> ! {
     eprintln!(
-        "Usage: cargo bench --bench relay -- [--rounds N] [--backlog N] [throughput] [drain] [latency] [worker] [backlog]"
+        "Usage: cargo bench --bench relay -- [--rounds N] [--backlog N] [throughput] [drain] [latency] [flood] [worker] [backlog]"
     );
     std::process::exit(64);
 }
@@ -259,6 +262,22 @@ async fn wait_for_200(relay: &Relay, what: &'static str) -> (f64, f64) {
 
 fn quantile(sorted: &[Duration], share: f64) -> f64 {
     sorted[((sorted.len() - 1) as f64 * share) as usize].as_secs_f64() * 1000.0
+}
+
+/// Honest senders beside clients that keep 2,000 connections half-open.
+async fn flood(report: &mut Report) {
+    let relay = setup(NO_BROKER).start().await;
+    let calm = wait_for_200(&relay, "calm").await;
+    let half_open = HalfOpen::start(relay.address());
+    while relay.metric("prism_relay_connections", &[("state", "half-open")]).await < HALF_OPEN as f64 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let flooded = wait_for_200(&relay, "2,000 half-open").await;
+    report.add("p50 beside 2,000 half-open connections", "ms", Reference, flooded.0);
+    report.add("p99 beside 2,000 half-open connections", "ms", Reference, flooded.1);
+    report.add("p50 beside 2,000 half-open connections : calm", "", Reference, flooded.0 / calm.0);
+    report.add("p99 beside 2,000 half-open connections : calm", "", AtMost(2.0), flooded.1 / calm.1);
+    report.add("half-open connections that the relay had cut meanwhile", "", Reference, half_open.end() as f64);
 }
 
 /// From sending a webhook until a worker has the event in its hands, at 100 a second.

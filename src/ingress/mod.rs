@@ -43,7 +43,7 @@ const APPEND_PATIENCE: Duration = Duration::from_secs(10);
 /// The public listener, bound but not yet serving.
 pub struct Ingress {
     server: Server,
-    desk: Desk,
+    desk: Arc<Desk>,
 }
 
 impl Ingress {
@@ -57,7 +57,7 @@ impl Ingress {
         draining: CancellationToken,
     ) -> Result<Self, BindError> {
         let server = Server::bind(http.listen, "http.listen", limits(&http), tls, Arc::clone(&metrics)).await?;
-        Ok(Self { server, desk: Desk::new(http, verifier, spool, metrics, draining) })
+        Ok(Self { server, desk: Arc::new(Desk::new(http, verifier, spool, metrics, draining)) })
     }
 
     /// The table of connections, to be looked at.
@@ -69,15 +69,20 @@ impl Ingress {
         self.server.address()
     }
 
+    /// Answers one request of a peer, as the listener does.
+    pub async fn answer(&self, request: Request<Incoming>, peer: SocketAddr) -> Response<Full<Bytes>> {
+        self.desk.answer(request, peer).await
+    }
+
     /// Serves until `draining`, and then finishes the requests under way.
     pub async fn run(self) {
-        let desk = Arc::new(self.desk);
+        let Self { server, desk } = self;
         let draining = desk.draining.clone();
         let handler = move |request, peer| {
             let desk = Arc::clone(&desk);
             async move { desk.answer(request, peer).await }
         };
-        self.server.run(handler, draining).await;
+        server.run(handler, draining).await;
     }
 }
 

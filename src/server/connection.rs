@@ -22,7 +22,6 @@ use tokio_rustls::rustls::ServerConfig;
 use tokio_util::sync::CancellationToken;
 
 use super::Limits;
-use super::admission::Place;
 
 /// What an HTTP/2 client may send ahead of being read, for all of its streams: the least that RFC 9113, section 6.9.2
 /// allows for a connection. Ten thousand connections can take no more than 640 MB this way.
@@ -99,6 +98,12 @@ impl End {
 /// What is going on on a connection.
 pub struct Activity(Mutex<Since>);
 
+impl Default for Activity {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 struct Since {
     under_way: usize,
     established: bool,
@@ -111,17 +116,13 @@ impl Activity {
         Self(Mutex::new(Since { under_way: 0, established: false, idle: Instant::now() }))
     }
 
-    /// A request has come in; it is under way until the guard is dropped.
-    pub fn begin(self: &Arc<Self>, place: &Place) -> UnderWay {
-        let first = {
-            let mut since = self.since();
-            since.under_way += 1;
-            !std::mem::replace(&mut since.established, true)
-        };
-        if first {
-            place.establish();
-        }
-        UnderWay(Arc::clone(self))
+    /// A request has come in; it is under way until the guard is dropped. The flag tells whether it is the first one.
+    pub fn begin(self: &Arc<Self>) -> (UnderWay, bool) {
+        let mut since = self.since();
+        since.under_way += 1;
+        let first = !std::mem::replace(&mut since.established, true);
+        drop(since);
+        (UnderWay(Arc::clone(self)), first)
     }
 
     /// Resolves when nothing has been under way for `limit`.

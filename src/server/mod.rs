@@ -28,8 +28,7 @@ use tracing::{debug, info, warn};
 
 pub use admission::{Admission, Census};
 use admission::{Admitted, Place};
-pub use connection::Protocol;
-use connection::{Activity, End};
+pub use connection::{Activity, End, Protocol};
 
 use crate::metrics::Metrics;
 use crate::notices::Notices;
@@ -164,7 +163,10 @@ impl Context {
         let service = service_fn({
             let (place, activity) = (Arc::clone(&place), Arc::clone(&activity));
             move |request: Request<Incoming>| {
-                let under_way = activity.begin(&place);
+                let (under_way, first) = activity.begin();
+                if first {
+                    place.establish();
+                }
                 let head = request.method() == Method::HEAD;
                 let response = handler(request, peer);
                 async move {

@@ -3,11 +3,12 @@
 
 use serde_json::{Value, json};
 
+use crate::harness::marks::PASSWORD;
 use crate::harness::{Cluster, Node, Relay, Setup, Traffic, Vhost, eventually};
 
 /// The URLs of a vhost on these nodes, in this order.
 fn urls(vhost: &Vhost, nodes: &[&Node]) -> Value {
-    json!(nodes.iter().map(|node| vhost.url_for("guest", "guest", node.address())).collect::<Vec<_>>())
+    json!(nodes.iter().map(|node| vhost.url_for("guest", PASSWORD, node.address())).collect::<Vec<_>>())
 }
 
 fn setup(vhost: &Vhost, nodes: &[&Node]) -> Setup {

@@ -178,7 +178,10 @@ async fn tail_prints_what_passes_and_takes_nothing() {
     })
     .await;
     let unknown = relay.post(r#"{"eventType":"new.kind","payload":{"userToken":"hush"}}"#).await.id();
-    let deep = relay.post(r#"{"eventType":"scan.processing.started","payload":{"scanId":"s"}}"#).await.id();
+    let deep = relay
+        .post(r#"{"eventType":"scan.processing.started","payload":{"userToken":"partner-user-42","scanId":"s"}}"#)
+        .await
+        .id();
     let flat = relay
         .post("{\"eventType\":\"scan.flat\",\"payload\":{\"scanId\":\"\\u001b[31m\",\"state\":\"READY\"}}")
         .await
@@ -207,7 +210,7 @@ async fn tail_prints_what_passes_and_takes_nothing() {
 async fn tail_can_work_like_a_worker_and_says_what_is_missing() {
     let vhost = Vhost::new(Node::shared().await).await;
     let relay = Relay::start(&vhost).await;
-    let id = relay.post(r#"{"eventType":"scan.a","payload":{"scanId":"1"}}"#).await.id();
+    let id = relay.post(r#"{"eventType":"scan.a","payload":{"userToken":"partner-user-42","scanId":"1"}}"#).await.id();
     vhost.eventually_depth("prism.scan", 1).await;
     let worked = relay.run(&["tail", "--queue", "prism.scan", "--count", "1"]).await;
     assert!(worked.code == Some(0) && worked.stdout.contains(&id), "{worked:?}");

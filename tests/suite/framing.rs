@@ -8,7 +8,9 @@ use crate::harness::{Raw, Relay, SECRET, Setup};
 const NO_BROKER: &str = "amqp://guest:guest@127.0.0.1:1/%2f";
 
 fn event(number: u32) -> String {
-    format!(r#"{{"eventType":"scan.processing.started","payload":{{"scanId":"{number}"}}}}"#)
+    format!(
+        r#"{{"eventType":"scan.processing.started","payload":{{"userToken":"partner-user-42","scanId":"{number}"}}}}"#
+    )
 }
 
 /// A signed request as text: its first line, these header lines, and then `sent` in place of the body.

@@ -18,7 +18,9 @@ const REFUSED: &str = "prism_relay_connections_refused_total";
 const CONNECTIONS: &str = "prism_relay_connections";
 
 fn event(number: usize) -> String {
-    format!(r#"{{"eventType":"scan.processing.started","payload":{{"scanId":"{number}"}}}}"#)
+    format!(
+        r#"{{"eventType":"scan.processing.started","payload":{{"userToken":"partner-user-42","scanId":"{number}"}}}}"#
+    )
 }
 
 /// A connection that has sent a request and got its answer.

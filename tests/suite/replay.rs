@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use crate::harness::http::sign;
 use crate::harness::{Answer, Node, Relay, SECRET, Setup, Vhost, eventually};
 
-const BODY: &str = r#"{"eventType":"scan.processing.started","payload":{"scanId":"s"}}"#;
+const BODY: &str = r#"{"eventType":"scan.processing.started","payload":{"userToken":"partner-user-42","scanId":"s"}}"#;
 
 /// Sends the body as it was signed `seconds` before now, or after, and returns how it was signed as well.
 async fn signed(relay: &Relay, seconds: i64) -> (Answer, [String; 2]) {
@@ -97,7 +97,12 @@ async fn more_events_than_the_window_may_hold_are_told_of() {
     let relay = Setup::new("amqp://guest:guest@127.0.0.1:1/%2f").set("dedupe.entries_max", 2).start().await;
     let (_, captured) = signed(&relay, 0).await;
     for number in 0..4 {
-        relay.post(format!(r#"{{"eventType":"scan.a","payload":{{"scanId":"{number}"}}}}"#)).await.expect(200);
+        relay
+            .post(format!(
+                r#"{{"eventType":"scan.a","payload":{{"userToken":"partner-user-42","scanId":"{number}"}}}}"#
+            ))
+            .await
+            .expect(200);
     }
     relay.eventually_logs("dedupe.entries_max is too small").await;
     assert_eq!(send(&relay, &captured).await.expect(200).json()["duplicate"], Value::Null);

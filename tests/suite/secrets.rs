@@ -7,7 +7,9 @@ use crate::harness::{Node, Relay, Setup, Vhost, eventually};
 const NO_BROKER: &str = "amqp://guest:guest@127.0.0.1:1/%2f";
 
 fn event(number: usize) -> String {
-    format!(r#"{{"eventType":"scan.processing.started","payload":{{"scanId":"{number}"}}}}"#)
+    format!(
+        r#"{{"eventType":"scan.processing.started","payload":{{"userToken":"partner-user-42","scanId":"{number}"}}}}"#
+    )
 }
 
 /// The status of a webhook that is signed with this secret.

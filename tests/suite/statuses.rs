@@ -9,7 +9,7 @@ use crate::harness::{Answer, Client, Node, Raw, Relay, SECRET, Setup, Vhost, Wir
 /// Nobody listens here: no answer to a webhook may depend on the broker.
 const NO_BROKER: &str = "amqp://guest:guest@127.0.0.1:1/%2f";
 
-const EVENT: &str = r#"{"eventType":"scan.processing.started","payload":{"scanId":"s"}}"#;
+const EVENT: &str = r#"{"eventType":"scan.processing.started","payload":{"userToken":"partner-user-42","scanId":"s"}}"#;
 
 fn assert_problem(answer: &Answer, status: u16, code: &str) {
     assert_eq!(answer.status, status, "{answer}");
@@ -185,7 +185,8 @@ async fn a_full_spool_answers_503_and_resumes_by_itself() {
     let mut wire = Wire::new(vhost.address());
     wire.refuse().await;
     let relay = Setup::new(&vhost.url_through(&wire)).set("spool.max_bytes", "3KiB").start().await;
-    let event = |n: u32| format!(r#"{{"eventType":"scan.a","payload":{{"scanId":"{n}"}}}}"#);
+    let event =
+        |n: u32| format!(r#"{{"eventType":"scan.a","payload":{{"userToken":"partner-user-42","scanId":"{n}"}}}}"#);
     let mut accepted = 0;
     let full = loop {
         let answer = relay.post(event(accepted)).await;

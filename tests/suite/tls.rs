@@ -13,13 +13,16 @@ use tokio_rustls::rustls::ClientConfig;
 
 use crate::harness::certificates::Issued;
 use crate::harness::http::{now, sign, tls_config};
+use crate::harness::marks::PASSWORD;
 use crate::harness::{Authority, Client, Node, Raw, Relay, SECRET, Setup, Vhost, eventually};
 
 /// Nobody listens here: no answer to a webhook may depend on the broker.
 const NO_BROKER: &str = "amqp://guest:guest@127.0.0.1:1/%2f";
 
 fn event(number: u32) -> String {
-    format!(r#"{{"eventType":"scan.processing.started","payload":{{"scanId":"{number}"}}}}"#)
+    format!(
+        r#"{{"eventType":"scan.processing.started","payload":{{"userToken":"partner-user-42","scanId":"{number}"}}}}"#
+    )
 }
 
 /// Puts a certificate and its key where the relay expects them.
@@ -203,7 +206,7 @@ fn to_broker(node: &Node, url: &str) -> Setup {
 async fn the_broker_is_reached_with_tls() {
     let node = Node::shared().await;
     let vhost = Vhost::new(node).await;
-    let url = vhost.tls_url("guest:guest@", node.tls_address());
+    let url = vhost.tls_url(&format!("guest:{PASSWORD}@"), node.tls_address());
     let relay = to_broker(node, &url).start().await;
     let id = relay.post(event(1)).await.id();
     assert_eq!(vhost.messages("prism.scan", 1).await[0].id(), id);
@@ -226,7 +229,7 @@ async fn the_broker_is_reached_with_tls() {
 async fn a_broker_that_is_not_whom_it_should_be_gets_nothing() {
     let node = Node::shared().await;
     let vhost = Vhost::new(node).await;
-    let url = vhost.tls_url("guest:guest@", node.tls_address());
+    let url = vhost.tls_url(&format!("guest:{PASSWORD}@"), node.tls_address());
     let relay = to_broker(node, &url).start().await;
     relay.post(event(1)).await.expect(200);
     vhost.messages("prism.scan", 1).await;
@@ -248,7 +251,7 @@ async fn a_broker_that_is_not_whom_it_should_be_gets_nothing() {
     assert!(line["error"].as_str().unwrap().contains("as rabbit.example"), "{line}");
 
     // A listener without TLS.
-    let url = vhost.tls_url("guest:guest@", vhost.address());
+    let url = vhost.tls_url(&format!("guest:{PASSWORD}@"), vhost.address());
     let plain = to_broker(node, &url).set("broker.connect_timeout", "1s").start().await;
     plain.eventually_logs("not delivering").await;
 }

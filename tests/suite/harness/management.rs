@@ -15,8 +15,9 @@ impl Management {
     /// One call, such as `GET` `/api/` + `queues/v/q`; path segments have to be [`encode`]d. An answer of any status is fine.
     pub async fn call(self, method: Method, path: &str, body: &Value) -> Result<Answer, String> {
         let url = format!("http://127.0.0.1:{}/api/{path}", self.port);
-        // guest:guest
-        let headers = [("authorization", "Basic Z3Vlc3Q6Z3Vlc3Q="), ("content-type", "application/json")];
+        // guest, and the password in marks.rs.
+        let headers =
+            [("authorization", "Basic Z3Vlc3Q6bWFya2VkLXBhc3MtNmQxZg=="), ("content-type", "application/json")];
         let body = if body.is_null() { String::new() } else { body.to_string() };
         Client::http1().send(method, &url, &headers, body).await
     }

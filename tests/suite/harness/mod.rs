@@ -23,6 +23,7 @@ pub mod eventually;
 pub mod http;
 pub mod leash;
 pub mod management;
+pub mod marks;
 pub mod node;
 pub mod ports;
 pub mod program;

@@ -22,6 +22,7 @@ use super::certificates::Authority;
 use super::eventually::{eventually_within, poll};
 use super::leash::{self, Leash};
 use super::management::{Management, encode};
+use super::marks::PASSWORD;
 use super::ports;
 use super::scratch::Scratch;
 
@@ -129,7 +130,7 @@ impl Node {
 
     /// The URL of a vhost, for `guest`, who may do everything.
     pub fn amqp_url(&self, vhost: &str) -> String {
-        format!("amqp://guest:guest@{}/{}", self.address(), encode(vhost))
+        format!("amqp://guest:{PASSWORD}@{}/{}", self.address(), encode(vhost))
     }
 
     /// The address of AMQP with TLS. Who shows a certificate of [`Self::authority`] may log in as its common name.
@@ -309,6 +310,7 @@ impl Node {
             file("rabbitmq.conf"),
             format!(
                 "loopback_users = none\n\
+                 default_pass = {PASSWORD}\n\
                  listeners.tcp.default = 127.0.0.1:{}\n\
                  management.tcp.ip = 127.0.0.1\n\
                  management.tcp.port = {}\n\

@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use super::eventually::{eventually, eventually_equal};
 use super::http::{Answer, Client, now, sign};
+use super::marks::assert_discreet;
 use super::program::{Ended, Program};
 use super::setup::{SECRET, Setup};
 use super::vhost::Vhost;
@@ -46,6 +47,7 @@ impl Relay {
     /// Starts it again after its end, in the same folder and on the same spool. Its ports are new ones.
     pub async fn start_again(&mut self) {
         assert!(self.program.exited().is_some(), "the relay runs");
+        assert_discreet("the log", &self.log_text());
         self.program = self.setup.launch(&["serve"]);
         (self.url, self.ops) = ready(&mut self.program).await;
     }
@@ -153,7 +155,9 @@ impl Relay {
     /// Sends a webhook with exactly these headers, unsigned unless they sign it. Panics if there is no answer at all.
     pub async fn post_with(&self, headers: &[(&str, &str)], body: impl AsRef<[u8]>) -> Answer {
         let answer = self.client.send(Method::POST, &self.url, headers, body.as_ref().to_vec()).await;
-        answer.unwrap_or_else(|error| panic!("no answer to a webhook: {error}\n{}", self.log_text()))
+        let answer = answer.unwrap_or_else(|error| panic!("no answer to a webhook: {error}\n{}", self.log_text()));
+        assert_discreet("an answer", &format!("{answer:?}"));
+        answer
     }
 
     /// A sender that can be moved into another task, and still works (with errors) when the relay is gone.
@@ -165,7 +169,9 @@ impl Relay {
 
     pub async fn ops_get(&self, path: &str) -> Answer {
         let url = format!("{}{path}", self.ops);
-        self.client.get(&url).await.unwrap_or_else(|error| panic!("{error}\n{}", self.log_text()))
+        let answer = self.client.get(&url).await.unwrap_or_else(|error| panic!("{error}\n{}", self.log_text()));
+        assert_discreet(path, &format!("{answer:?}"));
+        answer
     }
 
     /// `GET /api/status`.
@@ -190,6 +196,15 @@ impl Relay {
     }
 }
 
+/// Whatever a relay has logged in its life is searched for what must not be there.
+impl Drop for Relay {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            assert_discreet("the log", &self.log_text());
+        }
+    }
+}
+
 /// Plays Prism against one URL.
 #[derive(Clone)]
 pub struct Sender {
@@ -207,7 +222,9 @@ impl Sender {
             ("prism-timestamp", timestamp.as_str()),
             ("prism-signature", signature.as_str()),
         ];
-        self.client.send(Method::POST, &self.url, &headers, body.to_vec()).await
+        let answer = self.client.send(Method::POST, &self.url, &headers, body.to_vec()).await?;
+        assert_discreet("an answer", &format!("{answer:?}"));
+        Ok(answer)
     }
 }
 

@@ -7,6 +7,7 @@ use std::process::Command;
 use serde_json::{Value, json};
 
 use super::leash;
+use super::marks::assert_discreet;
 use super::program::{Ended, Program};
 use super::relay::Relay;
 use super::scratch::Scratch;
@@ -35,7 +36,7 @@ impl Setup {
             .set("broker.reconnect_min", "50ms")
             .set("broker.reconnect_max", "500ms")
             .set("log.format", "json")
-            .set("log.filter", "debug")
+            .set("log.filter", "trace")
     }
 
     /// Sets a key of the configuration file.
@@ -107,7 +108,9 @@ impl Setup {
 
     /// Runs `prism-relay --config <file> <arguments>` to its end.
     pub async fn run(&self, arguments: &[&str]) -> Ended {
-        self.launch(arguments).wait().await
+        let ended = self.launch(arguments).wait().await;
+        assert_discreet("what a command says", &format!("{}\n{}", ended.stdout, ended.stderr));
+        ended
     }
 }
 

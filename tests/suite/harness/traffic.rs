@@ -96,7 +96,7 @@ impl Traffic {
 /// Body and subject of an event.
 fn event(subject: usize, number: usize) -> (String, String) {
     let (name, body) = if subject.is_multiple_of(2) {
-        let payload = json!({"scanId": format!("s{subject}"), "number": number});
+        let payload = json!({"userToken": "partner-user-42", "scanId": format!("s{subject}"), "number": number});
         (format!("scan:s{subject}"), json!({"eventType": "scan.processing.started", "payload": payload}))
     } else {
         let payload = json!({"bodyShapePredictionId": format!("p{subject}"), "number": number});

@@ -18,6 +18,7 @@ use tokio::time::timeout;
 use super::background;
 use super::eventually::{DEADLINE, eventually, eventually_equal};
 use super::management::{Management, encode};
+use super::marks::{PASSWORD, assert_discreet};
 use super::node::Node;
 use super::wire::Wire;
 
@@ -49,12 +50,12 @@ impl Vhost {
 
     /// The URL for `guest`, who may do everything.
     pub fn url(&self) -> String {
-        self.url_for("guest", "guest", self.address)
+        self.url_for("guest", PASSWORD, self.address)
     }
 
     /// The URL for `guest` that leads through a wire.
     pub fn url_through(&self, wire: &Wire) -> String {
-        self.url_for("guest", "guest", wire.address())
+        self.url_for("guest", PASSWORD, wire.address())
     }
 
     /// The URL for another user, or by another way. Letters and digits only, please.
@@ -317,6 +318,7 @@ impl From<lapin::message::Delivery> for Delivery {
             other => format!("{other:?}"),
         };
         let headers = delivery.properties.headers().iter().flatten();
+        assert_discreet("the metadata of a message", &format!("{:?}", delivery.properties));
         Self {
             headers: headers.map(|(name, value)| (name.to_string(), text(value))).collect(),
             exchange: delivery.exchange.to_string(),

@@ -1,0 +1,123 @@
+//! Whole connections, HTTP/1.1 and HTTP/2, into the ingress and its spool: no panic, no status that is not in the
+//! contract, and nothing but a 200 leaves something behind.
+//!
+//! Input: what a client sends before it closes its side.
+#![no_main]
+
+use std::cell::RefCell;
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hyper::service::service_fn;
+use libfuzzer_sys::fuzz_target;
+use prism_relay::config::{Config, Dedupe, Durability, Purpose};
+use prism_relay::ingress::Ingress;
+use prism_relay::metrics::Metrics;
+use prism_relay::server::{Activity, Limits, Protocol};
+use prism_relay::signature::Verifier;
+use prism_relay::spool::{Settlement, Spool, WriterEnd};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+use tokio::runtime::{Builder, Runtime};
+use tokio_util::sync::CancellationToken;
+
+const PEER: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 1);
+
+/// What the contract names, and what hyper answers to heads that it cannot read.
+const STATUSES: [&str; 13] =
+    ["100", "200", "400", "401", "403", "404", "405", "408", "413", "414", "422", "431", "503"];
+
+struct Relay {
+    runtime: Runtime,
+    ingress: Arc<Ingress>,
+    protocol: Protocol,
+    spool: Spool,
+    _end: WriterEnd,
+    _folder: tempfile::TempDir,
+}
+
+thread_local! {
+    static RELAY: RefCell<Relay> = RefCell::new(Relay::start());
+}
+
+impl Relay {
+    fn start() -> Self {
+        let folder = tempfile::TempDir::new().unwrap();
+        let mut config = Config::load(None, [], Purpose::Client).unwrap();
+        config.spool.path = folder.path().join("spool.db");
+        config.spool.durability = Durability::Process;
+        config.http.listen = SocketAddr::new(PEER.ip(), 0);
+        config.http.body_bytes_max = 4096;
+        config.http.trusted_proxies = vec!["127.0.0.1".parse().unwrap()];
+        let limits = Limits {
+            connections_max: 1,
+            connections_per_source_max: 1,
+            unlimited_sources: Vec::new(),
+            header_timeout: Duration::from_secs(1),
+            silence_timeout: Duration::from_secs(1),
+            headers_max: 16,
+            header_bytes_max: 8192,
+            streams_max: 8,
+        };
+        let runtime = Builder::new_current_thread().enable_all().build().unwrap();
+        let guard = runtime.enter();
+        let metrics = Arc::new(Metrics::new());
+        let dedupe = Dedupe { window: Duration::from_secs(60), entries_max: 100 };
+        let (spool, end) = Spool::open(&config.spool, &dedupe, Arc::clone(&metrics)).unwrap();
+        // Without a secret, so that bodies get through to the spool.
+        let verifier = Arc::new(Verifier::new(&[], false, Duration::from_secs(300)));
+        let ingress = Ingress::bind(config.http, None, verifier, spool.clone(), metrics, CancellationToken::new());
+        let ingress = Arc::new(runtime.block_on(ingress).unwrap());
+        drop(guard);
+        Self { runtime, ingress, protocol: Protocol::new(&limits), spool, _end: end, _folder: folder }
+    }
+
+    /// What the client gets to read.
+    fn converse(&self, input: &[u8]) -> Vec<u8> {
+        let (near, far) = duplex(64 * 1024);
+        let ingress = Arc::clone(&self.ingress);
+        let service = service_fn(move |request| {
+            let ingress = Arc::clone(&ingress);
+            async move { Ok::<_, Infallible>(ingress.answer(request, PEER).await) }
+        });
+        self.runtime.block_on(async {
+            let (activity, shutdown) = (Arc::new(Activity::new()), CancellationToken::new());
+            let serving = self.protocol.speak(far, service, &activity, &shutdown);
+            let (mut from, mut to) = tokio::io::split(near);
+            let writing = async move {
+                let _ = to.write_all(input).await;
+                let _ = to.shutdown().await;
+            };
+            let mut answer = Vec::new();
+            tokio::join!(serving, writing, from.read_to_end(&mut answer)).2.unwrap();
+            answer
+        })
+    }
+
+    /// Whatever was accepted is delivered, so that there is room for more. Returns how many there were.
+    fn deliver(&self) -> usize {
+        self.runtime.block_on(async {
+            let pending = self.spool.pending_after(0, 1000).await.unwrap().events;
+            self.spool.settle(pending.iter().map(|stored| Settlement::Confirmed(stored.seq)).collect()).await;
+            self.spool.flush().await;
+            pending.len()
+        })
+    }
+}
+
+fuzz_target!(|input: &[u8]| {
+    RELAY.with_borrow(|relay| {
+        let answer = String::from_utf8_lossy(&relay.converse(input)).into_owned();
+        for (at, head) in answer.match_indices("HTTP/1.") {
+            // Not in a body that quotes it.
+            if at == 0 || answer[..at].ends_with("\r\n\r\n") || answer[..at].ends_with('}') {
+                let status = answer.get(at + head.len() + 2..at + head.len() + 5).unwrap_or_default();
+                assert!(STATUSES.contains(&status), "{status:?} in {answer}");
+            }
+        }
+        let (delivered, acknowledged) = (relay.deliver(), answer.matches("{\"ok\":true").count());
+        // An HTTP/2 connection may be torn down before it has carried its answers.
+        assert!(delivered <= acknowledged || input.starts_with(b"PRI"), "{delivered} of {acknowledged}: {answer}");
+    });
+});

@@ -1,0 +1,106 @@
+//! Promise 10: neither `userToken`s nor secrets nor passwords are ever seen.
+//!
+//! The harness looks for them in everything that any test of the suite makes a relay say, at trace: logs, answers,
+//! metrics, status, the output of commands, the metadata of messages. Here are the places that the others do not reach.
+
+use serde_json::json;
+
+use crate::harness::http::{now, sign};
+use crate::harness::marks::{PASSWORD, USER_TOKEN, indiscretion};
+use crate::harness::{Client, Node, Raw, SECRET, Setup, Vhost, eventually};
+
+fn event(event_type: &str) -> String {
+    json!({"eventType": event_type, "payload": {"userToken": USER_TOKEN, "scanId": "s"}}).to_string()
+}
+
+#[test]
+fn the_search_finds_what_it_is_for() {
+    for mark in [SECRET, PASSWORD, USER_TOKEN] {
+        assert!(indiscretion(&format!("a line\nwith {mark}\n")).is_some_and(|(found, _)| found == mark));
+        assert!(indiscretion(&format!("{:?}", format!("as bytes {mark}").as_bytes())).is_some());
+    }
+    assert_eq!(indiscretion("nothing at all, guest and userToken among it"), None);
+}
+
+#[tokio::test]
+async fn whatever_a_sender_does_nothing_of_it_is_quoted() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    // lapin's own trace would show the login and the bodies.
+    let setup = Setup::new(&vhost.url()).set("log.filter", "trace,lapin=trace").set("http.body_bytes_max", "1KiB");
+    let relay = setup.set("signature.required", false).start().await;
+    let timestamp = now();
+    let signature = sign(SECRET, &timestamp, event("scan.a").as_bytes());
+    relay.post(event("scan.processing.started")).await.expect(200);
+    relay.post(event("unknown")).await.expect(200);
+    let signed = [("prism-timestamp", timestamp.as_str()), ("prism-signature", signature.as_str())];
+    relay.post_with(&signed, event("scan.b")).await.expect(401);
+    let [not_json, no_envelope] = [event("a") + "}", format!("[{}]", event("a"))];
+    relay.post_with(&[], not_json).await.expect(400);
+    relay.post_with(&[], no_envelope).await.expect(422);
+    relay.post_with(&[], [event("a").as_bytes(), b"\xff"].concat()).await.expect(400);
+    relay.post_with(&[], event("a").repeat(20)).await.expect(413);
+    // What should be in a body, in every other place.
+    let headers = [("x-user", USER_TOKEN), ("prism-timestamp", USER_TOKEN), ("prism-signature", USER_TOKEN)];
+    relay.post_with(&headers, event("scan.c")).await.expect(401);
+    let url = relay.url().to_owned();
+    let elsewhere = format!("{url}/{USER_TOKEN}?secret={SECRET}");
+    Client::http1().send(hyper::Method::POST, &elsewhere, &[], event("scan.d")).await.unwrap().expect(404);
+    Client::http2().send(hyper::Method::POST, &url, &headers[..1], event("scan.e")).await.unwrap().expect(200);
+    for broken in [format!("POST /{USER_TOKEN} HTTP/9.9\r\n\r\n"), format!("{USER_TOKEN}: {SECRET}\r\n\r\n")] {
+        let answer = Raw::exchange(relay.address(), broken).await;
+        assert_eq!(indiscretion(&answer), None);
+    }
+    let broken_off = format!("POST /webhooks/prism HTTP/1.1\r\nhost: r\r\ncontent-length: 999\r\n\r\n{}", event("a"));
+    let mut raw = Raw::connect(relay.address()).await;
+    raw.write(broken_off).await.unwrap();
+    raw.end().await;
+    raw.read_to_end().await;
+    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    relay.metrics().await;
+    relay.status().await;
+    assert_eq!(vhost.messages("prism.scan", 2).await.len(), 2);
+}
+
+#[tokio::test]
+async fn commands_and_faults_of_the_broker_quote_nothing() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    // Nothing takes the event: the broker returns it, and it is parked.
+    vhost.create_exchange("prism.events", "topic", json!({})).await;
+    let setup = Setup::new(&vhost.url()).set("topology.declare", "off").set("log.filter", "trace,lapin=trace");
+    let relay = setup.start().await;
+    let id = relay.post(event("scan.processing.started")).await.id();
+    relay.eventually_metric("prism_relay_spool_parked_events", &[], 1.0).await;
+    for command in [
+        &["spool", "stats"][..],
+        &["spool", "list"],
+        &["spool", "list", "--json"],
+        &["spool", "show", &id],
+        &["spool", "verify"],
+        &["check"],
+        &["send", "--url", relay.url(), "--count", "3"],
+        &["send", "--url", "http://127.0.0.1:1/", "--count", "3", "--no-retry"],
+    ] {
+        let ended = relay.run(command).await;
+        assert!(!ended.stdout.is_empty(), "{command:?} says something: {ended:?}");
+    }
+    // A broker that does not know us, one that is not there, and one that speaks something else.
+    let wrong = vhost.url_for("guest", SECRET, vhost.address());
+    let http = format!("amqp://guest:{PASSWORD}@{}/v", relay.address());
+    for url in [wrong, format!("amqp://guest:{PASSWORD}@127.0.0.1:1/v"), http] {
+        let other = Setup::new(&url).set("log.filter", "trace,lapin=trace").set("broker.connect_timeout", "1s");
+        let other = other.start().await;
+        other.eventually_logs("not delivering").await;
+        other.run(&["check"]).await;
+        other.run(&["tail", "--count", "1"]).await;
+    }
+    for mistake in [format!("broker.password = [\"{PASSWORD}\"]"), format!("signature.secret = \"{SECRET}\"")] {
+        let setup = Setup::new("amqp://127.0.0.1:1");
+        let file = setup.file("mistake.toml", mistake);
+        setup.run(&["--config", file.to_str().unwrap(), "serve"]).await;
+    }
+    eventually("the parked event to be listed", async || {
+        let listed = relay.run(&["spool", "list"]).await;
+        if listed.stdout.contains(&id) { Ok(()) } else { Err(listed.stdout) }
+    })
+    .await;
+}
