@@ -194,9 +194,14 @@ impl<'a> Envelope<'a> {
 
     /// Whose order has to be kept: one prediction's, or else one scan's.
     pub fn subject(&self) -> Option<String> {
-        let prediction = self.prediction_id.as_ref().map(|id| format!("prediction:{id}"));
-        prediction.or_else(|| self.scan_id.as_ref().map(|id| format!("scan:{id}")))
+        subject(self.prediction_id.as_deref(), self.scan_id.as_deref())
     }
+}
+
+/// As [`Envelope::subject`], from the ids alone.
+pub fn subject(prediction_id: Option<&str>, scan_id: Option<&str>) -> Option<String> {
+    let prediction = prediction_id.map(|id| format!("prediction:{id}"));
+    prediction.or_else(|| scan_id.map(|id| format!("scan:{id}")))
 }
 
 /// Words of `[A-Za-z0-9_-]`, separated by single dots: nothing that a topic exchange could read as a wildcard.

@@ -21,6 +21,7 @@ pub mod topology;
 // Beside the path.
 pub mod ops;
 pub mod backoff;
+pub mod journal;
 pub mod metrics;
 pub mod notices;
 pub mod reload;

@@ -3,13 +3,16 @@
 //! Handles are kept, so that counting costs an atomic addition and no look-up. Nothing is global: a second relay in
 //! the same process counts for itself.
 
+use std::collections::HashSet;
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use jiff::Timestamp;
 use metrics::{Counter, Gauge, Histogram, Key, KeyName, Label, Level, Metadata, Recorder, Unit};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 
 use crate::config;
+use crate::event::DOCUMENTED_TYPES;
 
 /// From a tenth of a millisecond to ten seconds: an answer or a commit outside of it is a fault.
 const FAST_SECONDS: [f64; 16] =
@@ -18,6 +21,11 @@ const FAST_SECONDS: [f64; 16] =
 const LAG_SECONDS: [f64; 16] =
     [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0, 120.0, 600.0, 3600.0, 21600.0];
 const COMMIT_EVENTS: [f64; 11] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0];
+
+/// The Prometheus text format.
+pub const TEXT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+/// The OpenMetrics text format.
+pub const OPEN_METRICS_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 const METADATA: Metadata<'static> = Metadata::new(module_path!(), Level::INFO, None);
 
@@ -32,7 +40,10 @@ const REFUSED_HELP: &str = "Connections that were refused or cut: tls-handshake,
 /// Every metric, grouped by the part of the relay that it tells about.
 pub struct Metrics {
     recorder: PrometheusRecorder,
+    /// 1 while a webhook would be answered 200.
+    pub ready: Gauge,
     pub webhooks: Webhooks,
+    events: Events,
     pub spool: SpoolMetrics,
     pub publish: Publishes,
     pub broker: BrokerMetrics,
@@ -64,6 +75,7 @@ pub struct SpoolMetrics {
     pub events: Gauge,
     pub parked_events: Gauge,
     pub bytes: Gauge,
+    pub max_bytes: Gauge,
     pub oldest_age: Gauge,
     pub commit_duration: Seconds,
     pub commit_events: Histogram,
@@ -111,7 +123,12 @@ impl Metrics {
         recorder.describe_counter(KeyName::from_const_str(VERIFIED), Some(Unit::Count), VERIFIED_HELP.into());
         recorder.describe_counter(KeyName::from_const_str(REFUSED), Some(Unit::Count), REFUSED_HELP.into());
         gauge(&recorder, "prism_relay_build_info", "The version that runs; always 1.", &version).set(1.0);
+        let started = Timestamp::now().as_duration().as_secs_f64();
+        let help = "When the process started, in seconds since 1970.";
+        gauge(&recorder, "prism_relay_start_time_seconds", help, &[]).set(started);
         Self {
+            ready: gauge(&recorder, "prism_relay_ready", "1 while a webhook would be answered 200.", &[]),
+            events: Events::new(&recorder),
             webhooks: Webhooks::new(&recorder),
             spool: SpoolMetrics::new(&recorder),
             publish: Publishes::new(&recorder),
@@ -140,6 +157,12 @@ impl Metrics {
             };
             counter.get_or_init(register).increment(1);
         }
+    }
+
+    /// Counts an accepted event by its type, which is `None` for a signed body that is no event.
+    pub fn event(&self, event_type: Option<&str>) {
+        let known = event_type.and_then(|name| DOCUMENTED_TYPES.iter().position(|documented| *documented == name));
+        known.map_or(&self.events.other, |known| &self.events.documented[known]).increment(1);
     }
 
     /// Counts a connection that was cut or refused. `listener` is `http` or `ops`.
@@ -182,6 +205,19 @@ impl Webhooks {
     }
 }
 
+struct Events {
+    documented: [Counter; DOCUMENTED_TYPES.len()],
+    other: Counter,
+}
+
+impl Events {
+    fn new(recorder: &PrometheusRecorder) -> Self {
+        let help = "Accepted events by type; other: a type that Prism does not document.";
+        let count = |name| counter(recorder, "prism_relay_events_total", help, &[("type", name)]);
+        Self { documented: DOCUMENTED_TYPES.map(count), other: count("other") }
+    }
+}
+
 impl SpoolMetrics {
     fn new(recorder: &PrometheusRecorder) -> Self {
         let gauge = |name, help| gauge(recorder, name, help, &[]);
@@ -190,6 +226,10 @@ impl SpoolMetrics {
             events: gauge("prism_relay_spool_events", "Accepted events that wait for their confirm."),
             parked_events: gauge("prism_relay_spool_parked_events", "Events that the broker does not take."),
             bytes: gauge("prism_relay_spool_bytes", "What is counted against spool.max_bytes."),
+            max_bytes: gauge(
+                "prism_relay_spool_max_bytes",
+                "spool.max_bytes: webhooks are refused when it is reached.",
+            ),
             oldest_age: gauge("prism_relay_spool_oldest_age_seconds", "Of the oldest pending event; 0: there is none."),
             commit_duration: seconds(recorder, "prism_relay_spool_commit_duration_seconds", duration_help),
             commit_events: histogram(
@@ -256,6 +296,30 @@ impl Default for Metrics {
     }
 }
 
+/// Whether a scraper prefers OpenMetrics to the older format.
+pub fn wants_open_metrics(accept: &str) -> bool {
+    let offers = accept.split(',').map(|offer| offer.split(';').next().unwrap_or_default().trim());
+    offers.into_iter().find(|offer| matches!(*offer, "application/openmetrics-text" | "text/plain"))
+        == Some("application/openmetrics-text")
+}
+
+/// The Prometheus text format as OpenMetrics: the family of a counter has the name without `_total`, and there is an end.
+pub fn open_metrics(text: &str) -> String {
+    let mut converted = String::with_capacity(text.len() + 16);
+    let counters: HashSet<&str> =
+        text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.strip_suffix(" counter")).collect();
+    for line in text.lines().filter(|line| !line.is_empty()) {
+        let family = line.strip_prefix("# ").and_then(|rest| rest.split(' ').nth(1));
+        match family.filter(|family| counters.contains(family)).and_then(|family| family.strip_suffix("_total")) {
+            Some(short) => converted.push_str(&line.replacen(&format!("{short}_total"), short, 1)),
+            None => converted.push_str(line),
+        }
+        converted.push('\n');
+    }
+    converted.push_str("# EOF\n");
+    converted
+}
+
 type Labels<'a> = &'a [(&'static str, &'static str)];
 
 fn key(name: &'static str, labels: Labels<'_>) -> Key {
@@ -279,4 +343,28 @@ fn histogram(recorder: &PrometheusRecorder, name: &'static str, help: &'static s
 
 fn seconds(recorder: &PrometheusRecorder, name: &'static str, help: &'static str) -> Seconds {
     Seconds(histogram(recorder, name, help, Unit::Seconds))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn open_metrics_are_given_to_whoever_prefers_them() {
+        for (accept, expected) in [
+            ("application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1", true),
+            ("text/plain;version=0.0.4, application/openmetrics-text;q=0.1", false),
+            ("*/*", false),
+            ("", false),
+        ] {
+            assert_eq!(wants_open_metrics(accept), expected, "{accept}");
+        }
+        let metrics = Metrics::new();
+        metrics.webhook_refused("not-found");
+        let text = open_metrics(&metrics.render());
+        assert!(text.contains("# TYPE prism_relay_webhooks counter\n"), "{text}");
+        assert!(text.contains("prism_relay_webhooks_total{outcome=\"refused\",reason=\"not-found\"} 1\n"), "{text}");
+        assert!(text.contains("# TYPE prism_relay_ready gauge\n"), "{text}");
+        assert!(text.ends_with("\n# EOF\n") && !text.contains("\n\n"), "{text}");
+    }
 }

@@ -12,9 +12,10 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::config::{self, Config, Durability};
-use crate::ingress::Ingress;
+use crate::ingress::{self, Ingress};
+use crate::journal::Journal;
 use crate::metrics::Metrics;
-use crate::ops::{self, Ops};
+use crate::ops::{self, Gate, Ops};
 use crate::publisher::{Access, Publisher, PublisherError};
 use crate::reload::{self, Watched};
 use crate::server::BindError;
@@ -98,22 +99,39 @@ async fn start(config: Config, stops: &Stops) -> Result<Tasks, RelayError> {
     let verifier = Arc::new(Verifier::new(&signature.secrets, signature.required, signature.tolerance));
     let tls = http.tls.clone().map(tls::Server::load).transpose()?.map(Arc::new);
     let access = Arc::new(Access::new(&broker)?);
-    let watched = watched(&signature, &broker, &verifier, tls.as_ref(), &access);
+    let gate = Arc::new(Gate::new(config.ops.token.clone(), config.ops.listen.ip().is_loopback()));
+    let journal = Arc::new(Journal::default());
+    let watched = Replaceable {
+        verifier: Arc::clone(&verifier),
+        journal: Arc::clone(&journal),
+        access: Arc::clone(&access),
+        tls: tls.clone(),
+        gate: Arc::clone(&gate),
+    }
+    .watched(&signature, &broker, &config.ops);
     let hangup = signal(SignalKind::hangup())?;
 
     let scheme = if tls.is_some() { "https" } else { "http" };
     let path = http.path.clone();
-    let (draining, metrics_too) = (stops.ingress.clone(), Arc::clone(&metrics));
-    let ingress = Ingress::bind(http, tls.clone(), verifier, spool.clone(), metrics_too, draining.clone()).await?;
+    let draining = stops.ingress.clone();
+    let parts = ingress::Parts {
+        verifier: Arc::clone(&verifier),
+        spool: spool.clone(),
+        journal: Arc::clone(&journal),
+        metrics: Arc::clone(&metrics),
+    };
+    let ingress = Ingress::bind(http, tls.clone(), parts, draining.clone()).await?;
     let publisher = Publisher::new(spool.clone(), broker, access, &config.topology, Arc::clone(&metrics));
     let parts = ops::Parts {
         spool: spool.clone(),
         broker: publisher.status(),
+        journal,
+        verifier,
         connections: ingress.admission(),
         tls: tls.clone(),
         metrics: Arc::clone(&metrics),
     };
-    let ops = Ops::bind(&config.ops, parts, draining).await?;
+    let ops = Ops::bind(&config.ops, gate, parts, draining).await?;
 
     info!(
         url = format!("{scheme}://{}{path}", ingress.address()?),
@@ -134,36 +152,48 @@ async fn start(config: Config, stops: &Stops) -> Result<Tasks, RelayError> {
     })
 }
 
-/// The files whose contents may change while the relay runs.
-fn watched(
-    signature: &config::Signature,
-    broker: &config::Broker,
-    verifier: &Arc<Verifier>,
-    tls: Option<&Arc<tls::Server>>,
-    access: &Arc<Access>,
-) -> Vec<Watched> {
-    let mut watched = Vec::new();
-    if let Some(file) = signature.secrets_file.clone() {
-        let verifier = Arc::clone(verifier);
-        watched.push(Watched::new("signature.secrets_file", vec![file.clone()], move || {
-            config::read_secret(&file, config::secrets_in).map(|secrets| verifier.replace(&secrets))
-        }));
+/// The parts that take up new secrets and certificates while the relay runs.
+struct Replaceable {
+    verifier: Arc<Verifier>,
+    journal: Arc<Journal>,
+    access: Arc<Access>,
+    tls: Option<Arc<tls::Server>>,
+    gate: Arc<Gate>,
+}
+
+impl Replaceable {
+    /// The files that they come from.
+    fn watched(self, signature: &config::Signature, broker: &config::Broker, ops: &config::Ops) -> Vec<Watched> {
+        let Self { verifier, journal, access, tls, gate } = self;
+        let mut watched = Vec::new();
+        if let Some(file) = signature.secrets_file.clone() {
+            watched.push(Watched::new("signature.secrets_file", vec![file.clone()], move || {
+                verifier.replace(&config::read_secret(&file, config::secrets_in)?);
+                journal.secrets_replaced();
+                Ok(())
+            }));
+        }
+        if let Some(file) = broker.password_file.clone() {
+            let access = Arc::clone(&access);
+            watched.push(Watched::new("broker.password_file", vec![file.clone()], move || {
+                config::read_secret(&file, config::password_in).map(|password| access.set_password(&password))
+            }));
+        }
+        if let Some(file) = ops.token_file.clone() {
+            watched.push(Watched::new("ops.token_file", vec![file.clone()], move || {
+                config::read_secret(&file, config::token_in).map(|token| gate.replace(token))
+            }));
+        }
+        if let Some(tls) = tls {
+            let files = tls.files().paths();
+            watched.push(Watched::new("http.tls", files, move || tls.reload().map_err(|error| chain(&error))));
+        }
+        if broker.urls.iter().any(config::BrokerUrl::wants_tls) {
+            let reload = move || access.reload_tls().map_err(|error| chain(&error));
+            watched.push(Watched::new("broker.tls", broker.tls.paths(), reload));
+        }
+        watched
     }
-    if let Some(file) = broker.password_file.clone() {
-        let access = Arc::clone(access);
-        watched.push(Watched::new("broker.password_file", vec![file.clone()], move || {
-            config::read_secret(&file, config::password_in).map(|password| access.set_password(&password))
-        }));
-    }
-    if let Some(tls) = tls.map(Arc::clone) {
-        let files = tls.files().paths();
-        watched.push(Watched::new("http.tls", files, move || tls.reload().map_err(|error| chain(&error))));
-    }
-    if broker.urls.iter().any(config::BrokerUrl::wants_tls) {
-        let (files, access) = (broker.tls.paths(), Arc::clone(access));
-        watched.push(Watched::new("broker.tls", files, move || access.reload_tls().map_err(|error| chain(&error))));
-    }
-    watched
 }
 
 fn warn_of_weak_settings(config: &Config) {
@@ -172,6 +202,9 @@ fn warn_of_weak_settings(config: &Config) {
         if config.signature.secrets.is_empty() {
             warn!("there is no secret, so signatures are not checked even where they are present");
         }
+    }
+    if !config.ops.listen.ip().is_loopback() && config.ops.token.is_none() {
+        warn!("ops.listen is not on loopback and there is no ops.token: the console and /api are closed");
     }
     if config.dedupe.window.is_zero() {
         warn!("dedupe.window is 0s: re-sends are published again, and so is a request that somebody has captured");

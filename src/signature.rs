@@ -89,6 +89,11 @@ impl Verifier {
         Self { keys: RwLock::new(keys(secrets)), required, tolerance }
     }
 
+    /// How many secrets there are.
+    pub fn secrets(&self) -> usize {
+        self.keys.read().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
     /// From now on these secrets count, and no others.
     pub fn replace(&self, secrets: &[Secret]) {
         *self.keys.write().unwrap_or_else(PoisonError::into_inner) = keys(secrets);

@@ -157,6 +157,14 @@ pub fn client_without_authorities() -> Result<Arc<ClientConfig>, TlsError> {
     Ok(Arc::new(builder.with_root_certificates(RootCertStore::empty()).with_no_client_auth()))
 }
 
+/// Nobody can guess them.
+pub fn random_bytes() -> [u8; 32] {
+    let mut bytes = [0; 32];
+    // The kernel's generator (getrandom(2)) fails only on systems that are older than Rust's own support for them.
+    PROVIDER.secure_random.fill(&mut bytes).expect("the system has random numbers");
+    bytes
+}
+
 /// A name that a certificate can be checked against: a host name or an IP address.
 pub fn server_name(host: &str) -> Option<ServerName<'static>> {
     ServerName::try_from(host.to_owned()).ok()

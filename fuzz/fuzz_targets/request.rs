@@ -49,12 +49,13 @@ impl Relay {
         config.spool.durability = Durability::Process;
         config.http.listen = SocketAddr::new(PEER.ip(), 0);
         config.http.body_bytes_max = 4096;
-        config.http.trusted_proxies = vec!["127.0.0.1".parse().unwrap()];
+        config.http.trusted_proxies = vec!["127.0.0.1/32".parse().unwrap()];
         let limits = Limits {
             connections_max: 1,
             connections_per_source_max: 1,
             unlimited_sources: Vec::new(),
             header_timeout: Duration::from_secs(1),
+            idle_timeout: Duration::from_secs(1),
             silence_timeout: Duration::from_secs(1),
             headers_max: 16,
             header_bytes_max: 8192,

@@ -53,7 +53,7 @@ pub fn run(config: &Config, action: Action) -> Result<(), Failure> {
         }
         Action::Show { id } => show(&Inspector::open(path).map_err(Failure::new)?, id)?,
         Action::Verify => return verify(&mut Inspector::open(path).map_err(Failure::new)?),
-        Action::Remove { ids } => return remove(&mut Inspector::open_for_removal(path).map_err(Failure::new)?, &ids),
+        Action::Remove { ids } => return remove(&mut Inspector::open_for_change(path).map_err(Failure::new)?, &ids),
     };
     printed.out()
 }

@@ -142,6 +142,10 @@ pub struct Queue {
 #[derive(Debug)]
 pub struct Ops {
     pub listen: SocketAddr,
+    /// For the console and `/api`.
+    pub token: Option<Secret>,
+    /// Where the token comes from, if it is a file that may change.
+    pub token_file: Option<PathBuf>,
 }
 
 #[derive(Debug)]
@@ -189,6 +193,9 @@ pub enum Purpose {
 /// Enough for any rotation, and few enough to try each of them for every request.
 pub const SECRETS_MAX: usize = 8;
 
+/// With 16 random letters and digits nobody gets in by trying.
+const TOKEN_CHARS_MIN: usize = 16;
+
 const KIB: u64 = 1024;
 const MIB: u64 = 1024 * KIB;
 const SECOND: Duration = Duration::from_secs(1);
@@ -214,7 +221,7 @@ impl Config {
             dedupe: Dedupe::read(&mut raw),
             broker: Broker::read(&mut raw),
             topology: Topology::read(&mut raw),
-            ops: Ops { listen: raw.read("ops.listen", address).unwrap_or(UNSPECIFIED) },
+            ops: Ops::read(&mut raw),
             log: Log::read(&mut raw),
             shutdown: Shutdown { grace: raw.duration("shutdown.grace", MILLISECOND..=HOUR) },
         };
@@ -390,6 +397,21 @@ impl Topology {
     }
 }
 
+impl Ops {
+    fn read(raw: &mut Raw) -> Self {
+        let token = raw.read("ops.token", token_in);
+        let from_file = raw.file("ops.token_file", token_in);
+        if token.is_some() && from_file.is_some() {
+            raw.mistake("ops.token_file", "is set together with ops.token; set one of them");
+        }
+        let (token_file, token) = match from_file {
+            Some((path, from_file)) => (Some(path), Some(from_file)),
+            None => (None, token),
+        };
+        Self { listen: raw.read("ops.listen", address).unwrap_or(UNSPECIFIED), token, token_file }
+    }
+}
+
 impl Log {
     fn read(raw: &mut Raw) -> Self {
         let formats = [("auto", LogFormat::Auto), ("pretty", LogFormat::Pretty), ("json", LogFormat::Json)];
@@ -465,6 +487,17 @@ pub fn password_in(text: &str) -> Result<Secret, String> {
         "" => Err("is empty".to_owned()),
         password if password.contains(['\r', '\n']) => Err("has more than one line".to_owned()),
         password => Ok(Secret::new(password)),
+    }
+}
+
+/// The token of the operators: a line that nobody guesses.
+pub fn token_in(text: &str) -> Result<Secret, String> {
+    match text.trim_end_matches(['\r', '\n']) {
+        short if short.chars().count() < TOKEN_CHARS_MIN => {
+            Err(format!("is shorter than {TOKEN_CHARS_MIN} characters; make one with: openssl rand -hex 24"))
+        }
+        token if token.bytes().all(|byte| byte.is_ascii_graphic()) => Ok(Secret::new(token)),
+        _ => Err("takes one line of ASCII without blanks".to_owned()),
     }
 }
 

@@ -13,7 +13,7 @@ use bytes::Bytes;
 use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper::header::HeaderMap;
-use hyper::http::request::Parts;
+use hyper::http::request;
 use hyper::{Method, Request, Response};
 use jiff::Timestamp;
 use tokio::time::timeout;
@@ -26,6 +26,7 @@ use body::{Inbound, Memory};
 
 use crate::config;
 use crate::event::{Envelope, Event, TraceContext};
+use crate::journal::Journal;
 use crate::metrics::Metrics;
 use crate::notices::Notices;
 use crate::server::{Admission, BindError, Limits, Server};
@@ -40,6 +41,14 @@ pub const HEALTH_PATH: &str = "/healthz";
 /// than one that hears nothing.
 const APPEND_PATIENCE: Duration = Duration::from_secs(10);
 
+/// What a webhook passes through.
+pub struct Parts {
+    pub verifier: Arc<Verifier>,
+    pub spool: Spool,
+    pub journal: Arc<Journal>,
+    pub metrics: Arc<Metrics>,
+}
+
 /// The public listener, bound but not yet serving.
 pub struct Ingress {
     server: Server,
@@ -51,13 +60,14 @@ impl Ingress {
     pub async fn bind(
         http: config::Http,
         tls: Option<Arc<tls::Server>>,
-        verifier: Arc<Verifier>,
-        spool: Spool,
-        metrics: Arc<Metrics>,
+        parts: Parts,
         draining: CancellationToken,
     ) -> Result<Self, BindError> {
-        let server = Server::bind(http.listen, "http.listen", limits(&http), tls, Arc::clone(&metrics)).await?;
-        Ok(Self { server, desk: Arc::new(Desk::new(http, verifier, spool, metrics, draining)) })
+        let server = Server::bind(http.listen, "http.listen", limits(&http), tls, Arc::clone(&parts.metrics)).await?;
+        let memory = Memory::new(http.buffer_bytes_max);
+        let Parts { verifier, spool, journal, metrics } = parts;
+        let desk = Desk { http, verifier, spool, journal, metrics, memory, draining, notices: Notices::default() };
+        Ok(Self { server, desk: Arc::new(desk) })
     }
 
     /// The table of connections, to be looked at.
@@ -92,6 +102,7 @@ fn limits(http: &config::Http) -> Limits {
         connections_per_source_max: http.connections_per_source_max,
         unlimited_sources: http.trusted_proxies.clone(),
         header_timeout: http.header_timeout,
+        idle_timeout: http.header_timeout,
         // Longer than the deadline of a body, which has an answer of its own.
         silence_timeout: http.header_timeout + http.body_timeout,
         headers_max: http.headers_max,
@@ -105,6 +116,7 @@ struct Desk {
     http: config::Http,
     verifier: Arc<Verifier>,
     spool: Spool,
+    journal: Arc<Journal>,
     metrics: Arc<Metrics>,
     memory: Memory,
     draining: CancellationToken,
@@ -112,17 +124,6 @@ struct Desk {
 }
 
 impl Desk {
-    fn new(
-        http: config::Http,
-        verifier: Arc<Verifier>,
-        spool: Spool,
-        metrics: Arc<Metrics>,
-        draining: CancellationToken,
-    ) -> Self {
-        let memory = Memory::new(http.buffer_bytes_max);
-        Self { http, verifier, spool, metrics, memory, draining, notices: Notices::default() }
-    }
-
     async fn answer(&self, request: Request<Incoming>, peer: SocketAddr) -> Response<Full<Bytes>> {
         let started = Instant::now();
         let (parts, body) = request.into_parts();
@@ -152,6 +153,7 @@ impl Desk {
     fn tell(&self, refusal: &Refusal, client: IpAddr) {
         let (code, detail) = (refusal.code(), refusal.detail());
         self.metrics.webhook_refused(code);
+        self.journal.refused(code, Timestamp::now());
         debug!(%client, code, detail, "webhook refused");
         if let Some(unreported) = self.notices.due(code, Instant::now()) {
             warn!(%client, code, detail, unreported, "webhook refused; further ones of this kind are counted for a minute");
@@ -177,20 +179,33 @@ impl Desk {
         let signed = verified.signed();
         if let Some(signed) = signed {
             self.metrics.signature_verified(signed.secret);
+            self.journal.verified(signed.secret, now);
         }
 
         let trace = TraceContext::from_headers(header(headers, "traceparent"), header(headers, "tracestate"));
         let event = Event::new(verified, trace, now);
+        let body = event.body.clone();
         // An event that is committed later all the same is recognised when the sender comes back.
         let appended =
             timeout(APPEND_PATIENCE, self.spool.append(event, signed.map(|signed| signed.valid_until))).await;
         let receipt = appended.unwrap_or(Err(AppendError::Unavailable)).map_err(Refusal::NotStored)?;
         debug!(id = %receipt.id, duplicate = receipt.duplicate, "accepted");
+        self.note(&receipt, &body, now);
         Ok(receipt)
     }
 
+    /// For the operators.
+    fn note(&self, receipt: &Receipt, body: &[u8], now: Timestamp) {
+        if receipt.duplicate {
+            return self.journal.duplicate();
+        }
+        let envelope = Envelope::parse(body).ok();
+        self.metrics.event(envelope.as_ref().map(|envelope| &*envelope.event_type));
+        self.journal.accepted(receipt.seq, receipt.id, envelope.as_ref(), now);
+    }
+
     /// Who is asking, behind the proxies that we trust.
-    fn client(&self, parts: &Parts, peer: SocketAddr) -> IpAddr {
+    fn client(&self, parts: &request::Parts, peer: SocketAddr) -> IpAddr {
         // A line that is no text is a hop that nobody can read, not one that is not there.
         let forwarded_for = parts.headers.get_all("x-forwarded-for").iter().map(|line| line.to_str().unwrap_or("?"));
         let forwarded_for: Vec<&str> = forwarded_for.collect();
@@ -198,7 +213,7 @@ impl Desk {
     }
 
     /// Everything that can be said without the body.
-    fn admit(&self, parts: &Parts, declared: u64, client: IpAddr) -> Result<(), Refusal> {
+    fn admit(&self, parts: &request::Parts, declared: u64, client: IpAddr) -> Result<(), Refusal> {
         if parts.uri.path() != self.http.path {
             return Err(Refusal::NotFound);
         }

@@ -10,6 +10,7 @@ mod ahead;
 mod careful;
 mod connection;
 mod flight;
+mod lags;
 pub mod message;
 mod outcome;
 mod reactor;
@@ -25,7 +26,8 @@ use tracing::{debug, info, warn};
 
 pub use access::Access;
 pub use connection::{ConnectError, Link};
-pub use status::{BrokerState, Status};
+pub use lags::Lags;
+pub use status::{BrokerState, Status, Turn};
 
 use crate::backoff::Backoff;
 use crate::config;

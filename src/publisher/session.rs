@@ -221,8 +221,10 @@ impl<'a> Session<'a> {
         let returned = match outcome {
             Outcome::Acked(returned) => {
                 if let Some(flight) = self.land(seq) {
+                    let lag = flight.age();
                     metrics.publish.confirmed.increment(1);
-                    metrics.publish.delivery_lag.record(flight.age());
+                    metrics.publish.delivery_lag.record(lag);
+                    self.publisher.status.confirmed(seq, lag);
                     self.confirmed.push(Confirmed { seq, id: flight.id });
                 }
                 self.progress = true;
@@ -334,8 +336,10 @@ impl<'a> Session<'a> {
 
     async fn look_at_parked(&mut self) -> Result<(), ReadError> {
         let retry = self.publisher.broker.parked_retry;
-        let due = self.careful.parked_are_due(retry);
-        if !due || !self.parked.is_empty() || self.publisher.spool.gauges().ledger().parked == 0 {
+        if !self.parked.is_empty() || self.publisher.spool.gauges().ledger().parked == 0 {
+            return Ok(());
+        }
+        if !self.publisher.status.is_retry_asked() && !self.careful.parked_are_due(retry) {
             return Ok(());
         }
         // The last round's tries have to be on record, or they would be read once more.

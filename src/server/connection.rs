@@ -1,5 +1,6 @@
 //! One connection, from the first byte to the last: TLS if it is asked for, HTTP, and the deadlines for both.
 
+use std::convert::Infallible;
 use std::error::Error;
 use std::io;
 use std::pin::pin;
@@ -7,8 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http_body_util::Full;
-use hyper::body::Incoming;
+use hyper::body::{Body, Incoming};
 use hyper::service::Service;
 use hyper::{Request, Response};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -169,6 +169,7 @@ impl Drop for UnderWay {
 pub struct Protocol {
     builder: auto::Builder<TokioExecutor>,
     header_timeout: Duration,
+    idle_timeout: Duration,
     silence_timeout: Duration,
 }
 
@@ -194,11 +195,12 @@ impl Protocol {
             .max_pending_accept_reset_streams(H2_RESETS_MAX)
             .keep_alive_interval(limits.header_timeout)
             .keep_alive_timeout(limits.header_timeout);
-        Self { builder, header_timeout: limits.header_timeout, silence_timeout: limits.silence_timeout }
+        let Limits { header_timeout, idle_timeout, silence_timeout, .. } = *limits;
+        Self { builder, header_timeout, idle_timeout, silence_timeout }
     }
 
     /// Serves a TCP connection to its end.
-    pub(super) async fn serve<S>(
+    pub(super) async fn serve<S, B>(
         &self,
         stream: TcpStream,
         tls: Option<Arc<ServerConfig>>,
@@ -207,8 +209,9 @@ impl Protocol {
         shutdown: &CancellationToken,
     ) -> End
     where
-        S: Service<Request<Incoming>, Response = Response<Full<Bytes>>, Error = std::convert::Infallible>,
+        S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>,
         S::Future: Send + 'static,
+        B: Body<Data = Bytes, Error: Into<Box<dyn Error + Send + Sync>>> + Send + 'static,
     {
         let _ = stream.set_nodelay(true);
         let Some(tls) = tls else { return self.speak(stream, service, activity, shutdown).await };
@@ -220,7 +223,7 @@ impl Protocol {
     }
 
     /// HTTP over any stream, until it ends, is idle for too long, or `shutdown` lets it end with the request under way.
-    pub async fn speak<S>(
+    pub async fn speak<S, B>(
         &self,
         stream: impl AsyncRead + AsyncWrite + Send + 'static,
         service: S,
@@ -228,12 +231,13 @@ impl Protocol {
         shutdown: &CancellationToken,
     ) -> End
     where
-        S: Service<Request<Incoming>, Response = Response<Full<Bytes>>, Error = std::convert::Infallible>,
+        S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>,
         S::Future: Send + 'static,
+        B: Body<Data = Bytes, Error: Into<Box<dyn Error + Send + Sync>>> + Send + 'static,
     {
         let stream = with_timeouts(stream, self.silence_timeout);
         let mut connection = pin!(self.builder.serve_connection(TokioIo::new(stream), service));
-        let idle = activity.idle_for(self.header_timeout);
+        let idle = activity.idle_for(self.idle_timeout);
         tokio::select! {
             ended = connection.as_mut() => return activity.end(ended),
             () = shutdown.cancelled() => {

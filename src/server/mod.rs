@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use http_body_util::Full;
+use http_body_util::{Either, Empty};
 use hyper::body::{Body, Incoming};
 use hyper::header::{CONTENT_LENGTH, HeaderValue};
 use hyper::service::service_fn;
@@ -33,6 +33,9 @@ pub use connection::{Activity, End, Protocol};
 use crate::metrics::Metrics;
 use crate::notices::Notices;
 use crate::tls;
+
+/// What an answer that goes on may break off with.
+type BodyError = Box<dyn std::error::Error + Send + Sync>;
 
 /// When the process has no file descriptor left, one may be free after this time.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -54,8 +57,10 @@ pub struct Limits {
     pub connections_per_source_max: usize,
     /// Peers that the limit for a source does not concern: proxies.
     pub unlimited_sources: Vec<IpNet>,
-    /// For a TLS handshake, for a request head, and for the time between two requests.
+    /// For a TLS handshake, and for a request head.
     pub header_timeout: Duration,
+    /// For the time from the end of an answer's making to the next request.
+    pub idle_timeout: Duration,
     /// For a connection on which no byte moves, in either direction.
     pub silence_timeout: Duration,
     pub headers_max: usize,
@@ -112,10 +117,11 @@ impl Server {
 
     /// Serves until `shutdown`, then takes no new connection, finishes the requests under way, and returns. Dropping the
     /// future cuts the connections.
-    pub async fn run<H, F>(self, handler: H, shutdown: CancellationToken)
+    pub async fn run<H, F, B>(self, handler: H, shutdown: CancellationToken)
     where
         H: Fn(Request<Incoming>, SocketAddr) -> F + Clone + Send + 'static,
-        F: Future<Output = Response<Full<Bytes>>> + Send + 'static,
+        F: Future<Output = Response<B>> + Send + 'static,
+        B: Body<Data = Bytes, Error: Into<BodyError>> + Send + 'static,
     {
         let Self { listener, context } = self;
         let mut connections = JoinSet::new();
@@ -147,7 +153,7 @@ impl Server {
 }
 
 impl Context {
-    async fn serve<H, F>(
+    async fn serve<H, F, B>(
         self,
         stream: TcpStream,
         peer: SocketAddr,
@@ -156,7 +162,8 @@ impl Context {
         shutdown: CancellationToken,
     ) where
         H: Fn(Request<Incoming>, SocketAddr) -> F + Send + 'static,
-        F: Future<Output = Response<Full<Bytes>>> + Send + 'static,
+        F: Future<Output = Response<B>> + Send + 'static,
+        B: Body<Data = Bytes, Error: Into<BodyError>> + Send + 'static,
     {
         let place = Arc::new(place);
         let activity = Arc::new(Activity::new());
@@ -172,7 +179,7 @@ impl Context {
                 async move {
                     let response = response.await;
                     drop(under_way);
-                    Ok::<_, Infallible>(if head { without_body(response) } else { response })
+                    Ok::<_, Infallible>(if head { without_body(response) } else { response.map(Either::Left) })
                 }
             }
         });
@@ -202,10 +209,12 @@ impl Context {
 }
 
 /// The answer to HEAD (RFC 9110, section 9.3.2). hyper leaves the body out by itself only in HTTP/1.
-fn without_body(response: Response<Full<Bytes>>) -> Response<Full<Bytes>> {
-    let length = response.body().size_hint().lower();
-    let mut response = response.map(|_| Full::default());
-    response.headers_mut().insert(CONTENT_LENGTH, HeaderValue::from(length));
+fn without_body<B: Body>(response: Response<B>) -> Response<Either<B, Empty<Bytes>>> {
+    let length = response.body().size_hint().exact();
+    let mut response = response.map(|_| Either::Right(Empty::new()));
+    if let Some(length) = length {
+        response.headers_mut().insert(CONTENT_LENGTH, HeaderValue::from(length));
+    }
     response
 }
 

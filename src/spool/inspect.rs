@@ -40,6 +40,8 @@ pub struct Entry {
     pub stored: Stored,
     /// Why the broker does not take it; `None` while it is pending.
     pub parked_reason: Option<String>,
+    /// Of a parked event: its last try, in milliseconds since 1970.
+    pub tried_ms: Option<i64>,
 }
 
 /// What [`Inspector::verify`] has found.
@@ -56,8 +58,8 @@ impl Inspector {
         Self::with(path, open_read_only)
     }
 
-    /// Opens an existing spool for [`Self::remove`].
-    pub fn open_for_removal(path: &Path) -> Result<Self, OpenError> {
+    /// Opens an existing spool for [`Self::remove`] and [`Self::retry`].
+    pub fn open_for_change(path: &Path) -> Result<Self, OpenError> {
         Self::with(path, |path| {
             let connection = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
             connection.busy_timeout(store::BUSY_TIMEOUT)?;
@@ -86,7 +88,7 @@ impl Inspector {
     /// Calls `each` with the events in the order of acceptance, at most `limit` of them.
     pub fn each(&self, parked_only: bool, limit: u64, mut each: impl FnMut(Entry)) -> Result<()> {
         let filter = if parked_only { "WHERE parked_reason IS NOT NULL" } else { "" };
-        let sql = format!("SELECT {COLUMNS}, parked_reason FROM event {filter} ORDER BY seq LIMIT ?1");
+        let sql = format!("SELECT {COLUMNS}, parked_reason, tried_ms FROM event {filter} ORDER BY seq LIMIT ?1");
         let mut statement = self.connection.prepare(&sql)?;
         let mut rows = statement.query([limit])?;
         while let Some(row) = rows.next()? {
@@ -97,7 +99,7 @@ impl Inspector {
 
     /// The event with this id, if it is still there.
     pub fn find(&self, id: Uuid) -> Result<Option<Entry>> {
-        let sql = format!("SELECT {COLUMNS}, parked_reason FROM event WHERE id = ?1");
+        let sql = format!("SELECT {COLUMNS}, parked_reason, tried_ms FROM event WHERE id = ?1");
         self.connection.query_row(&sql, [id.as_bytes()], entry).optional()
     }
 
@@ -119,11 +121,11 @@ impl Inspector {
             problems.push("ledger: accepted is not confirmed + pending + parked + removed".to_owned());
         }
         let (mut pending, mut parked, mut bytes) = (0, 0, 0);
-        let sql = format!("SELECT {COLUMNS}, parked_reason FROM event ORDER BY seq");
+        let sql = format!("SELECT {COLUMNS}, parked_reason, tried_ms FROM event ORDER BY seq");
         let mut statement = transaction.prepare(&sql)?;
         let mut rows = statement.query([])?;
         while let Some(row) = rows.next()? {
-            let Entry { stored: Stored { seq, event }, parked_reason } = entry(row)?;
+            let Entry { stored: Stored { seq, event }, parked_reason, .. } = entry(row)?;
             *(if parked_reason.is_some() { &mut parked } else { &mut pending }) += 1;
             bytes += event.body.len() as u64 + EVENT_OVERHEAD_BYTES;
             if !event.is_intact() {
@@ -141,6 +143,12 @@ impl Inspector {
             }
         }
         Ok(Verdict { ledger, problems })
+    }
+
+    /// Has a parked event tried again at the next round, whenever its last try was. Returns whether it is parked.
+    pub fn retry(&mut self, id: Uuid) -> Result<bool> {
+        let sql = "UPDATE event SET tried_ms = 0 WHERE id = ?1 AND parked_reason IS NOT NULL";
+        Ok(self.connection.execute(sql, [id.as_bytes()])? > 0)
     }
 
     /// Takes an event out for good. Returns whether it was there.
@@ -163,5 +171,5 @@ impl Inspector {
 }
 
 fn entry(row: &Row<'_>) -> Result<Entry> {
-    Ok(Entry { stored: stored(row)?, parked_reason: row.get(8)? })
+    Ok(Entry { stored: stored(row)?, parked_reason: row.get(8)?, tried_ms: row.get(9)? })
 }

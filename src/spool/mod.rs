@@ -82,7 +82,8 @@ impl ReadError {
 /// The answer to an accepted event: it is on disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Receipt {
-    /// Of a re-send: the id of the first one.
+    /// Its number in the order of acceptance. Of a re-send: that of the first one, as is the id.
+    pub seq: u64,
     pub id: Uuid,
     pub duplicate: bool,
 }
@@ -259,6 +260,16 @@ impl Spool {
     /// Parked events that were not tried within the last `retry_ms`, the longest waiting first.
     pub async fn parked_due(&self, now_ms: i64, retry_ms: i64, limit: usize) -> Result<Vec<Stored>, ReadError> {
         self.reader.run(move |connection| reader::parked_due(connection, now_ms, retry_ms, limit)).await
+    }
+
+    /// Of these events, those that are not delivered yet, and whether they are parked.
+    pub async fn states(&self, seqs: Vec<u64>) -> Result<Vec<(u64, bool)>, ReadError> {
+        self.reader.run(move |connection| reader::states(connection, &seqs)).await
+    }
+
+    /// The file, for an [`Inspector`].
+    pub fn path(&self) -> Arc<Path> {
+        Arc::clone(&self.path)
     }
 
     /// When the oldest pending event was accepted, in milliseconds since 1970.

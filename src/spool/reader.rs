@@ -75,6 +75,14 @@ pub(super) fn parked_due(connection: &Connection, now_ms: i64, retry_ms: i64, li
     Ok(collect(statement.query((now_ms.saturating_sub(retry_ms), now_ms, limit as i64))?)?.0)
 }
 
+/// Of these events, those that are still there, and whether they are parked.
+pub(super) fn states(connection: &Connection, seqs: &[u64]) -> Result<Vec<(u64, bool)>> {
+    let mut statement = connection.prepare_cached("SELECT parked_reason IS NOT NULL FROM event WHERE seq = ?1")?;
+    let state = |seq: &u64| statement.query_row([*seq], |row| row.get(0)).optional();
+    let states: Vec<Option<bool>> = seqs.iter().map(state).collect::<Result<_>>()?;
+    Ok(seqs.iter().zip(states).filter_map(|(seq, parked)| Some((*seq, parked?))).collect())
+}
+
 pub(super) fn oldest_pending_ms(connection: &Connection) -> Result<Option<i64>> {
     let mut statement =
         connection.prepare_cached("SELECT accepted_ms FROM event WHERE parked_reason IS NULL ORDER BY seq LIMIT 1")?;

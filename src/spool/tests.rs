@@ -82,15 +82,15 @@ fn operation() -> impl Strategy<Value = Operation> {
 struct Model {
     pending: BTreeMap<u64, Event>,
     parked: BTreeMap<u64, Event>,
-    seen: HashMap<Bytes, Uuid>,
+    seen: HashMap<Bytes, (u64, Uuid)>,
     ledger: Ledger,
 }
 
 impl Model {
     fn append(&mut self, event: &Event, max_bytes: u64) -> Result<Receipt, AppendError> {
-        if let Some(id) = self.seen.get(&event.body) {
+        if let Some(&(seq, id)) = self.seen.get(&event.body) {
             self.ledger.duplicates += 1;
-            return Ok(Receipt { id: *id, duplicate: true });
+            return Ok(Receipt { seq, id, duplicate: true });
         }
         let cost = event.body.len() as u64 + EVENT_OVERHEAD_BYTES;
         if self.ledger.bytes + cost > max_bytes {
@@ -99,9 +99,10 @@ impl Model {
         self.ledger.accepted += 1;
         self.ledger.pending += 1;
         self.ledger.bytes += cost;
-        self.seen.insert(event.body.clone(), event.id);
-        self.pending.insert(self.ledger.accepted, event.clone());
-        Ok(Receipt { id: event.id, duplicate: false })
+        let seq = self.ledger.accepted;
+        self.seen.insert(event.body.clone(), (seq, event.id));
+        self.pending.insert(seq, event.clone());
+        Ok(Receipt { seq, id: event.id, duplicate: false })
     }
 
     fn confirm(&mut self, seq: u64) {

@@ -237,7 +237,7 @@ impl Writer {
                 self.store.set_signatures(found.seq, signatures)?;
             }
             ledger.duplicates += 1;
-            return Ok(Ok(Receipt { id: found.id, duplicate: true }));
+            return Ok(Ok(Receipt { seq: found.seq, id: found.id, duplicate: true }));
         }
         let cost = event.body.len() as u64 + EVENT_OVERHEAD_BYTES;
         if ledger.bytes + cost > self.max_bytes {
@@ -252,7 +252,7 @@ impl Writer {
         ledger.accepted = seq;
         ledger.pending += 1;
         ledger.bytes += cost;
-        Ok(Ok(Receipt { id: event.id, duplicate: false }))
+        Ok(Ok(Receipt { seq, id: event.id, duplicate: false }))
     }
 
     /// More events come in than the window may hold, so re-sends and replays are recognised for less time than they should.

@@ -155,7 +155,8 @@ function isRabbitTaking({ broker, last }) {
   if (!broker.connected) return ["problem", "No", `Not connected for ${duration(secondsSince(broker.since))}: ${broker.error}.`];
   const minute = lastMinute("confirmed");
   if (minute >= 60) return ["ok", "Yes", `${rate(minute / 60)} events confirmed per second.`];
-  return ["ok", "Yes", last.confirmed_at ? `Connected; the last event was confirmed ${agoText(last.confirmed_at)}.` : "Connected; there was nothing to deliver yet."];
+  const latest = last.confirmed_at ? `the last event was confirmed ${agoText(last.confirmed_at)}` : "there was nothing to deliver yet";
+  return ["ok", "Yes", `Connected; ${latest}.`];
 }
 
 function howFarBehind(status) {
@@ -190,21 +191,29 @@ const QUESTIONS = [
   ["How far behind are we?", howFarBehind], ["What is stuck?", whatIsStuck], ["Did we lose anything?", isAnythingLost],
 ];
 
+/** The relay's own verdict, except that the page is never green beside an answer that is red. */
+function overallLevel(status) {
+  const { level } = status.summary;
+  if (level !== "ok") return level in LEVELS ? level : "warning";
+  return QUESTIONS.some(([, answer]) => answer(status)[0] === "problem") ? "warning" : "ok";
+}
+
 /** What to do next, about the worst thing first. */
 function advice(status) {
-  const { spool, broker, draining, summary } = status;
+  const { spool, broker, draining } = status;
   const refused = everythingRefused(status);
   if (unaccounted(status)) return "Run “prism-relay spool verify” on this machine, and keep what it prints.";
   if (draining) return "Start the relay again, or leave it to the service manager. What waits is on disk and goes out after the start.";
   if (!spool.writable) return "Free or repair the disk under the spool. Accepting goes on by itself as soon as it can be written.";
   if (refused) return REFUSALS[refused] ?? OTHER_REFUSAL;
   const scarce = !status.ready || fullness(status) >= 0.8;
-  const meanwhile = scarce ? " If that takes longer than the room lasts, raise spool.max_bytes and restart the relay." : " Meanwhile webhooks are accepted and kept on disk.";
+  const meanwhile = scarce ? " If that takes longer than the room lasts, raise spool.max_bytes and restart the relay."
+    : " Meanwhile webhooks are accepted and kept on disk.";
   if (broker.blocked !== null) return `Free memory or disk on the RabbitMQ node; deliveries then go on by themselves.${meanwhile}`;
   if (!broker.connected && broker.error) return `Bring RabbitMQ back, or check broker.urls; deliveries then go on by themselves.${meanwhile}`;
   if (scarce) return "Look at why RabbitMQ does not take the events, or raise spool.max_bytes.";
   if (spool.parked) return "Read the reason below. Mostly a queue is not bound, or a permission is missing: repair it at RabbitMQ, then retry.";
-  return summary.level === "ok" ? "Nothing to do." : "";
+  return overallLevel(status) === "ok" ? "Nothing to do." : "";
 }
 
 // ---- page -----------------------------------------------------------------------------------------------------------
@@ -272,7 +281,7 @@ const LEVELS = { ok: "All well", warning: "Needs attention", problem: "Problem" 
 
 function showTruth(status) {
   const { text } = status.summary;
-  const level = status.summary.level in LEVELS ? status.summary.level : "warning";
+  const level = overallLevel(status);
   document.body.dataset.level = level;
   $("truth-icon").setAttribute("href", `#icon-${level}`);
   say($("truth-level"), LEVELS[level]);
@@ -343,7 +352,8 @@ function showRefusals(status) {
   const refusals = Object.entries(status.webhooks.refused).filter(([, times]) => times > 0).sort((a, b) => b[1] - a[1]);
   placeRefusals(everythingRefused(status) !== null || areWeAccepting(status)[1] === "Yes, but not all");
   $("refusals-table").hidden = !refusals.length;
-  say($("refusals-lead"), refusals.length ? `Since the start; the last one ${status.last.refused_at ? agoText(status.last.refused_at) : "long ago"}.` : "None since the start.");
+  const latest = status.last.refused_at ? agoText(status.last.refused_at) : "long ago";
+  say($("refusals-lead"), refusals.length ? `Since the start; the last one ${latest}.` : "None since the start.");
   fill($("refusals-rows"), refusals, ([reason]) => reason, ([reason, times]) => row(
     cell("", "nowrap", mono(reason)), cell("Count:", "number", whole.format(times)), cell("", "", REFUSALS[reason] ?? OTHER_REFUSAL)));
 }
@@ -366,12 +376,16 @@ function showTypes({ types }) {
   });
 }
 
-const HAPPENINGS = { connected: ["ok", "Connected"], lost: ["problem", "Connection lost"], blocked: ["warning", "Blocked by RabbitMQ"], unblocked: ["ok", "Unblocked"] };
+const HAPPENINGS = {
+  connected: ["ok", "Connected"], lost: ["problem", "Connection lost"],
+  blocked: ["warning", "Blocked by RabbitMQ"], unblocked: ["ok", "Unblocked"],
+};
 
 function showBroker({ broker, timeline }) {
   const state = broker.blocked !== null ? `connected, but blocked: ${broker.blocked}` : broker.connected ? "connected, takes events" : "not connected";
   const lines = [["State", state], ["Since", `${clock(broker.since)}, ${duration(secondsSince(broker.since))}`], ["Address", broker.url ?? "none yet"],
-    ["Error", broker.error], ["Connections so far", whole.format(broker.connects)], ["Sent, not yet confirmed", whole.format(broker.in_flight)]].filter(([, value]) => value);
+    ["Error", broker.error], ["Connections so far", whole.format(broker.connects)],
+    ["Sent, not yet confirmed", whole.format(broker.in_flight)]].filter(([, value]) => value);
   const names = lines.map(([name]) => name).join();
   if ($("broker-facts").dataset.names !== names) $("broker-facts").replaceChildren(...lines.flatMap(([name]) => fact(name, "")));
   $("broker-facts").dataset.names = names;
@@ -416,13 +430,15 @@ function certificateLine(certificate) {
   if (!certificate) return ["quiet", "No certificate here", "The relay takes plain HTTP; a proxy in front of it has to do TLS."];
   const { days_left: days, expires_at: end } = certificate;
   const level = days <= 7 ? "problem" : days <= 30 ? "warning" : "ok";
-  return [level, "Certificate", days < 0 ? `It expired on ${dayFormat.format(new Date(end))}.` : `${count(days, "day")} left, until ${dayFormat.format(new Date(end))}.`];
+  const when = dayFormat.format(new Date(end));
+  return [level, "Certificate", days < 0 ? `It expired on ${when}.` : `${count(days, "day")} left, until ${when}.`];
 }
 
 function showKeys({ secrets, certificate, uptime_seconds: uptime }) {
   const lines = secrets.map((secret) => secretLine(secret, secrets[0], uptime));
   if (!secrets.length) lines.push(["warning", "No secret", "Webhooks are accepted without a signature."]);
-  fill($("keys"), [...lines, certificateLine(certificate)], ([, name]) => name, ([level, name, text]) => el("li", {}, icon(level), el("span", {}, name, second(text))));
+  fill($("keys"), [...lines, certificateLine(certificate)], ([, name]) => name, ([level, name, text]) =>
+    el("li", {}, icon(level), el("span", {}, name, second(text))));
 }
 
 function showStatus() {
@@ -434,7 +450,8 @@ function showStatus() {
   showBroker(status);
   showKeys(status);
   showFullness(status);
-  say($("about"), `prism-relay ${status.version}, up for ${duration(status.uptime_seconds)}. Times are those of ${Intl.DateTimeFormat().resolvedOptions().timeZone}.`);
+  const zone = Intl.DateTimeFormat().resolvedOptions().timeZone;
+  say($("about"), `prism-relay ${status.version}, up for ${duration(status.uptime_seconds)}. Times are those of ${zone}.`);
 }
 
 /** Once a second: times count on, and silence is noticed. */
@@ -447,7 +464,8 @@ function tick() {
   if (!facts.lost) return say($("live"), facts.status ? `live, ${clockFormat.format(relayNow())}` : "connecting");
   say($("live"), "not live");
   if (facts.status) say($("truth-level"), `When last heard of: ${(LEVELS[document.body.dataset.level] ?? "").toLowerCase()}`);
-  const since = facts.heardAt === null ? "The relay cannot be reached. Trying again." : `Connection to the relay lost ${duration(silence)} ago; what you see is old. Trying again.`;
+  const since = facts.heardAt === null ? "The relay cannot be reached. Trying again."
+    : `Connection to the relay lost ${duration(silence)} ago; what you see is old. Trying again.`;
   say($("lost"), since);
   document.title = "Connection lost - prism-relay";
   announce(since);
@@ -457,10 +475,16 @@ function tick() {
 
 /** Lines differ by colour and by dashes. Colours are names of custom properties, so they follow the colour scheme. */
 const CHARTS = [
-  { title: "Webhooks per second", format: rate, floor: 1, lines: [{ name: "Accepted", key: "accepted", colour: "--accepted", fill: true }, { name: "Refused", key: "refused", colour: "--refused", dash: [5, 4] }] },
+  { title: "Webhooks per second", format: rate, floor: 1, lines: [
+    { name: "Accepted", key: "accepted", colour: "--accepted", fill: true },
+    { name: "Refused", key: "refused", colour: "--refused", dash: [5, 4] },
+  ] },
   { title: "Confirmed by RabbitMQ per second", format: rate, floor: 1, lines: [{ name: "Confirmed", key: "confirmed", colour: "--confirmed", fill: true }] },
   { title: "Events waiting in the spool", format: whole.format, floor: 5, lines: [{ name: "Waiting", key: "depth", colour: "--depth", fill: true }] },
-  { title: "From accepted to confirmed", format: latency, log: true, lines: [{ name: "Half within", key: "lag_p50_ms", colour: "--p50" }, { name: "99 % within", key: "lag_p99_ms", colour: "--p99", dash: [5, 4] }] },
+  { title: "From accepted to confirmed", format: latency, log: true, lines: [
+    { name: "Half within", key: "lag_p50_ms", colour: "--p50" },
+    { name: "99 % within", key: "lag_p99_ms", colour: "--p99", dash: [5, 4] },
+  ] },
 ];
 
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -484,11 +508,14 @@ function makeChart(spec) {
 function chartOptions(spec) {
   const axis = { stroke: () => colour("--soft"), font: `12px ${colour("--text")}`, ticks: { show: false }, grid: { stroke: () => colour("--line"), width: 1 } };
   const time = { ...axis, grid: { show: false }, space: 72, size: 26, values: (_, splits) => splits.map((at) => clockFormat.format(at * 1000).slice(0, 5)) };
-  const value = { ...axis, size: 58, gap: 6, space: 34, values: (_, splits) => splits.map((split) => (split === null ? "" : spec.log ? latency(split) : short(split))), ...(spec.log && { splits: decades, filter: (_, splits) => splits }) };
+  const label = spec.log ? latency : short;
+  const value = { ...axis, size: 58, gap: 6, space: 34, values: (_, splits) => splits.map((split) => label(split)) };
+  if (spec.log) Object.assign(value, { splits: decades, filter: (_, splits) => splits });
+  const linear = { range: (_, low, high) => [0, Math.max(spec.floor, (high ?? 0) * 1.15)] };
   return {
     width: spec.plot.clientWidth, height: spec.plot.clientHeight, legend: { show: false }, padding: [8, 8, 0, 0],
     cursor: { y: false, drag: { x: false, y: false }, sync: { key: "console" }, points: { size: 7 } },
-    scales: { x: { range: () => [relayNow() / 1000 - SPAN, relayNow() / 1000] }, y: spec.log ? { distr: 3, range: decadeRange } : { range: (_, low, high) => [0, Math.max(spec.floor, (high ?? 0) * 1.15)] } },
+    scales: { x: { range: () => [relayNow() / 1000 - SPAN, relayNow() / 1000] }, y: spec.log ? { distr: 3, range: decadeRange } : linear },
     axes: [time, value], hooks: { setCursor: [() => showKeyLine(spec)] }, series: [{}, ...spec.lines.map(chartSeries)],
   };
 }
@@ -540,13 +567,16 @@ function describe(spec, columns) {
   const sentences = spec.lines.map(({ name }, place) => {
     const values = columns[place].filter((value) => value !== null);
     if (!values.length) return `${name}: no values.`;
-    return `${name}: now ${columns[place].at(-1) === null ? "nothing" : spec.format(columns[place].at(-1))}, lowest ${spec.format(Math.min(...values))}, highest ${spec.format(Math.max(...values))}.`;
+    const latest = columns[place].at(-1);
+    const range = `lowest ${spec.format(Math.min(...values))}, highest ${spec.format(Math.max(...values))}`;
+    return `${name}: now ${latest === null ? "nothing" : spec.format(latest)}, ${range}.`;
   });
   return `${spec.title}, the last 15 minutes. ${sentences.join(" ")}`;
 }
 
 function makeFullness() {
-  const track = el("span", { class: "track", role: "meter", "aria-label": "Spool", "aria-valuemin": "0", "aria-valuemax": "100", id: "fullness-track" }, el("span", { class: "level" }));
+  const meter = { role: "meter", "aria-label": "Spool", "aria-valuemin": "0", "aria-valuemax": "100" };
+  const track = el("span", { class: "track", id: "fullness-track", ...meter }, el("span", { class: "level" }));
   return el("div", { class: "filled", id: "fullness" }, track, el("span"));
 }
 
@@ -564,10 +594,16 @@ function showFullness(status) {
 // ---- questions ------------------------------------------------------------------------------------------------------
 
 const ACTIONS = {
-  retry: { title: "Try this event again?", go: "Retry", busy: "Asking…", style: "primary", done: (id) => `Event ${id} will be tried again within a second or so. If it stays in this list, the reason still holds.`,
-    text: "It will be sent to RabbitMQ again within a second or so. If RabbitMQ still does not take it, it stays here." },
-  remove: { title: "Remove this event for good?", go: "Remove for good", busy: "Removing…", style: "danger", done: (id) => `Event ${id} was removed.`,
-    text: "The event will be gone for good: it is deleted from disk, never delivered, and Prism will not send it again." },
+  retry: {
+    title: "Try this event again?", go: "Retry", busy: "Asking…", style: "primary",
+    text: "It will be sent to RabbitMQ again within a second or so. If RabbitMQ still does not take it, it stays here.",
+    done: (id) => `Event ${id} will be tried again within a second or so. If it stays in this list, the reason still holds.`,
+  },
+  remove: {
+    title: "Remove this event for good?", go: "Remove for good", busy: "Removing…", style: "danger",
+    text: "The event will be gone for good: it is deleted from disk, never delivered, and Prism will not send it again.",
+    done: (id) => `Event ${id} was removed.`,
+  },
 };
 
 let asked = null;
@@ -577,7 +613,8 @@ function ask(action, event) {
   const { title, text, go, style } = ACTIONS[action];
   say($("ask-title"), title);
   say($("ask-text"), text);
-  $("ask-facts").replaceChildren(...fact("Event", mono(event.id)), ...fact("Type", event.type ?? "none"), ...fact("Subject", mono(event.subject ?? "none")), ...fact("Reason", event.reason));
+  $("ask-facts").replaceChildren(...fact("Event", mono(event.id)), ...fact("Type", event.type ?? "none"),
+    ...fact("Subject", mono(event.subject ?? "none")), ...fact("Reason", event.reason));
   $("ask-proof").hidden = action !== "remove";
   say($("ask-prefix"), event.id.slice(0, 8));
   $("ask-typed").value = "";
@@ -602,7 +639,8 @@ async function act(submit) {
     finish(ACTIONS[action].done(event.id));
   } catch (error) {
     if (error.status === 404) return finish(`Event ${event.id} is not parked any more: it was delivered or removed meanwhile.`);
-    say($("ask-mistake"), error.status === 403 ? "The relay does not know this page any more, perhaps because it was restarted. Reload the page and try again." : `It did not work: ${error.message}.`);
+    say($("ask-mistake"), error.status === 403 ? "The relay was restarted since this page was loaded. Reload the page and try again."
+      : `It did not work: ${error.message}.`);
     Object.assign($("ask-go"), { textContent: ACTIONS[action].go, disabled: false });
   }
 }

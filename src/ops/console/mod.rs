@@ -1,0 +1,63 @@
+//! The console's files, compiled in: one page, nothing from outside. uPlot is Leon Sorokin's (MIT, see uplot.LICENSE).
+
+use hyper::header::{
+    CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderName, HeaderValue, REFERRER_POLICY,
+    X_CONTENT_TYPE_OPTIONS,
+};
+use hyper::{HeaderMap, Response, StatusCode};
+
+use super::Answer;
+use crate::secret::Secret;
+
+const PAGE: &str = include_str!("index.html");
+const LOGIN: &str = include_str!("login.html");
+
+/// Stands in the page where the token of its actions goes.
+const ACTION_TOKEN: &str = "__ACTION_TOKEN__";
+
+/// Scripts, styles and data come from this listener alone, and nobody may frame it. uPlot sets styles on its elements.
+const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; connect-src 'self'; \
+                      img-src 'self' data:; form-action 'self'; frame-ancestors 'none'; base-uri 'none'";
+
+/// The page itself, with the token that its actions need.
+pub fn page(action_token: &Secret) -> Response<Answer> {
+    html(PAGE.replace(ACTION_TOKEN, action_token.expose()))
+}
+
+pub fn login() -> Response<Answer> {
+    html(LOGIN.to_owned())
+}
+
+/// What the pages are made of; there is nothing in it that not everybody may see.
+pub fn file(path: &str) -> Option<Response<Answer>> {
+    let (content_type, content) = match path {
+        "/console.css" => ("text/css; charset=utf-8", include_str!("console.css")),
+        "/console.js" => ("text/javascript; charset=utf-8", include_str!("console.js")),
+        "/uplot.css" => ("text/css; charset=utf-8", include_str!("uplot.css")),
+        "/uplot.js" => ("text/javascript; charset=utf-8", include_str!("uplot.js")),
+        _ => return None,
+    };
+    let mut response = super::response(StatusCode::OK, content_type, content);
+    protect(response.headers_mut());
+    Some(response)
+}
+
+fn html(content: String) -> Response<Answer> {
+    let mut response = super::response(StatusCode::OK, "text/html; charset=utf-8", content);
+    protect(response.headers_mut());
+    response
+}
+
+fn protect(headers: &mut HeaderMap) {
+    let lines: [(HeaderName, &'static str); 4] = [
+        (CONTENT_SECURITY_POLICY, POLICY),
+        (X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (REFERRER_POLICY, "no-referrer"),
+        // A new relay brings a new page.
+        (CACHE_CONTROL, "no-store"),
+    ];
+    for (name, value) in lines {
+        headers.insert(name, HeaderValue::from_static(value));
+    }
+    debug_assert!(headers.contains_key(CONTENT_TYPE));
+}

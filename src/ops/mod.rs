@@ -1,0 +1,323 @@
+//! The operators' listener: health, metrics, the console and its `/api`. It stays up until the very end, so that a drain
+//! can be watched.
+
+mod console;
+mod gate;
+mod history;
+mod report;
+mod summary;
+mod view;
+
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::Stream;
+use futures_util::stream::{self, StreamExt};
+use http_body_util::{BodyExt, Either, Full, Limited, StreamBody};
+use hyper::body::{Frame, Incoming};
+use hyper::header::{ACCEPT, ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue, LOCATION, SET_COOKIE};
+use hyper::{Method, Request, Response, StatusCode};
+use serde::Serialize;
+use serde_json::json;
+use tokio::sync::broadcast;
+use tokio::time::{interval, timeout};
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info};
+use uuid::Uuid;
+
+use crate::config;
+use crate::ingress::readiness;
+use crate::metrics;
+use crate::server::{BindError, Limits, Server};
+use crate::telemetry::chain;
+use gate::Denied;
+pub use gate::Gate;
+pub use summary::span;
+pub use view::Parts;
+use view::{Action, View, ViewError};
+
+/// Operators and their scrapers are few, and patient. A page that is looked at is never idle.
+const LIMITS: Limits = Limits {
+    connections_max: 256,
+    connections_per_source_max: 256,
+    unlimited_sources: Vec::new(),
+    header_timeout: Duration::from_secs(10),
+    idle_timeout: Duration::from_secs(24 * 3600),
+    silence_timeout: Duration::from_secs(120),
+    headers_max: 64,
+    header_bytes_max: 16 * 1024,
+    streams_max: 64,
+};
+
+/// How often the console hears how things are.
+const STATUS_EVERY: Duration = Duration::from_secs(1);
+/// News that a slow console may be behind.
+const FEED_CAPACITY: usize = 16;
+
+/// A form with a token in it.
+const LOGIN_BYTES_MAX: usize = 4096;
+const LOGIN_TIMEOUT: Duration = Duration::from_secs(10);
+
+type News = Pin<Box<dyn Stream<Item = Result<Frame<Bytes>, Infallible>> + Send>>;
+/// An answer that is there at once, or one that goes on.
+type Answer = Either<Full<Bytes>, StreamBody<News>>;
+
+/// The operators' listener, bound but not yet serving.
+pub struct Ops {
+    server: Server,
+    desk: Desk,
+}
+
+#[derive(Clone)]
+struct Desk {
+    view: Arc<View>,
+    gate: Arc<Gate>,
+    feed: broadcast::Sender<Bytes>,
+}
+
+impl Ops {
+    /// `draining` is cancelled when the relay begins to stop.
+    pub async fn bind(
+        config: &config::Ops,
+        gate: Arc<Gate>,
+        parts: Parts,
+        draining: CancellationToken,
+    ) -> Result<Self, BindError> {
+        let server = Server::bind(config.listen, "ops.listen", LIMITS, None, Arc::clone(&parts.metrics)).await?;
+        let (feed, _) = broadcast::channel(FEED_CAPACITY);
+        Ok(Self { server, desk: Desk { view: Arc::new(View::new(parts, draining)), gate, feed } })
+    }
+
+    pub fn address(&self) -> std::io::Result<SocketAddr> {
+        self.server.address()
+    }
+
+    /// Serves, and keeps the charts going, for as long as the relay lives.
+    pub async fn run(self, shutdown: CancellationToken) {
+        let Self { server, desk } = self;
+        let observer = desk.clone();
+        let handler = move |request: Request<Incoming>, _peer| {
+            let desk = desk.clone();
+            async move { desk.answer(request).await }
+        };
+        tokio::join!(server.run(handler, shutdown), observer.observe());
+    }
+}
+
+impl Desk {
+    /// Takes the points for the charts, and tells the consoles what is new.
+    async fn observe(self) {
+        let (mut status, mut points) = (interval(STATUS_EVERY), interval(history::INTERVAL));
+        // The first point was taken at the start.
+        points.tick().await;
+        loop {
+            let news = tokio::select! {
+                _ = status.tick() => {
+                    if self.feed.receiver_count() == 0 {
+                        continue;
+                    }
+                    self.status_news().await
+                }
+                _ = points.tick() => self.view.sample().map(|point| news("point", &point)),
+            };
+            // Nobody has to be listening.
+            let _ = news.map(|news| self.feed.send(news));
+        }
+    }
+
+    async fn status_news(&self) -> Option<Bytes> {
+        let report =
+            self.view.report().await.inspect_err(|error| error!(error = chain(error), "cannot report")).ok()?;
+        Some(news("status", &report))
+    }
+
+    async fn answer(&self, request: Request<Incoming>) -> Response<Answer> {
+        let path = request.uri().path().to_owned();
+        let looking = matches!(*request.method(), Method::GET | Method::HEAD);
+        match (looking, path.as_str()) {
+            (true, "/livez") => text(StatusCode::OK, "alive\n"),
+            (true, "/readyz") => readiness(&self.view.parts().spool, self.view.draining()).map(Either::Left),
+            (true, "/metrics") => self.metrics(&request).await,
+            (true, "/login") => console::login(),
+            (false, "/login") if request.method() == Method::POST => self.log_in(request).await,
+            (true, "/") => match self.gate.may_look(request.headers()) {
+                Ok(()) => console::page(self.gate.action_token()),
+                Err(Denied::LoginNeeded) => see_other("/login"),
+                Err(denied) => deny(denied),
+            },
+            (true, path) if !path.starts_with("/api/") => console::file(path).unwrap_or_else(not_found),
+            (looking, path) if path.starts_with("/api/") => {
+                let answer = if looking { self.tell(&request).await } else { self.act(&request).await };
+                answer.unwrap_or_else(|error| {
+                    error!(error = chain(&error), path, "cannot answer an operator");
+                    problem(StatusCode::INTERNAL_SERVER_ERROR, "the spool cannot be read or changed at the moment")
+                })
+            }
+            (_, _) => method_not_allowed("GET, HEAD"),
+        }
+    }
+
+    async fn metrics(&self, request: &Request<Incoming>) -> Response<Answer> {
+        let text = self.view.metrics().await;
+        let accept = request.headers().get(ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or_default();
+        if metrics::wants_open_metrics(accept) {
+            response(StatusCode::OK, metrics::OPEN_METRICS_TYPE, metrics::open_metrics(&text))
+        } else {
+            response(StatusCode::OK, metrics::TEXT_TYPE, text)
+        }
+    }
+
+    /// `GET /api/...`
+    async fn tell(&self, request: &Request<Incoming>) -> Result<Response<Answer>, ViewError> {
+        if let Err(denied) = self.gate.may_look(request.headers()) {
+            return Ok(deny(denied));
+        }
+        Ok(match request.uri().path() {
+            "/api/status" => json(StatusCode::OK, &self.view.report().await?),
+            "/api/history" => {
+                let interval = history::INTERVAL.as_secs();
+                json(StatusCode::OK, &json!({ "interval_seconds": interval, "points": self.view.points() }))
+            }
+            "/api/events" => {
+                let query = request.uri().query().unwrap_or_default();
+                let find = form_urlencoded::parse(query.as_bytes()).find(|(name, _)| name == "find");
+                let find = find.map(|(_, value)| value.trim().to_owned()).unwrap_or_default();
+                json(StatusCode::OK, &json!({ "events": self.view.events(&find).await? }))
+            }
+            "/api/parked" => json(StatusCode::OK, &self.view.parked().await?),
+            "/api/stream" => self.stream().await,
+            _ => not_found(),
+        })
+    }
+
+    /// `POST /api/parked/<id>/<what>`
+    async fn act(&self, request: &Request<Incoming>) -> Result<Response<Answer>, ViewError> {
+        let parts: Vec<_> = request.uri().path().split('/').skip(1).collect();
+        let (id, action) = match parts[..] {
+            ["api", "parked", id, "retry"] => (id, Action::Retry),
+            ["api", "parked", id, "remove"] => (id, Action::Remove),
+            _ => return Ok(method_not_allowed("GET, HEAD")),
+        };
+        if request.method() != Method::POST {
+            return Ok(method_not_allowed("POST"));
+        }
+        if let Err(denied) = self.gate.may_act(request.headers()) {
+            return Ok(deny(denied));
+        }
+        let gone = || problem(StatusCode::NOT_FOUND, "there is no such parked event");
+        let Ok(id) = id.parse::<Uuid>() else { return Ok(gone()) };
+        if !self.view.act(action, id).await? {
+            return Ok(gone());
+        }
+        info!(%id, ?action, "an operator has dealt with a parked event");
+        Ok(json(StatusCode::OK, &json!({ "ok": true })))
+    }
+
+    /// Server-sent events (the HTML standard, section 9.2): how things are now, and then whatever is new.
+    async fn stream(&self) -> Response<Answer> {
+        let feed = self.feed.subscribe();
+        let first = stream::iter(self.status_news().await);
+        let rest = stream::unfold(feed, |mut feed| async {
+            loop {
+                match feed.recv().await {
+                    Ok(news) => return Some((news, feed)),
+                    // A console that was too slow goes on with what is new.
+                    Err(broadcast::error::RecvError::Lagged(_)) => {}
+                    Err(broadcast::error::RecvError::Closed) => return None,
+                }
+            }
+        });
+        let news: News = Box::pin(first.chain(rest).map(|news| Ok(Frame::data(news))));
+        let mut response = Response::new(Either::Right(StreamBody::new(news)));
+        let headers = response.headers_mut();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+        headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        response
+    }
+
+    async fn log_in(&self, request: Request<Incoming>) -> Response<Answer> {
+        let body = timeout(LOGIN_TIMEOUT, Limited::new(request.into_body(), LOGIN_BYTES_MAX).collect()).await;
+        let Ok(Ok(body)) = body else { return problem(StatusCode::BAD_REQUEST, "the form could not be read") };
+        let body = body.to_bytes();
+        let token = form_urlencoded::parse(&body).find(|(name, _)| name == "token");
+        let cookie = token.and_then(|(_, token)| self.gate.log_in(&token));
+        match cookie.map(HeaderValue::try_from) {
+            Some(Ok(cookie)) => {
+                let mut response = see_other("/");
+                response.headers_mut().insert(SET_COOKIE, cookie);
+                response
+            }
+            Some(Err(_)) | None => {
+                info!("somebody has tried to log in to the console with a wrong token");
+                see_other("/login?wrong")
+            }
+        }
+    }
+}
+
+/// A server-sent event.
+fn news(name: &str, data: &impl Serialize) -> Bytes {
+    // These types are made of strings and numbers, so serialising them cannot fail.
+    let data = serde_json::to_string(data).unwrap_or_default();
+    Bytes::from(format!("event: {name}\ndata: {data}\n\n"))
+}
+
+fn deny(denied: Denied) -> Response<Answer> {
+    match denied {
+        Denied::LoginNeeded => problem(StatusCode::UNAUTHORIZED, "this needs ops.token, as a bearer or by logging in"),
+        Denied::NoTokenSet => problem(
+            StatusCode::FORBIDDEN,
+            "ops.listen is not on loopback, so the console and /api need ops.token, and it is not set",
+        ),
+        Denied::ForeignName => problem(
+            StatusCode::FORBIDDEN,
+            "without ops.token this listener answers only when it is asked for by its address or as localhost",
+        ),
+        Denied::ForeignOrigin => problem(StatusCode::FORBIDDEN, "actions are for the console's own page"),
+    }
+}
+
+fn not_found() -> Response<Answer> {
+    text(StatusCode::NOT_FOUND, "there are /, /livez, /readyz, /metrics and /api/status\n")
+}
+
+fn see_other(place: &'static str) -> Response<Answer> {
+    let mut response = text(StatusCode::SEE_OTHER, "");
+    response.headers_mut().insert(LOCATION, HeaderValue::from_static(place));
+    response
+}
+
+fn method_not_allowed(allowed: &'static str) -> Response<Answer> {
+    let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "this path does not take that method\n");
+    response.headers_mut().insert(ALLOW, HeaderValue::from_static(allowed));
+    response
+}
+
+/// RFC 9457.
+fn problem(status: StatusCode, detail: &str) -> Response<Answer> {
+    let title = status.canonical_reason().unwrap_or_default();
+    let problem = json!({ "type": "about:blank", "title": title, "status": status.as_u16(), "detail": detail });
+    response(status, "application/problem+json", problem.to_string())
+}
+
+fn json(status: StatusCode, body: &impl Serialize) -> Response<Answer> {
+    // These types are made of strings and numbers, so serialising them cannot fail.
+    let mut response = response(status, "application/json", serde_json::to_vec(body).unwrap_or_default());
+    response.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    response
+}
+
+fn text(status: StatusCode, text: &'static str) -> Response<Answer> {
+    response(status, "text/plain; charset=utf-8", text)
+}
+
+fn response(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>) -> Response<Answer> {
+    let mut response = Response::new(Either::Left(Full::new(body.into())));
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    response
+}

@@ -1,0 +1,292 @@
+//! The sentence of truth: what an operator has to know first, in words. Pure.
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use serde::Serialize;
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Summary {
+    pub level: Level,
+    pub text: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Level {
+    Ok,
+    /// Nothing is lost, and somebody should look.
+    Warning,
+    /// Events are being refused, or do not reach the workers.
+    Problem,
+}
+
+/// What the sentence is made of. Ages are those of now.
+#[derive(Clone, Debug, Default)]
+pub struct Facts {
+    pub draining: bool,
+    pub writable: bool,
+    pub pending: u64,
+    pub parked: u64,
+    pub bytes: u64,
+    pub max_bytes: u64,
+    pub oldest: Option<Duration>,
+    pub connected: bool,
+    pub blocked: Option<String>,
+    /// For how long the connection has been as it is.
+    pub unchanged: Duration,
+    pub last_confirm: Option<Duration>,
+    pub last_accepted: Option<Duration>,
+    /// Webhooks within the last minutes.
+    pub lately_accepted: f64,
+    pub lately_refused: f64,
+    /// Of the last refusal, if it is not long ago.
+    pub refused_reason: Option<&'static str>,
+}
+
+/// A spool that is fuller than this is worth a warning.
+const NEARLY_FULL: f64 = 0.8;
+/// An event that has waited so long is late.
+const LATE: Duration = Duration::from_secs(30);
+/// A connection that has been gone for less is being made again.
+const BRIEF: Duration = Duration::from_secs(5);
+/// Fewer refusals than these are nobody's concern on an address that anybody can reach.
+const REFUSALS_MIN: f64 = 3.0;
+
+impl Facts {
+    pub fn sum_up(&self) -> Summary {
+        let (level, text) = self
+            .not_accepting()
+            .or_else(|| self.not_delivering())
+            .or_else(|| self.refusing())
+            .or_else(|| self.behind())
+            .unwrap_or_else(|| (Level::Ok, self.well()));
+        let asides = self.asides(level);
+        let level = if level == Level::Ok && !asides.is_empty() { Level::Warning } else { level };
+        Summary { level, text: text + &asides }
+    }
+
+    fn not_accepting(&self) -> Option<(Level, String)> {
+        if self.draining {
+            let text =
+                format!("The relay is stopping; what is not delivered ({}) stays on disk.", events(self.pending));
+            return Some((Level::Warning, text));
+        }
+        if !self.writable {
+            let text =
+                "The spool cannot be written, so webhooks are answered 503; Prism gives each event up after 35 s. \
+                        Look at the disk."
+                    .to_owned();
+            return Some((Level::Problem, text));
+        }
+        if self.share() >= 1.0 {
+            let mut text =
+                "The spool is full, so webhooks are answered 503; Prism gives each event up after 35 s.".to_owned();
+            if let Some(why) = self.why_not_delivering() {
+                let _ = write!(text, " {why}.");
+            }
+            return Some((Level::Problem, text));
+        }
+        None
+    }
+
+    fn not_delivering(&self) -> Option<(Level, String)> {
+        let why = self.why_not_delivering()?;
+        let kept = match (self.pending, self.oldest) {
+            (0, _) => "nothing is waiting for it".to_owned(),
+            (count, Some(oldest)) => format!("{} safe on disk, the oldest for {}", are(count), span(oldest)),
+            (count, None) => format!("{} safe on disk", are(count)),
+        };
+        let brief = !self.connected && self.unchanged < BRIEF;
+        let level = if brief { Level::Warning } else { Level::Problem };
+        Some((level, format!("{why}; {kept}. Prism is being answered normally.")))
+    }
+
+    fn why_not_delivering(&self) -> Option<String> {
+        if !self.connected {
+            return Some(format!("RabbitMQ has been unreachable for {}", span(self.unchanged)));
+        }
+        let reason = self.blocked.as_ref()?;
+        Some(format!("RabbitMQ has been refusing messages for {} ({reason})", span(self.unchanged)))
+    }
+
+    fn refusing(&self) -> Option<(Level, String)> {
+        if self.lately_refused < REFUSALS_MIN {
+            return None;
+        }
+        let (refused, all) = (self.lately_refused.round() as u64, self.lately_accepted < 1.0);
+        let cause = match self.refused_reason? {
+            "invalid-signature" => "they are signed with another secret than the relay knows, or a proxy changes them",
+            "missing-signature" => "they are not signed",
+            "stale-timestamp" => "their time of signing is too far from this machine's clock",
+            "invalid-timestamp" => "their time of signing cannot be read",
+            "body-too-large" => "they are larger than http.body_bytes_max",
+            _ => return None,
+        };
+        let text = if all {
+            format!(
+                "Every webhook is being refused ({refused} in the last 5 min): {cause}. Prism gives each up after 35 s."
+            )
+        } else {
+            format!("{refused} webhooks were refused in the last 5 min: {cause}. Others are accepted.")
+        };
+        Some((if all { Level::Problem } else { Level::Warning }, text))
+    }
+
+    fn behind(&self) -> Option<(Level, String)> {
+        let oldest = self.oldest.filter(|oldest| *oldest >= LATE)?;
+        let text = format!("Deliveries are behind: {} waiting, the oldest for {}.", are(self.pending), span(oldest));
+        Some((Level::Warning, text))
+    }
+
+    fn well(&self) -> String {
+        match (self.pending, self.last_confirm, self.last_accepted) {
+            (0, Some(confirm), _) => format!("All accepted events are delivered; the last one {} ago.", span(confirm)),
+            (0, None, None) => "All is well; no event has come in since the relay started.".to_owned(),
+            (0, None, Some(_)) => "All accepted events are delivered.".to_owned(),
+            (count, ..) => format!("All is well; {} on the way to RabbitMQ.", are(count)),
+        }
+    }
+
+    /// What is true beside the first sentence.
+    fn asides(&self, level: Level) -> String {
+        let mut text = String::new();
+        let full = self.share();
+        if (NEARLY_FULL..1.0).contains(&full) {
+            let _ = write!(text, " The spool is {:.0} % full.", full * 100.0);
+        }
+        if self.parked > 0 {
+            let rest = if level == Level::Ok { "; the others are delivered" } else { "" };
+            let verb = if self.parked == 1 { "is" } else { "are" };
+            let _ = write!(text, " {} {verb} parked, because RabbitMQ does not take them{rest}.", events(self.parked));
+        }
+        text
+    }
+
+    fn share(&self) -> f64 {
+        // The next event would not fit any more.
+        let used = self.bytes + crate::spool::EVENT_OVERHEAD_BYTES;
+        if used > self.max_bytes { 1.0 } else { self.bytes as f64 / self.max_bytes.max(1) as f64 }
+    }
+}
+
+fn events(count: u64) -> String {
+    if count == 1 { "1 event".to_owned() } else { format!("{} events", grouped(count)) }
+}
+
+fn are(count: u64) -> String {
+    format!("{} {}", events(count), if count == 1 { "is" } else { "are" })
+}
+
+/// `1204` as `1,204`.
+fn grouped(number: u64) -> String {
+    let digits = number.to_string();
+    let groups = digits.as_bytes().rchunks(3).rev().map(String::from_utf8_lossy);
+    groups.collect::<Vec<_>>().join(",")
+}
+
+/// Two units at most: `3 s`, `3 min 50 s`, `2 h 5 min`, `4 d`.
+pub fn span(duration: Duration) -> String {
+    let seconds = duration.as_secs();
+    let two = |large: u64, large_unit, small: u64, small_unit| match small {
+        0 => format!("{large} {large_unit}"),
+        small => format!("{large} {large_unit} {small} {small_unit}"),
+    };
+    match seconds {
+        0..60 => format!("{seconds} s"),
+        60..3600 => two(seconds / 60, "min", seconds % 60, "s"),
+        3600..86_400 => two(seconds / 3600, "h", seconds % 3600 / 60, "min"),
+        _ => two(seconds / 86_400, "d", seconds % 86_400 / 3600, "h"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MINUTE: Duration = Duration::from_secs(60);
+
+    fn well() -> Facts {
+        Facts {
+            writable: true,
+            connected: true,
+            max_bytes: 1 << 30,
+            unchanged: 60 * MINUTE,
+            last_confirm: Some(Duration::from_secs(3)),
+            last_accepted: Some(Duration::from_secs(3)),
+            ..Facts::default()
+        }
+    }
+
+    fn says(facts: &Facts, level: Level, text: &str) {
+        assert_eq!(facts.sum_up(), Summary { level, text: text.to_owned() });
+    }
+
+    #[test]
+    fn all_is_well() {
+        says(&well(), Level::Ok, "All accepted events are delivered; the last one 3 s ago.");
+        let fresh = Facts { last_confirm: None, last_accepted: None, ..well() };
+        says(&fresh, Level::Ok, "All is well; no event has come in since the relay started.");
+        says(&Facts { pending: 1, ..well() }, Level::Ok, "All is well; 1 event is on the way to RabbitMQ.");
+    }
+
+    #[test]
+    fn rabbitmq_is_down_or_blocked() {
+        let kept = Facts { pending: 1204, oldest: Some(Duration::from_secs(230)), unchanged: 4 * MINUTE, ..well() };
+        let text = "1,204 events are safe on disk, the oldest for 3 min 50 s. Prism is being answered normally.";
+        let down = Facts { connected: false, ..kept.clone() };
+        says(&down, Level::Problem, &format!("RabbitMQ has been unreachable for 4 min; {text}"));
+        let blocked = Facts { blocked: Some("low on memory".to_owned()), ..kept };
+        says(
+            &blocked,
+            Level::Problem,
+            &format!("RabbitMQ has been refusing messages for 4 min (low on memory); {text}"),
+        );
+        let brief = Facts { connected: false, unchanged: Duration::from_secs(2), ..well() };
+        assert_eq!(brief.sum_up().level, Level::Warning);
+    }
+
+    #[test]
+    fn the_spool_fills_up_or_cannot_be_written() {
+        let nearly = Facts { bytes: 900 << 20, pending: 5, ..well() };
+        says(&nearly, Level::Warning, "All is well; 5 events are on the way to RabbitMQ. The spool is 88 % full.");
+        let full = Facts { bytes: 1 << 30, connected: false, unchanged: 100 * MINUTE, ..well() };
+        let text = full.sum_up().text;
+        assert!(text.starts_with("The spool is full, so webhooks are answered 503"), "{text}");
+        assert!(text.ends_with("RabbitMQ has been unreachable for 1 h 40 min."), "{text}");
+        assert_eq!(Facts { writable: false, ..well() }.sum_up().level, Level::Problem);
+    }
+
+    #[test]
+    fn prism_signs_with_another_secret() {
+        let refusing = Facts { lately_refused: 87.0, refused_reason: Some("invalid-signature"), ..well() };
+        let Summary { level, text } = refusing.sum_up();
+        assert!(level == Level::Problem && text.starts_with("Every webhook is being refused (87 in"), "{text}");
+        let some = Facts { lately_accepted: 500.0, ..refusing };
+        let Summary { level, text } = some.sum_up();
+        assert!(level == Level::Warning && text.starts_with("87 webhooks were refused"), "{text}");
+        let scanner = Facts { lately_refused: 2.0, refused_reason: Some("missing-signature"), ..well() };
+        assert_eq!(scanner.sum_up().level, Level::Ok);
+    }
+
+    #[test]
+    fn events_are_parked_or_late() {
+        let parked = Facts { parked: 3, ..well() };
+        let text = "All accepted events are delivered; the last one 3 s ago. 3 events are parked, because RabbitMQ does not \
+                    take them; the others are delivered.";
+        says(&parked, Level::Warning, text);
+        let late = Facts { pending: 70, oldest: Some(2 * MINUTE), ..well() };
+        says(&late, Level::Warning, "Deliveries are behind: 70 events are waiting, the oldest for 2 min.");
+        let draining = Facts { draining: true, pending: 1, ..well() };
+        says(&draining, Level::Warning, "The relay is stopping; what is not delivered (1 event) stays on disk.");
+    }
+
+    #[test]
+    fn spans_have_two_units_at_most() {
+        for (seconds, text) in
+            [(0, "0 s"), (59, "59 s"), (60, "1 min"), (230, "3 min 50 s"), (7500, "2 h 5 min"), (90_000, "1 d 1 h")]
+        {
+            assert_eq!(span(Duration::from_secs(seconds)), text);
+        }
+    }
+}

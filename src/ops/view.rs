@@ -1,0 +1,256 @@
+//! What there is to see: gathers from the parts of the relay what the pages and `/api` tell.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use thiserror::Error;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use super::history::{History, Point, Totals};
+use super::report::{
+    BrokerReport, CertificateReport, EventReport, EventState, LastReport, ParkedEvent, ParkedReport, Report,
+    SecretReport, SpoolReport, TypeReport, WebhookReport, matches,
+};
+use super::summary::{Facts, Summary};
+use crate::ingress::blocker;
+use crate::journal::{Entries, Journal};
+use crate::metrics::Metrics;
+use crate::publisher::{BrokerState, Status};
+use crate::server::Admission;
+use crate::signature::Verifier;
+use crate::spool::{Inspector, OpenError, ReadError, Spool};
+use crate::tls;
+
+/// What "lately" means in the sentence of truth.
+const LATELY: Duration = Duration::from_secs(5 * 60);
+
+const EVENTS_MAX: usize = 200;
+const PARKED_MAX: u64 = 100;
+
+/// What there is to tell about.
+#[derive(Clone)]
+pub struct Parts {
+    pub spool: Spool,
+    pub broker: Arc<Status>,
+    pub journal: Arc<Journal>,
+    pub verifier: Arc<Verifier>,
+    /// Connections to the public listener.
+    pub connections: Arc<Admission>,
+    /// Of the public listener.
+    pub tls: Option<Arc<tls::Server>>,
+    pub metrics: Arc<Metrics>,
+}
+
+pub struct View {
+    parts: Parts,
+    draining: CancellationToken,
+    started: (Instant, Timestamp),
+    history: Mutex<History>,
+}
+
+/// Something could not be looked up, or done.
+#[derive(Debug, Error)]
+pub enum ViewError {
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    #[error("cannot change the spool")]
+    Change(#[from] rusqlite::Error),
+    #[error("the look into the spool was broken off")]
+    Ended,
+}
+
+/// What an operator may do with a parked event.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    Retry,
+    Remove,
+}
+
+impl View {
+    pub fn new(parts: Parts, draining: CancellationToken) -> Self {
+        let view = Self { parts, draining, started: (Instant::now(), Timestamp::now()), history: Mutex::default() };
+        // The first point learns where the counters stand.
+        view.sample();
+        view
+    }
+
+    pub fn parts(&self) -> &Parts {
+        &self.parts
+    }
+
+    pub fn draining(&self) -> &CancellationToken {
+        &self.draining
+    }
+
+    /// Adds a point to the charts.
+    pub fn sample(&self) -> Option<Point> {
+        let ledger = self.parts.spool.gauges().ledger();
+        let webhooks = self.parts.journal.totals();
+        let totals = Totals {
+            accepted: webhooks.accepted,
+            refused: webhooks.refused,
+            mistaken: webhooks.mistaken,
+            confirmed: ledger.confirmed,
+        };
+        let lags = self.parts.broker.take_lags();
+        self.history().add(totals, ledger.pending, &lags, Timestamp::now())
+    }
+
+    pub fn points(&self) -> Vec<Point> {
+        self.history().points()
+    }
+
+    pub async fn report(&self) -> Result<Report, ReadError> {
+        let (ledger, broker, entries) =
+            (self.parts.spool.gauges().ledger(), self.parts.broker.snapshot(), self.parts.journal.snapshot());
+        let now = Timestamp::now();
+        let writable = self.parts.spool.gauges().writable();
+        let spool = SpoolReport::new(&ledger, self.parts.spool.max_bytes(), writable, self.oldest_age(now).await?);
+        let (started, started_at) = self.started;
+        Ok(Report {
+            version: env!("CARGO_PKG_VERSION"),
+            now,
+            started_at,
+            uptime_seconds: started.elapsed().as_secs(),
+            ready: blocker(&self.parts.spool, &self.draining).is_none(),
+            draining: self.draining.is_cancelled(),
+            summary: self.summary(&spool, &broker, &entries, now),
+            webhooks: WebhookReport::new(&entries),
+            last: LastReport::new(&entries, self.parts.broker.last_confirm()),
+            spool,
+            broker: BrokerReport { state: broker, in_flight: self.parts.broker.in_flight() },
+            timeline: self.parts.broker.timeline(),
+            types: TypeReport::list(&entries),
+            secrets: SecretReport::list(&entries, self.parts.verifier.secrets()),
+            certificate: self.certificate(now),
+        })
+    }
+
+    fn summary(&self, spool: &SpoolReport, broker: &BrokerState, entries: &Entries, now: Timestamp) -> Summary {
+        let age = |at: Timestamp| now.duration_since(at).unsigned_abs();
+        let (lately_accepted, lately_mistaken) = self.history().lately(LATELY, now);
+        let facts = Facts {
+            draining: self.draining.is_cancelled(),
+            writable: spool.writable,
+            pending: spool.pending,
+            parked: spool.parked,
+            bytes: spool.bytes,
+            max_bytes: spool.max_bytes,
+            oldest: spool.oldest_age_seconds.map(Duration::from_secs_f64),
+            connected: broker.connected,
+            blocked: broker.blocked.clone(),
+            unchanged: age(broker.since),
+            last_confirm: self.parts.broker.last_confirm().map(age),
+            last_accepted: entries.last_accepted.map(age),
+            lately_accepted,
+            lately_refused: lately_mistaken,
+            refused_reason: entries.last_mistaken,
+        };
+        facts.sum_up()
+    }
+
+    fn certificate(&self, now: Timestamp) -> Option<CertificateReport> {
+        let expires_at = self.parts.tls.as_ref()?.identity().expires_at;
+        Some(CertificateReport { expires_at, days_left: expires_at.duration_since(now).as_secs_f64() / 86_400.0 })
+    }
+
+    /// The latest events that match, the newest first.
+    pub async fn events(&self, find: &str) -> Result<Vec<EventReport>, ReadError> {
+        let entries = self.parts.journal.snapshot();
+        let found: Vec<_> =
+            entries.latest.iter().rev().filter(|arrival| matches(arrival, find)).take(EVENTS_MAX).collect();
+        let seqs = found.iter().map(|arrival| arrival.seq).collect();
+        let undelivered: HashMap<u64, bool> = self.parts.spool.states(seqs).await?.into_iter().collect();
+        let confirms: HashMap<u64, Timestamp> = self.parts.broker.confirms().into_iter().collect();
+        let report = |arrival: &&_| {
+            let arrival: &crate::journal::Arrival = arrival;
+            let settled_at = confirms.get(&arrival.seq).copied();
+            let state = match (settled_at, undelivered.get(&arrival.seq)) {
+                (None, Some(true)) => EventState::Parked,
+                (None, Some(false)) => EventState::Pending,
+                // Confirmed, and perhaps not yet deleted.
+                (Some(_), _) | (None, None) => EventState::Confirmed,
+            };
+            EventReport::new(arrival, state, settled_at)
+        };
+        Ok(found.iter().map(report).collect())
+    }
+
+    pub async fn parked(&self) -> Result<ParkedReport, ViewError> {
+        let path = self.parts.spool.path();
+        let listing = move || {
+            let mut parked = Vec::new();
+            Inspector::open(&path)?.each(true, PARKED_MAX, |entry| parked.push(ParkedEvent::new(entry)))?;
+            Ok(parked)
+        };
+        let parked = in_the_background(listing).await?;
+        Ok(ParkedReport { total: self.parts.spool.gauges().ledger().parked, parked })
+    }
+
+    /// Returns whether there was such a parked event.
+    pub async fn act(&self, action: Action, id: Uuid) -> Result<bool, ViewError> {
+        let path = self.parts.spool.path();
+        let done = in_the_background(move || {
+            let mut inspector = Inspector::open_for_change(&path)?;
+            let is_parked = inspector.find(id)?.is_some_and(|entry| entry.parked_reason.is_some());
+            Ok(is_parked
+                && match action {
+                    Action::Retry => inspector.retry(id)?,
+                    Action::Remove => inspector.remove(id)?,
+                })
+        })
+        .await?;
+        if done && action == Action::Retry {
+            self.parts.broker.retry_parked();
+        }
+        // So that the next look sees it.
+        self.parts.spool.flush().await;
+        Ok(done)
+    }
+
+    pub async fn metrics(&self) -> String {
+        let (ledger, broker) = (self.parts.spool.gauges().ledger(), self.parts.broker.snapshot());
+        let (metrics, now) = (&self.parts.metrics, Timestamp::now());
+        let flag = |flag: bool| f64::from(u8::from(flag));
+        metrics.ready.set(flag(blocker(&self.parts.spool, &self.draining).is_none()));
+        metrics.spool.events.set(ledger.pending as f64);
+        metrics.spool.bytes.set(ledger.bytes as f64);
+        metrics.spool.max_bytes.set(self.parts.spool.max_bytes() as f64);
+        metrics.spool.parked_events.set(ledger.parked as f64);
+        // Metrics are needed most when the spool is sick.
+        if let Ok(age) = self.oldest_age(now).await {
+            metrics.spool.oldest_age.set(age.unwrap_or(0.0));
+        }
+        let census = self.parts.connections.census();
+        metrics.connections.half_open.set(census.half_open as f64);
+        metrics.connections.established.set(census.established as f64);
+        if let Some(certificate) = self.certificate(now) {
+            metrics.certificate_days_left(certificate.days_left);
+        }
+        metrics.broker.connected.set(flag(broker.connected));
+        metrics.broker.blocked.set(flag(broker.blocked.is_some()));
+        metrics.render()
+    }
+
+    /// Of the oldest pending event, in seconds.
+    async fn oldest_age(&self, now: Timestamp) -> Result<Option<f64>, ReadError> {
+        let accepted_ms = self.parts.spool.oldest_pending_ms().await?;
+        Ok(accepted_ms.map(|accepted_ms| (now.as_millisecond() - accepted_ms).max(0) as f64 / 1000.0))
+    }
+
+    fn history(&self) -> std::sync::MutexGuard<'_, History> {
+        self.history.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// On a thread that may wait for the disk.
+async fn in_the_background<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ViewError> + Send + 'static,
+) -> Result<T, ViewError> {
+    tokio::task::spawn_blocking(work).await.map_err(|_| ViewError::Ended)?
+}
