@@ -95,8 +95,8 @@ pub struct SecretReport {
 #[derive(Serialize)]
 pub struct CertificateReport {
     pub expires_at: Timestamp,
-    /// Negative if it has expired.
-    pub days_left: f64,
+    /// Whole days; negative if it has expired.
+    pub days_left: i64,
 }
 
 /// One of `/api/events`.

@@ -60,8 +60,9 @@ impl Facts {
             .or_else(|| self.not_delivering())
             .or_else(|| self.refusing())
             .or_else(|| self.behind())
+            .or_else(|| self.stuck())
             .unwrap_or_else(|| (Level::Ok, self.well()));
-        let asides = self.asides(level);
+        let asides = self.asides();
         let level = if level == Level::Ok && !asides.is_empty() { Level::Warning } else { level };
         Summary { level, text: text + &asides }
     }
@@ -139,6 +140,23 @@ impl Facts {
         Some((Level::Warning, text))
     }
 
+    fn stuck(&self) -> Option<(Level, String)> {
+        if self.parked == 0 || self.pending > 0 {
+            return None;
+        }
+        let last = self.last_confirm.map(|age| format!(", the last one {} ago", span(age))).unwrap_or_default();
+        Some((Level::Warning, format!("{}; all others are delivered{last}.", self.parked_text())))
+    }
+
+    fn parked_text(&self) -> String {
+        let verb = if self.parked == 1 { "is" } else { "are" };
+        format!(
+            "{} {verb} parked, because RabbitMQ does not take {}",
+            events(self.parked),
+            if self.parked == 1 { "it" } else { "them" }
+        )
+    }
+
     fn well(&self) -> String {
         match (self.pending, self.last_confirm, self.last_accepted) {
             (0, Some(confirm), _) => format!("All accepted events are delivered; the last one {} ago.", span(confirm)),
@@ -149,16 +167,14 @@ impl Facts {
     }
 
     /// What is true beside the first sentence.
-    fn asides(&self, level: Level) -> String {
+    fn asides(&self) -> String {
         let mut text = String::new();
         let full = self.share();
         if (NEARLY_FULL..1.0).contains(&full) {
             let _ = write!(text, " The spool is {:.0} % full.", full * 100.0);
         }
-        if self.parked > 0 {
-            let rest = if level == Level::Ok { "; the others are delivered" } else { "" };
-            let verb = if self.parked == 1 { "is" } else { "are" };
-            let _ = write!(text, " {} {verb} parked, because RabbitMQ does not take them{rest}.", events(self.parked));
+        if self.parked > 0 && self.stuck().is_none() {
+            let _ = write!(text, " {}.", self.parked_text());
         }
         text
     }
@@ -272,9 +288,13 @@ mod tests {
     #[test]
     fn events_are_parked_or_late() {
         let parked = Facts { parked: 3, ..well() };
-        let text = "All accepted events are delivered; the last one 3 s ago. 3 events are parked, because RabbitMQ does not \
-                    take them; the others are delivered.";
+        let text =
+            "3 events are parked, because RabbitMQ does not take them; all others are delivered, the last one 3 s ago.";
         says(&parked, Level::Warning, text);
+        let both = Facts { parked: 1, pending: 2, ..well() };
+        let text =
+            "All is well; 2 events are on the way to RabbitMQ. 1 event is parked, because RabbitMQ does not take it.";
+        says(&both, Level::Warning, text);
         let late = Facts { pending: 70, oldest: Some(2 * MINUTE), ..well() };
         says(&late, Level::Warning, "Deliveries are behind: 70 events are waiting, the oldest for 2 min.");
         let draining = Facts { draining: true, pending: 1, ..well() };

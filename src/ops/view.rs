@@ -156,7 +156,7 @@ impl View {
 
     fn certificate(&self, now: Timestamp) -> Option<CertificateReport> {
         let expires_at = self.parts.tls.as_ref()?.identity().expires_at;
-        Some(CertificateReport { expires_at, days_left: expires_at.duration_since(now).as_secs_f64() / 86_400.0 })
+        Some(CertificateReport { expires_at, days_left: days(expires_at, now).floor() as i64 })
     }
 
     /// The latest events that match, the newest first.
@@ -230,7 +230,7 @@ impl View {
         metrics.connections.half_open.set(census.half_open as f64);
         metrics.connections.established.set(census.established as f64);
         if let Some(certificate) = self.certificate(now) {
-            metrics.certificate_days_left(certificate.days_left);
+            metrics.certificate_days_left(days(certificate.expires_at, now));
         }
         metrics.broker.connected.set(flag(broker.connected));
         metrics.broker.blocked.set(flag(broker.blocked.is_some()));
@@ -246,6 +246,10 @@ impl View {
     fn history(&self) -> std::sync::MutexGuard<'_, History> {
         self.history.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn days(until: Timestamp, now: Timestamp) -> f64 {
+    until.duration_since(now).as_secs_f64() / 86_400.0
 }
 
 /// On a thread that may wait for the disk.

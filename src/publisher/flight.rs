@@ -28,6 +28,8 @@ pub(super) struct Flight {
 pub(super) struct Confirmed {
     pub seq: u64,
     pub id: Uuid,
+    /// From acceptance to the confirm.
+    pub lag: Duration,
 }
 
 /// What comes out of the queue of futures.

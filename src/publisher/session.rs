@@ -224,8 +224,7 @@ impl<'a> Session<'a> {
                     let lag = flight.age();
                     metrics.publish.confirmed.increment(1);
                     metrics.publish.delivery_lag.record(lag);
-                    self.publisher.status.confirmed(seq, lag);
-                    self.confirmed.push(Confirmed { seq, id: flight.id });
+                    self.confirmed.push(Confirmed { seq, id: flight.id, lag });
                 }
                 self.progress = true;
                 returned
@@ -274,6 +273,7 @@ impl<'a> Session<'a> {
     }
 
     async fn settle(&mut self, confirmed: Vec<Confirmed>) {
+        self.publisher.status.delivered(confirmed.iter().map(|confirmed| (confirmed.seq, confirmed.lag)));
         let settlements = confirmed.into_iter().map(|confirmed| Settlement::Confirmed(confirmed.seq)).collect();
         self.publisher.spool.settle(settlements).await;
     }
@@ -281,7 +281,9 @@ impl<'a> Session<'a> {
     /// Every publish has its outcome: now it is known which events came back.
     async fn settle_held(&mut self) {
         let held = std::mem::take(&mut self.held);
-        let settlements = held.into_iter().map(|Confirmed { seq, id }| match self.returned.remove(&id) {
+        let delivered = held.iter().filter(|held| !self.returned.contains_key(&held.id));
+        self.publisher.status.delivered(delivered.map(|held| (held.seq, held.lag)));
+        let settlements = held.into_iter().map(|Confirmed { seq, id, .. }| match self.returned.remove(&id) {
             Some(reason) => {
                 warn!(%id, seq, reason, "no queue takes this event: parked");
                 Settlement::Parked { seq, reason }

@@ -123,15 +123,18 @@ impl Status {
         self.retry_parked.swap(false, Ordering::Relaxed)
     }
 
-    pub(super) fn confirmed(&self, seq: u64, lag: Duration) {
+    /// Confirmed, and not returned: the `seq` of each, and how long it was under way.
+    pub(super) fn delivered(&self, events: impl Iterator<Item = (u64, Duration)>) {
         let now = Timestamp::now();
         let mut deliveries = locked(&self.deliveries);
-        if deliveries.confirms.len() == CONFIRMS_MAX {
-            deliveries.confirms.pop_front();
+        for (seq, lag) in events {
+            if deliveries.confirms.len() == CONFIRMS_MAX {
+                deliveries.confirms.pop_front();
+            }
+            deliveries.confirms.push_back((seq, now));
+            deliveries.last = Some(now);
+            deliveries.lags.add(lag);
         }
-        deliveries.confirms.push_back((seq, now));
-        deliveries.last = Some(now);
-        deliveries.lags.add(lag);
     }
 
     /// Returns whether there was a connection before.

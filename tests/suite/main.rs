@@ -6,6 +6,7 @@ mod broker;
 mod clock;
 mod cluster;
 mod command_line;
+mod console;
 mod discretion;
 mod disk;
 mod durability;

@@ -17,6 +17,7 @@
 #![allow(dead_code, unused_imports, reason = "a harness offers more than the tests of one day use")]
 
 pub mod background;
+pub mod browser;
 pub mod certificates;
 pub mod cluster;
 pub mod eventually;

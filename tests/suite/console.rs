@@ -1,0 +1,191 @@
+//! The console in a real browser: it loads, lives, tells the truth as things change, and acts when it is told to.
+
+use serde_json::{Value, json};
+
+use crate::harness::browser::Browser;
+use crate::harness::{Node, Relay, Setup, Vhost, Wire, eventually, eventually_equal};
+
+const PHONE: (u32, u32) = (390, 844);
+const DESKTOP: (u32, u32) = (1440, 1200);
+
+fn scan(number: usize) -> String {
+    format!(
+        r#"{{"eventType":"scan.processing.started","payload":{{"userToken":"partner-user-42","scanId":"scan-{number}","state":"PROCESSING"}}}}"#
+    )
+}
+
+async fn open(browser: &Browser, relay: &Relay) {
+    browser.look_like(DESKTOP, false).await;
+    browser.open(&format!("{}/", relay.ops())).await;
+    browser.shows("#live", "live").await;
+}
+
+/// No complaint, nothing that sticks out to the side, and a picture, on every kind of screen.
+async fn is_well_made(browser: &Browser, name: &str) {
+    for (kind, size) in [("desktop", DESKTOP), ("phone", PHONE)] {
+        for (scheme, dark) in [("light", false), ("dark", true)] {
+            browser.look_like(size, dark).await;
+            let beyond = browser.run("return document.documentElement.scrollWidth - window.innerWidth").await;
+            assert!(beyond.as_i64().unwrap() <= 0, "{name} on a {kind}: {beyond} pixels stick out");
+            browser.screenshot(&format!("{name}-{kind}-{scheme}")).await;
+        }
+    }
+    browser.look_like(DESKTOP, false).await;
+    assert_eq!(browser.complaints().await, Vec::<String>::new(), "{name}");
+}
+
+#[tokio::test]
+async fn the_page_lives_and_its_sentence_changes_when_the_broker_dies_and_comes_back() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let mut wire = Wire::new(vhost.address());
+    let relay = Relay::start_through(&vhost, &wire).await;
+    relay.eventually_metric("prism_relay_broker_connected", &[], 1.0).await;
+    let browser = Browser::start().await;
+    open(&browser, &relay).await;
+    browser.shows("#truth-text", "no event has come in").await;
+    assert_eq!(browser.run("return document.body.dataset.level").await, "ok");
+
+    // Charts, counts and the list of events move with the traffic, without a reload.
+    let chart = async || browser.run("return document.querySelector('#chart-list canvas').toDataURL()").await;
+    let before = chart().await;
+    for number in 0..20 {
+        relay.post(scan(number)).await.expect(200);
+    }
+    browser.shows("#truth-text", "All accepted events are delivered; the last one").await;
+    browser.shows("#types-rows", "scan.processing.started").await;
+    browser.shows("#events-rows", "delivered in").await;
+    eventually("the charts to move", async || if chart().await == before { Err("still") } else { Ok(()) }).await;
+    browser.write("#find", "scan-7").await;
+    eventually_equal("one event", Value::from(1), async || {
+        browser.run("return document.querySelectorAll('#events-rows tr').length").await
+    })
+    .await;
+    let page = browser.run("return document.documentElement.outerHTML").await;
+    assert!(!page.as_str().unwrap().contains("partner-user-42"));
+    is_well_made(&browser, "well").await;
+
+    wire.refuse().await;
+    wire.cut();
+    relay.post(scan(100)).await.expect(200);
+    browser.shows("#truth-text", "RabbitMQ has been unreachable for").await;
+    browser.shows("#truth-text", "1 event is safe on disk").await;
+    browser.shows("#timeline", "Connection lost").await;
+    is_well_made(&browser, "down").await;
+    wire.accept();
+    browser.shows("#truth-text", "All accepted events are delivered").await;
+}
+
+#[tokio::test]
+async fn a_parked_event_is_retried_and_another_one_removed_by_clicking() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    vhost.create_exchange("prism.events", "topic", json!({})).await;
+    let relay = Setup::new(&vhost.url()).set("topology.declare", "off").start().await;
+    let (one, two) = (relay.post(scan(1)).await.id(), relay.post(scan(2)).await.id());
+    relay.eventually_metric("prism_relay_spool_parked_events", &[], 2.0).await;
+    let browser = Browser::start().await;
+    open(&browser, &relay).await;
+    browser.shows("#truth-text", "2 events are parked").await;
+    browser.shows("#parked-rows", &one).await;
+    is_well_made(&browser, "parked").await;
+
+    vhost.create_queue("rest", json!({"x-queue-type": "quorum"})).await;
+    vhost.bind("prism.events", "rest", "#").await;
+    let button = |action: &str, id: &str| format!("#parked-rows [data-action={action}][aria-label*=\"{id}\"]");
+    browser.click(&button("retry", &one)).await;
+    browser.shows("#ask-text", "sent to RabbitMQ again").await;
+    browser.screenshot("parked-retry").await;
+    browser.click("#ask-go").await;
+    // The next round by itself would come after a minute.
+    assert_eq!(vhost.messages("rest", 1).await[0].id(), one);
+    relay.eventually_metric("prism_relay_spool_parked_events", &[], 1.0).await;
+
+    browser.click(&button("remove", &two)).await;
+    browser.write("#ask-typed", "wrong").await;
+    browser.click("#ask-go").await;
+    browser.shows("#ask-mistake", "Nothing was removed").await;
+    assert_eq!(relay.status().await["spool"]["parked"], 1);
+    browser.run("document.querySelector('#ask-typed').value = ''").await;
+    browser.write("#ask-typed", &two[..8]).await;
+    browser.click("#ask-go").await;
+    relay.eventually_metric("prism_relay_spool_parked_events", &[], 0.0).await;
+    browser.shows("#truth-text", "All accepted events are delivered").await;
+    let spool = relay.status().await["spool"].clone();
+    assert_eq!((&spool["removed"], &spool["confirmed"]), (&json!(1), &json!(1)));
+    assert_eq!(browser.complaints().await, Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn each_situation_is_told_at_one_look() {
+    let node = Node::start().await;
+    let vhost = Vhost::new(&node).await;
+    let browser = Browser::start().await;
+
+    let relay = Relay::start(&vhost).await;
+    relay.post(scan(1)).await.expect(200);
+    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    open(&browser, &relay).await;
+    node.memory_alarm(true).await;
+    relay.post(scan(2)).await.expect(200);
+    browser.shows("#truth-text", "RabbitMQ has been refusing messages for").await;
+    browser.shows("#timeline", "Blocked by RabbitMQ").await;
+    is_well_made(&browser, "blocked").await;
+    node.memory_alarm(false).await;
+    browser.shows("#truth-text", "All accepted events are delivered").await;
+    browser.open("about:blank").await;
+    drop(relay);
+
+    let setup = Setup::new("amqp://guest:guest@127.0.0.1:1/%2f").set("spool.max_bytes", "8KiB");
+    let relay = setup.start().await;
+    for number in 0..18 {
+        relay.post(scan(number)).await.expect(200);
+    }
+    open(&browser, &relay).await;
+    browser.shows("#truth-text", "RabbitMQ has been unreachable").await;
+    browser.shows("#truth-text", "The spool is 8").await;
+    is_well_made(&browser, "nearly-full").await;
+    browser.open("about:blank").await;
+    drop(relay);
+
+    let relay = Setup::new(&vhost.url()).set("signature.secrets", json!(["whsec_another"])).start().await;
+    relay.eventually_metric("prism_relay_broker_connected", &[], 1.0).await;
+    open(&browser, &relay).await;
+    for number in 0..20 {
+        relay.post(scan(number)).await.expect(401);
+    }
+    browser.shows("#truth-text", "Every webhook is being refused").await;
+    browser.shows("#truth-text", "another secret").await;
+    browser.shows("#refusals-rows", "invalid-signature").await;
+    is_well_made(&browser, "wrong-secret").await;
+}
+
+#[tokio::test]
+async fn where_a_token_is_set_it_is_asked_for() {
+    let relay =
+        Setup::new("amqp://guest:guest@127.0.0.1:1/%2f").set("ops.token", "a-token-that-is-long-enough").start();
+    let relay = relay.await;
+    let browser = Browser::start().await;
+    browser.open(&format!("{}/", relay.ops())).await;
+    browser.shows("label", "token").await;
+    browser.screenshot("login").await;
+    browser.write("#token", "a-token-that-is-wrong").await;
+    browser.click("button").await;
+    browser.shows("#wrong", "Wrong token").await;
+    browser.write("#token", "a-token-that-is-long-enough").await;
+    browser.click("button").await;
+    browser.shows("#live", "live").await;
+    browser.shows("#truth-text", "RabbitMQ").await;
+    assert_eq!(browser.complaints().await, Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn a_console_that_has_lost_its_relay_says_so_and_finds_it_again() {
+    let setup = Setup::new("amqp://guest:guest@127.0.0.1:1/%2f");
+    let port = crate::harness::ports::free();
+    let mut relay = setup.set("ops.listen", format!("127.0.0.1:{port}")).start().await;
+    let browser = Browser::start().await;
+    open(&browser, &relay).await;
+    relay.kill9().await;
+    browser.shows("#lost", "what you see is old").await;
+    relay.start_again().await;
+    browser.shows("#live", "live").await;
+}
