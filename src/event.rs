@@ -345,6 +345,23 @@ mod tests {
     }
 
     #[test]
+    fn debug_shows_no_body() {
+        let body = Bytes::from_static(br#"{"eventType":"a","payload":{"userToken":"hunter2"}}"#);
+        let accepted = crate::signature::Verifier::new(&[], false, std::time::Duration::ZERO)
+            .verify(None, None, body, Timestamp::UNIX_EPOCH)
+            .unwrap();
+        let shown = format!("{accepted:?}");
+        let event = Event::new(accepted, None, Timestamp::UNIX_EPOCH);
+        let stored = crate::spool::Stored { seq: 1, event };
+        let batch = crate::spool::Batch { events: vec![stored.clone()], more: false };
+        let entry = crate::spool::Entry { stored, parked_reason: None, tried_ms: None };
+        for shown in [shown, format!("{batch:?}"), format!("{entry:?}")] {
+            let bytes = format!("{:?}", b"hunter2");
+            assert!(!shown.contains("hunter2") && !shown.contains(bytes.trim_matches(['[', ']'])), "{shown}");
+        }
+    }
+
+    #[test]
     fn the_fingerprint_is_sha256_in_hex() {
         let expected = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
         assert_eq!(Fingerprint::of(b"").to_string(), expected);

@@ -27,6 +27,9 @@ use crate::tls::{self, TlsError};
 /// How often the histograms' raw samples are folded into buckets.
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
 
+/// For everything but connections to the public listener: operators, broker, spool, libraries.
+const OTHER_DESCRIPTORS: u64 = 512;
+
 /// How long before its end a certificate is warned of, and how often.
 const CERTIFICATE_NOTICE: SignedDuration = SignedDuration::from_hours(14 * 24);
 const CERTIFICATE_REMINDER: Duration = Duration::from_secs(24 * 3600);
@@ -74,7 +77,9 @@ pub async fn serve(config: Config) -> Result<(), RelayError> {
     let mut signals = Signals::new()?;
     let grace = config.shutdown.grace;
     let stops = Stops::default();
-    let mut tasks = start(config, &stops).await?;
+    // From now on SIGHUP asks for new secrets; until now it would have ended the process.
+    let hangup = signal(SignalKind::hangup())?;
+    let mut tasks = start(config, hangup, &stops).await?;
     tokio::select! {
         () = signals.any() => {}
         died = tasks.death() => return Err(died),
@@ -91,8 +96,9 @@ pub async fn serve(config: Config) -> Result<(), RelayError> {
 }
 
 /// Locks and binds first, then announces, then runs.
-async fn start(config: Config, stops: &Stops) -> Result<Tasks, RelayError> {
+async fn start(config: Config, hangup: Signal, stops: &Stops) -> Result<Tasks, RelayError> {
     warn_of_weak_settings(&config);
+    raise_descriptor_limit(config.http.connections_max);
     let metrics = Arc::new(Metrics::new());
     let (spool, spool_writer) = Spool::open(&config.spool, &config.dedupe, Arc::clone(&metrics))?;
     let Config { http, signature, broker, .. } = config;
@@ -109,7 +115,6 @@ async fn start(config: Config, stops: &Stops) -> Result<Tasks, RelayError> {
         gate: Arc::clone(&gate),
     }
     .watched(&signature, &broker, &config.ops);
-    let hangup = signal(SignalKind::hangup())?;
 
     let scheme = if tls.is_some() { "https" } else { "http" };
     let path = http.path.clone();
@@ -193,6 +198,18 @@ impl Replaceable {
             watched.push(Watched::new("broker.tls", broker.tls.paths(), reload));
         }
         watched
+    }
+}
+
+/// Many systems let a process have 1024 descriptors unless it asks for more.
+fn raise_descriptor_limit(connections_max: usize) {
+    let wanted = (connections_max as u64).saturating_add(OTHER_DESCRIPTORS);
+    match rlimit::increase_nofile_limit(wanted) {
+        Ok(limit) if limit < wanted => {
+            warn!(limit, wanted, "the system allows fewer file descriptors than http.connections_max needs");
+        }
+        Ok(_) => {}
+        Err(error) => warn!(%error, "cannot ask for more file descriptors"),
     }
 }
 

@@ -41,6 +41,13 @@ impl Watched {
         Self { key, files, taken: now.clone(), seen: now, take: Box::new(take) }
     }
 
+    /// Without a word: nearly always they hold what is in force.
+    fn catch_up(&mut self) {
+        if let Err(reason) = (self.take)() {
+            debug!(key = self.key, reason, "has changed during the start, and cannot be used");
+        }
+    }
+
     /// Whether the files have changed, and are not being written any more.
     fn has_changed(&mut self) -> bool {
         let now = digests(&self.files);
@@ -67,6 +74,8 @@ impl Watched {
 
 /// Looks after the files for ever.
 pub async fn run(mut watched: Vec<Watched>, mut hangup: Signal, metrics: Arc<Metrics>) {
+    // Whatever has changed between the reading of the configuration and now.
+    watched.iter_mut().for_each(Watched::catch_up);
     let mut looks = tokio::time::interval(LOOK_EVERY);
     loop {
         let asked = tokio::select! {

@@ -7,7 +7,7 @@ use std::sync::{Arc, LazyLock, PoisonError, RwLock};
 
 use jiff::Timestamp;
 use rustls::crypto::CryptoProvider;
-use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
@@ -50,6 +50,8 @@ pub enum TlsError {
     Broken { path: PathBuf, reason: String },
     #[error("{} expired on {at:.0}", path.display())]
     Expired { path: PathBuf, at: Timestamp },
+    #[error("{} is not valid before {at:.0}", path.display())]
+    NotYetValid { path: PathBuf, at: Timestamp },
     #[error("{} and {} do not belong together: {source}", certificate.display(), private_key.display())]
     Mismatch { certificate: PathBuf, private_key: PathBuf, source: rustls::Error },
     #[error("the system has no certificate authorities that could be read")]
@@ -94,12 +96,15 @@ impl Server {
 }
 
 impl ServerFiles {
-    /// An expired certificate is an error: no client would take it.
+    /// A certificate that has expired, or is not valid yet, is an error: no client would take it.
     pub fn load(&self, now: Timestamp) -> Result<Identity, TlsError> {
         let chain = certificates(&self.certificate)?;
-        let expires_at = expiry(&chain[0], &self.certificate)?;
+        let (valid_from, expires_at) = validity(&chain[0], &self.certificate)?;
         if expires_at <= now {
             return Err(TlsError::Expired { path: self.certificate.clone(), at: expires_at });
+        }
+        if valid_from > now {
+            return Err(TlsError::NotYetValid { path: self.certificate.clone(), at: valid_from });
         }
         let builder =
             ServerConfig::builder_with_provider(Arc::clone(&PROVIDER)).with_safe_default_protocol_versions()?;
@@ -185,7 +190,7 @@ fn mismatch(certificate: &Path, private_key: &Path, source: rustls::Error) -> Tl
 /// At least one.
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&read(path)?).collect();
-    match certificates.map_err(|error| broken(path, error))? {
+    match certificates.map_err(|error| pem_error(path, &error))? {
         none if none.is_empty() => Err(TlsError::Empty { path: path.to_owned(), what: "certificate" }),
         certificates => Ok(certificates),
     }
@@ -193,8 +198,8 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
 
 fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsError> {
     PrivateKeyDer::from_pem_slice(&read(path)?).map_err(|error| match error {
-        rustls::pki_types::pem::Error::NoItemsFound => TlsError::Empty { path: path.to_owned(), what: "private key" },
-        error => broken(path, error),
+        pem::Error::NoItemsFound => TlsError::Empty { path: path.to_owned(), what: "private key" },
+        error => pem_error(path, &error),
     })
 }
 
@@ -213,8 +218,24 @@ fn system_authorities() -> Result<RootCertStore, TlsError> {
     if roots.is_empty() { Err(TlsError::NoSystemAuthorities) } else { Ok(roots) }
 }
 
-fn expiry(certificate: &CertificateDer<'_>, path: &Path) -> Result<Timestamp, TlsError> {
+/// From when and until when a certificate is valid.
+fn validity(certificate: &CertificateDer<'_>, path: &Path) -> Result<(Timestamp, Timestamp), TlsError> {
     let parsed = x509_cert::Certificate::from_der(certificate).map_err(|error| broken(path, error))?;
-    let not_after = parsed.tbs_certificate().validity().not_after.to_unix_duration();
-    Timestamp::from_second(i64::try_from(not_after.as_secs()).unwrap_or(i64::MAX)).map_err(|error| broken(path, error))
+    let validity = parsed.tbs_certificate().validity();
+    let at = |time: x509_cert::time::Time| {
+        let seconds = i64::try_from(time.to_unix_duration().as_secs()).unwrap_or(i64::MAX);
+        Timestamp::from_second(seconds).map_err(|error| broken(path, error))
+    };
+    Ok((at(validity.not_before)?, at(validity.not_after)?))
+}
+
+/// In words of our own: those of the parser quote the file, which may be a key on a single line.
+fn pem_error(path: &Path, error: &pem::Error) -> TlsError {
+    let reason = match error {
+        pem::Error::MissingSectionEnd { .. } => "a section has no end; are the line ends of the file lost?",
+        pem::Error::IllegalSectionStart { .. } => "the first line of a section cannot be read",
+        pem::Error::Base64Decode(_) => "what is in it is no base64",
+        _ => "it is no PEM file",
+    };
+    broken(path, reason)
 }

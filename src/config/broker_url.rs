@@ -57,6 +57,11 @@ impl BrokerUrl {
         self.0.scheme == AMQPScheme::AMQPS
     }
 
+    /// SASL EXTERNAL.
+    pub fn logs_in_by_certificate(&self) -> bool {
+        self.0.query.auth_mechanism == Some(SASLMechanism::External)
+    }
+
     pub fn vhost(&self) -> &str {
         &self.0.vhost
     }
@@ -74,7 +79,7 @@ impl fmt::Display for BrokerUrl {
         let scheme = if self.wants_tls() { "amqps" } else { "amqp" };
         write!(f, "{scheme}://")?;
         // With EXTERNAL it is the certificate that tells who we are.
-        if self.0.query.auth_mechanism != Some(SASLMechanism::External) {
+        if !self.logs_in_by_certificate() {
             write!(f, "{}@", self.0.authority.userinfo.username)?;
         }
         write!(f, "{host}:{}/{vhost}", self.port())

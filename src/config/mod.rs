@@ -454,6 +454,10 @@ fn client_files(raw: &mut Raw, urls: &[BrokerUrl]) -> (ClientFiles, Option<Strin
         (None, Some(_)) => missing(raw, "broker.tls.certificate"),
         (Some(_), None) => missing(raw, "broker.tls.private_key"),
     };
+    let external = urls.iter().find(|url| url.logs_in_by_certificate());
+    if external.is_some_and(|url| identity.is_none() || !url.wants_tls()) {
+        raw.mistake("broker.urls", "auth_mechanism=external needs an amqps url and broker.tls.certificate");
+    }
     let files = ClientFiles { ca, identity };
     if urls.iter().any(BrokerUrl::wants_tls) {
         if let Err(error) = files.load() {
@@ -517,7 +521,14 @@ fn address(text: &str) -> Result<SocketAddr, String> {
 /// A network, or a single address as the network of itself.
 fn network(text: &str) -> Result<IpNet, String> {
     let network = text.parse().or_else(|_| text.parse::<std::net::IpAddr>().map(IpNet::from));
-    network.map_err(|_| "is neither an IP address nor a CIDR such as 203.0.113.0/24".to_owned())
+    network.map(unmapped).map_err(|_| "is neither an IP address nor a CIDR such as 203.0.113.0/24".to_owned())
+}
+
+/// IPv4 networks that are written as IPv6 (RFC 4291, section 2.5.5.2) count as what they are, as the addresses do.
+fn unmapped(network: IpNet) -> IpNet {
+    let IpNet::V6(mapped) = network else { return network };
+    let (address, bits) = (mapped.addr().to_ipv4_mapped(), mapped.prefix_len().checked_sub(96));
+    address.zip(bits).and_then(|(address, bits)| IpNet::new(address.into(), bits).ok()).unwrap_or(network)
 }
 
 fn webhook_path(text: &str) -> Result<String, String> {

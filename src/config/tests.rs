@@ -74,7 +74,7 @@ fn the_environment_wins_over_the_file_and_the_file_over_the_defaults() {
     let environment = [
         ("PRISM_RELAY__HTTP__LISTEN", "127.0.0.1:2"),
         ("PRISM_RELAY__SIGNATURE__SECRETS", "0123, b"),
-        ("PRISM_RELAY__HTTP__ALLOWED_SOURCES", "203.0.113.0/24,2001:db8::1"),
+        ("PRISM_RELAY__HTTP__ALLOWED_SOURCES", "203.0.113.0/24,2001:db8::1,::ffff:198.51.100.0/120"),
         ("PRISM_RELAY__HTTP__CONNECTIONS_MAX", "7"),
         ("PRISM_RELAY__SIGNATURE__REQUIRED", "false"),
         ("PRISM_RELAY__TOPOLOGY__QUEUES", "[{ name = \"q\", bindings = [\"#\"] }]"),
@@ -84,7 +84,10 @@ fn the_environment_wins_over_the_file_and_the_file_over_the_defaults() {
     assert_eq!((config.http.path.as_str(), config.http.listen.port()), ("/file", 2));
     let secrets: Vec<_> = config.signature.secrets.iter().map(Secret::expose).collect();
     assert_eq!(secrets, ["0123", "b"], "a secret of digits stays as it is");
-    assert_eq!(config.http.allowed_sources.len(), 2);
+    assert_eq!(
+        config.http.allowed_sources.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        ["203.0.113.0/24", "2001:db8::1/128", "198.51.100.0/24"]
+    );
     assert_eq!(config.http.connections_max, 7);
     assert!(!config.signature.required);
     assert_eq!(config.topology.queues, [Queue { name: "q".to_owned(), bindings: vec!["#".to_owned()] }]);

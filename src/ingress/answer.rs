@@ -8,6 +8,7 @@ use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
 use crate::event::NotAnEnvelope;
+use crate::server::Vouched;
 use crate::signature::Rejection;
 use crate::spool::{AppendError, Receipt, Spool};
 
@@ -23,6 +24,8 @@ pub enum Refusal {
     SourceNotAllowed,
     Unauthenticated(Rejection),
     TimedOut,
+    /// It was slow, and its memory was needed.
+    Displaced,
     /// With the limit in bytes.
     TooLarge(usize),
     /// The body broke off or was framed wrongly.
@@ -64,7 +67,7 @@ impl Refusal {
             Self::Unauthenticated(Rejection::StaleTimestamp { .. }) => {
                 (StatusCode::UNAUTHORIZED, "stale-timestamp", "Timestamp too far from now")
             }
-            Self::TimedOut => (StatusCode::REQUEST_TIMEOUT, "request-timeout", "Request too slow"),
+            Self::TimedOut | Self::Displaced => (StatusCode::REQUEST_TIMEOUT, "request-timeout", "Request too slow"),
             Self::TooLarge(_) => (StatusCode::PAYLOAD_TOO_LARGE, "body-too-large", "Body too large"),
             Self::Unreadable(_) => (StatusCode::BAD_REQUEST, "unreadable-body", "Body unreadable"),
             Self::NotAnEnvelope(NotAnEnvelope::Encoding) => {
@@ -92,6 +95,7 @@ impl Refusal {
             Self::SourceNotAllowed => "the sender's address is not in http.allowed_sources".to_owned(),
             Self::Unauthenticated(rejection) => rejection.to_string(),
             Self::TimedOut => "the body did not arrive within http.body_timeout".to_owned(),
+            Self::Displaced => "the body arrived slowly, and http.buffer_bytes_max was used up".to_owned(),
             Self::TooLarge(limit) => format!("the body is larger than http.body_bytes_max, {limit} bytes"),
             Self::Unreadable(cause) => format!("the body could not be read: {cause}"),
             Self::NotAnEnvelope(reason) => reason.to_string(),
@@ -127,7 +131,10 @@ pub fn accepted(receipt: &Receipt) -> Response<Full<Bytes>> {
         duplicate: bool,
     }
     let body = Accepted { ok: true, id: receipt.id, duplicate: receipt.duplicate };
-    json(StatusCode::OK, "application/json", &body)
+    let mut response = json(StatusCode::OK, "application/json", &body);
+    // Whoever has sent an event may stay when places are short.
+    response.extensions_mut().insert(Vouched);
+    response
 }
 
 /// Why a webhook could not be answered 200 right now. A relay on its way out still takes what is under way, but sends

@@ -1,6 +1,7 @@
 //! Bodies: read within a limit, a deadline and a share of the memory, or discarded.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -9,15 +10,30 @@ use hyper::body::{Body, Incoming};
 use hyper::header::{EXPECT, HeaderMap};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 
 use super::answer::Refusal;
 
 /// How much of a refused body is still read, so that the sender gets to see the answer instead of a reset.
 const DISCARD_BYTES_MAX: usize = 1024 * 1024;
 
-/// What all bodies together may take, in bytes. Whoever finds it used up waits for others to finish.
+/// How long a body waits for memory before another one, which is slower, has to make room.
+const CROWDED_PATIENCE: Duration = Duration::from_millis(20);
+
+/// What all bodies together may take, in bytes. Where it is used up, the body that has been arriving for longest makes
+/// room, so that slow ones, which need not be Prism's, hold up nobody.
 #[derive(Clone)]
-pub struct Memory(Arc<Semaphore>);
+pub struct Memory {
+    free: Arc<Semaphore>,
+    arriving: Arc<Mutex<Arriving>>,
+}
+
+/// The bodies that are not complete yet, the oldest first.
+#[derive(Default)]
+struct Arriving {
+    next_id: u64,
+    bodies: BTreeMap<u64, CancellationToken>,
+}
 
 /// The part of the [`Memory`] that a body takes; given back when it is dropped.
 #[derive(Default)]
@@ -25,20 +41,60 @@ pub struct Share(Option<OwnedSemaphorePermit>);
 
 impl Memory {
     pub fn new(bytes: usize) -> Self {
-        Self(Arc::new(Semaphore::new(bytes.min(Semaphore::MAX_PERMITS))))
+        let free = Arc::new(Semaphore::new(bytes.min(Semaphore::MAX_PERMITS)));
+        Self { free, arriving: Arc::default() }
+    }
+
+    fn arrive(&self) -> Arrival<'_> {
+        let mut arriving = self.arriving();
+        let id = arriving.next_id;
+        arriving.next_id += 1;
+        let displaced = CancellationToken::new();
+        arriving.bodies.insert(id, displaced.clone());
+        Arrival { memory: self, id, displaced }
+    }
+
+    fn arriving(&self) -> MutexGuard<'_, Arriving> {
+        self.arriving.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Share {
-    async fn grow(&mut self, memory: &Memory, bytes: usize) {
+/// A body on the list of those that are arriving.
+struct Arrival<'a> {
+    memory: &'a Memory,
+    id: u64,
+    displaced: CancellationToken,
+}
+
+impl Arrival<'_> {
+    /// Takes more memory for the body, if need be that of an older one.
+    async fn grow(&self, share: &mut Share, bytes: usize) {
         let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
-        // The semaphore is never closed.
-        if let Ok(more) = Arc::clone(&memory.0).acquire_many_owned(bytes).await {
-            match &mut self.0 {
-                Some(share) => share.merge(more),
-                None => self.0 = Some(more),
+        let more = loop {
+            let more = Arc::clone(&self.memory.free).acquire_many_owned(bytes);
+            match timeout(CROWDED_PATIENCE, more).await {
+                // The semaphore is never closed.
+                Ok(more) => break more.ok(),
+                Err(_) => self.displace_an_older_one(),
             }
+        };
+        match (&mut share.0, more) {
+            (Some(share), Some(more)) => share.merge(more),
+            (none, more) => *none = more,
         }
+    }
+
+    fn displace_an_older_one(&self) {
+        let mut arriving = self.memory.arriving();
+        if let Some(oldest) = arriving.bodies.first_entry().filter(|oldest| *oldest.key() < self.id) {
+            oldest.remove().cancel();
+        }
+    }
+}
+
+impl Drop for Arrival<'_> {
+    fn drop(&mut self) {
+        self.memory.arriving().bodies.remove(&self.id);
     }
 }
 
@@ -63,7 +119,11 @@ impl Inbound {
     /// The whole body. Most arrive in one piece, which is passed on without copying.
     pub async fn read(&mut self, limit: usize, memory: &Memory) -> Result<(Bytes, Share), Refusal> {
         self.waits = false;
-        timeout(self.deadline, read(&mut self.body, limit, memory)).await.map_err(|_| Refusal::TimedOut)?
+        let arrival = memory.arrive();
+        tokio::select! {
+            body = timeout(self.deadline, read(&mut self.body, limit, &arrival)) => body.map_err(|_| Refusal::TimedOut)?,
+            () = arrival.displaced.cancelled() => Err(Refusal::Displaced),
+        }
     }
 
     /// Reads on for a while, beside the answer. A connection that is closed with unread data in it is reset, and the
@@ -83,7 +143,7 @@ impl Inbound {
     }
 }
 
-async fn read(body: &mut Incoming, limit: usize, memory: &Memory) -> Result<(Bytes, Share), Refusal> {
+async fn read(body: &mut Incoming, limit: usize, arrival: &Arrival<'_>) -> Result<(Bytes, Share), Refusal> {
     let mut share = Share::default();
     let (mut first, mut whole) = (Bytes::new(), BytesMut::new());
     while let Some(frame) = body.frame().await {
@@ -93,7 +153,7 @@ async fn read(body: &mut Incoming, limit: usize, memory: &Memory) -> Result<(Byt
         if first.len().max(whole.len()) + data.len() > limit {
             return Err(Refusal::TooLarge(limit));
         }
-        share.grow(memory, data.len()).await;
+        arrival.grow(&mut share, data.len()).await;
         if first.is_empty() && whole.is_empty() {
             first = data;
         } else {

@@ -143,7 +143,7 @@ impl Desk {
             Err(refusal) => refusal,
         };
         self.tell(&refusal, client);
-        if !matches!(refusal, Refusal::TimedOut) {
+        if !matches!(refusal, Refusal::TimedOut | Refusal::Displaced) {
             body.discard();
         }
         refusal.response()

@@ -45,7 +45,13 @@ impl Access {
         for url in &mut urls {
             url.set_password(password);
         }
-        credentials.before = Some(std::mem::replace(&mut credentials.urls, urls));
+        let same = |(old, new): (&BrokerUrl, &BrokerUrl)| old.expose() == new.expose();
+        if credentials.urls.iter().zip(&urls).all(same) {
+            return;
+        }
+        let old = std::mem::replace(&mut credentials.urls, urls);
+        // The one that has worked, and not one that nobody has tried.
+        credentials.before.get_or_insert(old);
     }
 
     /// Reads the certificates anew. What cannot be used changes nothing.
@@ -60,7 +66,7 @@ impl Access {
         self.credentials().urls[index].clone()
     }
 
-    /// Connects to the url with this number. Where a new password is refused, the one before is tried, too: the file and
+    /// Connects to the url with this number. The nodes of a cluster share their users, so what one has taken counts for all. Where a new password is refused, the one before is tried, too: the file and
     /// the broker are seldom changed in the same instant.
     pub async fn open(&self, index: usize, name: &str) -> Result<Link, ConnectError> {
         let (url, before, tls) = {
@@ -70,7 +76,11 @@ impl Access {
         };
         match (Link::open(&url, tls.clone(), name, self.deadline).await, before) {
             (Ok(link), Some(_)) => {
-                self.credentials.write().unwrap_or_else(PoisonError::into_inner).before = None;
+                let mut credentials = self.credentials.write().unwrap_or_else(PoisonError::into_inner);
+                // Unless there is yet another one by now.
+                if credentials.urls[index].expose() == url.expose() {
+                    credentials.before = None;
+                }
                 Ok(link)
             }
             (Err(error @ ConnectError::Refused { .. }), Some(before)) => {
@@ -84,7 +94,7 @@ impl Access {
 
     fn tls_for(&self, credentials: &Credentials, index: usize) -> Option<Tls> {
         let url = &credentials.urls[index];
-        let config = credentials.tls.as_ref().filter(|_| url.wants_tls())?;
+        let config = credentials.tls.as_ref()?;
         let server_name = self.server_name.clone().unwrap_or_else(|| url.host().to_owned());
         Some(Tls { config: Arc::clone(config), server_name })
     }

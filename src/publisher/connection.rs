@@ -89,9 +89,10 @@ impl Link {
             .map_err(tcp)?;
         let socket = Wire(stream.as_fd().try_clone_to_owned().map_err(tcp)?.into());
 
-        let stream = match tls {
-            None => Either::Left(stream),
-            Some(tls) => Either::Right(Box::new(handshake(stream, tls, url).await?)),
+        let stream = match (url.wants_tls(), tls) {
+            (false, _) => Either::Left(stream),
+            (true, Some(tls)) => Either::Right(Box::new(handshake(stream, tls, url).await?)),
+            (true, None) => return Err(tcp(std::io::Error::other("there is no TLS configuration"))),
         };
         let stream: Mutex<Option<Stream>> = Mutex::new(Some(Compat::new(stream)));
         let connect = async move |_uri, _runtime| {

@@ -1,9 +1,9 @@
 //! Who may stay when places are short: a table of the open connections. Pure but for a lock; takes `now`.
 //!
-//! A connection is *half-open* until it has sent its first complete request head, TLS included. When the limit is
-//! reached, the newest half-open connection gives way to the next one, so that a flood of connections that never ask for
-//! anything displaces itself; established senders stay. A newcomer has a second to send its request before it is a
-//! candidate, as long as there are older candidates.
+//! A connection is *half-open* until it has sent its first complete request head, TLS included; then it is *known*, and
+//! *trusted* once its handler vouches for it. When the limit is reached, the newest half-open connection gives way to the
+//! next one, and where there is none, the newest known one: so a flood displaces itself, and trusted senders stay.
+//! A newcomer has a second before it is a candidate, as long as there are older candidates.
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv6Addr};
@@ -30,31 +30,47 @@ pub struct Admission {
     left: Notify,
 }
 
+/// How far a connection has come. The first ones give way first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Standing {
+    HalfOpen,
+    Known,
+    Trusted,
+}
+
 #[derive(Default)]
 struct Table {
     next_id: u64,
     connections: HashMap<u64, Connection>,
-    half_open: BTreeSet<(Instant, u64)>,
+    candidates: Candidates,
     sources: HashMap<IpAddr, Source>,
 }
 
 struct Connection {
     source: IpAddr,
     since: Instant,
+    standing: Standing,
     evicted: CancellationToken,
 }
 
 #[derive(Default)]
 struct Source {
     open: usize,
+    candidates: Candidates,
+}
+
+/// Connections that may have to go, by age.
+#[derive(Default)]
+struct Candidates {
     half_open: BTreeSet<(Instant, u64)>,
+    known: BTreeSet<(Instant, u64)>,
 }
 
 /// A newcomer's fate.
 pub enum Admitted {
     /// It has a place. The flag tells whether another one had to go for it.
     Yes { place: Place, evicted: bool },
-    /// All places of its source are taken by established connections.
+    /// All places of its source are taken by trusted connections.
     SourceFull,
 }
 
@@ -69,6 +85,7 @@ pub struct Place {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Census {
     pub half_open: usize,
+    /// Known or trusted.
     pub established: usize,
 }
 
@@ -77,13 +94,13 @@ impl Admission {
         Arc::new(Self { total_max, source_max, unlimited_sources, table: Mutex::default(), left: Notify::new() })
     }
 
-    /// Returns once a newcomer could be admitted: there is a place, or a half-open connection that can go.
+    /// Returns once a newcomer could be admitted: there is a place, or somebody who can go.
     pub async fn room(&self) {
         loop {
             let left = self.left.notified();
             let full = {
                 let table = self.table();
-                table.connections.len() >= self.total_max && table.half_open.is_empty()
+                table.connections.len() >= self.total_max && table.candidates.is_empty()
             };
             if !full {
                 return;
@@ -99,30 +116,30 @@ impl Admission {
         let mut evicted = false;
         let open = table.sources.get(&source).map_or(0, |source| source.open);
         if open >= self.source_max && !self.unlimited_sources.iter().any(|proxy| proxy.contains(&peer.to_canonical())) {
-            match table.sources.get(&source).and_then(|source| candidate(&source.half_open, now)) {
+            match table.sources.get(&source).and_then(|source| source.candidates.choose(now)) {
                 Some(id) => evicted = table.evict(id),
                 None => return Admitted::SourceFull,
             }
         }
         if table.connections.len() >= self.total_max
-            && let Some(id) = candidate(&table.half_open, now)
+            && let Some(id) = table.candidates.choose(now)
         {
             evicted = table.evict(id);
         }
-        let id = table.next_id;
-        table.next_id += 1;
         let token = CancellationToken::new();
-        table.half_open.insert((now, id));
-        let entry = table.sources.entry(source).or_default();
-        entry.open += 1;
-        entry.half_open.insert((now, id));
-        table.connections.insert(id, Connection { source, since: now, evicted: token.clone() });
+        let id = table.insert(Connection { source, since: now, standing: Standing::HalfOpen, evicted: token.clone() });
         Admitted::Yes { place: Place { admission: Arc::clone(self), id, evicted: token }, evicted }
+    }
+
+    /// Makes room where something else than places is short. Returns whether somebody had to go.
+    pub fn evict_one(&self, now: Instant) -> bool {
+        let mut table = self.table();
+        table.candidates.choose(now).is_some_and(|id| table.evict(id))
     }
 
     pub fn census(&self) -> Census {
         let table = self.table();
-        let half_open = table.half_open.len();
+        let half_open = table.candidates.half_open.len();
         Census { half_open, established: table.connections.len() - half_open }
     }
 
@@ -132,6 +149,15 @@ impl Admission {
 }
 
 impl Table {
+    fn insert(&mut self, connection: Connection) -> u64 {
+        let id = self.next_id;
+        self.next_id += 1;
+        self.sources.entry(connection.source).or_default().open += 1;
+        self.list(&connection, id);
+        self.connections.insert(id, connection);
+        id
+    }
+
     fn evict(&mut self, id: u64) -> bool {
         let connection = self.remove(id);
         if let Some(connection) = &connection {
@@ -142,7 +168,7 @@ impl Table {
 
     fn remove(&mut self, id: u64) -> Option<Connection> {
         let connection = self.connections.remove(&id)?;
-        self.not_half_open(&connection, id);
+        self.unlist(&connection, id);
         if let Some(source) = self.sources.get_mut(&connection.source) {
             source.open -= 1;
             if source.open == 0 {
@@ -152,20 +178,52 @@ impl Table {
         Some(connection)
     }
 
-    fn not_half_open(&mut self, connection: &Connection, id: u64) {
-        self.half_open.remove(&(connection.since, id));
-        if let Some(source) = self.sources.get_mut(&connection.source) {
-            source.half_open.remove(&(connection.since, id));
+    fn list(&mut self, connection: &Connection, id: u64) {
+        let key = (connection.since, id);
+        let Self { candidates, sources, .. } = self;
+        let of_source = sources.get_mut(&connection.source).map(|source| &mut source.candidates);
+        for candidates in std::iter::once(candidates).chain(of_source) {
+            match connection.standing {
+                Standing::HalfOpen => candidates.half_open.insert(key),
+                Standing::Known => candidates.known.insert(key),
+                Standing::Trusted => false,
+            };
+        }
+    }
+
+    fn unlist(&mut self, connection: &Connection, id: u64) {
+        let key = (connection.since, id);
+        let Self { candidates, sources, .. } = self;
+        let of_source = sources.get_mut(&connection.source).map(|source| &mut source.candidates);
+        for candidates in std::iter::once(candidates).chain(of_source) {
+            candidates.half_open.remove(&key);
+            candidates.known.remove(&key);
         }
     }
 }
 
+impl Candidates {
+    fn is_empty(&self) -> bool {
+        self.half_open.is_empty() && self.known.is_empty()
+    }
+
+    /// Half-open ones first; of those the newest one that has had its chance, or else the newest of all.
+    fn choose(&self, now: Instant) -> Option<u64> {
+        let tier = if self.half_open.is_empty() { &self.known } else { &self.half_open };
+        let chance_over = now.checked_sub(FAIR_CHANCE);
+        let fair = chance_over.and_then(|until| tier.range(..=(until, u64::MAX)).next_back());
+        fair.or(tier.last()).map(|(_, id)| *id)
+    }
+}
+
 impl Place {
-    /// The first request has come: from now on it stays.
-    pub fn establish(&self) {
+    /// From now on it has at least this standing.
+    pub fn rise_to(&self, standing: Standing) {
         let mut table = self.admission.table();
-        if let Some(connection) = table.connections.remove(&self.id) {
-            table.not_half_open(&connection, self.id);
+        if let Some(mut connection) = table.connections.remove(&self.id) {
+            table.unlist(&connection, self.id);
+            connection.standing = connection.standing.max(standing);
+            table.list(&connection, self.id);
             table.connections.insert(self.id, connection);
         }
     }
@@ -181,13 +239,6 @@ impl Drop for Place {
         self.admission.table().remove(self.id);
         self.admission.left.notify_waiters();
     }
-}
-
-/// The newest one that has had its chance, or else the newest of all.
-fn candidate(half_open: &BTreeSet<(Instant, u64)>, now: Instant) -> Option<u64> {
-    let chance_over = now.checked_sub(FAIR_CHANCE);
-    let fair = chance_over.and_then(|until| half_open.range(..=(until, u64::MAX)).next_back());
-    fair.or(half_open.last()).map(|(_, id)| *id)
 }
 
 /// What counts as one source.
@@ -225,7 +276,7 @@ mod tests {
         let (admission, start) = (admission(3, 100), Instant::now());
         let at = |seconds| start + Duration::from_secs(seconds);
         let (established, _) = admit(&admission, "192.0.2.1", start).unwrap();
-        established.establish();
+        established.rise_to(Standing::Trusted);
         let (older, _) = admit(&admission, "192.0.2.2", at(1)).unwrap();
         let (newer, _) = admit(&admission, "192.0.2.3", at(2)).unwrap();
         let (newcomer, evicted) = admit(&admission, "192.0.2.4", at(10)).unwrap();
@@ -236,6 +287,24 @@ mod tests {
         assert!(is_evicted(&older) && !is_evicted(&newcomer));
         drop((newer, older));
         assert_eq!(admission.census().half_open, 2, "who was evicted gives nothing back");
+    }
+
+    #[test]
+    fn who_is_known_goes_when_nobody_is_half_open_and_who_is_trusted_stays() {
+        let (admission, start) = (admission(3, 100), Instant::now());
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let places: Vec<_> = (0..3).map(|n| admit(&admission, "192.0.2.1", at(n)).unwrap().0).collect();
+        places[0].rise_to(Standing::Known);
+        places[1].rise_to(Standing::Trusted);
+        places[1].rise_to(Standing::Known);
+        let (fourth, _) = admit(&admission, "192.0.2.2", at(10)).unwrap();
+        assert!(is_evicted(&places[2]), "the half-open one");
+        fourth.rise_to(Standing::Known);
+        let (_fifth, _) = admit(&admission, "192.0.2.3", at(20)).unwrap();
+        assert!(is_evicted(&fourth), "the newest of the known ones");
+        assert!(!is_evicted(&places[0]) && !is_evicted(&places[1]), "once trusted, always trusted");
+        assert!(admission.evict_one(at(30)) && admission.evict_one(at(30)) && !admission.evict_one(at(30)));
+        assert!(!is_evicted(&places[1]));
     }
 
     #[test]
@@ -252,11 +321,11 @@ mod tests {
         let (admission, now) = (admission(100, 2), Instant::now());
         let (neighbour, _) = admit(&admission, "192.0.2.9", now).unwrap();
         let (established, _) = admit(&admission, "2001:db8::1", now).unwrap();
-        established.establish();
+        established.rise_to(Standing::Trusted);
         let (idle, _) = admit(&admission, "2001:db8::2", now).unwrap();
         let (third, evicted) = admit(&admission, "2001:db8::3", now).unwrap();
         assert!(evicted && is_evicted(&idle) && !is_evicted(&neighbour));
-        third.establish();
+        third.rise_to(Standing::Trusted);
         assert!(admit(&admission, "2001:db8::4", now).is_none(), "a /64 is one source");
         assert!(admit(&admission, "2001:db8:0:1::1", now).is_some());
         drop(established);
@@ -271,7 +340,7 @@ mod tests {
         let (admission, now) = (admission(1, 100), Instant::now());
         let (place, _) = admit(&admission, "192.0.2.1", now).unwrap();
         admission.room().await;
-        place.establish();
+        place.rise_to(Standing::Trusted);
         let waiting = tokio::spawn({
             let admission = Arc::clone(&admission);
             async move { admission.room().await }

@@ -31,6 +31,9 @@ const H2_SEND_BYTES_MAX: usize = 64 * 1024;
 /// Streams that were reset before we got to look at them; more end the connection (CVE-2023-44487, "rapid reset").
 const H2_RESETS_MAX: usize = 20;
 
+/// How long a client may take to read the end of its last answer, and to say goodbye.
+const GOODBYE: Duration = Duration::from_secs(2);
+
 /// How a connection ended.
 pub enum End {
     /// As either side wished.
@@ -107,13 +110,14 @@ impl Default for Activity {
 struct Since {
     under_way: usize,
     established: bool,
+    trusted: bool,
     /// When it began, or its last request ended.
     idle: Instant,
 }
 
 impl Activity {
     pub fn new() -> Self {
-        Self(Mutex::new(Since { under_way: 0, established: false, idle: Instant::now() }))
+        Self(Mutex::new(Since { under_way: 0, established: false, trusted: false, idle: Instant::now() }))
     }
 
     /// A request has come in; it is under way until the guard is dropped. The flag tells whether it is the first one.
@@ -125,13 +129,18 @@ impl Activity {
         (UnderWay(Arc::clone(self)), first)
     }
 
-    /// Resolves when nothing has been under way for `limit`.
-    async fn idle_for(&self, limit: Duration) {
+    /// Returns whether it was not trusted before.
+    pub fn trust(&self) -> bool {
+        !std::mem::replace(&mut self.since().trusted, true)
+    }
+
+    /// Resolves when nothing has been under way for `limit`, counted from `start` at the earliest.
+    async fn idle_for(&self, limit: Duration, start: Instant) {
         loop {
             let due = {
                 let since = self.since();
                 let from = if since.under_way > 0 { Instant::now() } else { since.idle };
-                from + limit
+                from.max(start) + limit
             };
             if due <= Instant::now() {
                 return;
@@ -215,7 +224,11 @@ impl Protocol {
     {
         let _ = stream.set_nodelay(true);
         let Some(tls) = tls else { return self.speak(stream, service, activity, shutdown).await };
-        match timeout(self.header_timeout, TlsAcceptor::from(tls).accept(stream)).await {
+        let handshake = tokio::select! {
+            handshake = timeout(self.header_timeout, TlsAcceptor::from(tls).accept(stream)) => handshake,
+            () = shutdown.cancelled() => return End::Closed,
+        };
+        match handshake {
             Ok(Ok(stream)) => self.speak(stream, service, activity, shutdown).await,
             Ok(Err(error)) => End::TlsHandshake(error.to_string()),
             Err(_) => End::TlsHandshake("took longer than http.header_timeout".to_owned()),
@@ -237,19 +250,21 @@ impl Protocol {
     {
         let stream = with_timeouts(stream, self.silence_timeout);
         let mut connection = pin!(self.builder.serve_connection(TokioIo::new(stream), service));
-        let idle = activity.idle_for(self.idle_timeout);
+        let begun = Instant::now();
         tokio::select! {
             ended = connection.as_mut() => return activity.end(ended),
-            () = shutdown.cancelled() => {
-                connection.as_mut().graceful_shutdown();
-                return activity.end(connection.await);
-            }
+            () = shutdown.cancelled() => {}
             // hyper looks after HTTP/1 by itself; an HTTP/2 client that answers pings could stay for ever.
-            () = idle => connection.as_mut().graceful_shutdown(),
+            () = activity.idle_for(self.idle_timeout, begun) => {}
         }
-        // A goodbye is for those who listen.
-        let _ = timeout(self.header_timeout, connection).await;
-        activity.end(Err(Box::new(io::Error::from(io::ErrorKind::TimedOut))))
+        connection.as_mut().graceful_shutdown();
+        // What is under way is finished; a goodbye is for those who listen.
+        tokio::select! {
+            ended = connection => activity.end(ended),
+            () = activity.idle_for(GOODBYE, Instant::now()) => {
+                activity.end(Err(Box::new(io::Error::from(io::ErrorKind::TimedOut))))
+            }
+        }
     }
 }
 

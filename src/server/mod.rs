@@ -18,7 +18,7 @@ use http_body_util::{Either, Empty};
 use hyper::body::{Body, Incoming};
 use hyper::header::{CONTENT_LENGTH, HeaderValue};
 use hyper::service::service_fn;
-use hyper::{Method, Request, Response};
+use hyper::{Method, Request, Response, StatusCode};
 use ipnet::IpNet;
 use thiserror::Error;
 use tokio::net::{TcpListener, TcpStream};
@@ -27,7 +27,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 pub use admission::{Admission, Census};
-use admission::{Admitted, Place};
+use admission::{Admitted, Place, Standing};
 pub use connection::{Activity, End, Protocol};
 
 use crate::metrics::Metrics;
@@ -48,6 +48,10 @@ pub struct BindError {
     key: &'static str,
     source: io::Error,
 }
+
+/// An answer with this extension tells that its sender is who it should be: the connection is trusted from then on.
+#[derive(Clone, Copy)]
+pub struct Vouched;
 
 /// What clients may take.
 #[derive(Clone, Debug)]
@@ -82,6 +86,7 @@ struct Context {
     /// The configuration's name of the listener, for metrics and logs.
     name: &'static str,
     admission: Arc<Admission>,
+    headers_max: usize,
     protocol: Arc<Protocol>,
     tls: Option<Arc<tls::Server>>,
     metrics: Arc<Metrics>,
@@ -99,10 +104,11 @@ impl Server {
     ) -> Result<Self, BindError> {
         let listener = TcpListener::bind(address).await.map_err(|source| BindError { address, key, source })?;
         let protocol = Arc::new(Protocol::new(&limits));
-        let Limits { connections_max, connections_per_source_max, unlimited_sources, .. } = limits;
+        let Limits { connections_max, connections_per_source_max, unlimited_sources, headers_max, .. } = limits;
         let admission = Admission::new(connections_max, connections_per_source_max, unlimited_sources);
         let name = key.split('.').next().unwrap_or(key);
-        Ok(Self { listener, context: Context { name, admission, protocol, tls, metrics, notices: Arc::default() } })
+        let notices = Arc::default();
+        Ok(Self { listener, context: Context { name, admission, headers_max, protocol, tls, metrics, notices } })
     }
 
     /// Where it listens: the port that was given if 0 was asked for.
@@ -129,7 +135,7 @@ impl Server {
             // Where everybody is established nobody is accepted: the kernel keeps the next ones waiting.
             let accepted = async {
                 context.admission.room().await;
-                accept(&listener, &context.notices).await
+                accept(&listener, &context).await
             };
             let (stream, peer) = tokio::select! {
                 accepted = accepted => accepted,
@@ -165,21 +171,27 @@ impl Context {
         F: Future<Output = Response<B>> + Send + 'static,
         B: Body<Data = Bytes, Error: Into<BodyError>> + Send + 'static,
     {
-        let place = Arc::new(place);
+        let (place, headers_max) = (Arc::new(place), self.headers_max);
         let activity = Arc::new(Activity::new());
         let service = service_fn({
             let (place, activity) = (Arc::clone(&place), Arc::clone(&activity));
             move |request: Request<Incoming>| {
                 let (under_way, first) = activity.begin();
                 if first {
-                    place.establish();
+                    place.rise_to(Standing::Known);
                 }
                 let head = request.method() == Method::HEAD;
-                let response = handler(request, peer);
+                // hyper has this limit for HTTP/1 only.
+                let response = (request.headers().len() <= headers_max).then(|| handler(request, peer));
+                let (place, activity) = (Arc::clone(&place), Arc::clone(&activity));
                 async move {
+                    let Some(response) = response else { return Ok::<_, Infallible>(too_many_headers()) };
                     let response = response.await;
                     drop(under_way);
-                    Ok::<_, Infallible>(if head { without_body(response) } else { response.map(Either::Left) })
+                    if response.extensions().get::<Vouched>().is_some() && activity.trust() {
+                        place.rise_to(Standing::Trusted);
+                    }
+                    Ok(if head { without_body(response) } else { response.map(Either::Left) })
                 }
             }
         });
@@ -208,6 +220,13 @@ impl Context {
     }
 }
 
+/// RFC 6585, section 5.
+fn too_many_headers<B>() -> Response<Either<B, Empty<Bytes>>> {
+    let mut response = Response::new(Either::Right(Empty::new()));
+    *response.status_mut() = StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE;
+    response
+}
+
 /// The answer to HEAD (RFC 9110, section 9.3.2). hyper leaves the body out by itself only in HTTP/1.
 fn without_body<B: Body>(response: Response<B>) -> Response<Either<B, Empty<Bytes>>> {
     let length = response.body().size_hint().exact();
@@ -219,7 +238,7 @@ fn without_body<B: Body>(response: Response<B>) -> Response<Either<B, Empty<Byte
 }
 
 /// Never fails: what goes wrong with one connection is no reason to stop taking others.
-async fn accept(listener: &TcpListener, notices: &Notices) -> (TcpStream, SocketAddr) {
+async fn accept(listener: &TcpListener, context: &Context) -> (TcpStream, SocketAddr) {
     loop {
         match listener.accept().await {
             Ok(accepted) => return accepted,
@@ -227,8 +246,12 @@ async fn accept(listener: &TcpListener, notices: &Notices) -> (TcpStream, Socket
             Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset) => {
             }
             Err(error) => {
-                if let Some(unreported) = notices.due("accept", Instant::now()) {
+                if let Some(unreported) = context.notices.due("accept", Instant::now()) {
                     warn!(%error, unreported, "cannot accept connections");
+                }
+                // Most likely the process is out of file descriptors, which is as good as out of places.
+                if context.admission.evict_one(Instant::now()) {
+                    context.metrics.connection_refused(context.name, "evicted");
                 }
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }

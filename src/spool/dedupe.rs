@@ -16,6 +16,10 @@ use crate::event::Fingerprint;
 /// How many signatures of one body are kept in mind: far more than Prism's retries.
 const SIGNATURES_MAX: usize = 16;
 
+/// A signature is checked before it waits for its turn here, and clocks are set by a little now and then: it is kept in
+/// mind for a minute longer than it is good.
+const MARGIN_MS: i64 = 60_000;
+
 /// Twice the largest `signature.tolerance`. Were the clock set back by years, an entry would stay as long.
 const REPLAYABLE_MAX: Duration = Duration::from_secs(2 * 24 * 3600);
 
@@ -40,9 +44,12 @@ pub(super) struct Window {
     by_fingerprint: HashMap<Fingerprint, Entry>,
     /// In the order of acceptance, the oldest first.
     order: VecDeque<Remembered>,
+    /// What the transaction under way has replaced, in its order; `None`: there was nothing.
+    replaced: Vec<(Fingerprint, Option<Entry>)>,
 }
 
 /// The latest acceptance of a body.
+#[derive(Clone)]
 struct Entry {
     seq: u64,
     id: Uuid,
@@ -97,19 +104,21 @@ impl Signatures {
     /// Takes in the signatures that are still good, the newest ones if there are too many.
     fn merge(&mut self, others: &[i64], now_ms: i64) {
         self.0.extend_from_slice(others);
-        self.0.retain(|until| *until >= now_ms);
+        self.0.retain(|until| until.saturating_add(MARGIN_MS) >= now_ms);
+        self.0.sort_unstable();
+        self.0.dedup();
         let surplus = self.0.len().saturating_sub(SIGNATURES_MAX);
         self.0.drain(..surplus);
     }
 
     fn last(&self) -> Option<i64> {
-        self.0.iter().copied().max()
+        self.0.last().copied()
     }
 }
 
 impl Window {
     pub fn new(length: Duration, entries_max: usize) -> Self {
-        Self { length, entries_max, by_fingerprint: HashMap::new(), order: VecDeque::new() }
+        Self { length, entries_max, by_fingerprint: HashMap::new(), order: VecDeque::new(), replaced: Vec::new() }
     }
 
     /// Whether there is a window at all.
@@ -125,6 +134,12 @@ impl Window {
                 self.remember(entry.seq, entry.fingerprint, entry.id, accepted_at, entry.signatures, now);
             }
         }
+        self.commit();
+    }
+
+    /// What was taken in is on disk.
+    pub fn commit(&mut self) {
+        self.replaced.clear();
     }
 
     /// Whether this body is a repetition: it was accepted within the window, or the very same signed request was accepted
@@ -158,6 +173,7 @@ impl Window {
         now: Now,
     ) -> Option<&Signatures> {
         let entry = self.by_fingerprint.get_mut(fingerprint)?;
+        self.replaced.push((*fingerprint, Some(entry.clone())));
         entry.signatures.merge(&[replayable_until_ms], now.wall_ms);
         let until = until(entry, self.length, now);
         if let Ok(index) = self.order.binary_search_by_key(&entry.seq, |remembered| remembered.seq) {
@@ -166,11 +182,16 @@ impl Window {
         Some(&entry.signatures)
     }
 
-    /// Takes back everything after `seq`, whose commit has failed.
+    /// Takes back everything since the last commit, which was that of `seq`.
     pub fn undo_after(&mut self, seq: u64) {
         while self.order.back().is_some_and(|last| last.seq > seq) {
-            let last = self.order.pop_back().expect("there is a last entry");
-            self.remove(last.seq, &last.fingerprint);
+            self.order.pop_back();
+        }
+        for (fingerprint, before) in std::mem::take(&mut self.replaced).into_iter().rev() {
+            match before {
+                Some(entry) => self.by_fingerprint.insert(fingerprint, entry),
+                None => self.by_fingerprint.remove(&fingerprint),
+            };
         }
     }
 
@@ -200,9 +221,11 @@ impl Window {
         now: Now,
     ) -> &Signatures {
         // The same body was accepted before, and that request can still be replayed, too.
-        if let Some(before) = self.by_fingerprint.get(&fingerprint) {
+        let before = self.by_fingerprint.get(&fingerprint);
+        if let Some(before) = before {
             signatures.merge(&before.signatures.0, now.wall_ms);
         }
+        self.replaced.push((fingerprint, before.cloned()));
         let entry = Entry { seq, id, accepted_at, signatures };
         self.order.push_back(Remembered { seq, fingerprint, until: until(&entry, self.length, now) });
         &self.by_fingerprint.entry(fingerprint).insert_entry(entry).into_mut().signatures
@@ -217,7 +240,8 @@ impl Window {
 
 /// When an entry is of no use any more: its window has passed, and its signatures are too old.
 fn until(entry: &Entry, length: Duration, now: Now) -> Instant {
-    let replayable_ms = entry.signatures.last().map_or(0, |until| until.saturating_sub(now.wall_ms));
+    let last = entry.signatures.last().map(|until| until.saturating_add(MARGIN_MS));
+    let replayable_ms = last.map_or(0, |until| until.saturating_sub(now.wall_ms));
     let replayable = Duration::from_millis(u64::try_from(replayable_ms).unwrap_or(0)).min(REPLAYABLE_MAX);
     (entry.accepted_at + length).max(now.monotonic + replayable)
 }
@@ -276,7 +300,9 @@ mod tests {
     #[test]
     fn a_failed_commit_is_forgotten() {
         let start = Instant::now();
-        let mut window = window(10, 2, start);
+        let mut window = window(10, 1, start);
+        window.commit();
+        window.insert(2, body(2), id(2), None, at(start, 0));
         window.undo_after(1);
         assert_eq!((found(&window, 1, start), found(&window, 2, start)), (Some(id(1)), None));
     }
@@ -298,13 +324,30 @@ mod tests {
         let signatures = window.signed_anew(&body(1), second, at(30)).unwrap();
         assert_eq!(Signatures::from_bytes(&signatures.to_bytes()), Signatures(vec![first, second]));
         assert_eq!((find(&window, first, 599), find(&window, second, 629)), (Some((1, false)), Some((1, false))));
-        assert_eq!(window.purge(at(629).monotonic), None);
+        assert_eq!(window.purge(at(689).monotonic), None, "a minute longer than it is good");
         // What is signed at another time was sent anew, also by a clock that was set back.
         let (later, earlier) = (at(700).wall_ms, at(500).wall_ms);
         assert_eq!((find(&window, later, 200), find(&window, earlier, 200)), (None, None));
         window.insert(2, body(1), id(2), Some(later), at(200));
         assert_eq!([first, second, later].map(|until| find(&window, until, 599)), [Some((2, false)); 3]);
-        assert_eq!(window.purge(at(701).monotonic), Some((2, false)));
+        assert_eq!(window.purge(at(761).monotonic), Some((2, false)));
+    }
+
+    #[test]
+    fn a_failed_commit_gives_back_what_it_had_replaced() {
+        let start = Instant::now();
+        let at = |seconds| at(start, seconds);
+        let find = |window: &Window, until, seconds| {
+            window.find(&body(1), Some(until), at(seconds).monotonic).map(|found| (found.id, found.signed_anew))
+        };
+        let mut window = Window::new(120 * SECOND, 10);
+        let [first, second, third] = [300, 430, 500].map(|seconds| at(seconds).wall_ms);
+        window.insert(1, body(1), id(1), Some(first), at(0));
+        window.commit();
+        window.insert(2, body(1), id(2), Some(second), at(130));
+        window.signed_anew(&body(1), third, at(131));
+        window.undo_after(1);
+        assert_eq!([first, second, third].map(|until| find(&window, until, 200)), [Some((id(1), false)), None, None]);
     }
 
     #[test]
@@ -317,6 +360,17 @@ mod tests {
         }
         let signatures = window.signed_anew(&body(1), at(start, 400).wall_ms, at(start, 0)).unwrap();
         assert_eq!((signatures.0.len(), signatures.last()), (SIGNATURES_MAX, Some(at(start, 400).wall_ms)));
+        // Accepted anew again and again, also by a process that has read all of it from the disk.
+        let mut reopened = Window::new(120 * SECOND, 100);
+        for seq in 1..=30 {
+            let until = Some(at(start, 400 + seq).wall_ms);
+            let signatures = window.insert(seq.into(), body(1), id(1), until, at(start, 0)).clone();
+            assert!(signatures.0.len() <= SIGNATURES_MAX && signatures.last() == until, "the new one is kept");
+            let seen = Seen { seq: seq.into(), fingerprint: body(1), id: id(1), accepted_ms: 0, signatures };
+            reopened.load(vec![seen], at(start, 0));
+        }
+        let last = Some(at(start, 430).wall_ms);
+        assert!(reopened.find(&body(1), last, at(start, 400).monotonic).is_some_and(|found| !found.signed_anew));
     }
 
     #[test]

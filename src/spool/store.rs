@@ -270,8 +270,9 @@ fn create(connection: &Connection) -> Result<()> {
 /// Brings the file of an older relay to this one's format.
 fn migrate(connection: &Connection) -> Result<()> {
     let found = pragma(connection, "user_version")?;
-    for (_, change) in MIGRATIONS.iter().filter(|(format, _)| *format >= found) {
-        connection.execute_batch(&format!("BEGIN IMMEDIATE; {change}; PRAGMA user_version = {FORMAT}; COMMIT;"))?;
+    for (format, change) in MIGRATIONS.iter().filter(|(format, _)| *format >= found) {
+        let next = format + 1;
+        connection.execute_batch(&format!("BEGIN IMMEDIATE; {change}; PRAGMA user_version = {next}; COMMIT;"))?;
     }
     Ok(())
 }

@@ -207,7 +207,10 @@ impl Writer {
             self.store.commit()
         })();
         match result {
-            Ok(()) => Ok(outcome),
+            Ok(()) => {
+                self.window.commit();
+                Ok(outcome)
+            }
             Err(cause) => {
                 if let Some(seq) = before {
                     self.window.undo_after(seq);
@@ -258,7 +261,10 @@ impl Writer {
     /// More events come in than the window may hold, so re-sends and replays are recognised for less time than they should.
     fn tell_of_short_window(&self, early: bool) {
         if early && let Some(unreported) = self.notices.due("short-window", Instant::now()) {
-            warn!(unreported, "dedupe.entries_max is too small for this traffic: re-sends may be published twice");
+            warn!(
+                unreported,
+                "dedupe.entries_max is too small for this traffic: re-sends, or requests that somebody has captured, may be published again"
+            );
         }
     }
 

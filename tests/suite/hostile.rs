@@ -1,5 +1,6 @@
 //! Clients that want to do harm, or are broken: what they can take is limited, and honest ones are served meanwhile.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use hyper::Method;
@@ -23,10 +24,28 @@ fn event(number: usize) -> String {
     )
 }
 
-/// A connection that has sent a request and got its answer.
+/// A signed webhook as text, with an event of its own.
+fn webhook() -> String {
+    let (body, timestamp) = (event(fresh()), now());
+    let signature = sign(SECRET, &timestamp, body.as_bytes());
+    format!(
+        "POST /webhooks/prism HTTP/1.1\r\nhost: relay\r\nprism-timestamp: {timestamp}\r\n\
+         prism-signature: {signature}\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    )
+}
+
+/// A number that was not there before.
+fn fresh() -> usize {
+    static NEXT: AtomicUsize = AtomicUsize::new(1_000_000);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+/// A connection that has sent an event and got its 200.
 async fn established(relay: &Relay) -> Raw {
     let mut raw = Raw::connect(relay.address()).await;
-    assert!(is_served(&mut raw).await);
+    raw.write(webhook()).await.unwrap();
+    assert!(raw.read_until(|bytes| bytes.ends_with(b"}")).await.starts_with(b"HTTP/1.1 200 "));
     raw
 }
 
@@ -58,17 +77,24 @@ async fn half_open_connections_give_way_the_newest_first_and_established_ones_st
     let mut newcomer = established(&relay).await;
     // The newest one is gone, the older ones are not.
     assert_eq!(half_open.pop().unwrap().read_to_end().await, b"");
-    let mut second = half_open.pop().unwrap();
-    assert!(is_served(&mut second).await && is_served(&mut half_open[0]).await);
+    let [mut oldest, mut second]: [Raw; 2] = half_open.try_into().ok().unwrap();
+    assert!(is_served(&mut second).await && is_served(&mut oldest).await);
     assert!(is_served(&mut sender).await && is_served(&mut newcomer).await);
     assert_eq!(refused(&relay, "evicted").await, 1.0);
     relay.eventually_logs("connection refused; further ones of this kind").await;
     assert_eq!(census(&relay, "established").await, 4.0);
 
-    // Where everybody is established, the next one waits until somebody leaves.
+    // Whoever has sent no event yet goes next, although there were answers.
+    let third = established(&relay).await;
+    assert_eq!(second.read_to_end().await, b"");
+    let _fourth = established(&relay).await;
+    assert_eq!(oldest.read_to_end().await, b"");
+
+    // Where everybody is trusted, the next one waits until somebody leaves.
     let waiting = relay.sender();
     let waiting = tokio::spawn(async move { waiting.post(event(1)).await });
-    drop(second);
+    assert!(is_served(&mut sender).await && is_served(&mut newcomer).await);
+    drop(third);
     waiting.await.unwrap().unwrap().expect(200);
     assert!(is_served(&mut sender).await);
 }
@@ -131,6 +157,44 @@ async fn a_source_has_its_own_limit_and_trusted_proxies_have_none() {
 }
 
 #[tokio::test]
+async fn slow_bodies_that_take_up_the_memory_make_room_for_honest_ones() {
+    let setup = Setup::new(NO_BROKER).set("http.buffer_bytes_max", "64KiB").set("http.body_bytes_max", "32KiB");
+    let relay = setup.set("http.body_timeout", "60s").set("log.filter", "info").start().await;
+    let mut flood = Vec::new();
+    for _ in 0..20 {
+        let mut raw = Raw::connect(relay.address()).await;
+        let head = "POST /webhooks/prism HTTP/1.1\r\nhost: relay\r\ncontent-length: 30000\r\n\r\n";
+        raw.write(format!("{head}{}", "x".repeat(8000))).await.unwrap();
+        flood.push(raw);
+    }
+    for number in 0..20 {
+        relay.post(event(number)).await.expect(200);
+    }
+    let displaced =
+        relay.metric("prism_relay_webhooks_total", &[("outcome", "refused"), ("reason", "request-timeout")]);
+    assert!(displaced.await >= 10.0, "the flood is 160 KB");
+    let answer = String::from_utf8(flood[0].read_until(|bytes| bytes.ends_with(b"}")).await).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 408 ") && answer.contains("http.buffer_bytes_max"), "{answer}");
+}
+
+#[tokio::test]
+async fn half_open_connections_do_not_hold_up_a_stop() {
+    let mut relay = Setup::new(NO_BROKER).set("shutdown.grace", "60s").set("log.filter", "info").start().await;
+    let mut silent = Raw::connect(relay.address()).await;
+    let mut begun = Raw::connect(relay.address()).await;
+    begun.write("POST /webhooks/prism HTTP/1.1\r\n").await.unwrap();
+    let mut deaf = Raw::connect(relay.address()).await;
+    deaf.write([preface(&[]), frame(HEADERS, END_STREAM | END_HEADERS, 1, GET_ROOT)].concat()).await.unwrap();
+    deaf.read_until(|bytes| frames(bytes).iter().any(|(kind, ..)| *kind == DATA)).await;
+    relay.sigterm();
+    for raw in [&mut silent, &mut begun, &mut deaf] {
+        raw.read_to_end().await;
+    }
+    assert_eq!(relay.wait().await.code, Some(0));
+    assert!(!relay.log_text().contains("half of the grace is over"), "{}", relay.log_text());
+}
+
+#[tokio::test]
 async fn the_limits_of_a_request_head_can_be_set() {
     let setup = Setup::new(NO_BROKER).set("http.headers_max", 5).set("http.header_bytes_max", "8KiB");
     let relay = setup.start().await;
@@ -140,6 +204,15 @@ async fn the_limits_of_a_request_head_can_be_set() {
     let large = format!("a: {}\r\n", "b".repeat(9000));
     assert!(Raw::exchange(relay.address(), ask(&large)).await.starts_with("HTTP/1.1 431 "));
     assert_eq!(refused(&relay, "malformed").await, 2.0);
+    // HTTP/2 compresses its headers: six of them are six bytes.
+    let many = [GET_ROOT, b"\x90".repeat(6).as_slice()].concat();
+    let mut raw = Raw::connect(relay.address()).await;
+    raw.write([preface(&[]), frame(HEADERS, END_STREAM | END_HEADERS, 1, &many)].concat()).await.unwrap();
+    let answered = |bytes: &[u8]| frames(bytes).iter().any(|(kind, ..)| *kind == HEADERS);
+    let answer = frames(&raw.read_until(answered).await);
+    let (.., head) = answer.iter().find(|(kind, ..)| *kind == HEADERS).unwrap();
+    // `:status` 431, as a literal behind the index of the name (RFC 7541, section 6.2), Huffman-coded.
+    assert!(!head.starts_with(b"\x88"), "not the index of `:status 200`: {head:?}");
 }
 
 // -- HTTP/2, frame by frame (RFC 9113, section 4.1) -------------------------------------------------------------------
@@ -234,6 +307,9 @@ async fn floods_of_http_2_frames_end_the_connection_or_cost_no_memory() {
     // Frames that each want an answer, from a client that reads them, and from one that does not.
     let asking = [frame(SETTINGS, 0, 0, &[]), frame(PING, 0, 0, b"12345678")].concat().repeat(100);
     flood(&relay, preface(&[]), |_| asking.clone(), 8 * MIB).await;
+    // Answers to pings that nobody has sent.
+    let answers = frame(PING, 1, 0, b"12345678").repeat(100);
+    flood(&relay, preface(&[]), |_| answers.clone(), MIB).await;
     let mut deaf = TcpStream::connect(relay.address()).await.unwrap();
     deaf.write_all(&preface(&[])).await.unwrap();
     let stuck = async { while deaf.write_all(&asking).await.is_ok() {} };
@@ -243,6 +319,7 @@ async fn floods_of_http_2_frames_end_the_connection_or_cost_no_memory() {
     relay.post(event(1)).await.expect(200);
     let grown = rss_kib(&relay).saturating_sub(before);
     assert!(grown < 32 * 1024, "{grown} KiB");
+    assert!(relay.logs().len() < 20, "{}", relay.log_text());
 }
 
 #[tokio::test]

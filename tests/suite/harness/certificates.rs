@@ -7,8 +7,8 @@ use rcgen::{
     KeyUsagePurpose,
 };
 
-/// The names and addresses under which everything in the suite is reached.
-const NAMES: [&str; 2] = ["localhost", "127.0.0.1"];
+/// The name under which servers of the suite are known. Their address, 127.0.0.1, is in no certificate.
+const NAME: &str = "localhost";
 
 pub struct Authority(CertifiedIssuer<'static, KeyPair>);
 
@@ -35,16 +35,23 @@ impl Authority {
         self.0.pem()
     }
 
-    /// For a server at [`NAMES`], or a client with this common name. `days`: how long it is valid; negative: has been.
+    /// For a server at [`NAME`], or a client with this common name. `days`: how long it is valid; negative: has been.
     pub fn issue(&self, common_name: &str, days: i32) -> Issued {
-        let mut params = CertificateParams::new(NAMES.map(str::to_owned)).expect("names");
+        self.issue_from(common_name, -1000, days)
+    }
+
+    /// The same, valid from so many days on.
+    pub fn issue_from(&self, common_name: &str, from: i32, days: i32) -> Issued {
+        let mut params = CertificateParams::new(vec![NAME.to_owned()]).expect("a name");
         params.distinguished_name.push(DnType::CommonName, common_name);
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-        let day = Duration::from_secs(24 * 3600);
         let now = std::time::SystemTime::now();
-        params.not_before = (now - 1000 * day).into();
-        let span = day * days.unsigned_abs();
-        params.not_after = (if days < 0 { now - span } else { now + span }).into();
+        let at = |days: i32| {
+            let span = Duration::from_secs(24 * 3600) * days.unsigned_abs();
+            if days < 0 { now - span } else { now + span }
+        };
+        params.not_before = at(from).into();
+        params.not_after = at(days).into();
         let key = KeyPair::generate().expect("a key");
         let certificate = params.signed_by(&key, &self.0).expect("a certificate");
         Issued { certificate: certificate.pem(), private_key: key.serialize_pem() }
