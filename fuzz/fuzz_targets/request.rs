@@ -13,7 +13,7 @@ use std::time::Duration;
 use hyper::service::service_fn;
 use libfuzzer_sys::fuzz_target;
 use prism_relay::config::{Config, Dedupe, Durability, Purpose};
-use prism_relay::ingress::Ingress;
+use prism_relay::ingress::{Ingress, Parts};
 use prism_relay::metrics::Metrics;
 use prism_relay::server::{Activity, Limits, Protocol};
 use prism_relay::signature::Verifier;
@@ -68,7 +68,8 @@ impl Relay {
         let (spool, end) = Spool::open(&config.spool, &dedupe, Arc::clone(&metrics)).unwrap();
         // Without a secret, so that bodies get through to the spool.
         let verifier = Arc::new(Verifier::new(&[], false, Duration::from_secs(300)));
-        let ingress = Ingress::bind(config.http, None, verifier, spool.clone(), metrics, CancellationToken::new());
+        let parts = Parts { verifier, spool: spool.clone(), journal: Arc::default(), metrics };
+        let ingress = Ingress::bind(config.http, None, parts, CancellationToken::new());
         let ingress = Arc::new(runtime.block_on(ingress).unwrap());
         drop(guard);
         Self { runtime, ingress, protocol: Protocol::new(&limits), spool, _end: end, _folder: folder }
@@ -99,6 +100,8 @@ impl Relay {
     /// Whatever was accepted is delivered, so that there is room for more. Returns how many there were.
     fn deliver(&self) -> usize {
         self.runtime.block_on(async {
+            // What a connection has left behind counts for this input, not for the next one.
+            self.spool.flush().await;
             let pending = self.spool.pending_after(0, 1000).await.unwrap().events;
             self.spool.settle(pending.iter().map(|stored| Settlement::Confirmed(stored.seq)).collect()).await;
             self.spool.flush().await;

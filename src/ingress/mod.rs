@@ -241,3 +241,6 @@ fn must_be_believable(body: &Accepted<Bytes>) -> Result<(), Refusal> {
 fn header<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a [u8]> {
     headers.get(name).map(|value| value.as_bytes())
 }
+
+#[cfg(test)]
+mod tests;

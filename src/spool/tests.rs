@@ -368,3 +368,14 @@ fn a_spool_of_the_first_format_is_brought_up_to_date() {
         rusqlite::Connection::open(&path).unwrap().query_row("PRAGMA user_version", [], |row| row.get(0)).unwrap();
     assert_eq!(version, 2);
 }
+
+#[test]
+fn debug_shows_no_body() {
+    let stored = Stored { seq: 1, event: event(r#"{"eventType":"a","payload":{"userToken":"hunter2"}}"#) };
+    let batch = Batch { events: vec![stored.clone()], more: false };
+    let entry = Entry { stored, parked_reason: None, tried_ms: None };
+    for shown in [format!("{batch:?}"), format!("{entry:?}")] {
+        let bytes = format!("{:?}", b"hunter2");
+        assert!(!shown.contains("hunter2") && !shown.contains(bytes.trim_matches(['[', ']'])), "{shown}");
+    }
+}

@@ -1,0 +1,138 @@
+//! Whole connections into the ingress and a real spool, byte by byte as anybody may send them. A short form of the fuzz
+//! target `request`, on stable.
+
+use std::convert::Infallible;
+
+use hyper::service::service_fn;
+use proptest::prelude::*;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+use tokio::runtime::Runtime;
+
+use super::*;
+use crate::config::{Config, Dedupe, Durability, Purpose};
+use crate::secret::Secret;
+use crate::server::{Activity, Protocol};
+use crate::signature::sign;
+
+const PEER: SocketAddr = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 1);
+const SECRET: &str = "whsec_test";
+const BODY: &str = r#"{"eventType":"scan.processing.started","payload":{"scanId":"s"}}"#;
+
+struct Door {
+    runtime: Runtime,
+    ingress: Arc<Ingress>,
+    protocol: Protocol,
+    spool: Spool,
+    _folder: tempfile::TempDir,
+}
+
+impl Door {
+    fn open() -> Self {
+        let folder = tempfile::TempDir::new().unwrap();
+        let mut config = Config::load(None, [], Purpose::Client).unwrap();
+        config.spool.path = folder.path().join("spool.db");
+        config.spool.durability = Durability::Process;
+        config.http.listen = SocketAddr::new(PEER.ip(), 0);
+        let runtime = Runtime::new().unwrap();
+        let (ingress, protocol, spool) = runtime.block_on(async {
+            let metrics = Arc::new(Metrics::new());
+            let dedupe = Dedupe { window: Duration::from_secs(60), entries_max: 100 };
+            let (spool, _) = Spool::open(&config.spool, &dedupe, Arc::clone(&metrics)).unwrap();
+            let verifier = Arc::new(Verifier::new(&[Secret::new(SECRET)], true, Duration::from_secs(300)));
+            let parts = Parts { verifier, spool: spool.clone(), journal: Arc::default(), metrics };
+            let protocol = Protocol::new(&limits(&config.http));
+            (Ingress::bind(config.http, None, parts, CancellationToken::new()).await.unwrap(), protocol, spool)
+        });
+        Self { runtime, ingress: Arc::new(ingress), protocol, spool, _folder: folder }
+    }
+
+    /// Sends `input`, closes that side, and returns the statuses that came back over HTTP/1.
+    fn knock(&self, input: &[u8]) -> Vec<String> {
+        let (near, far) = duplex(64 * 1024);
+        let ingress = Arc::clone(&self.ingress);
+        let service = service_fn(move |request| {
+            let ingress = Arc::clone(&ingress);
+            async move { Ok::<_, Infallible>(ingress.answer(request, PEER).await) }
+        });
+        let answer = self.runtime.block_on(async {
+            let (activity, shutdown) = (Arc::new(Activity::new()), CancellationToken::new());
+            let (mut from, mut to) = tokio::io::split(near);
+            let writing = async move {
+                // The peer may have had enough.
+                let _ = to.write_all(input).await;
+                let _ = to.shutdown().await;
+            };
+            let mut answer = Vec::new();
+            let serving = self.protocol.speak(far, service, &activity, &shutdown);
+            tokio::join!(serving, writing, from.read_to_end(&mut answer)).2.unwrap();
+            answer
+        });
+        let answer = String::from_utf8_lossy(&answer).into_owned();
+        let heads = answer.match_indices("HTTP/1.1 ");
+        heads
+            .map(|(at, head)| answer.get(at + head.len()..at + head.len() + 3).unwrap_or_default().to_owned())
+            .collect()
+    }
+
+    fn accepted(&self) -> u64 {
+        self.runtime.block_on(self.spool.flush());
+        self.spool.gauges().ledger().accepted
+    }
+}
+
+fn request(lines: &str, body: &[u8], secret: &str) -> Vec<u8> {
+    let timestamp = Timestamp::now().to_string();
+    let signature = sign(&Secret::new(secret), &timestamp, body);
+    let head = format!(
+        "POST /webhooks/prism HTTP/1.1\r\nhost: r\r\n{TIMESTAMP_HEADER}: {timestamp}\r\n{SIGNATURE_HEADER}: {signature}\r\n\
+         {lines}content-length: {}\r\n\r\n",
+        body.len()
+    );
+    [head.as_bytes(), body].concat()
+}
+
+#[test]
+fn the_door_opens_for_what_is_signed() {
+    let door = Door::open();
+    assert_eq!(door.knock(&request("", BODY.as_bytes(), SECRET)), ["200"]);
+    assert_eq!(door.knock(&request("", BODY.as_bytes(), "whsec_other")), ["401"]);
+    assert_eq!(door.accepted(), 1);
+}
+
+#[test]
+fn nothing_gets_in_without_the_secret_and_nothing_breaks() {
+    let door = Door::open();
+    let pieces = prop_oneof![
+        proptest::collection::vec(any::<u8>(), 0..200),
+        Just(request("", BODY.as_bytes(), "whsec_other")),
+        Just(request("transfer-encoding: chunked\r\n", BODY.as_bytes(), "whsec_other")),
+        Just(request("expect: 100-continue\r\n", BODY.as_bytes(), "whsec_other")),
+        Just(b"GET /healthz HTTP/1.1\r\nhost: r\r\n\r\n".to_vec()),
+        Just(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0".to_vec()),
+        "[ -~\r\n]{0,100}".prop_map(String::into_bytes),
+    ];
+    let connections = (proptest::collection::vec(pieces, 1..4), any::<prop::sample::Index>(), any::<u8>());
+    proptest!(ProptestConfig::with_cases(300), |((pieces, place, flip) in connections)| {
+        let mut input = pieces.concat();
+        if !input.is_empty() {
+            let place = place.index(input.len());
+            input[place] ^= flip;
+        }
+        let known = ["100", "200", "400", "401", "404", "405", "408", "413", "414", "431", "505"];
+        for status in door.knock(&input) {
+            prop_assert!(known.contains(&status.as_str()), "{}", status);
+        }
+        prop_assert_eq!(door.accepted(), 0);
+    });
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(100))]
+    #[test]
+    fn whatever_is_signed_is_accepted_and_kept_as_it_is(body in proptest::collection::vec(any::<u8>(), 0..500)) {
+        let door = Door::open();
+        prop_assert_eq!(door.knock(&request("", &body, SECRET)), ["200"]);
+        let pending = door.runtime.block_on(door.spool.pending_after(0, 10)).unwrap();
+        prop_assert_eq!(&*pending.events[0].event.body, body.as_slice());
+    }
+}
