@@ -26,5 +26,6 @@ pub mod metrics;
 pub mod notices;
 pub mod reload;
 pub mod secret;
+pub mod service_manager;
 pub mod telemetry;
 pub mod tls;

@@ -19,6 +19,7 @@ use crate::ops::{self, Gate, Ops};
 use crate::publisher::{Access, Publisher, PublisherError};
 use crate::reload::{self, Watched};
 use crate::server::BindError;
+use crate::service_manager;
 use crate::signature::Verifier;
 use crate::spool::{OpenError, Spool, WriterEnd};
 use crate::telemetry::chain;
@@ -84,6 +85,7 @@ pub async fn serve(config: Config) -> Result<(), RelayError> {
         () = signals.any() => {}
         died = tasks.death() => return Err(died),
     }
+    service_manager::stopping();
     let deadline = Instant::now() + grace;
     info!(?grace, "stopping: finishing requests, then deliveries; a second signal stops at once");
     tokio::select! {
@@ -146,12 +148,15 @@ async fn start(config: Config, hangup: Signal, stops: &Stops) -> Result<Tasks, R
         version = env!("CARGO_PKG_VERSION"),
         "accepting webhooks"
     );
+    service_manager::ready();
     Ok(Tasks {
         ingress: tokio::spawn(ingress.run()),
         publisher: tokio::spawn(publisher.run(stops.publisher.clone())),
         ops: tokio::spawn(ops.run(CancellationToken::new())),
         reload: tokio::spawn(reload::run(watched, hangup, Arc::clone(&metrics))),
-        upkeep: tokio::spawn(upkeep(metrics, tls)),
+        upkeep: tokio::spawn(async {
+            tokio::join!(upkeep(metrics, tls), service_manager::watchdog());
+        }),
         spool,
         spool_writer,
     })

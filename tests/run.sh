@@ -27,7 +27,10 @@ main() {
     *) need_rabbitmq ;;
   esac
   { command -v cc && command -v make; } >/dev/null || ./deploy/quickstart.sh --install
-  need_faketime
+  need_package faketime /usr/lib/*/faketime/libfaketime.so.1 /usr/lib/faketime/libfaketime.so.1
+  need_package chromium /usr/bin/chromium /usr/bin/google-chrome
+  need_package chromium-driver /usr/bin/chromedriver
+  need_promtool
   # Some tests mount small file systems. Where the system lets us be root in a namespace of our own, that is enough.
   if [[ $EUID != 0 ]] && unshare --user --map-root-user --mount true 2>/dev/null; then
     exec unshare --user --map-root-user --mount cargo test --locked "$@"
@@ -46,18 +49,44 @@ need_rabbitmq() {
   ./deploy/quickstart.sh --install
 }
 
-# For the tests in which the wall clock jumps.
-need_faketime() {
-  if compgen -G '/usr/lib/*/faketime/libfaketime.so.1' >/dev/null || [[ -e /usr/lib/faketime/libfaketime.so.1 ]]; then return; fi
+# Installs a package, unless one of these files is there. faketime makes the wall clock jump; Chromium shows the console.
+need_package() {
+  local package=$1 file
+  shift
+  for file; do
+    if [[ -e $file ]]; then return; fi
+  done
   if ! command -v apt-get >/dev/null; then
-    echo 'The suite needs libfaketime (package faketime or libfaketime).' >&2
+    echo "The suite needs $package (Debian's name for the package)." >&2
     exit 1
   fi
-  local as_root=()
-  if [[ $EUID != 0 ]]; then as_root=(sudo); fi
-  echo 'Installing faketime ...'
-  "${as_root[@]}" apt-get update -qq >/dev/null
-  "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends faketime >/dev/null
+  echo "Installing $package ..."
+  as_root apt-get update -qq >/dev/null
+  as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$package" >/dev/null
+}
+
+# Checks metrics and alert rules. Taken out of its package, because installing that would start a Prometheus.
+need_promtool() {
+  local folder=${XDG_CACHE_HOME:-$HOME/.cache}/prism-relay/prometheus
+  if [[ ${PRISM_TEST_PROMTOOL-} ]] || command -v promtool >/dev/null; then return; fi
+  export PRISM_TEST_PROMTOOL=$folder/usr/bin/promtool
+  if [[ -x $PRISM_TEST_PROMTOOL ]]; then return; fi
+  if ! command -v apt-get >/dev/null; then
+    echo 'The suite needs promtool, of Prometheus: put it on the PATH, or its path into PRISM_TEST_PROMTOOL.' >&2
+    exit 1
+  fi
+  echo 'Fetching promtool ...'
+  mkdir -p "$folder"
+  # apt downloads as a user of its own, who may not write everywhere.
+  local download
+  download=$(mktemp -d) && chmod 755 "$download"
+  (cd "$download" && { apt-get download -qq prometheus || { as_root apt-get update -qq && apt-get download -qq prometheus; }; }) >/dev/null 2>&1
+  dpkg-deb -x "$download"/prometheus_*.deb "$folder"
+  rm -rf "$download"
+}
+
+as_root() {
+  if [[ $EUID == 0 ]]; then "$@"; else sudo "$@"; fi
 }
 
 need_trixie() {

@@ -4,13 +4,16 @@ mod check;
 mod send;
 mod spool;
 mod tail;
+mod top;
 
 use std::error::Error;
 use std::io::{self, Write};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use hyper::Uri;
 use thiserror::Error;
 
 use crate::config::{Config, ConfigError, Purpose};
@@ -45,6 +48,8 @@ enum Command {
     Send(send::Options),
     /// Print events as they pass.
     Tail(tail::Options),
+    /// Show how the relay is doing, live: the console's numbers in a terminal.
+    Top(top::Options),
     /// Look into the spool, also while the relay runs.
     #[command(subcommand)]
     Spool(spool::Action),
@@ -94,6 +99,17 @@ fn say(line: &str) {
     let _ = writeln!(io::stdout().lock(), "{line}");
 }
 
+/// Where a listener with this address can be reached from here.
+fn http_url(mut address: SocketAddr, key: &str, path: &str) -> Result<Uri, Failure> {
+    if address.port() == 0 {
+        return Err(Failure::Usage(format!("{key} has no fixed port: tell where it is with --url")));
+    }
+    if address.ip().is_unspecified() {
+        address.set_ip(if address.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() });
+    }
+    format!("http://{address}{path}").parse().map_err(Failure::new)
+}
+
 /// What a sender wrote must not steer the terminal.
 fn clean(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
@@ -129,7 +145,7 @@ fn execute(arguments: Arguments) -> Result<(), Failure> {
     let command = arguments.command.unwrap_or(Command::Serve);
     let purpose = match command {
         Command::Serve | Command::Check => Purpose::Serve,
-        Command::Send(_) | Command::Tail(_) | Command::Spool(_) => Purpose::Client,
+        Command::Send(_) | Command::Tail(_) | Command::Top(_) | Command::Spool(_) => Purpose::Client,
     };
     let environment = environment()?;
     let config = Config::load(arguments.config.as_deref(), environment, purpose)?;
@@ -143,6 +159,7 @@ fn execute(arguments: Arguments) -> Result<(), Failure> {
             Command::Check => check::run(&config).await,
             Command::Send(options) => send::run(&config, options).await,
             Command::Tail(options) => tail::run(&config, options).await,
+            Command::Top(options) => top::run(&config, options).await,
             Command::Spool(action) => spool::run(&config, action),
         }
     });

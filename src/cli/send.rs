@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -143,18 +142,7 @@ fn own_url(config: &Config) -> Result<Uri, Failure> {
         let hint = "the relay speaks TLS: give --url with the host name that is in its certificate";
         return Err(Failure::Usage(hint.to_owned()));
     }
-    let mut address = config.http.listen;
-    if address.port() == 0 {
-        return Err(Failure::Usage("http.listen has no fixed port: tell where to post with --url".to_owned()));
-    }
-    if address.ip().is_unspecified() {
-        address.set_ip(if address.is_ipv4() {
-            IpAddr::V4(Ipv4Addr::LOCALHOST)
-        } else {
-            IpAddr::V6(Ipv6Addr::LOCALHOST)
-        });
-    }
-    format!("http://{address}{}", config.http.path).parse().map_err(Failure::new)
+    super::http_url(config.http.listen, "http.listen", &config.http.path)
 }
 
 async fn send_all(

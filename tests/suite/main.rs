@@ -15,6 +15,7 @@ mod hostile;
 mod house_rules;
 mod messages;
 mod network;
+mod operators;
 mod parked;
 mod power;
 mod process;

@@ -1,0 +1,209 @@
+//! `top`: the console's numbers in a terminal, for those who only have ssh.
+
+use std::fmt::Write as _;
+use std::io::{self, IsTerminal, Write as _};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::header::AUTHORIZATION;
+use hyper::{Request, Uri};
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioExecutor;
+use jiff::Timestamp;
+use serde_json::Value;
+use thiserror::Error;
+use tokio::time::{interval, timeout};
+
+use super::{Failure, clean};
+use crate::config::Config;
+use crate::ops::span;
+use crate::telemetry::chain;
+
+/// The relay is near.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+/// Far more than a status takes.
+const ANSWER_BYTES_MAX: usize = 4 * 1024 * 1024;
+
+/// Moves to the upper left corner (ECMA-48); what is left of the picture before is cleared line by line.
+const HOME: &str = "\x1b[H";
+const CLEAR_LINE: &str = "\x1b[K";
+const CLEAR_REST: &str = "\x1b[J";
+
+const TYPES_MAX: usize = 8;
+const TURNS_MAX: usize = 5;
+
+#[derive(clap::Args)]
+pub struct Options {
+    /// Where the relay's operators' listener is [default: ops.listen of the configuration]
+    #[arg(long)]
+    url: Option<Uri>,
+    /// Time between two looks
+    #[arg(long, default_value = "1s", value_parser = humantime::parse_duration)]
+    interval: Duration,
+    /// Look once and end, as it does where the output is no terminal
+    #[arg(long)]
+    once: bool,
+}
+
+#[derive(Debug, Error)]
+enum TopError {
+    #[error("no answer from {url}: {reason}")]
+    NoAnswer { url: Uri, reason: String },
+    #[error("{url} answers {status}: {detail}")]
+    Refused { url: Uri, status: u16, detail: String },
+}
+
+pub async fn run(config: &Config, options: Options) -> Result<(), Failure> {
+    let base = match options.url {
+        Some(url) => url,
+        None => super::http_url(config.ops.listen, "ops.listen", "")?,
+    };
+    let url: Uri = format!("{}/api/status", base.to_string().trim_end_matches('/'))
+        .parse()
+        .map_err(|error| Failure::Usage(format!("{base}: {error}")))?;
+    let mut request = Request::get(url.clone());
+    if let Some(token) = &config.ops.token {
+        request = request.header(AUTHORIZATION, format!("Bearer {}", token.expose()));
+    }
+    let request = request.body(Full::default()).map_err(|error| Failure::Usage(format!("{url}: {error}")))?;
+    let client = Client::builder(TokioExecutor::new()).build_http();
+    if options.once || !io::stdout().is_terminal() {
+        let status = look(&client, &request).await.map_err(Failure::new)?;
+        super::say(picture(&status).trim_end());
+        return Ok(());
+    }
+    tokio::select! {
+        shown = watch(&client, &request, options.interval) => shown.map_err(Failure::new),
+        // A person has seen enough.
+        _ = tokio::signal::ctrl_c() => Ok(()),
+    }
+}
+
+/// Goes on for ever: a relay that does not answer may come back.
+async fn watch(
+    client: &Client<HttpConnector, Full<Bytes>>,
+    request: &Request<Full<Bytes>>,
+    every: Duration,
+) -> io::Result<()> {
+    let mut looks = interval(every.max(Duration::from_millis(100)));
+    loop {
+        looks.tick().await;
+        let text = match look(client, request).await {
+            Ok(status) => picture(&status),
+            Err(error) => format!("{}\n", chain(&error)),
+        };
+        let lines = text.replace('\n', &format!("{CLEAR_LINE}\n"));
+        let mut terminal = io::stdout().lock();
+        write!(terminal, "{HOME}{lines}{CLEAR_REST}")?;
+        terminal.flush()?;
+    }
+}
+
+async fn look(client: &Client<HttpConnector, Full<Bytes>>, request: &Request<Full<Bytes>>) -> Result<Value, TopError> {
+    let url = request.uri().clone();
+    let failed = |reason: String| TopError::NoAnswer { url: url.clone(), reason };
+    let answer = async {
+        let response = client.request(request.clone()).await.map_err(|error| failed(chain(&error)))?;
+        let status = response.status();
+        let body = Limited::new(response.into_body(), ANSWER_BYTES_MAX).collect().await;
+        let body = body.map_err(|error| failed(error.to_string()))?.to_bytes();
+        let json: Value = serde_json::from_slice(&body).unwrap_or_default();
+        if status.is_success() {
+            return Ok(json);
+        }
+        let detail = clean(json["detail"].as_str().unwrap_or("is that the operators' listener?"));
+        Err(TopError::Refused { url: url.clone(), status: status.as_u16(), detail })
+    };
+    timeout(ANSWER_TIMEOUT, answer).await.unwrap_or_else(|_| Err(failed("not in time".to_owned())))
+}
+
+/// What `/api/status` tells, for eighty columns. What is missing is shown as such: the relay may be another version.
+fn picture(status: &Value) -> String {
+    let mut text = String::new();
+    let mut line = |name: &str, value: String| {
+        let _ = writeln!(text, "{name:<22}{value}");
+    };
+    let summary = &status["summary"];
+    line(&level(&summary["level"]), clean(summary["text"].as_str().unwrap_or("?")));
+    line("", String::new());
+    let (webhooks, spool, broker) = (&status["webhooks"], &status["spool"], &status["broker"]);
+    let refused: u64 =
+        webhooks["refused"].as_object().into_iter().flatten().filter_map(|(_, count)| count.as_u64()).sum();
+    line(
+        "webhooks since start",
+        format!("{} accepted, {} sent again, {refused} refused", webhooks["accepted"], webhooks["duplicate"]),
+    );
+    for (code, count) in webhooks["refused"].as_object().into_iter().flatten() {
+        line("", format!("{count:>8}  {code}"));
+    }
+    line("last", format!("accepted {}, confirmed {}", ago(status, "accepted_at"), ago(status, "confirmed_at")));
+    line(
+        "spool, over its life",
+        format!(
+            "{} accepted = {} confirmed + {} pending + {} parked + {} removed",
+            spool["accepted"], spool["confirmed"], spool["pending"], spool["parked"], spool["removed"]
+        ),
+    );
+    let oldest = spool["oldest_age_seconds"].as_f64().map(|age| span(Duration::from_secs_f64(age.max(0.0))));
+    let share = 100.0 * spool["bytes"].as_f64().unwrap_or(0.0) / spool["max_bytes"].as_f64().unwrap_or(1.0).max(1.0);
+    line("", format!("{share:.1} % full; the oldest waits for {}", oldest.as_deref().unwrap_or("nothing")));
+    let state = match (broker["connected"].as_bool(), broker["blocked"].as_str()) {
+        (Some(true), None) => format!("connected to {}", text_of(&broker["url"])),
+        (Some(true), Some(reason)) => format!("blocked: {}", clean(reason)),
+        _ => format!("not connected: {}", text_of(&broker["error"])),
+    };
+    line("RabbitMQ", format!("{state}; {} in flight", broker["in_flight"]));
+    for turn in status["timeline"].as_array().into_iter().flatten().take(TURNS_MAX) {
+        line("", format!("{} {} {}", text_of(&turn["at"]), text_of(&turn["what"]), text_of(&turn["detail"])));
+    }
+    for kind in status["types"].as_array().into_iter().flatten().take(TYPES_MAX) {
+        line("", format!("{:>8}  {}", kind["accepted"], text_of(&kind["type"])));
+    }
+    let up = Duration::from_secs(status["uptime_seconds"].as_u64().unwrap_or(0));
+    line("", format!("prism-relay {}, up for {}", text_of(&status["version"]), span(up)));
+    text
+}
+
+fn level(level: &Value) -> String {
+    match level.as_str() {
+        Some("ok") => "all is well".to_owned(),
+        Some("warning") => "NEEDS ATTENTION".to_owned(),
+        Some("problem") => "PROBLEM".to_owned(),
+        _ => "?".to_owned(),
+    }
+}
+
+fn text_of(value: &Value) -> String {
+    clean(value.as_str().unwrap_or("?"))
+}
+
+/// How long before the status was made.
+fn ago(status: &Value, key: &str) -> String {
+    let time = |value: &Value| value.as_str()?.parse::<Timestamp>().ok();
+    match (time(&status["last"][key]), time(&status["now"])) {
+        (Some(then), Some(now)) => format!("{} ago", span(now.duration_since(then).unsigned_abs())),
+        _ => "never".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_status_of_any_shape_is_shown_and_steers_no_terminal() {
+        assert!(picture(&Value::Null).contains('?'));
+        let status = json!({
+            "now": "2026-11-24T12:00:10Z", "last": { "accepted_at": "2026-11-24T12:00:00Z", "confirmed_at": null },
+            "summary": { "level": "problem", "text": "RabbitMQ \u{1b}[31m is away" },
+            "types": [{ "type": "a\nb", "accepted": 7 }],
+        });
+        let text = picture(&status);
+        assert!(text.starts_with("PROBLEM               RabbitMQ ?[31m is away\n"), "{text}");
+        assert!(text.contains("accepted 10 s ago, confirmed never") && text.contains("       7  a?b"), "{text}");
+    }
+}
