@@ -28,7 +28,7 @@ main() {
   esac
   { command -v cc && command -v make; } >/dev/null || ./deploy/quickstart.sh --install
   need_package faketime /usr/lib/*/faketime/libfaketime.so.1 /usr/lib/faketime/libfaketime.so.1
-  need_package chromium /usr/bin/chromium /usr/bin/google-chrome
+  need_package chromium /usr/bin/chromium
   need_package chromium-driver /usr/bin/chromedriver
   need_promtool
   # Some tests mount small file systems. Where the system lets us be root in a namespace of our own, that is enough.
