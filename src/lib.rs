@@ -29,3 +29,4 @@ pub mod secret;
 pub mod service_manager;
 pub mod telemetry;
 pub mod tls;
+pub mod traces;

@@ -24,9 +24,13 @@ use crate::signature::Verifier;
 use crate::spool::{OpenError, Spool, WriterEnd};
 use crate::telemetry::chain;
 use crate::tls::{self, TlsError};
+use crate::traces::Traces;
 
 /// How often the histograms' raw samples are folded into buckets.
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
+
+/// How long the last traces may take after the last delivery.
+const TRACES_PATIENCE: Duration = Duration::from_secs(2);
 
 /// For everything but connections to the public listener: operators, broker, spool, libraries.
 const OTHER_DESCRIPTORS: u64 = 512;
@@ -47,6 +51,8 @@ pub enum RelayError {
     Bind(#[from] BindError),
     #[error(transparent)]
     Tls(#[from] TlsError),
+    #[error("traces.endpoint {0}")]
+    Traces(String),
     #[error("cannot listen for signals, or tell the own address")]
     System(#[from] std::io::Error),
     #[error("the publisher has died")]
@@ -64,6 +70,7 @@ struct Tasks {
     ops: JoinHandle<()>,
     reload: JoinHandle<()>,
     upkeep: JoinHandle<()>,
+    traces: Arc<Traces>,
 }
 
 /// Tells each part when to stop.
@@ -109,6 +116,7 @@ async fn start(config: Config, hangup: Signal, stops: &Stops) -> Result<Tasks, R
     let access = Arc::new(Access::new(&broker)?);
     let gate = Arc::new(Gate::new(config.ops.token.clone(), config.ops.listen.ip().is_loopback()));
     let journal = Arc::new(Journal::default());
+    let traces = Arc::new(Traces::new(&config.traces).map_err(RelayError::Traces)?);
     let watched = Replaceable {
         verifier: Arc::clone(&verifier),
         journal: Arc::clone(&journal),
@@ -125,10 +133,12 @@ async fn start(config: Config, hangup: Signal, stops: &Stops) -> Result<Tasks, R
         verifier: Arc::clone(&verifier),
         spool: spool.clone(),
         journal: Arc::clone(&journal),
+        traces: Arc::clone(&traces),
         metrics: Arc::clone(&metrics),
     };
     let ingress = Ingress::bind(http, tls.clone(), parts, draining.clone()).await?;
-    let publisher = Publisher::new(spool.clone(), broker, access, &config.topology, Arc::clone(&metrics));
+    let publisher =
+        Publisher::new(spool.clone(), broker, access, &config.topology, Arc::clone(&traces), Arc::clone(&metrics));
     let parts = ops::Parts {
         spool: spool.clone(),
         broker: publisher.status(),
@@ -149,14 +159,16 @@ async fn start(config: Config, hangup: Signal, stops: &Stops) -> Result<Tasks, R
         "accepting webhooks"
     );
     service_manager::ready();
+    let exported = Arc::clone(&traces);
     Ok(Tasks {
         ingress: tokio::spawn(ingress.run()),
         publisher: tokio::spawn(publisher.run(stops.publisher.clone())),
         ops: tokio::spawn(ops.run(CancellationToken::new())),
         reload: tokio::spawn(reload::run(watched, hangup, Arc::clone(&metrics))),
-        upkeep: tokio::spawn(async {
-            tokio::join!(upkeep(metrics, tls), service_manager::watchdog());
+        upkeep: tokio::spawn(async move {
+            tokio::join!(upkeep(metrics, tls), service_manager::watchdog(), exported.export());
         }),
+        traces,
         spool,
         spool_writer,
     })
@@ -268,7 +280,7 @@ impl Tasks {
     /// In the order of the data: requests, spool, deliveries; the operators' listener last. What is not delivered by the
     /// deadline stays on disk.
     async fn drain(self, stops: &Stops, deadline: Instant) -> Result<(), RelayError> {
-        let Self { mut ingress, spool, spool_writer, mut publisher, ops, reload, upkeep } = self;
+        let Self { mut ingress, spool, spool_writer, mut publisher, ops, reload, upkeep, traces } = self;
         let begun = Instant::now();
         // Requests get half of the grace, so that slow senders do not take the deliveries' share. Whoever comes later on
         // an open connection is told to come back.
@@ -283,6 +295,7 @@ impl Tasks {
         if published.is_err() {
             warn!("the grace is over: what is not delivered stays on disk");
         }
+        traces.flush(TRACES_PATIENCE).await;
         // They hold the spool open.
         for task in [ingress.abort_handle(), publisher.abort_handle(), ops.abort_handle()] {
             task.abort();
@@ -357,6 +370,7 @@ mod tests {
             ops: idle(),
             reload: idle(),
             upkeep: idle(),
+            traces: Arc::new(Traces::new(&crate::config::Traces { endpoint: None, sample_ratio: 1.0 }).unwrap()),
             publisher: tokio::spawn(std::future::pending()),
             spool,
             spool_writer,

@@ -17,6 +17,7 @@ use prism_relay::ingress::{Ingress, Parts};
 use prism_relay::metrics::Metrics;
 use prism_relay::server::{Activity, Limits, Protocol};
 use prism_relay::signature::Verifier;
+use prism_relay::traces::Traces;
 use prism_relay::spool::{Settlement, Spool, WriterEnd};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
 use tokio::runtime::{Builder, Runtime};
@@ -68,7 +69,8 @@ impl Relay {
         let (spool, end) = Spool::open(&config.spool, &dedupe, Arc::clone(&metrics)).unwrap();
         // Without a secret, so that bodies get through to the spool.
         let verifier = Arc::new(Verifier::new(&[], false, Duration::from_secs(300)));
-        let parts = Parts { verifier, spool: spool.clone(), journal: Arc::default(), metrics };
+        let traces = Arc::new(Traces::new(&config.traces).unwrap());
+        let parts = Parts { verifier, spool: spool.clone(), journal: Arc::default(), traces, metrics };
         let ingress = Ingress::bind(config.http, None, parts, CancellationToken::new());
         let ingress = Arc::new(runtime.block_on(ingress).unwrap());
         drop(guard);

@@ -10,6 +10,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use hyper::Uri;
 use ipnet::IpNet;
 use jiff::Timestamp;
 use thiserror::Error;
@@ -35,6 +36,7 @@ pub struct Config {
     pub topology: Topology,
     pub ops: Ops,
     pub log: Log,
+    pub traces: Traces,
     pub shutdown: Shutdown,
 }
 
@@ -162,6 +164,14 @@ pub enum LogFormat {
 }
 
 #[derive(Debug)]
+pub struct Traces {
+    /// Of a collector that speaks OTLP over HTTP; `None`: nobody is told.
+    pub endpoint: Option<Uri>,
+    /// Of the traces that begin here, 0 to 1.
+    pub sample_ratio: f64,
+}
+
+#[derive(Debug)]
 pub struct Shutdown {
     pub grace: Duration,
 }
@@ -223,6 +233,7 @@ impl Config {
             topology: Topology::read(&mut raw),
             ops: Ops::read(&mut raw),
             log: Log::read(&mut raw),
+            traces: Traces::read(&mut raw),
             shutdown: Shutdown { grace: raw.duration("shutdown.grace", MILLISECOND..=HOUR) },
         };
         match raw.finish() {
@@ -509,6 +520,23 @@ pub fn token_in(text: &str) -> Result<Secret, String> {
 pub fn read_secret<T>(path: &Path, parse: impl Fn(&str) -> Result<T, String>) -> Result<T, String> {
     let text = std::fs::read(path).map_err(|error| format!("cannot be read: {error}"))?;
     parse(std::str::from_utf8(&text).map_err(|_| "is not UTF-8".to_owned())?)
+}
+
+impl Traces {
+    fn read(raw: &mut Raw) -> Self {
+        let endpoint = |text: &str| match text.parse::<Uri>() {
+            Ok(uri) if matches!(uri.scheme_str(), Some("http" | "https")) && uri.query().is_none() => Ok(uri),
+            _ => Err("is not the address of a collector, such as http://127.0.0.1:4318".to_owned()),
+        };
+        let ratio = |text: &str| match text.parse() {
+            Ok(ratio) if (0.0..=1.0).contains(&ratio) => Ok(ratio),
+            _ => Err("is not a number from 0 to 1".to_owned()),
+        };
+        Self {
+            endpoint: raw.read("traces.endpoint", endpoint),
+            sample_ratio: raw.read("traces.sample_ratio", ratio).unwrap_or_default(),
+        }
+    }
 }
 
 /// Stands in for an address that could not be read; the mistake is on the list, so nobody gets to use it.

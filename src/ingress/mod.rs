@@ -7,7 +7,7 @@ pub mod source;
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use http_body_util::Full;
@@ -33,6 +33,7 @@ use crate::server::{Admission, BindError, Limits, Server};
 use crate::signature::{Accepted, SIGNATURE_HEADER, TIMESTAMP_HEADER, Verifier};
 use crate::spool::{AppendError, Receipt, Spool};
 use crate::tls;
+use crate::traces::Traces;
 
 /// Answers like `/readyz`, on the public listener, for load balancers.
 pub const HEALTH_PATH: &str = "/healthz";
@@ -46,6 +47,7 @@ pub struct Parts {
     pub verifier: Arc<Verifier>,
     pub spool: Spool,
     pub journal: Arc<Journal>,
+    pub traces: Arc<Traces>,
     pub metrics: Arc<Metrics>,
 }
 
@@ -65,8 +67,9 @@ impl Ingress {
     ) -> Result<Self, BindError> {
         let server = Server::bind(http.listen, "http.listen", limits(&http), tls, Arc::clone(&parts.metrics)).await?;
         let memory = Memory::new(http.buffer_bytes_max);
-        let Parts { verifier, spool, journal, metrics } = parts;
-        let desk = Desk { http, verifier, spool, journal, metrics, memory, draining, notices: Notices::default() };
+        let Parts { verifier, spool, journal, traces, metrics } = parts;
+        let desk =
+            Desk { http, verifier, spool, journal, traces, metrics, memory, draining, notices: Notices::default() };
         Ok(Self { server, desk: Arc::new(desk) })
     }
 
@@ -117,6 +120,7 @@ struct Desk {
     verifier: Arc<Verifier>,
     spool: Spool,
     journal: Arc<Journal>,
+    traces: Arc<Traces>,
     metrics: Arc<Metrics>,
     memory: Memory,
     draining: CancellationToken,
@@ -169,6 +173,7 @@ impl Desk {
     }
 
     async fn receive(&self, headers: &HeaderMap, body: &mut Inbound) -> Result<Receipt, Refusal> {
+        let begun = SystemTime::now();
         // The share of the memory is held until the answer: until then the body may be in it.
         let (body, _share) = body.read(self.http.body_bytes_max, &self.memory).await?;
 
@@ -182,14 +187,16 @@ impl Desk {
             self.journal.verified(signed.secret, now);
         }
 
-        let trace = TraceContext::from_headers(header(headers, "traceparent"), header(headers, "tracestate"));
-        let event = Event::new(verified, trace, now);
+        let sent = TraceContext::from_headers(header(headers, "traceparent"), header(headers, "tracestate"));
+        let trace = self.traces.webhook(sent, begun);
+        let event = Event::new(verified, trace.context(), now);
         let body = event.body.clone();
         // An event that is committed later all the same is recognised when the sender comes back.
         let appended =
             timeout(APPEND_PATIENCE, self.spool.append(event, signed.map(|signed| signed.valid_until))).await;
         let receipt = appended.unwrap_or(Err(AppendError::Unavailable)).map_err(Refusal::NotStored)?;
         debug!(id = %receipt.id, duplicate = receipt.duplicate, "accepted");
+        trace.answered(receipt.id, receipt.duplicate);
         self.note(&receipt, &body, now);
         Ok(receipt)
     }

@@ -39,7 +39,8 @@ impl Door {
             let dedupe = Dedupe { window: Duration::from_secs(60), entries_max: 100 };
             let (spool, _) = Spool::open(&config.spool, &dedupe, Arc::clone(&metrics)).unwrap();
             let verifier = Arc::new(Verifier::new(&[Secret::new(SECRET)], true, Duration::from_secs(300)));
-            let parts = Parts { verifier, spool: spool.clone(), journal: Arc::default(), metrics };
+            let traces = Arc::new(Traces::new(&config.traces).unwrap());
+            let parts = Parts { verifier, spool: spool.clone(), journal: Arc::default(), traces, metrics };
             let protocol = Protocol::new(&limits(&config.http));
             (Ingress::bind(config.http, None, parts, CancellationToken::new()).await.unwrap(), protocol, spool)
         });

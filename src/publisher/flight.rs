@@ -14,6 +14,7 @@ use super::message::Message;
 use super::outcome::Outcome;
 use crate::event::Event;
 use crate::spool::Stored;
+use crate::traces::Publishing;
 
 /// What is remembered of an event while it is in flight; its body is with lapin.
 pub(super) struct Flight {
@@ -21,6 +22,7 @@ pub(super) struct Flight {
     pub bytes: usize,
     accepted_ms: i64,
     pub published_at: Instant,
+    pub trace: Publishing,
 }
 
 /// An event that the broker has confirmed.
@@ -39,11 +41,12 @@ pub(super) enum Completion {
     Marker(Vec<Confirmed>),
 }
 
-pub(super) type Publishing = Pin<Box<dyn Future<Output = Completion> + Send>>;
+pub(super) type OnItsWay = Pin<Box<dyn Future<Output = Completion> + Send>>;
 
 impl Flight {
-    pub fn of(event: &Event) -> Self {
-        Self { id: event.id, bytes: event.body.len(), accepted_ms: event.accepted_ms, published_at: Instant::now() }
+    pub fn of(event: &Event, trace: Publishing) -> Self {
+        let Event { id, accepted_ms, .. } = *event;
+        Self { id, bytes: event.body.len(), accepted_ms, published_at: Instant::now(), trace }
     }
 
     /// From acceptance until now. A clock that was set back makes no negative age.
@@ -54,10 +57,10 @@ impl Flight {
 
 /// Hands the event to lapin. Its delivery tag is drawn and its frames are queued when the future is first polled, so that
 /// is done here, in the order of the calls; the rest of the way can be polled in any order.
-pub(super) async fn publish(channel: Channel, exchange: &str, stored: Stored) -> Publishing {
+pub(super) async fn publish(channel: Channel, exchange: &str, stored: Stored) -> OnItsWay {
     let Stored { seq, event } = stored;
     let exchange = exchange.into();
-    let mut publishing: Publishing = Box::pin(async move {
+    let mut publishing: OnItsWay = Box::pin(async move {
         let Message { routing_key, properties } = Message::new(&event);
         let options = BasicPublishOptions { mandatory: true, immediate: false };
         let sent = channel.basic_publish(exchange, routing_key, options, &event.body, properties).await;

@@ -35,6 +35,7 @@ use crate::metrics::Metrics;
 use crate::spool::{ReadError, Spool};
 use crate::telemetry::chain;
 use crate::topology::{self, Plan, TopologyError};
+use crate::traces::Traces;
 use careful::Careful;
 use session::Session;
 
@@ -66,6 +67,7 @@ pub struct Publisher {
     plan: Plan,
     declare: config::Declare,
     status: Arc<Status>,
+    traces: Arc<Traces>,
     metrics: Arc<Metrics>,
 }
 
@@ -75,10 +77,20 @@ impl Publisher {
         broker: config::Broker,
         access: Arc<Access>,
         topology: &config::Topology,
+        traces: Arc<Traces>,
         metrics: Arc<Metrics>,
     ) -> Self {
         let plan = Plan::new(topology, &broker.exchange);
-        Self { spool, broker, access, plan, declare: topology.declare, status: Arc::new(Status::new()), metrics }
+        Self {
+            spool,
+            broker,
+            access,
+            plan,
+            declare: topology.declare,
+            status: Arc::new(Status::new()),
+            traces,
+            metrics,
+        }
     }
 
     pub fn status(&self) -> Arc<Status> {

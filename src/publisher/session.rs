@@ -26,7 +26,7 @@ use uuid::Uuid;
 
 use super::ahead::Ahead;
 use super::careful::{Careful, Lesson};
-use super::flight::{self, Completion, Confirmed, Flight, Publishing};
+use super::flight::{self, Completion, Confirmed, Flight, OnItsWay};
 use super::outcome::{Outcome, Return, classify};
 use super::{Link, Publisher, PublisherError};
 use crate::spool::{ReadError, Settlement, Stored};
@@ -52,7 +52,7 @@ pub(super) struct Session<'a> {
     parked: VecDeque<Stored>,
     trying_parked: Option<u64>,
 
-    completions: FuturesUnordered<Publishing>,
+    completions: FuturesUnordered<OnItsWay>,
     flights: BTreeMap<u64, Flight>,
     /// Since the last marker.
     confirmed: Vec<Confirmed>,
@@ -104,6 +104,9 @@ impl<'a> Session<'a> {
         };
         self.publisher.metrics.publish.lost.increment(self.flights.len() as u64 - refused);
         self.publisher.status.set_in_flight(0);
+        for flight in std::mem::take(&mut self.flights).into_values() {
+            flight.trace.failed("lost");
+        }
         (self.progress, end)
     }
 
@@ -185,11 +188,12 @@ impl<'a> Session<'a> {
         self.publisher.status.set_in_flight(self.flights.len());
     }
 
-    async fn publish(&mut self, stored: Stored) {
+    async fn publish(&mut self, mut stored: Stored) {
         if !stored.event.is_intact() {
             return self.park_damaged(stored).await;
         }
-        self.flights.insert(stored.seq, Flight::of(&stored.event));
+        let trace = self.publisher.traces.publishing(&mut stored.event, &self.publisher.broker.exchange);
+        self.flights.insert(stored.seq, Flight::of(&stored.event, trace));
         let publishing = flight::publish(self.channel.clone(), &self.publisher.broker.exchange, stored).await;
         self.completions.push(publishing);
     }
@@ -225,6 +229,7 @@ impl<'a> Session<'a> {
                     metrics.publish.confirmed.increment(1);
                     metrics.publish.delivery_lag.record(lag);
                     self.confirmed.push(Confirmed { seq, id: flight.id, lag });
+                    flight.trace.confirmed();
                 }
                 self.progress = true;
                 returned
@@ -232,7 +237,9 @@ impl<'a> Session<'a> {
             Outcome::Nacked(returned) => {
                 // It stays in the spool; the order is kept by starting again from the oldest. A parked one has time.
                 metrics.publish.nacked.increment(1);
-                self.land(seq);
+                if let Some(flight) = self.land(seq) {
+                    flight.trace.failed("nacked");
+                }
                 self.nacked = self.trying_parked != Some(seq);
                 returned
             }

@@ -26,3 +26,4 @@ mod spool_commands;
 mod statuses;
 mod tls;
 mod topology;
+mod traces;
