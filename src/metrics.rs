@@ -49,7 +49,7 @@ pub struct Metrics {
     pub broker: BrokerMetrics,
     pub connections: Connections,
     pub reloads: Reloads,
-    /// By the position of the secret. One that has never been used has no counter.
+    /// By the position of the secret. Those that are not configured have no counter.
     verified: [OnceLock<Counter>; config::SECRETS_MAX],
 }
 
@@ -140,22 +140,54 @@ impl Metrics {
         }
     }
 
+    /// Counters that are there from the start: what happens once before the first look would not be seen as a change.
+    pub fn expect_refusals(&self, reasons: &[&'static str]) {
+        for reason in reasons {
+            self.refusals(reason).increment(0);
+        }
+    }
+
+    /// The same for connections to a listener.
+    pub fn expect_connections_refused(&self, listener: &'static str, reasons: &[&'static str]) {
+        for reason in reasons {
+            self.connections_refused(listener, reason).increment(0);
+        }
+    }
+
+    /// The same for so many secrets.
+    pub fn expect_secrets(&self, count: usize) {
+        for position in 0..count {
+            if let Some(counter) = self.signatures_verified(position) {
+                counter.increment(0);
+            }
+        }
+    }
+
+    fn refusals(&self, reason: &'static str) -> Counter {
+        self.recorder.register_counter(&key(WEBHOOKS, &[("outcome", "refused"), ("reason", reason)]), &METADATA)
+    }
+
+    fn connections_refused(&self, listener: &'static str, reason: &'static str) -> Counter {
+        self.recorder.register_counter(&key(REFUSED, &[("listener", listener), ("reason", reason)]), &METADATA)
+    }
+
+    fn signatures_verified(&self, position: usize) -> Option<&Counter> {
+        let register = || {
+            let key = Key::from_parts(VERIFIED, vec![Label::new("secret", (position + 1).to_string())]);
+            self.recorder.register_counter(&key, &METADATA)
+        };
+        Some(self.verified.get(position)?.get_or_init(register))
+    }
+
     /// Counts a webhook that was not accepted. `reason` is the `code` of the answer.
     pub fn webhook_refused(&self, reason: &'static str) {
-        self.recorder
-            .register_counter(&key(WEBHOOKS, &[("outcome", "refused"), ("reason", reason)]), &METADATA)
-            .increment(1);
+        self.refusals(reason).increment(1);
     }
 
     /// Counts a signature by the secret that made it: its position in the list, from 0.
     pub fn signature_verified(&self, position: usize) {
-        if let Some(counter) = self.verified.get(position) {
-            let register = || {
-                let position = (position + 1).to_string();
-                let key = Key::from_parts(VERIFIED, vec![Label::new("secret", position)]);
-                self.recorder.register_counter(&key, &METADATA)
-            };
-            counter.get_or_init(register).increment(1);
+        if let Some(counter) = self.signatures_verified(position) {
+            counter.increment(1);
         }
     }
 
@@ -167,9 +199,7 @@ impl Metrics {
 
     /// Counts a connection that was cut or refused. `listener` is `http` or `ops`.
     pub fn connection_refused(&self, listener: &'static str, reason: &'static str) {
-        self.recorder
-            .register_counter(&key(REFUSED, &[("listener", listener), ("reason", reason)]), &METADATA)
-            .increment(1);
+        self.connections_refused(listener, reason).increment(1);
     }
 
     /// Of the certificate that the public listener shows. Not there without TLS.

@@ -123,6 +123,7 @@ async fn start(config: Config, hangup: Signal, stops: &Stops) -> Result<Tasks, R
         access: Arc::clone(&access),
         tls: tls.clone(),
         gate: Arc::clone(&gate),
+        metrics: Arc::clone(&metrics),
     }
     .watched(&signature, &broker, &config.ops);
 
@@ -181,16 +182,19 @@ struct Replaceable {
     access: Arc<Access>,
     tls: Option<Arc<tls::Server>>,
     gate: Arc<Gate>,
+    metrics: Arc<Metrics>,
 }
 
 impl Replaceable {
     /// The files that they come from.
     fn watched(self, signature: &config::Signature, broker: &config::Broker, ops: &config::Ops) -> Vec<Watched> {
-        let Self { verifier, journal, access, tls, gate } = self;
+        let Self { verifier, journal, access, tls, gate, metrics } = self;
         let mut watched = Vec::new();
         if let Some(file) = signature.secrets_file.clone() {
             watched.push(Watched::new("signature.secrets_file", vec![file.clone()], move || {
-                verifier.replace(&config::read_secret(&file, config::secrets_in)?);
+                let secrets = config::read_secret(&file, config::secrets_in)?;
+                verifier.replace(&secrets);
+                metrics.expect_secrets(secrets.len());
                 journal.secrets_replaced();
                 Ok(())
             }));

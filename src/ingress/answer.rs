@@ -44,6 +44,26 @@ struct Problem<'a> {
     code: &'a str,
 }
 
+/// Every `code` there is, for counters that should be there before they count.
+pub const CODES: [&str; 16] = [
+    "not-found",
+    "method-not-allowed",
+    "source-not-allowed",
+    "missing-signature",
+    "invalid-signature",
+    "invalid-timestamp",
+    "stale-timestamp",
+    "request-timeout",
+    "body-too-large",
+    "unreadable-body",
+    "invalid-encoding",
+    "invalid-json",
+    "not-an-envelope",
+    "spool-full",
+    "spool-unavailable",
+    "shutting-down",
+];
+
 impl Refusal {
     /// What tells this refusal from the others, in answers, metrics and logs.
     pub fn code(&self) -> &'static str {
@@ -158,4 +178,34 @@ fn json(status: StatusCode, content_type: &'static str, body: &impl Serialize) -
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_code_is_on_the_list() {
+        let refusals = [
+            Refusal::NotFound,
+            Refusal::MethodNotAllowed("POST"),
+            Refusal::SourceNotAllowed,
+            Refusal::Unauthenticated(Rejection::Missing("a")),
+            Refusal::Unauthenticated(Rejection::InvalidSignature),
+            Refusal::Unauthenticated(Rejection::InvalidTimestamp),
+            Refusal::Unauthenticated(Rejection::StaleTimestamp { age: 0, tolerance: 0 }),
+            Refusal::TimedOut,
+            Refusal::Displaced,
+            Refusal::TooLarge(0),
+            Refusal::Unreadable(String::new()),
+            Refusal::NotAnEnvelope(NotAnEnvelope::Encoding),
+            Refusal::NotAnEnvelope(NotAnEnvelope::Json(serde_json::from_str::<()>("x").unwrap_err())),
+            Refusal::NotAnEnvelope(NotAnEnvelope::EventType),
+            Refusal::NotStored(AppendError::Full),
+            Refusal::NotStored(AppendError::Unavailable),
+            Refusal::NotStored(AppendError::Closed),
+        ];
+        assert!(refusals.iter().all(|refusal| CODES.contains(&refusal.code())));
+        assert!(CODES.iter().all(|code| refusals.iter().any(|refusal| refusal.code() == *code)));
+    }
 }

@@ -20,7 +20,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
-use answer::{Refusal, accepted};
+use answer::{CODES, Refusal, accepted};
 pub use answer::{blocker, readiness};
 use body::{Inbound, Memory};
 
@@ -66,6 +66,8 @@ impl Ingress {
         draining: CancellationToken,
     ) -> Result<Self, BindError> {
         let server = Server::bind(http.listen, "http.listen", limits(&http), tls, Arc::clone(&parts.metrics)).await?;
+        parts.metrics.expect_refusals(&CODES);
+        parts.metrics.expect_secrets(parts.verifier.secrets());
         let memory = Memory::new(http.buffer_bytes_max);
         let Parts { verifier, spool, journal, traces, metrics } = parts;
         let desk =

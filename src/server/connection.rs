@@ -51,6 +51,9 @@ pub enum End {
     SourceFull,
 }
 
+/// Every reason there is, for counters that should be there before they count.
+pub const REASONS: [&str; 5] = ["tls-handshake", "malformed", "timeout", "evicted", "source-limit"];
+
 impl End {
     /// For the metric, if the end was forced by the peer's doing.
     pub fn reason(&self) -> Option<&'static str> {

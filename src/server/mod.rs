@@ -28,6 +28,7 @@ use tracing::{debug, info, warn};
 
 pub use admission::{Admission, Census};
 use admission::{Admitted, Place, Standing};
+use connection::REASONS;
 pub use connection::{Activity, End, Protocol};
 
 use crate::metrics::Metrics;
@@ -107,6 +108,7 @@ impl Server {
         let Limits { connections_max, connections_per_source_max, unlimited_sources, headers_max, .. } = limits;
         let admission = Admission::new(connections_max, connections_per_source_max, unlimited_sources);
         let name = key.split('.').next().unwrap_or(key);
+        metrics.expect_connections_refused(name, &REASONS);
         let notices = Arc::default();
         Ok(Self { listener, context: Context { name, admission, headers_max, protocol, tls, metrics, notices } })
     }
