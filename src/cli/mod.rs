@@ -5,6 +5,7 @@ mod send;
 mod spool;
 mod tail;
 mod top;
+mod topology;
 
 use std::error::Error;
 use std::io::{self, Write};
@@ -17,6 +18,7 @@ use hyper::Uri;
 use thiserror::Error;
 
 use crate::config::{Config, ConfigError, Purpose};
+use crate::publisher::{Access, ConnectError, Link};
 use crate::telemetry::chain;
 use crate::{relay, telemetry};
 
@@ -50,6 +52,9 @@ enum Command {
     Tail(tail::Options),
     /// Show how the relay is doing, live: the console's numbers in a terminal.
     Top(top::Options),
+    /// Print, declare or export what the relay wants on the broker.
+    #[command(subcommand)]
+    Topology(topology::Action),
     /// Look into the spool, also while the relay runs.
     #[command(subcommand)]
     Spool(spool::Action),
@@ -99,6 +104,24 @@ fn say(line: &str) {
     let _ = writeln!(io::stdout().lock(), "{line}");
 }
 
+/// None of the urls leads to a broker; what the last one said.
+#[derive(Debug, Error)]
+#[error("none of the brokers could be reached")]
+struct Unreachable(#[source] ConnectError);
+
+/// To the first broker that can be reached.
+async fn connect(config: &Config, name: &str) -> Result<Link, Failure> {
+    let access = Access::new(&config.broker).map_err(Failure::new)?;
+    let mut failure = Failure::Usage("broker.urls names no broker".to_owned());
+    for index in 0..config.broker.urls.len() {
+        match access.open(index, name).await {
+            Ok(link) => return Ok(link),
+            Err(error) => failure = Failure::new(Unreachable(error)),
+        }
+    }
+    Err(failure)
+}
+
 /// Where a listener with this address can be reached from here.
 fn http_url(mut address: SocketAddr, key: &str, path: &str) -> Result<Uri, Failure> {
     if address.port() == 0 {
@@ -145,7 +168,9 @@ fn execute(arguments: Arguments) -> Result<(), Failure> {
     let command = arguments.command.unwrap_or(Command::Serve);
     let purpose = match command {
         Command::Serve | Command::Check => Purpose::Serve,
-        Command::Send(_) | Command::Tail(_) | Command::Top(_) | Command::Spool(_) => Purpose::Client,
+        Command::Send(_) | Command::Tail(_) | Command::Top(_) | Command::Topology(_) | Command::Spool(_) => {
+            Purpose::Client
+        }
     };
     let environment = environment()?;
     let config = Config::load(arguments.config.as_deref(), environment, purpose)?;
@@ -160,6 +185,7 @@ fn execute(arguments: Arguments) -> Result<(), Failure> {
             Command::Send(options) => send::run(&config, options).await,
             Command::Tail(options) => tail::run(&config, options).await,
             Command::Top(options) => top::run(&config, options).await,
+            Command::Topology(action) => topology::run(&config, action).await,
             Command::Spool(action) => spool::run(&config, action),
         }
     });

@@ -13,8 +13,7 @@ use thiserror::Error;
 
 use super::{Failure, clean};
 use crate::config::Config;
-use crate::publisher::{Access, ConnectError, Link};
-use crate::tls::TlsError;
+use crate::publisher::Link;
 use crate::topology::{UNROUTED, reply_text};
 
 /// Events that the throw-away queue keeps for a slow terminal; the oldest go first.
@@ -40,10 +39,6 @@ pub struct Options {
 
 #[derive(Debug, Error)]
 enum TailError {
-    #[error("none of the brokers could be reached")]
-    Unreachable(#[source] ConnectError),
-    #[error(transparent)]
-    Tls(#[from] TlsError),
     #[error("the broker refuses: {0}. The relay declares exchanges and queues when it first connects")]
     Refused(String),
     #[error("the connection to the broker was lost")]
@@ -74,7 +69,7 @@ pub async fn run(config: &Config, options: Options) -> Result<(), Failure> {
     if options.queue.as_deref().is_some_and(|queue| queue.is_empty() || queue.len() > 255) {
         return Err(Failure::Usage("--queue takes a name of 1 to 255 bytes".to_owned()));
     }
-    let link = connect(config).await.map_err(Failure::new)?;
+    let link = super::connect(config, "prism-relay tail").await?;
     let printed = tokio::select! {
         printed = print_events(config, &options, &link) => printed,
         // A person has seen enough.
@@ -86,19 +81,6 @@ pub async fn run(config: &Config, options: Options) -> Result<(), Failure> {
         Err(TailError::Print(error)) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         printed => printed.map_err(Failure::new),
     }
-}
-
-/// To the first broker that can be reached.
-async fn connect(config: &Config) -> Result<Link, TailError> {
-    let access = Access::new(&config.broker)?;
-    let mut failure = None;
-    for index in 0..config.broker.urls.len() {
-        match access.open(index, "prism-relay tail").await {
-            Ok(link) => return Ok(link),
-            Err(error) => failure = Some(error),
-        }
-    }
-    Err(failure.map_or(TailError::Lost, TailError::Unreachable))
 }
 
 async fn print_events(config: &Config, options: &Options, link: &Link) -> Result<(), TailError> {

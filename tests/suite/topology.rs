@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::harness::{Node, Relay, Setup, Vhost, Wire};
+use crate::harness::{Node, Relay, Setup, Vhost, Wire, eventually};
 
 const EVENT: &str = r#"{"eventType":"scan.a","payload":{}}"#;
 
@@ -61,11 +61,7 @@ async fn a_rejected_message_goes_to_the_dead_letters() {
     let vhost = Vhost::new(Node::shared().await).await;
     let relay = Relay::start(&vhost).await;
     let id = relay.post(EVENT).await.id();
-    vhost.eventually_depth("prism.scan", 1).await;
-    let connection = vhost.connect().await;
-    let channel = connection.create_channel().await.unwrap();
-    let message = channel.basic_get("prism.scan".into(), Default::default()).await.unwrap().unwrap();
-    message.acker.reject(Default::default()).await.unwrap();
+    vhost.reject("prism.scan").await;
     let dead = vhost.messages("prism.dead", 1).await.remove(0);
     assert_eq!((dead.id(), dead.routing_key.as_str()), (id, "scan.a"));
 }
@@ -128,4 +124,52 @@ async fn names_and_queues_come_from_the_configuration() {
     let keys: Vec<_> = vhost.messages("mine", 2).await.into_iter().map(|delivery| delivery.routing_key).collect();
     assert_eq!(keys, ["scan.a", "capture_data.x"]);
     assert_eq!(vhost.messages("prism.unrouted", 1).await[0].exchange, "my.events");
+}
+
+#[tokio::test]
+async fn the_topology_can_be_shown_declared_and_exported() {
+    let node = Node::shared().await;
+    let vhost = Vhost::new(node).await;
+    let setup = Setup::new(&vhost.url()).set("topology.declare", "off");
+    let shown = setup.run(&["topology", "show"]).await;
+    assert_eq!(shown.code, Some(0), "{shown:?}");
+    for line in [
+        "exchange prism.events  (topic)",
+        "    alternate-exchange = \"prism.unrouted\"",
+        "queue prism.scan  (durable)",
+        "    x-delivery-limit = 20",
+        "binding of queue prism.scan to exchange prism.events by \"scan.#\"",
+    ] {
+        assert!(shown.stdout.lines().any(|shown| shown == line), "{line:?} is not in {}", shown.stdout);
+    }
+    for _ in 0..2 {
+        let declared = setup.run(&["topology", "declare"]).await;
+        assert!(declared.code == Some(0) && declared.stdout.contains("4 bindings are there"), "{declared:?}");
+    }
+    assert_eq!(vhost.queue("prism.scan").await.unwrap()["arguments"], work_queue());
+    let away = Setup::new("amqp://guest:guest@127.0.0.1:1/%2f").run(&["topology", "declare"]).await;
+    assert!(away.code == Some(1) && away.stderr.contains("none of the brokers could be reached"), "{away:?}");
+
+    // Exported, and imported into a vhost that knows nothing of it.
+    let other = Vhost::new(node).await;
+    let exported = Setup::new(&other.url()).run(&["topology", "export"]).await;
+    let file = node.folder().join(format!("{}.json", other.name()));
+    std::fs::write(&file, &exported.stdout).unwrap();
+    node.ctl(&["import_definitions", &node.inside(&file)]).await;
+    let queue = other.queue("prism.scan").await.expect("the queue is imported");
+    assert_eq!(queue["arguments"], json!({"x-queue-type": "quorum"}));
+    eventually("the policy at work", async || {
+        let queue = other.queue("prism.scan").await.unwrap();
+        let strategy = &queue["effective_policy_definition"]["dead-letter-strategy"];
+        if strategy == "at-least-once" { Ok(()) } else { Err(queue) }
+    })
+    .await;
+    assert_eq!(other.bindings().await, vhost.bindings().await);
+    // A relay that finds this takes it as it is, and a message that is rejected goes where it should.
+    let relay = Setup::new(&other.url()).set("topology.declare", "passive").start().await;
+    relay.post(EVENT).await.expect(200);
+    other.reject("prism.scan").await;
+    assert_eq!(other.messages("prism.dead", 1).await[0].text(), EVENT);
+    relay.post(r#"{"eventType":"unknown","payload":{}}"#).await.expect(200);
+    other.messages("prism.unrouted", 1).await;
 }

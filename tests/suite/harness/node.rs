@@ -152,6 +152,11 @@ impl Node {
         self.folder.path()
     }
 
+    /// A file in [`Self::folder`] as the node sees it.
+    pub fn inside(&self, path: &Path) -> String {
+        inside(self.root.as_deref(), path).display().to_string()
+    }
+
     /// The pid of the Erlang VM.
     pub fn pid(&self) -> u32 {
         self.broker().as_ref().expect("a node that runs").pid()

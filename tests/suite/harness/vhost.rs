@@ -77,6 +77,18 @@ impl Vhost {
         connection.unwrap_or_else(|error| panic!("connect to vhost {}: {error}", self.name))
     }
 
+    /// Plays a worker that cannot use its message: takes the first one of the queue and rejects it.
+    pub async fn reject(&self, queue: &str) {
+        self.eventually_depth(queue, 1).await;
+        let connection = self.connect().await;
+        let channel = connection.create_channel().await.expect("a channel");
+        let message = channel.basic_get(queue.into(), Default::default()).await.expect("get").expect("a message");
+        message.acker.reject(Default::default()).await.expect("reject");
+        // Nothing answers a rejection, and a close of the connection may overtake it.
+        channel.close(200, "done".into()).await.expect("close the channel");
+        close(&connection).await;
+    }
+
     /// Publishes one persistent message and waits for its confirm.
     pub async fn publish(&self, exchange: &str, routing_key: &str, body: impl AsRef<[u8]>) {
         self.publish_with(exchange, routing_key, body, BasicProperties::default()).await;
