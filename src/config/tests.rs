@@ -2,6 +2,7 @@
 
 use std::io::Write;
 
+use super::sections::SECOND;
 use super::*;
 
 const EXAMPLE: &str = include_str!("../../config/production.example.toml");

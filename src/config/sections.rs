@@ -1,0 +1,334 @@
+//! How each section is read: keys, ranges, and what has to go together. Mistakes are left with [`Raw`].
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use hyper::Uri;
+use ipnet::IpNet;
+use jiff::Timestamp;
+
+use super::raw::Raw;
+use super::secrets::{password_in, secrets_in, token_in};
+use super::{
+    Broker, BrokerUrl, Declare, Dedupe, Durability, Http, Log, LogFormat, Ops, Purpose, Queue, SECRETS_MAX, Signature,
+    Spool, Topology, Traces,
+};
+use crate::secret::Secret;
+use crate::telemetry::chain;
+use crate::tls::{self, ClientFiles, ServerFiles};
+use crate::topology::{DEAD, UNROUTED};
+
+const KIB: u64 = 1024;
+const MIB: u64 = 1024 * KIB;
+pub(super) const SECOND: Duration = Duration::from_secs(1);
+pub(super) const HOUR: Duration = Duration::from_secs(3600);
+const DAY: Duration = Duration::from_secs(24 * 3600);
+pub(super) const MILLISECOND: Duration = Duration::from_millis(1);
+
+/// What AMQP calls a short string, for the names of exchanges and queues and for binding keys.
+const SHORT_STRING_BYTES_MAX: usize = 255;
+
+impl Http {
+    pub(super) fn read(raw: &mut Raw, purpose: Purpose) -> Self {
+        let body_bytes_max = raw.bytes("http.body_bytes_max", 1..=128 * MIB);
+        let buffer_bytes_max = raw.bytes("http.buffer_bytes_max", 1..=MIB * MIB);
+        if buffer_bytes_max < body_bytes_max {
+            raw.mistake("http.buffer_bytes_max", "is below http.body_bytes_max, so the largest body would never fit");
+        }
+        Self {
+            listen: raw.read("http.listen", address).unwrap_or(UNSPECIFIED),
+            path: raw.read("http.path", webhook_path).unwrap_or_default(),
+            body_bytes_max: body_bytes_max as usize,
+            buffer_bytes_max: buffer_bytes_max as usize,
+            header_timeout: raw.duration("http.header_timeout", MILLISECOND..=HOUR),
+            body_timeout: raw.duration("http.body_timeout", MILLISECOND..=HOUR),
+            connections_max: raw.number("http.connections_max", 1..=1_000_000),
+            connections_per_source_max: raw.number("http.connections_per_source_max", 1..=1_000_000),
+            headers_max: raw.number("http.headers_max", 1..=1000),
+            // 8 KiB is the least that hyper takes.
+            header_bytes_max: raw.bytes("http.header_bytes_max", 8 * KIB..=MIB) as usize,
+            streams_max: raw.number("http.streams_max", 1..=10_000) as u32,
+            tls: server_files(raw, purpose),
+            allowed_sources: raw.list("http.allowed_sources", network),
+            trusted_proxies: raw.list("http.trusted_proxies", network),
+        }
+    }
+}
+
+impl Signature {
+    pub(super) fn read(raw: &mut Raw, purpose: Purpose) -> Self {
+        let required = raw.one_of("signature.required", &[("true", true), ("false", false)]);
+        let mut secrets = raw.list("signature.secrets", |text| Ok(Secret::new(text)));
+        let file = raw.file("signature.secrets_file", secrets_in);
+        let secrets_file = file.map(|(path, from_file)| {
+            if !secrets.is_empty() {
+                raw.mistake("signature.secrets_file", "is set together with signature.secrets; set one of them");
+            }
+            secrets = from_file;
+            path
+        });
+        if secrets.len() > SECRETS_MAX {
+            raw.mistake(
+                "signature.secrets",
+                format_args!("holds {} secrets; {SECRETS_MAX} are allowed", secrets.len()),
+            );
+        }
+        if required && secrets.is_empty() && purpose == Purpose::Serve {
+            raw.mistake(
+                "signature.secrets",
+                "is empty, so nothing could be accepted; set it (or signature.secrets_file) to the secret of the \
+                 Prism account, or set signature.required to false if the account does not sign",
+            );
+        }
+        Self { required, secrets, secrets_file, tolerance: raw.duration("signature.tolerance", SECOND..=DAY) }
+    }
+}
+
+impl Spool {
+    pub(super) fn read(raw: &mut Raw) -> Self {
+        let path = |text: &str| if text.is_empty() { Err("is empty".to_owned()) } else { Ok(PathBuf::from(text)) };
+        Self {
+            path: raw.read("spool.path", path).unwrap_or_default(),
+            max_bytes: raw.bytes("spool.max_bytes", 1..=u64::from(u32::MAX) * KIB),
+            durability: raw.one_of("spool.durability", &[("disk", Durability::Disk), ("process", Durability::Process)]),
+        }
+    }
+}
+
+impl Dedupe {
+    pub(super) fn read(raw: &mut Raw) -> Self {
+        Self {
+            window: raw.duration("dedupe.window", Duration::ZERO..=DAY),
+            entries_max: raw.number("dedupe.entries_max", 1..=10_000_000),
+        }
+    }
+}
+
+impl Broker {
+    pub(super) fn read(raw: &mut Raw) -> Self {
+        let mut urls = raw.list("broker.urls", BrokerUrl::parse);
+        if urls.is_empty() && !raw.has_mistake("broker.urls") {
+            raw.mistake("broker.urls", "names no broker");
+        }
+        let password = raw.read("broker.password", |text| Ok(Secret::new(text)));
+        let from_file = raw.file("broker.password_file", password_in);
+        if password.is_some() && from_file.is_some() {
+            raw.mistake("broker.password_file", "is set together with broker.password; set one of them");
+        }
+        let (password_file, password) = match from_file {
+            Some((path, from_file)) => (Some(path), Some(from_file)),
+            None => (None, password),
+        };
+        let heartbeat = raw.duration("broker.heartbeat", SECOND..=HOUR);
+        if heartbeat.subsec_nanos() != 0 {
+            raw.mistake("broker.heartbeat", "AMQP counts it in whole seconds");
+        }
+        let heartbeat_seconds = heartbeat.as_secs() as u16;
+        for url in &mut urls {
+            if let Some(password) = &password {
+                url.set_password(password);
+            }
+            url.set_heartbeat(heartbeat_seconds);
+        }
+        let confirm_timeout = raw.duration("broker.confirm_timeout", SECOND..=HOUR);
+        if confirm_timeout < heartbeat {
+            raw.mistake(
+                "broker.confirm_timeout",
+                "is below broker.heartbeat, so a slow broker would be taken for dead",
+            );
+        }
+        let reconnect_min = raw.duration("broker.reconnect_min", MILLISECOND..=HOUR);
+        let reconnect_max = raw.duration("broker.reconnect_max", MILLISECOND..=HOUR);
+        if reconnect_max < reconnect_min {
+            raw.mistake("broker.reconnect_max", "is below broker.reconnect_min");
+        }
+        let (tls, server_name) = client_files(raw, &urls);
+        Self {
+            urls,
+            password_file,
+            tls,
+            server_name,
+            exchange: raw.read("broker.exchange", exchange_name).unwrap_or_default(),
+            window: raw.number("broker.window", 1..=65_535),
+            confirm_timeout,
+            connect_timeout: raw.duration("broker.connect_timeout", MILLISECOND..=HOUR),
+            reconnect_min,
+            reconnect_max,
+            parked_retry: raw.duration("broker.parked_retry", MILLISECOND..=DAY),
+        }
+    }
+}
+
+impl Topology {
+    pub(super) fn read(raw: &mut Raw) -> Self {
+        let choices = [("active", Declare::Active), ("passive", Declare::Passive), ("off", Declare::Off)];
+        let declare = raw.one_of("topology.declare", &choices);
+        let mut queues: Vec<Queue> = Vec::new();
+        for (index, mut table) in raw.tables("topology.queues").into_iter().enumerate() {
+            let key = format!("topology.queues[{index}]");
+            let name = table.remove("name").and_then(|value| value.into_string().ok()).unwrap_or_default();
+            if let Err(what) = own_name(&name) {
+                raw.mistake(&format!("{key}.name"), format_args!("{name:?} {what}"));
+            }
+            if queues.iter().any(|queue| queue.name == name) {
+                raw.mistake(&format!("{key}.name"), format_args!("{name:?} is there twice"));
+            }
+            let bindings = table.remove("bindings").and_then(|value| value.try_deserialize().ok()).unwrap_or_default();
+            let queue = Queue { name, bindings };
+            if queue.bindings.is_empty() {
+                raw.mistake(
+                    &format!("{key}.bindings"),
+                    "takes a list of at least one topic pattern, such as [\"scan.#\"]",
+                );
+            }
+            for binding in queue.bindings.iter().filter(|binding| binding.len() > SHORT_STRING_BYTES_MAX) {
+                raw.mistake(&format!("{key}.bindings"), format_args!("{binding:?} is longer than 255 bytes"));
+            }
+            for unknown in table.keys() {
+                raw.mistake(&format!("{key}.{unknown}"), "unknown key");
+            }
+            queues.push(queue);
+        }
+        Self { declare, queues }
+    }
+}
+
+impl Ops {
+    pub(super) fn read(raw: &mut Raw) -> Self {
+        let token = raw.read("ops.token", token_in);
+        let from_file = raw.file("ops.token_file", token_in);
+        if token.is_some() && from_file.is_some() {
+            raw.mistake("ops.token_file", "is set together with ops.token; set one of them");
+        }
+        let (token_file, token) = match from_file {
+            Some((path, from_file)) => (Some(path), Some(from_file)),
+            None => (None, token),
+        };
+        Self { listen: raw.read("ops.listen", address).unwrap_or(UNSPECIFIED), token, token_file }
+    }
+}
+
+impl Log {
+    pub(super) fn read(raw: &mut Raw) -> Self {
+        let formats = [("auto", LogFormat::Auto), ("pretty", LogFormat::Pretty), ("json", LogFormat::Json)];
+        let filter = |text: &str| text.parse().map_err(|_| "is no filter such as info or info,lapin=debug".to_owned());
+        Self { format: raw.one_of("log.format", &formats), filter: raw.read("log.filter", filter).unwrap_or_default() }
+    }
+}
+
+impl Traces {
+    pub(super) fn read(raw: &mut Raw) -> Self {
+        let endpoint = |text: &str| match text.parse::<Uri>() {
+            Ok(uri) if matches!(uri.scheme_str(), Some("http" | "https")) && uri.query().is_none() => Ok(uri),
+            _ => Err("is not the address of a collector, such as http://127.0.0.1:4318".to_owned()),
+        };
+        let ratio = |text: &str| match text.parse() {
+            Ok(ratio) if (0.0..=1.0).contains(&ratio) => Ok(ratio),
+            _ => Err("is not a number from 0 to 1".to_owned()),
+        };
+        Self {
+            endpoint: raw.read("traces.endpoint", endpoint),
+            sample_ratio: raw.read("traces.sample_ratio", ratio).unwrap_or_default(),
+        }
+    }
+}
+
+/// Read once now, so that a file which cannot be used is one of the mistakes. The commands beside the relay do not need
+/// them, and may not be allowed to read them.
+fn server_files(raw: &mut Raw, purpose: Purpose) -> Option<ServerFiles> {
+    let path = |text: &str| Ok(PathBuf::from(text));
+    let certificate = raw.read("http.tls.certificate", path);
+    let private_key = raw.read("http.tls.private_key", path);
+    let client_ca = raw.read("http.tls.client_ca", path);
+    let files = match (certificate, private_key) {
+        (Some(certificate), Some(private_key)) => ServerFiles { certificate, private_key, client_ca },
+        (None, None) if client_ca.is_none() => return None,
+        (None, _) => return missing(raw, "http.tls.certificate"),
+        (_, None) => return missing(raw, "http.tls.private_key"),
+    };
+    if purpose == Purpose::Serve
+        && let Err(error) = files.load(Timestamp::now())
+    {
+        raw.mistake("http.tls", chain(&error));
+    }
+    Some(files)
+}
+
+fn client_files(raw: &mut Raw, urls: &[BrokerUrl]) -> (ClientFiles, Option<String>) {
+    let path = |text: &str| Ok(PathBuf::from(text));
+    let ca = raw.read("broker.tls.ca", path);
+    let certificate = raw.read("broker.tls.certificate", path);
+    let private_key = raw.read("broker.tls.private_key", path);
+    let name = |text: &str| tls::server_name(text).map(|_| text.to_owned()).ok_or("is no host name".to_owned());
+    let server_name = raw.read("broker.tls.server_name", name);
+    let identity = match (certificate, private_key) {
+        (Some(certificate), Some(private_key)) => Some((certificate, private_key)),
+        (None, None) => None,
+        (None, Some(_)) => missing(raw, "broker.tls.certificate"),
+        (Some(_), None) => missing(raw, "broker.tls.private_key"),
+    };
+    let external = urls.iter().find(|url| url.logs_in_by_certificate());
+    if external.is_some_and(|url| identity.is_none() || !url.wants_tls()) {
+        raw.mistake("broker.urls", "auth_mechanism=external needs an amqps url and broker.tls.certificate");
+    }
+    let files = ClientFiles { ca, identity };
+    if urls.iter().any(BrokerUrl::wants_tls) {
+        if let Err(error) = files.load() {
+            raw.mistake("broker.tls", chain(&error));
+        }
+    } else if !files.paths().is_empty() || server_name.is_some() {
+        raw.mistake("broker.tls", "is set, but no url in broker.urls begins with amqps://");
+    }
+    (files, server_name)
+}
+
+fn missing<T>(raw: &mut Raw, key: &str) -> Option<T> {
+    raw.mistake(key, "is missing: a certificate and its private key go together");
+    None
+}
+
+/// Stands in for an address that could not be read; the mistake is on the list, so nobody gets to use it.
+const UNSPECIFIED: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED), 0);
+
+fn address(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_| "is not an IP address with a port, such as 127.0.0.1:8080".to_owned())
+}
+
+/// A network, or a single address as the network of itself.
+fn network(text: &str) -> Result<IpNet, String> {
+    let network = text.parse().or_else(|_| text.parse::<std::net::IpAddr>().map(IpNet::from));
+    network.map(unmapped).map_err(|_| "is neither an IP address nor a CIDR such as 203.0.113.0/24".to_owned())
+}
+
+/// IPv4 networks that are written as IPv6 (RFC 4291, section 2.5.5.2) count as what they are, as the addresses do.
+fn unmapped(network: IpNet) -> IpNet {
+    let IpNet::V6(mapped) = network else { return network };
+    let (address, bits) = (mapped.addr().to_ipv4_mapped(), mapped.prefix_len().checked_sub(96));
+    address.zip(bits).and_then(|(address, bits)| IpNet::new(address.into(), bits).ok()).unwrap_or(network)
+}
+
+fn webhook_path(text: &str) -> Result<String, String> {
+    if !text.starts_with('/') || text.contains(['?', '#', ' ']) {
+        return Err("is not a path such as /webhooks/prism".to_owned());
+    }
+    if text == crate::ingress::HEALTH_PATH {
+        return Err("is taken: it is where load balancers ask for the relay's health".to_owned());
+    }
+    Ok(text.to_owned())
+}
+
+fn exchange_name(text: &str) -> Result<String, String> {
+    own_name(text).map(|()| text.to_owned())
+}
+
+/// A name for an exchange or a queue that is neither RabbitMQ's nor one of the relay's fixed ones.
+fn own_name(name: &str) -> Result<(), String> {
+    match name {
+        "" => Err("is empty".to_owned()),
+        _ if name.len() > SHORT_STRING_BYTES_MAX => Err("is longer than 255 bytes".to_owned()),
+        _ if name.starts_with("amq.") => Err("begins with amq., which RabbitMQ keeps for itself".to_owned()),
+        DEAD | UNROUTED => Err("is a name that the relay uses itself".to_owned()),
+        _ => Ok(()),
+    }
+}
