@@ -7,7 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use jiff::Timestamp;
 use uuid::Uuid;
 
-use crate::event::Envelope;
+use crate::event::{DOCUMENTED_TYPES, Envelope};
 
 /// Events that are remembered, with some 300 bytes each.
 const LATEST_MAX: usize = 1000;
@@ -19,37 +19,28 @@ const TEXT_CHARS_MAX: usize = 100;
 /// Codes of requests that whoever scans the internet makes: they tell nothing of Prism.
 const STRANGERS: [&str; 3] = ["not-found", "method-not-allowed", "source-not-allowed"];
 
-#[derive(Default)]
-pub struct Journal(Mutex<Entries>);
-
-/// Everything that the journal holds.
-#[derive(Clone, Default)]
-pub struct Entries {
+pub struct Journal {
+    counts: Mutex<Counts>,
     /// The newest last.
-    pub latest: VecDeque<Arrival>,
+    latest: Mutex<VecDeque<Arrival>>,
+    /// The last events that an operator has taken out.
+    removed: Mutex<VecDeque<Uuid>>,
+}
+
+/// Everything that the journal counts.
+#[derive(Clone, Default)]
+pub struct Counts {
     pub types: BTreeMap<String, Tally>,
     /// Of the types beyond [`TYPES_MAX`].
     pub other_types: Tally,
     /// By the `code` of the answer.
     pub refused: BTreeMap<&'static str, u64>,
     pub last_refused: Option<(Timestamp, &'static str)>,
-    /// The last refusal of a request that was meant for us.
-    pub last_mistaken: Option<&'static str>,
     pub last_accepted: Option<Timestamp>,
     pub accepted: u64,
     pub duplicates: u64,
     /// Signatures that were right, by the position of the secret.
     pub verified: BTreeMap<usize, Tally>,
-}
-
-/// Requests so far.
-#[derive(Clone, Copy, Debug)]
-pub struct Totals {
-    /// Re-sends among them.
-    pub accepted: u64,
-    pub refused: u64,
-    /// Refused, and yet meant for us.
-    pub mistaken: u64,
 }
 
 /// An accepted event.
@@ -78,6 +69,15 @@ impl Tally {
     }
 }
 
+impl Default for Journal {
+    fn default() -> Self {
+        // Those that Prism documents have their places, whatever strangers send first.
+        let types = DOCUMENTED_TYPES.map(|name| (name.to_owned(), Tally::default())).into();
+        let counts = Mutex::new(Counts { types, ..Counts::default() });
+        Self { counts, latest: Mutex::default(), removed: Mutex::default() }
+    }
+}
+
 impl Journal {
     pub fn accepted(&self, seq: u64, id: Uuid, envelope: Option<&Envelope<'_>>, now: Timestamp) {
         let text = |text: &str| match text.char_indices().nth(TEXT_CHARS_MAX) {
@@ -93,56 +93,62 @@ impl Journal {
             prediction_id: envelope.and_then(|envelope| envelope.prediction_id.as_deref()).map(text),
             state: envelope.and_then(|envelope| envelope.state.as_deref()).map(text),
         };
-        let mut entries = self.entries();
-        entries.accepted += 1;
-        entries.last_accepted = Some(now);
-        entries.count_type(arrival.event_type.as_deref().unwrap_or("(no event)"), now);
-        if entries.latest.len() == LATEST_MAX {
-            entries.latest.pop_front();
+        {
+            let mut counts = locked(&self.counts);
+            counts.accepted += 1;
+            counts.last_accepted = Some(now);
+            counts.count_type(arrival.event_type.as_deref().unwrap_or("(no event)"), now);
         }
-        entries.latest.push_back(arrival);
+        push(&mut locked(&self.latest), arrival);
     }
 
-    pub fn duplicate(&self) {
-        self.entries().duplicates += 1;
+    pub fn duplicate(&self, now: Timestamp) {
+        let mut counts = locked(&self.counts);
+        counts.duplicates += 1;
+        counts.last_accepted = Some(now);
     }
 
     pub fn refused(&self, code: &'static str, now: Timestamp) {
-        let mut entries = self.entries();
-        *entries.refused.entry(code).or_default() += 1;
-        entries.last_refused = Some((now, code));
-        if !STRANGERS.contains(&code) {
-            entries.last_mistaken = Some(code);
-        }
+        let mut counts = locked(&self.counts);
+        *counts.refused.entry(code).or_default() += 1;
+        counts.last_refused = Some((now, code));
     }
 
     /// A signature was right; `position` is that of its secret, from 0.
     pub fn verified(&self, position: usize, now: Timestamp) {
-        self.entries().verified.entry(position).or_default().add(now);
+        locked(&self.counts).verified.entry(position).or_default().add(now);
     }
 
     /// The positions have a new meaning.
     pub fn secrets_replaced(&self) {
-        self.entries().verified.clear();
+        locked(&self.counts).verified.clear();
     }
 
-    pub fn snapshot(&self) -> Entries {
-        self.entries().clone()
+    /// An operator has taken it out of the spool.
+    pub fn removed(&self, id: Uuid) {
+        push(&mut locked(&self.removed), id);
     }
 
-    pub fn totals(&self) -> Totals {
-        let entries = self.entries();
-        let refused = entries.refused.values().sum();
-        let strangers: u64 = STRANGERS.iter().filter_map(|code| entries.refused.get(code)).sum();
-        Totals { accepted: entries.accepted + entries.duplicates, refused, mistaken: refused - strangers }
+    pub fn counts(&self) -> Counts {
+        locked(&self.counts).clone()
     }
 
-    fn entries(&self) -> MutexGuard<'_, Entries> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The newest `limit` events that are `wanted`, the newest first.
+    pub fn latest(&self, limit: usize, wanted: impl Fn(&Arrival) -> bool) -> Vec<Arrival> {
+        locked(&self.latest).iter().rev().filter(|arrival| wanted(arrival)).take(limit).cloned().collect()
+    }
+
+    pub fn was_removed(&self, id: Uuid) -> bool {
+        locked(&self.removed).contains(&id)
     }
 }
 
-impl Entries {
+impl Counts {
+    /// Refusals of requests that were meant for us, by code.
+    pub fn mistaken(&self) -> BTreeMap<&'static str, u64> {
+        self.refused.iter().filter(|(code, _)| !STRANGERS.contains(code)).map(|(code, count)| (*code, *count)).collect()
+    }
+
     fn count_type(&mut self, event_type: &str, now: Timestamp) {
         if let Some(tally) = self.types.get_mut(event_type) {
             tally.add(now);
@@ -152,6 +158,17 @@ impl Entries {
             self.other_types.add(now);
         }
     }
+}
+
+fn push<T>(queue: &mut VecDeque<T>, item: T) {
+    if queue.len() == LATEST_MAX {
+        queue.pop_front();
+    }
+    queue.push_back(item);
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
@@ -167,10 +184,11 @@ mod tests {
             journal.accepted(number, Uuid::nil(), Some(&envelope), now);
         }
         journal.accepted(0, Uuid::nil(), None, now);
-        let entries = journal.snapshot();
-        assert_eq!((entries.latest.len(), entries.types.len()), (LATEST_MAX, TYPES_MAX));
-        assert_eq!(entries.other_types.count, 2 * LATEST_MAX as u64 + 1 - TYPES_MAX as u64);
-        assert!(entries.types.keys().all(|name| name.chars().count() <= TEXT_CHARS_MAX));
-        assert_eq!(entries.latest.back().unwrap().event_type, None);
+        let (counts, latest) = (journal.counts(), journal.latest(usize::MAX, |_| true));
+        assert_eq!((latest.len(), counts.types.len()), (LATEST_MAX, TYPES_MAX));
+        let others = TYPES_MAX - DOCUMENTED_TYPES.len();
+        assert_eq!(counts.other_types.count, (2 * LATEST_MAX + 1 - others) as u64);
+        assert!(counts.types.keys().all(|name| name.chars().count() <= TEXT_CHARS_MAX));
+        assert_eq!(latest[0].event_type, None);
     }
 }

@@ -35,7 +35,7 @@ const VERIFIED: &str = "prism_relay_signature_verified_total";
 const VERIFIED_HELP: &str = "Signatures that were right, by the position of their secret in the list; 1 is the first.";
 const REFUSED: &str = "prism_relay_connections_refused_total";
 const REFUSED_HELP: &str = "Connections that were refused or cut: tls-handshake, malformed (no HTTP), timeout (no request in \
-                            time), source-limit, evicted (half-open when the place was needed).";
+                            time), source-limit, evicted (no event so far when the place was needed).";
 
 /// Every metric, grouped by the part of the relay that it tells about.
 pub struct Metrics {

@@ -299,17 +299,18 @@ impl Tasks {
         if published.is_err() {
             warn!("the grace is over: what is not delivered stays on disk");
         }
-        traces.flush(TRACES_PATIENCE).await;
         // They hold the spool open.
         for task in [ingress.abort_handle(), publisher.abort_handle(), ops.abort_handle()] {
             task.abort();
         }
         reload.abort();
-        upkeep.abort();
         let pending = spool.gauges().ledger().pending;
         drop(spool);
         // The writer ends once nobody can send to it any more, and leaves a closed file. A sick disk is not waited for.
         let written = timeout_at(deadline + WRITER_PATIENCE, spool_writer).await;
+        let left = (deadline + WRITER_PATIENCE).saturating_duration_since(Instant::now());
+        traces.flush(left.min(TRACES_PATIENCE)).await;
+        upkeep.abort();
         info!(pending, "stopped");
         match (served, published, written) {
             (_, Ok(Ok(Err(error))), _) => Err(RelayError::Publisher(error)),

@@ -220,6 +220,10 @@ impl Log {
 impl Traces {
     pub(super) fn read(raw: &mut Raw) -> Self {
         let endpoint = |text: &str| match text.parse::<Uri>() {
+            // Errors of the exporter quote it, so there is no place for a password in it.
+            Ok(uri) if uri.authority().is_some_and(|authority| authority.as_str().contains('@')) => {
+                Err("has a login in it; give the collector's headers in OTEL_EXPORTER_OTLP_HEADERS".to_owned())
+            }
             Ok(uri) if matches!(uri.scheme_str(), Some("http" | "https")) && uri.query().is_none() => Ok(uri),
             _ => Err("is not the address of a collector, such as http://127.0.0.1:4318".to_owned()),
         };

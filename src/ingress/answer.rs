@@ -24,8 +24,8 @@ pub enum Refusal {
     SourceNotAllowed,
     Unauthenticated(Rejection),
     TimedOut,
-    /// It was slow, and its memory was needed.
-    Displaced,
+    /// There is no memory for it at the moment.
+    Overloaded,
     /// With the limit in bytes.
     TooLarge(usize),
     /// The body broke off or was framed wrongly.
@@ -45,7 +45,7 @@ struct Problem<'a> {
 }
 
 /// Every `code` there is, for counters that should be there before they count.
-pub const CODES: [&str; 16] = [
+pub const CODES: [&str; 17] = [
     "not-found",
     "method-not-allowed",
     "source-not-allowed",
@@ -54,6 +54,7 @@ pub const CODES: [&str; 16] = [
     "invalid-timestamp",
     "stale-timestamp",
     "request-timeout",
+    "overloaded",
     "body-too-large",
     "unreadable-body",
     "invalid-encoding",
@@ -87,7 +88,8 @@ impl Refusal {
             Self::Unauthenticated(Rejection::StaleTimestamp { .. }) => {
                 (StatusCode::UNAUTHORIZED, "stale-timestamp", "Timestamp too far from now")
             }
-            Self::TimedOut | Self::Displaced => (StatusCode::REQUEST_TIMEOUT, "request-timeout", "Request too slow"),
+            Self::TimedOut => (StatusCode::REQUEST_TIMEOUT, "request-timeout", "Request too slow"),
+            Self::Overloaded => (StatusCode::SERVICE_UNAVAILABLE, "overloaded", "Overloaded"),
             Self::TooLarge(_) => (StatusCode::PAYLOAD_TOO_LARGE, "body-too-large", "Body too large"),
             Self::Unreadable(_) => (StatusCode::BAD_REQUEST, "unreadable-body", "Body unreadable"),
             Self::NotAnEnvelope(NotAnEnvelope::Encoding) => {
@@ -115,7 +117,7 @@ impl Refusal {
             Self::SourceNotAllowed => "the sender's address is not in http.allowed_sources".to_owned(),
             Self::Unauthenticated(rejection) => rejection.to_string(),
             Self::TimedOut => "the body did not arrive within http.body_timeout".to_owned(),
-            Self::Displaced => "the body arrived slowly, and http.buffer_bytes_max was used up".to_owned(),
+            Self::Overloaded => "there is no memory for the body at the moment (http.buffer_bytes_max)".to_owned(),
             Self::TooLarge(limit) => format!("the body is larger than http.body_bytes_max, {limit} bytes"),
             Self::Unreadable(cause) => format!("the body could not be read: {cause}"),
             Self::NotAnEnvelope(reason) => reason.to_string(),
@@ -132,7 +134,7 @@ impl Refusal {
             Self::MethodNotAllowed(allowed) => {
                 headers.insert(ALLOW, HeaderValue::from_static(allowed));
             }
-            Self::NotStored(_) => {
+            Self::NotStored(_) | Self::Overloaded => {
                 headers.insert(RETRY_AFTER, RETRY_AFTER_SECONDS);
             }
             _ => {}
@@ -152,8 +154,10 @@ pub fn accepted(receipt: &Receipt) -> Response<Full<Bytes>> {
     }
     let body = Accepted { ok: true, id: receipt.id, duplicate: receipt.duplicate };
     let mut response = json(StatusCode::OK, "application/json", &body);
-    // Whoever has sent an event may stay when places are short.
-    response.extensions_mut().insert(Vouched);
+    // Whoever has sent an event may stay when places are short. Whoever repeats one may have captured it.
+    if !receipt.duplicate {
+        response.extensions_mut().insert(Vouched);
+    }
     response
 }
 
@@ -195,7 +199,7 @@ mod tests {
             Refusal::Unauthenticated(Rejection::InvalidTimestamp),
             Refusal::Unauthenticated(Rejection::StaleTimestamp { age: 0, tolerance: 0 }),
             Refusal::TimedOut,
-            Refusal::Displaced,
+            Refusal::Overloaded,
             Refusal::TooLarge(0),
             Refusal::Unreadable(String::new()),
             Refusal::NotAnEnvelope(NotAnEnvelope::Encoding),

@@ -1,6 +1,7 @@
 //! Bodies: read within a limit, a deadline and a share of the memory, or discarded.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -51,7 +52,7 @@ impl Memory {
         arriving.next_id += 1;
         let displaced = CancellationToken::new();
         arriving.bodies.insert(id, displaced.clone());
-        Arrival { memory: self, id, displaced }
+        Arrival { memory: self, id, displaced, waits: AtomicBool::new(false) }
     }
 
     fn arriving(&self) -> MutexGuard<'_, Arriving> {
@@ -64,12 +65,15 @@ struct Arrival<'a> {
     memory: &'a Memory,
     id: u64,
     displaced: CancellationToken,
+    /// For memory, at the moment.
+    waits: AtomicBool,
 }
 
 impl Arrival<'_> {
     /// Takes more memory for the body, if need be that of an older one.
     async fn grow(&self, share: &mut Share, bytes: usize) {
         let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
+        self.waits.store(true, Ordering::Relaxed);
         let more = loop {
             let more = Arc::clone(&self.memory.free).acquire_many_owned(bytes);
             match timeout(CROWDED_PATIENCE, more).await {
@@ -78,6 +82,7 @@ impl Arrival<'_> {
                 Err(_) => self.displace_an_older_one(),
             }
         };
+        self.waits.store(false, Ordering::Relaxed);
         match (&mut share.0, more) {
             (Some(share), Some(more)) => share.merge(more),
             (none, more) => *none = more,
@@ -121,8 +126,11 @@ impl Inbound {
         self.waits = false;
         let arrival = memory.arrive();
         tokio::select! {
-            body = timeout(self.deadline, read(&mut self.body, limit, &arrival)) => body.map_err(|_| Refusal::TimedOut)?,
-            () = arrival.displaced.cancelled() => Err(Refusal::Displaced),
+            body = timeout(self.deadline, read(&mut self.body, limit, &arrival)) => body.unwrap_or_else(|_| {
+                // A sender that had to wait for us was not slow.
+                Err(if arrival.waits.load(Ordering::Relaxed) { Refusal::Overloaded } else { Refusal::TimedOut })
+            }),
+            () = arrival.displaced.cancelled() => Err(Refusal::Overloaded),
         }
     }
 

@@ -149,7 +149,7 @@ impl Desk {
             Err(refusal) => refusal,
         };
         self.tell(&refusal, client);
-        if !matches!(refusal, Refusal::TimedOut | Refusal::Displaced) {
+        if !matches!(refusal, Refusal::TimedOut | Refusal::Overloaded) {
             body.discard();
         }
         refusal.response()
@@ -196,7 +196,13 @@ impl Desk {
         // An event that is committed later all the same is recognised when the sender comes back.
         let appended =
             timeout(APPEND_PATIENCE, self.spool.append(event, signed.map(|signed| signed.valid_until))).await;
-        let receipt = appended.unwrap_or(Err(AppendError::Unavailable)).map_err(Refusal::NotStored)?;
+        let receipt = match appended.unwrap_or(Err(AppendError::Unavailable)) {
+            Ok(receipt) => receipt,
+            Err(error) => {
+                trace.refused();
+                return Err(Refusal::NotStored(error));
+            }
+        };
         debug!(id = %receipt.id, duplicate = receipt.duplicate, "accepted");
         trace.answered(receipt.id, receipt.duplicate);
         self.note(&receipt, &body, now);
@@ -206,7 +212,7 @@ impl Desk {
     /// For the operators.
     fn note(&self, receipt: &Receipt, body: &[u8], now: Timestamp) {
         if receipt.duplicate {
-            return self.journal.duplicate();
+            return self.journal.duplicate(now);
         }
         let envelope = Envelope::parse(body).ok();
         self.metrics.event(envelope.as_ref().map(|envelope| &*envelope.event_type));

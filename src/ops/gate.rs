@@ -4,7 +4,7 @@
 //! it listens on loopback, and asks for it by an address or as localhost (a name could be anybody's who has it point
 //! here, from within the operator's own browser). Actions also need the console's own token from the same origin.
 
-use std::sync::{PoisonError, RwLock};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 
 use hyper::HeaderMap;
 use hyper::header::{AUTHORIZATION, COOKIE, HOST, ORIGIN};
@@ -19,11 +19,15 @@ const COOKIE_NAME: &str = "prism-relay";
 const ACTION_HEADER: &str = "x-prism-token";
 
 pub struct Gate {
-    token: RwLock<Option<Secret>>,
+    keys: RwLock<Keys>,
     loopback: bool,
-    /// What a browser gets for the token. It is good until the relay ends.
-    session: Secret,
     action: Secret,
+}
+
+struct Keys {
+    token: Option<Secret>,
+    /// What a browser gets for the token. It is good until the relay ends, or the token is another one.
+    session: Secret,
 }
 
 /// Why somebody may not look or act.
@@ -41,12 +45,19 @@ pub enum Denied {
 
 impl Gate {
     pub fn new(token: Option<Secret>, loopback: bool) -> Self {
-        let random = || Secret::new(hex(&tls::random_bytes()));
-        Self { token: RwLock::new(token), loopback, session: random(), action: random() }
+        Self { keys: RwLock::new(Keys { token, session: random() }), loopback, action: random() }
     }
 
+    /// Whoever has logged in with another token has to log in again.
     pub fn replace(&self, token: Secret) {
-        *self.token.write().unwrap_or_else(PoisonError::into_inner) = Some(token);
+        let mut keys = self.keys.write().unwrap_or_else(PoisonError::into_inner);
+        if keys.token.as_ref().is_none_or(|old| !is(token.expose(), old)) {
+            *keys = Keys { token: Some(token), session: random() };
+        }
+    }
+
+    fn keys(&self) -> RwLockReadGuard<'_, Keys> {
+        self.keys.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Goes into the console's page, for its actions.
@@ -55,9 +66,9 @@ impl Gate {
     }
 
     pub fn may_look(&self, headers: &HeaderMap) -> Result<(), Denied> {
-        let token = self.token.read().unwrap_or_else(PoisonError::into_inner);
-        match &*token {
-            Some(token) if bears(headers, token) || has_session(headers, &self.session) => Ok(()),
+        let keys = self.keys();
+        match &keys.token {
+            Some(token) if bears(headers, token) || has_session(headers, &keys.session) => Ok(()),
             Some(_) => Err(Denied::LoginNeeded),
             None if !self.loopback => Err(Denied::NoTokenSet),
             None if is_asked_by_address(headers) => Ok(()),
@@ -68,8 +79,7 @@ impl Gate {
     /// A program that bears the token needs no other one: no browser sends that header by itself.
     pub fn may_act(&self, headers: &HeaderMap) -> Result<(), Denied> {
         self.may_look(headers)?;
-        let token = self.token.read().unwrap_or_else(PoisonError::into_inner);
-        if token.as_ref().is_some_and(|token| bears(headers, token)) {
+        if self.keys().token.as_ref().is_some_and(|token| bears(headers, token)) {
             return Ok(());
         }
         let own = text(headers, ACTION_HEADER).is_some_and(|given| is(given, &self.action));
@@ -78,10 +88,14 @@ impl Gate {
 
     /// The cookie for whoever knows the token.
     pub fn log_in(&self, given: &str) -> Option<String> {
-        let token = self.token.read().unwrap_or_else(PoisonError::into_inner);
-        let known = token.as_ref().is_some_and(|token| is(given, token));
-        known.then(|| format!("{COOKIE_NAME}={}; Path=/; HttpOnly; SameSite=Strict", self.session.expose()))
+        let keys = self.keys();
+        let known = keys.token.as_ref().is_some_and(|token| is(given, token));
+        known.then(|| format!("{COOKIE_NAME}={}; Path=/; HttpOnly; SameSite=Strict", keys.session.expose()))
     }
+}
+
+fn random() -> Secret {
+    Secret::new(hex(&tls::random_bytes()))
 }
 
 fn text(headers: &HeaderMap, name: impl hyper::header::AsHeaderName) -> Option<&str> {
@@ -162,6 +176,14 @@ mod tests {
         );
         gate.replace(Secret::new("another long enough token"));
         assert_eq!(gate.log_in("a long enough token"), None);
+        assert_eq!(
+            gate.may_look(&headers(&[("cookie", pair)])),
+            Err(Denied::LoginNeeded),
+            "the session has ended, too"
+        );
+        let cookie = gate.log_in("another long enough token").unwrap();
+        gate.replace(Secret::new("another long enough token"));
+        assert_eq!(gate.may_look(&headers(&[("cookie", cookie.split(';').next().unwrap())])), Ok(()), "the same token");
     }
 
     #[test]

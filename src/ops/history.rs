@@ -1,7 +1,7 @@
-//! The last fifteen minutes in numbers, for the charts: a point every five seconds. Pure.
+//! The last fifteen minutes in numbers, for the charts: a point every five seconds. Pure; takes `now`.
 
-use std::collections::VecDeque;
-use std::time::Duration;
+use std::collections::{BTreeMap, VecDeque};
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use serde::Serialize;
@@ -15,73 +15,96 @@ const POINTS_MAX: usize = 180;
 #[derive(Default)]
 pub struct History {
     points: VecDeque<Point>,
-    before: Option<(Timestamp, Totals)>,
+    before: Option<(Instant, Totals)>,
 }
 
 /// Counters since the start of the process, or of the spool's life.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Totals {
     /// Webhooks that were answered 200, re-sends among them.
     pub accepted: u64,
     pub refused: u64,
-    /// Of the refused ones, those that were meant for us: at the right path, from where they may come.
-    pub mistaken: u64,
+    /// Of the refused ones, by code, those that were meant for us.
+    pub mistaken: BTreeMap<&'static str, u64>,
     pub confirmed: u64,
 }
 
 /// Rates are per second, over the time since the point before.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Point {
     /// Seconds since 1970.
     pub at: i64,
     pub accepted: f64,
     pub refused: f64,
-    #[serde(skip)]
-    pub mistaken: f64,
     pub confirmed: f64,
     /// Pending events.
     pub depth: u64,
     /// Of the events that were confirmed since the point before.
     pub lag_p50_ms: Option<u64>,
     pub lag_p99_ms: Option<u64>,
+    #[serde(skip)]
+    counts: Counts,
+}
+
+/// Webhooks since the point before.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Counts {
+    pub accepted: u64,
+    pub mistaken: BTreeMap<&'static str, u64>,
+}
+
+impl Totals {
+    /// Counters may fall when a spool is mended.
+    fn since(&self, before: &Self) -> Counts {
+        let mistaken = self
+            .mistaken
+            .iter()
+            .map(|(code, count)| (*code, count.saturating_sub(before.mistaken.get(code).copied().unwrap_or(0))));
+        let mistaken = mistaken.filter(|(_, count)| *count > 0).collect();
+        Counts { accepted: self.accepted.saturating_sub(before.accepted), mistaken }
+    }
 }
 
 impl History {
-    /// Adds a point; the first call only learns where the counters stand.
-    pub fn add(&mut self, totals: Totals, depth: u64, lags: &Lags, now: Timestamp) -> Option<Point> {
-        let (then, before) = self.before.replace((now, totals))?;
-        let seconds = now.duration_since(then).as_secs_f64().max(0.001);
-        // Counters may fall when a spool is mended.
-        let rate = |now: u64, before: u64| now.saturating_sub(before) as f64 / seconds;
+    /// Adds a point; the first call only learns where the counters stand. `at` is for the label, `now` measures.
+    pub fn add(&mut self, totals: Totals, depth: u64, lags: &Lags, at: Timestamp, now: Instant) -> Option<Point> {
+        let (then, before) = self.before.replace((now, totals.clone()))?;
+        let seconds = now.saturating_duration_since(then).as_secs_f64().max(0.001);
+        let counts = totals.since(&before);
+        let rate = |count: u64| count as f64 / seconds;
         let point = Point {
-            at: now.as_second(),
-            accepted: rate(totals.accepted, before.accepted),
-            refused: rate(totals.refused, before.refused),
-            mistaken: rate(totals.mistaken, before.mistaken),
-            confirmed: rate(totals.confirmed, before.confirmed),
+            at: at.as_second(),
+            accepted: rate(counts.accepted),
+            refused: rate(totals.refused.saturating_sub(before.refused)),
+            confirmed: rate(totals.confirmed.saturating_sub(before.confirmed)),
             depth,
             lag_p50_ms: lags.quantile(0.5),
             lag_p99_ms: lags.quantile(0.99),
+            counts,
         };
         if self.points.len() == POINTS_MAX {
             self.points.pop_front();
         }
-        self.points.push_back(point);
+        self.points.push_back(point.clone());
         Some(point)
     }
 
     /// The oldest first.
     pub fn points(&self) -> Vec<Point> {
-        self.points.iter().copied().collect()
+        self.points.iter().cloned().collect()
     }
 
-    /// Webhooks accepted and mistaken within about the last `span`.
-    pub fn lately(&self, span: Duration, now: Timestamp) -> (f64, f64) {
-        let since = now.as_second() - i64::try_from(span.as_secs()).unwrap_or(i64::MAX);
-        let recent = self.points.iter().rev().take_while(|point| point.at >= since);
-        let seconds = INTERVAL.as_secs_f64();
-        recent.fold((0.0, 0.0), |(accepted, mistaken), point| {
-            (accepted + point.accepted * seconds, mistaken + point.mistaken * seconds)
+    /// Webhooks within about the last `span`, those since the last point included.
+    pub fn lately(&self, span: Duration, totals: &Totals) -> Counts {
+        let points = (span.as_secs() / INTERVAL.as_secs()) as usize;
+        let newest = self.before.as_ref().map(|(_, before)| totals.since(before)).unwrap_or_default();
+        let recent = self.points.iter().rev().take(points).map(|point| &point.counts);
+        recent.fold(newest, |mut sum, counts| {
+            sum.accepted += counts.accepted;
+            for (code, count) in &counts.mistaken {
+                *sum.mistaken.entry(code).or_default() += count;
+            }
+            sum
         })
     }
 }
@@ -92,17 +115,30 @@ mod tests {
 
     #[test]
     fn points_are_rates_and_do_not_pile_up() {
-        let mut history = History::default();
-        let at = |second: i64| Timestamp::from_second(1_000_000 + second).unwrap();
-        let totals = |count| Totals { accepted: count, refused: 2 * count, mistaken: count, confirmed: count / 2 };
-        assert_eq!(history.add(totals(100), 0, &Lags::default(), at(0)), None);
-        let point = history.add(totals(150), 7, &Lags::default(), at(5)).unwrap();
+        let (mut history, start) = (History::default(), Instant::now());
+        // The wall clock jumps back in the middle, which no rate may notice.
+        let at = |second: i64| Timestamp::from_second(1_000_000 + if second == 10 { -3600 } else { second }).unwrap();
+        let totals = |count: u64| Totals {
+            accepted: count,
+            refused: 2 * count,
+            mistaken: [("invalid-signature", count)].into(),
+            confirmed: count / 2,
+        };
+        let mut add = |count, depth, second: i64| {
+            let now = start + Duration::from_secs(second as u64);
+            history.add(totals(count), depth, &Lags::default(), at(second), now)
+        };
+        assert_eq!(add(100, 0, 0), None);
+        let point = add(150, 7, 5).unwrap();
         assert_eq!((point.accepted, point.refused, point.confirmed, point.depth), (10.0, 20.0, 5.0, 7));
-        assert_eq!(history.add(totals(0), 0, &Lags::default(), at(10)).unwrap().accepted, 0.0, "a counter that fell");
-        assert_eq!(history.lately(Duration::from_secs(60), at(10)), (50.0, 50.0));
-        assert_eq!(history.lately(Duration::from_secs(60), at(90)), (0.0, 0.0));
-        for second in 3..1000 {
-            history.add(totals(0), 0, &Lags::default(), at(second * 5));
+        assert_eq!(add(200, 0, 10).unwrap().accepted, 10.0);
+        assert_eq!(add(0, 0, 15).unwrap().accepted, 0.0, "a counter that fell");
+        let lately = history.lately(Duration::from_secs(15), &totals(3));
+        assert_eq!(lately, Counts { accepted: 103, mistaken: [("invalid-signature", 103)].into() });
+        assert_eq!(history.lately(Duration::from_secs(5), &totals(3)).accepted, 3);
+        for second in 4..1000 {
+            let now = start + Duration::from_secs(second * 5);
+            history.add(totals(0), 0, &Lags::default(), at(0), now);
         }
         assert_eq!(history.points().len(), POINTS_MAX);
     }

@@ -12,7 +12,7 @@ use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::Stream;
@@ -24,14 +24,15 @@ use hyper::{Method, Request, Response, StatusCode};
 use serde::Serialize;
 use serde_json::json;
 use tokio::sync::broadcast;
-use tokio::time::{interval, timeout};
+use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info};
+use tracing::{error, info, warn};
 use uuid::Uuid;
 
 use crate::config;
 use crate::ingress::readiness;
 use crate::metrics;
+use crate::notices::Notices;
 use crate::server::{BindError, Limits, Server};
 use crate::telemetry::chain;
 use gate::Denied;
@@ -77,6 +78,7 @@ struct Desk {
     view: Arc<View>,
     gate: Arc<Gate>,
     feed: broadcast::Sender<Bytes>,
+    notices: Arc<Notices>,
 }
 
 impl Ops {
@@ -89,7 +91,10 @@ impl Ops {
     ) -> Result<Self, BindError> {
         let server = Server::bind(config.listen, "ops.listen", LIMITS, None, Arc::clone(&parts.metrics)).await?;
         let (feed, _) = broadcast::channel(FEED_CAPACITY);
-        Ok(Self { server, desk: Desk { view: Arc::new(View::new(parts, draining)), gate, feed } })
+        Ok(Self {
+            server,
+            desk: Desk { view: Arc::new(View::new(parts, draining)), gate, feed, notices: Arc::default() },
+        })
     }
 
     pub fn address(&self) -> std::io::Result<SocketAddr> {
@@ -100,9 +105,9 @@ impl Ops {
     pub async fn run(self, shutdown: CancellationToken) {
         let Self { server, desk } = self;
         let observer = desk.clone();
-        let handler = move |request: Request<Incoming>, _peer| {
+        let handler = move |request: Request<Incoming>, peer| {
             let desk = desk.clone();
-            async move { desk.answer(request).await }
+            async move { desk.answer(request, peer).await }
         };
         tokio::join!(server.run(handler, shutdown), observer.observe());
     }
@@ -114,13 +119,16 @@ impl Desk {
         let (mut status, mut points) = (interval(STATUS_EVERY), interval(history::INTERVAL));
         // The first point was taken at the start.
         points.tick().await;
+        // Points that come late are not made up for: each tells of the time since the one before.
+        points.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        status.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let news = tokio::select! {
                 _ = status.tick() => {
                     if self.feed.receiver_count() == 0 {
                         continue;
                     }
-                    self.status_news().await
+                    Some(self.status_news().await)
                 }
                 _ = points.tick() => self.view.sample().map(|point| news("point", &point)),
             };
@@ -129,13 +137,11 @@ impl Desk {
         }
     }
 
-    async fn status_news(&self) -> Option<Bytes> {
-        let report =
-            self.view.report().await.inspect_err(|error| error!(error = chain(error), "cannot report")).ok()?;
-        Some(news("status", &report))
+    async fn status_news(&self) -> Bytes {
+        news("status", &self.view.report().await)
     }
 
-    async fn answer(&self, request: Request<Incoming>) -> Response<Answer> {
+    async fn answer(&self, request: Request<Incoming>, peer: SocketAddr) -> Response<Answer> {
         let path = request.uri().path().to_owned();
         let looking = matches!(*request.method(), Method::GET | Method::HEAD);
         match (looking, path.as_str()) {
@@ -143,7 +149,7 @@ impl Desk {
             (true, "/readyz") => readiness(&self.view.parts().spool, self.view.draining()).map(Either::Left),
             (true, "/metrics") => self.metrics(&request).await,
             (true, "/login") => console::login(),
-            (false, "/login") if request.method() == Method::POST => self.log_in(request).await,
+            (false, "/login") if request.method() == Method::POST => self.log_in(request, peer).await,
             (true, "/") => match self.gate.may_look(request.headers()) {
                 Ok(()) => console::page(self.gate.action_token()),
                 Err(Denied::LoginNeeded) => see_other("/login"),
@@ -153,7 +159,9 @@ impl Desk {
             (looking, path) if path.starts_with("/api/") => {
                 let answer = if looking { self.tell(&request).await } else { self.act(&request).await };
                 answer.unwrap_or_else(|error| {
-                    error!(error = chain(&error), path, "cannot answer an operator");
+                    if let Some(unreported) = self.notices.due("answer", Instant::now()) {
+                        error!(error = chain(&error), path, unreported, "cannot answer an operator");
+                    }
                     problem(StatusCode::INTERNAL_SERVER_ERROR, "the spool cannot be read or changed at the moment")
                 })
             }
@@ -177,7 +185,7 @@ impl Desk {
             return Ok(deny(denied));
         }
         Ok(match request.uri().path() {
-            "/api/status" => json(StatusCode::OK, &self.view.report().await?),
+            "/api/status" => json(StatusCode::OK, &self.view.report().await),
             "/api/history" => {
                 let interval = history::INTERVAL.as_secs();
                 json(StatusCode::OK, &json!({ "interval_seconds": interval, "points": self.view.points() }))
@@ -220,7 +228,7 @@ impl Desk {
     /// Server-sent events (the HTML standard, section 9.2): how things are now, and then whatever is new.
     async fn stream(&self) -> Response<Answer> {
         let feed = self.feed.subscribe();
-        let first = stream::iter(self.status_news().await);
+        let first = stream::iter([self.status_news().await]);
         let rest = stream::unfold(feed, |mut feed| async {
             loop {
                 match feed.recv().await {
@@ -239,7 +247,7 @@ impl Desk {
         response
     }
 
-    async fn log_in(&self, request: Request<Incoming>) -> Response<Answer> {
+    async fn log_in(&self, request: Request<Incoming>, peer: SocketAddr) -> Response<Answer> {
         let body = timeout(LOGIN_TIMEOUT, Limited::new(request.into_body(), LOGIN_BYTES_MAX).collect()).await;
         let Ok(Ok(body)) = body else { return problem(StatusCode::BAD_REQUEST, "the form could not be read") };
         let body = body.to_bytes();
@@ -252,7 +260,9 @@ impl Desk {
                 response
             }
             Some(Err(_)) | None => {
-                info!("somebody has tried to log in to the console with a wrong token");
+                if let Some(unreported) = self.notices.due("login", Instant::now()) {
+                    warn!(%peer, unreported, "somebody tries to log in to the console with a wrong token");
+                }
                 see_other("/login?wrong")
             }
         }

@@ -5,9 +5,9 @@ use serde::Serialize;
 use std::collections::BTreeMap;
 use uuid::Uuid;
 
-use super::summary::Summary;
+use super::summary::{Refusing, Summary};
 use crate::event::{Envelope, subject};
-use crate::journal::{Arrival, Entries, Tally};
+use crate::journal::{Arrival, Counts, Tally};
 use crate::publisher::{BrokerState, Turn};
 use crate::spool::{Entry, Ledger};
 
@@ -23,6 +23,8 @@ pub struct Report {
     /// Whether the relay is on its way out.
     pub draining: bool,
     pub summary: Summary,
+    /// Webhooks that were meant for us and are being refused.
+    pub refusing: Option<Refusing>,
     pub webhooks: WebhookReport,
     pub last: LastReport,
     pub spool: SpoolReport,
@@ -61,6 +63,8 @@ pub struct SpoolReport {
     pub pending: u64,
     pub parked: u64,
     pub removed: u64,
+    /// Of the removed ones, those that could not be read any more after the file was damaged.
+    pub lost: u64,
     pub duplicates: u64,
     pub bytes: u64,
     pub max_bytes: u64,
@@ -120,6 +124,10 @@ pub enum EventState {
     Pending,
     Confirmed,
     Parked,
+    /// An operator has taken it out.
+    Removed,
+    /// Not in the spool any more, and it is not remembered how it went.
+    Gone,
 }
 
 /// `/api/parked`.
@@ -140,26 +148,27 @@ pub struct ParkedEvent {
 }
 
 impl WebhookReport {
-    pub fn new(entries: &Entries) -> Self {
-        Self { accepted: entries.accepted, duplicate: entries.duplicates, refused: entries.refused.clone() }
+    pub fn new(counts: &Counts) -> Self {
+        Self { accepted: counts.accepted, duplicate: counts.duplicates, refused: counts.refused.clone() }
     }
 }
 
 impl LastReport {
-    pub fn new(entries: &Entries, confirmed_at: Option<Timestamp>) -> Self {
+    pub fn new(counts: &Counts, confirmed_at: Option<Timestamp>) -> Self {
         Self {
-            accepted_at: entries.last_accepted,
+            accepted_at: counts.last_accepted,
             confirmed_at,
-            refused_at: entries.last_refused.map(|(at, _)| at),
-            refused_reason: entries.last_refused.map(|(_, code)| code),
+            refused_at: counts.last_refused.map(|(at, _)| at),
+            refused_reason: counts.last_refused.map(|(_, code)| code),
         }
     }
 }
 
 impl SpoolReport {
-    pub fn new(ledger: &Ledger, max_bytes: u64, writable: bool, oldest_age_seconds: Option<f64>) -> Self {
+    pub fn new(ledger: &Ledger, lost: u64, max_bytes: u64, writable: bool, oldest_age_seconds: Option<f64>) -> Self {
         let Ledger { accepted, confirmed, pending, parked, removed, duplicates, bytes } = *ledger;
         Self {
+            lost,
             accepted,
             confirmed,
             pending,
@@ -176,22 +185,23 @@ impl SpoolReport {
 
 impl TypeReport {
     /// The most frequent ones first.
-    pub fn list(entries: &Entries) -> Vec<Self> {
+    pub fn list(counts: &Counts) -> Vec<Self> {
         let report =
             |name: &str, tally: &Tally| Self { r#type: name.to_owned(), accepted: tally.count, last_seen: tally.last };
-        let mut types: Vec<_> = entries.types.iter().map(|(name, tally)| report(name, tally)).collect();
+        let mut types: Vec<_> =
+            counts.types.iter().filter(|(_, tally)| tally.count > 0).map(|(name, tally)| report(name, tally)).collect();
         types.sort_by(|a, b| b.accepted.cmp(&a.accepted).then_with(|| a.r#type.cmp(&b.r#type)));
-        if entries.other_types.count > 0 {
-            types.push(report("(other)", &entries.other_types));
+        if counts.other_types.count > 0 {
+            types.push(report("(other)", &counts.other_types));
         }
         types
     }
 }
 
 impl SecretReport {
-    pub fn list(entries: &Entries, secrets: usize) -> Vec<Self> {
+    pub fn list(counts: &Counts, secrets: usize) -> Vec<Self> {
         let report = |position: usize| {
-            let tally = entries.verified.get(&position).copied().unwrap_or_default();
+            let tally = counts.verified.get(&position).copied().unwrap_or_default();
             Self { position: position + 1, verified: tally.count, last_verified_at: tally.last }
         };
         (0..secrets).map(report).collect()

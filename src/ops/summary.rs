@@ -1,5 +1,6 @@
 //! The sentence of truth: what an operator has to know first, in words. Pure.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::time::Duration;
 
@@ -21,6 +22,17 @@ pub enum Level {
     Problem,
 }
 
+/// Webhooks that were meant for us are being refused.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Refusing {
+    /// The most frequent `code`.
+    pub reason: &'static str,
+    /// Within the last five minutes.
+    pub count: u64,
+    /// None was accepted meanwhile.
+    pub all: bool,
+}
+
 /// What the sentence is made of. Ages are those of now.
 #[derive(Clone, Debug, Default)]
 pub struct Facts {
@@ -28,20 +40,22 @@ pub struct Facts {
     pub writable: bool,
     pub pending: u64,
     pub parked: u64,
+    pub removed: u64,
     pub bytes: u64,
     pub max_bytes: u64,
     pub oldest: Option<Duration>,
     pub connected: bool,
     pub blocked: Option<String>,
+    /// Why there is no connection.
+    pub error: Option<String>,
     /// For how long the connection has been as it is.
     pub unchanged: Duration,
     pub last_confirm: Option<Duration>,
     pub last_accepted: Option<Duration>,
-    /// Webhooks within the last minutes.
-    pub lately_accepted: f64,
-    pub lately_refused: f64,
-    /// Of the last refusal, if it is not long ago.
-    pub refused_reason: Option<&'static str>,
+    /// Webhooks within the last five minutes.
+    pub lately_accepted: u64,
+    /// Those that were meant for us, by `code`.
+    pub lately_refused: BTreeMap<&'static str, u64>,
 }
 
 /// A spool that is fuller than this is worth a warning.
@@ -50,21 +64,32 @@ const NEARLY_FULL: f64 = 0.8;
 const LATE: Duration = Duration::from_secs(30);
 /// A connection that has been gone for less is being made again.
 const BRIEF: Duration = Duration::from_secs(5);
-/// Fewer refusals than these are nobody's concern on an address that anybody can reach.
-const REFUSALS_MIN: f64 = 3.0;
+/// Fewer refusals than these are nobody's concern on an address that anybody can reach; without a signature anybody may
+/// have sent them.
+const REFUSALS_MIN: u64 = 5;
+const UNSIGNED_REFUSALS_MIN: u64 = 20;
 
 impl Facts {
     pub fn sum_up(&self) -> Summary {
         let (level, text) = self
             .not_accepting()
             .or_else(|| self.not_delivering())
-            .or_else(|| self.refusing())
+            .or_else(|| self.refusing_all())
             .or_else(|| self.behind())
+            .or_else(|| self.refusing_some())
             .or_else(|| self.stuck())
             .unwrap_or_else(|| (Level::Ok, self.well()));
-        let asides = self.asides();
+        let asides = self.asides(&text);
         let level = if level == Level::Ok && !asides.is_empty() { Level::Warning } else { level };
         Summary { level, text: text + &asides }
+    }
+
+    /// Webhooks that were meant for us and are being refused, if there are more than a few.
+    pub fn refusing(&self) -> Option<Refusing> {
+        let count = self.lately_refused.values().sum();
+        let (reason, _) = self.lately_refused.iter().max_by_key(|(_, count)| **count)?;
+        let enough = if *reason == "missing-signature" { UNSIGNED_REFUSALS_MIN } else { REFUSALS_MIN };
+        (count >= enough).then_some(Refusing { reason, count, all: self.lately_accepted == 0 })
     }
 
     fn not_accepting(&self) -> Option<(Level, String)> {
@@ -98,40 +123,34 @@ impl Facts {
             (count, Some(oldest)) => format!("{} safe on disk, the oldest for {}", are(count), span(oldest)),
             (count, None) => format!("{} safe on disk", are(count)),
         };
+        let meanwhile =
+            self.refusing().map_or("Prism is being answered normally.".to_owned(), |refusing| refusing.text());
         let brief = !self.connected && self.unchanged < BRIEF;
         let level = if brief { Level::Warning } else { Level::Problem };
-        Some((level, format!("{why}; {kept}. Prism is being answered normally.")))
+        Some((level, format!("{why}; {kept}. {meanwhile}")))
     }
 
     fn why_not_delivering(&self) -> Option<String> {
-        if !self.connected {
-            return Some(format!("RabbitMQ has been unreachable for {}", span(self.unchanged)));
+        let time = span(self.unchanged);
+        if let (true, blocked) = (self.connected, &self.blocked) {
+            return blocked.as_ref().map(|reason| format!("RabbitMQ has been refusing messages for {time} ({reason})"));
         }
-        let reason = self.blocked.as_ref()?;
-        Some(format!("RabbitMQ has been refusing messages for {} ({reason})", span(self.unchanged)))
+        let away = |error: &&String| {
+            ["cannot reach", "no answer", "the connection was lost"].iter().any(|start| error.starts_with(start))
+        };
+        match self.error.as_ref().filter(|error| !away(error)) {
+            None => Some(format!("RabbitMQ has been unreachable for {time}")),
+            Some(error) => Some(format!("Nothing has been delivered to RabbitMQ for {time} ({error})")),
+        }
     }
 
-    fn refusing(&self) -> Option<(Level, String)> {
-        if self.lately_refused < REFUSALS_MIN {
-            return None;
-        }
-        let (refused, all) = (self.lately_refused.round() as u64, self.lately_accepted < 1.0);
-        let cause = match self.refused_reason? {
-            "invalid-signature" => "they are signed with another secret than the relay knows, or a proxy changes them",
-            "missing-signature" => "they are not signed",
-            "stale-timestamp" => "their time of signing is too far from this machine's clock",
-            "invalid-timestamp" => "their time of signing cannot be read",
-            "body-too-large" => "they are larger than http.body_bytes_max",
-            _ => return None,
-        };
-        let text = if all {
-            format!(
-                "Every webhook is being refused ({refused} in the last 5 min): {cause}. Prism gives each up after 35 s."
-            )
-        } else {
-            format!("{refused} webhooks were refused in the last 5 min: {cause}. Others are accepted.")
-        };
-        Some((if all { Level::Problem } else { Level::Warning }, text))
+    fn refusing_all(&self) -> Option<(Level, String)> {
+        let refusing = self.refusing().filter(|refusing| refusing.all)?;
+        Some((Level::Problem, refusing.text()))
+    }
+
+    fn refusing_some(&self) -> Option<(Level, String)> {
+        self.refusing().map(|refusing| (Level::Warning, refusing.text()))
     }
 
     fn behind(&self) -> Option<(Level, String)> {
@@ -159,6 +178,11 @@ impl Facts {
 
     fn well(&self) -> String {
         match (self.pending, self.last_confirm, self.last_accepted) {
+            // What an operator has taken out was not delivered.
+            (0, Some(confirm), _) if self.removed > 0 => {
+                format!("Nothing is waiting; the last event was delivered {} ago.", span(confirm))
+            }
+            (0, None, Some(_)) if self.removed > 0 => "All is well; nothing is waiting.".to_owned(),
             (0, Some(confirm), _) => format!("All accepted events are delivered; the last one {} ago.", span(confirm)),
             (0, None, None) => "All is well; no event has come in since the relay started.".to_owned(),
             (0, None, Some(_)) => "All accepted events are delivered.".to_owned(),
@@ -166,14 +190,14 @@ impl Facts {
         }
     }
 
-    /// What is true beside the first sentence.
-    fn asides(&self) -> String {
+    /// What is true beside the first sentence, unless that has said so.
+    fn asides(&self, first: &str) -> String {
         let mut text = String::new();
         let full = self.share();
         if (NEARLY_FULL..1.0).contains(&full) {
             let _ = write!(text, " The spool is {:.0} % full.", full * 100.0);
         }
-        if self.parked > 0 && self.stuck().is_none() {
+        if self.parked > 0 && !first.contains(&self.parked_text()) {
             let _ = write!(text, " {}.", self.parked_text());
         }
         text
@@ -183,6 +207,32 @@ impl Facts {
         // The next event would not fit any more.
         let used = self.bytes + crate::spool::EVENT_OVERHEAD_BYTES;
         if used > self.max_bytes { 1.0 } else { self.bytes as f64 / self.max_bytes.max(1) as f64 }
+    }
+}
+
+impl Refusing {
+    fn text(&self) -> String {
+        let cause = match self.reason {
+            "invalid-signature" => "they are signed with another secret than the relay knows, or a proxy changes them",
+            "missing-signature" => "they are not signed",
+            "stale-timestamp" => "their time of signing is too far from this machine's clock",
+            "invalid-timestamp" => "their time of signing cannot be read",
+            "body-too-large" => "they are larger than http.body_bytes_max",
+            "request-timeout" => "they arrive too slowly",
+            "spool-full" => "the spool was full",
+            "spool-unavailable" => "the spool could not be written",
+            other => other,
+        };
+        let count = grouped(self.count);
+        if self.all {
+            format!(
+                "Every webhook is being refused ({count} in the last 5 min): {cause}. Prism gives each up after 35 s."
+            )
+        } else {
+            format!(
+                "{count} webhooks were refused in the last 5 min, most of them because {cause}. Others are accepted."
+            )
+        }
     }
 }
 
@@ -275,14 +325,30 @@ mod tests {
 
     #[test]
     fn prism_signs_with_another_secret() {
-        let refusing = Facts { lately_refused: 87.0, refused_reason: Some("invalid-signature"), ..well() };
+        let refused = |counts: &[(&'static str, u64)]| counts.iter().copied().collect::<BTreeMap<_, _>>();
+        // One stray request does not hide the cause.
+        let counts = refused(&[("invalid-signature", 86), ("unreadable-body", 1)]);
+        let refusing = Facts { lately_refused: counts, ..well() };
         let Summary { level, text } = refusing.sum_up();
         assert!(level == Level::Problem && text.starts_with("Every webhook is being refused (87 in"), "{text}");
-        let some = Facts { lately_accepted: 500.0, ..refusing };
+        assert!(text.contains("another secret"), "{text}");
+        let some = Facts { lately_accepted: 500, ..refusing.clone() };
         let Summary { level, text } = some.sum_up();
         assert!(level == Level::Warning && text.starts_with("87 webhooks were refused"), "{text}");
-        let scanner = Facts { lately_refused: 2.0, refused_reason: Some("missing-signature"), ..well() };
-        assert_eq!(scanner.sum_up().level, Level::Ok);
+        let both = Facts { connected: false, ..refusing }.sum_up().text;
+        assert!(both.contains("unreachable") && both.contains("Every webhook") && !both.contains("normally"), "{both}");
+        let scanner = Facts { lately_refused: refused(&[("missing-signature", 10)]), ..well() };
+        assert_eq!((scanner.sum_up().level, scanner.refusing()), (Level::Ok, None));
+    }
+
+    #[test]
+    fn rabbitmq_says_why() {
+        let error = Some("the broker rejected a publish (nack): is a queue at its limit?".to_owned());
+        let nacked = Facts { connected: false, error, ..well() };
+        let text = nacked.sum_up().text;
+        assert!(text.starts_with("Nothing has been delivered to RabbitMQ for 1 h (the broker rejected"), "{text}");
+        let parked = Facts { connected: false, parked: 2, ..well() }.sum_up().text;
+        assert!(parked.ends_with("2 events are parked, because RabbitMQ does not take them."), "{parked}");
     }
 
     #[test]

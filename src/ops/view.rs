@@ -14,9 +14,9 @@ use super::report::{
     BrokerReport, CertificateReport, EventReport, EventState, LastReport, ParkedEvent, ParkedReport, Report,
     SecretReport, SpoolReport, TypeReport, WebhookReport, matches,
 };
-use super::summary::{Facts, Summary};
+use super::summary::Facts;
 use crate::ingress::blocker;
-use crate::journal::{Entries, Journal};
+use crate::journal::{Arrival, Counts, Journal};
 use crate::metrics::Metrics;
 use crate::publisher::{BrokerState, Status};
 use crate::server::Admission;
@@ -90,51 +90,49 @@ impl View {
     /// Adds a point to the charts.
     pub fn sample(&self) -> Option<Point> {
         let ledger = self.parts.spool.gauges().ledger();
-        let webhooks = self.parts.journal.totals();
-        let totals = Totals {
-            accepted: webhooks.accepted,
-            refused: webhooks.refused,
-            mistaken: webhooks.mistaken,
-            confirmed: ledger.confirmed,
-        };
+        let totals = totals(&self.parts.journal.counts(), ledger.confirmed);
         let lags = self.parts.broker.take_lags();
-        self.history().add(totals, ledger.pending, &lags, Timestamp::now())
+        self.history().add(totals, ledger.pending, &lags, Timestamp::now(), Instant::now())
     }
 
     pub fn points(&self) -> Vec<Point> {
         self.history().points()
     }
 
-    pub async fn report(&self) -> Result<Report, ReadError> {
-        let (ledger, broker, entries) =
-            (self.parts.spool.gauges().ledger(), self.parts.broker.snapshot(), self.parts.journal.snapshot());
+    pub async fn report(&self) -> Report {
+        let (gauges, broker, counts) =
+            (self.parts.spool.gauges(), self.parts.broker.snapshot(), self.parts.journal.counts());
         let now = Timestamp::now();
-        let writable = self.parts.spool.gauges().writable();
-        let spool = SpoolReport::new(&ledger, self.parts.spool.max_bytes(), writable, self.oldest_age(now).await?);
+        // The rest is needed most when the spool is sick.
+        let oldest = self.oldest_age(now).await.unwrap_or(None);
+        let (ledger, max_bytes) = (gauges.ledger(), self.parts.spool.max_bytes());
+        let spool = SpoolReport::new(&ledger, gauges.lost(), max_bytes, gauges.writable(), oldest);
+        let facts = self.facts(&spool, &broker, &counts, now);
         let (started, started_at) = self.started;
-        Ok(Report {
+        Report {
             version: env!("CARGO_PKG_VERSION"),
             now,
             started_at,
             uptime_seconds: started.elapsed().as_secs(),
             ready: blocker(&self.parts.spool, &self.draining).is_none(),
             draining: self.draining.is_cancelled(),
-            summary: self.summary(&spool, &broker, &entries, now),
-            webhooks: WebhookReport::new(&entries),
-            last: LastReport::new(&entries, self.parts.broker.last_confirm()),
+            summary: facts.sum_up(),
+            refusing: facts.refusing(),
+            webhooks: WebhookReport::new(&counts),
+            last: LastReport::new(&counts, self.parts.broker.last_confirm()),
             spool,
             broker: BrokerReport { state: broker, in_flight: self.parts.broker.in_flight() },
             timeline: self.parts.broker.timeline(),
-            types: TypeReport::list(&entries),
-            secrets: SecretReport::list(&entries, self.parts.verifier.secrets()),
+            types: TypeReport::list(&counts),
+            secrets: SecretReport::list(&counts, self.parts.verifier.secrets()),
             certificate: self.certificate(now),
-        })
+        }
     }
 
-    fn summary(&self, spool: &SpoolReport, broker: &BrokerState, entries: &Entries, now: Timestamp) -> Summary {
+    fn facts(&self, spool: &SpoolReport, broker: &BrokerState, counts: &Counts, now: Timestamp) -> Facts {
         let age = |at: Timestamp| now.duration_since(at).unsigned_abs();
-        let (lately_accepted, lately_mistaken) = self.history().lately(LATELY, now);
-        let facts = Facts {
+        let lately = self.history().lately(LATELY, &totals(counts, spool.confirmed));
+        Facts {
             draining: self.draining.is_cancelled(),
             writable: spool.writable,
             pending: spool.pending,
@@ -144,14 +142,14 @@ impl View {
             oldest: spool.oldest_age_seconds.map(Duration::from_secs_f64),
             connected: broker.connected,
             blocked: broker.blocked.clone(),
+            error: broker.error.clone(),
+            removed: spool.removed,
             unchanged: age(broker.since),
             last_confirm: self.parts.broker.last_confirm().map(age),
-            last_accepted: entries.last_accepted.map(age),
-            lately_accepted,
-            lately_refused: lately_mistaken,
-            refused_reason: entries.last_mistaken,
-        };
-        facts.sum_up()
+            last_accepted: counts.last_accepted.map(age),
+            lately_accepted: lately.accepted,
+            lately_refused: lately.mistaken,
+        }
     }
 
     fn certificate(&self, now: Timestamp) -> Option<CertificateReport> {
@@ -161,20 +159,19 @@ impl View {
 
     /// The latest events that match, the newest first.
     pub async fn events(&self, find: &str) -> Result<Vec<EventReport>, ReadError> {
-        let entries = self.parts.journal.snapshot();
-        let found: Vec<_> =
-            entries.latest.iter().rev().filter(|arrival| matches(arrival, find)).take(EVENTS_MAX).collect();
+        let found = self.parts.journal.latest(EVENTS_MAX, |arrival| matches(arrival, find));
         let seqs = found.iter().map(|arrival| arrival.seq).collect();
         let undelivered: HashMap<u64, bool> = self.parts.spool.states(seqs).await?.into_iter().collect();
         let confirms: HashMap<u64, Timestamp> = self.parts.broker.confirms().into_iter().collect();
-        let report = |arrival: &&_| {
-            let arrival: &crate::journal::Arrival = arrival;
+        let report = |arrival: &Arrival| {
             let settled_at = confirms.get(&arrival.seq).copied();
             let state = match (settled_at, undelivered.get(&arrival.seq)) {
+                // Perhaps not yet deleted.
+                (Some(_), _) => EventState::Confirmed,
                 (None, Some(true)) => EventState::Parked,
                 (None, Some(false)) => EventState::Pending,
-                // Confirmed, and perhaps not yet deleted.
-                (Some(_), _) | (None, None) => EventState::Confirmed,
+                (None, None) if self.parts.journal.was_removed(arrival.id) => EventState::Removed,
+                (None, None) => EventState::Gone,
             };
             EventReport::new(arrival, state, settled_at)
         };
@@ -197,16 +194,17 @@ impl View {
         let path = self.parts.spool.path();
         let done = in_the_background(move || {
             let mut inspector = Inspector::open_for_change(&path)?;
-            let is_parked = inspector.find(id)?.is_some_and(|entry| entry.parked_reason.is_some());
-            Ok(is_parked
-                && match action {
-                    Action::Retry => inspector.retry(id)?,
-                    Action::Remove => inspector.remove(id)?,
-                })
+            let Some(seq) = inspector.parked(id)? else { return Ok(false) };
+            Ok(match action {
+                Action::Retry => inspector.retry(seq)?,
+                Action::Remove => inspector.remove_seq(seq)?,
+            })
         })
         .await?;
-        if done && action == Action::Retry {
-            self.parts.broker.retry_parked();
+        match action {
+            Action::Retry if done => self.parts.broker.retry_parked(),
+            Action::Remove if done => self.parts.journal.removed(id),
+            Action::Retry | Action::Remove => {}
         }
         // So that the next look sees it.
         self.parts.spool.flush().await;
@@ -246,6 +244,11 @@ impl View {
     fn history(&self) -> std::sync::MutexGuard<'_, History> {
         self.history.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn totals(counts: &Counts, confirmed: u64) -> Totals {
+    let refused = counts.refused.values().sum();
+    Totals { accepted: counts.accepted + counts.duplicates, refused, mistaken: counts.mistaken(), confirmed }
 }
 
 fn days(until: Timestamp, now: Timestamp) -> f64 {

@@ -25,13 +25,13 @@ pub(super) struct Flight {
     pub trace: Publishing,
 }
 
-/// An event that the broker has confirmed.
-#[derive(Clone, Copy)]
+/// An event that the broker has confirmed. It may have been returned, too.
 pub(super) struct Confirmed {
     pub seq: u64,
     pub id: Uuid,
     /// From acceptance to the confirm.
     pub lag: Duration,
+    pub trace: Publishing,
 }
 
 /// What comes out of the queue of futures.

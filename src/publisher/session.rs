@@ -51,6 +51,8 @@ pub(super) struct Session<'a> {
     /// Parked events, to be tried one by one while nothing else is in flight.
     parked: VecDeque<Stored>,
     trying_parked: Option<u64>,
+    /// What becomes of it is known already, unless it is delivered.
+    last_retried: Option<u64>,
 
     completions: FuturesUnordered<OnItsWay>,
     flights: BTreeMap<u64, Flight>,
@@ -77,6 +79,7 @@ impl<'a> Session<'a> {
             ahead: Ahead::new(publisher.spool.clone(), publisher.broker.window),
             parked: VecDeque::new(),
             trying_parked: None,
+            last_retried: None,
             completions: FuturesUnordered::new(),
             flights: BTreeMap::new(),
             confirmed: Vec::new(),
@@ -126,7 +129,7 @@ impl<'a> Session<'a> {
                 self.ahead.look_again();
                 self.parked.clear();
             }
-            self.fill().await;
+            self.fill().await?;
             if draining && (self.is_idle() || self.blocked) {
                 return Ok(());
             }
@@ -164,18 +167,23 @@ impl<'a> Session<'a> {
     }
 
     /// Publishes what may be published now, and reads ahead.
-    async fn fill(&mut self) {
+    async fn fill(&mut self) -> Result<(), ReadError> {
         if self.may_publish() && !self.parked.is_empty() {
             // Alone, because such an event may take the channel down with it: what is in flight is awaited first.
             if self.completions.is_empty()
                 && let Some(stored) = self.parked.pop_front()
             {
-                self.trying_parked = Some(stored.seq);
                 // Noted before the try: should the connection break, the others are not held up by it again at once.
                 self.publisher.spool.settle(vec![Settlement::Tried(stored.seq)]).await;
-                self.publish(stored).await;
+                self.publisher.spool.flush().await;
+                // An operator may have removed it since it was read.
+                if self.publisher.spool.states(vec![stored.seq]).await? == [(stored.seq, true)] {
+                    self.trying_parked = Some(stored.seq);
+                    self.last_retried = Some(stored.seq);
+                    self.publish(stored).await;
+                }
             }
-            return;
+            return Ok(());
         }
         while self.may_publish()
             && let Some(seq) = self.ahead.next_seq()
@@ -186,6 +194,7 @@ impl<'a> Session<'a> {
         }
         self.ahead.read_on();
         self.publisher.status.set_in_flight(self.flights.len());
+        Ok(())
     }
 
     async fn publish(&mut self, mut stored: Stored) {
@@ -225,11 +234,7 @@ impl<'a> Session<'a> {
         let returned = match outcome {
             Outcome::Acked(returned) => {
                 if let Some(flight) = self.land(seq) {
-                    let lag = flight.age();
-                    metrics.publish.confirmed.increment(1);
-                    metrics.publish.delivery_lag.record(lag);
-                    self.confirmed.push(Confirmed { seq, id: flight.id, lag });
-                    flight.trace.confirmed();
+                    self.confirmed.push(Confirmed { seq, id: flight.id, lag: flight.age(), trace: flight.trace });
                 }
                 self.progress = true;
                 returned
@@ -280,28 +285,42 @@ impl<'a> Session<'a> {
     }
 
     async fn settle(&mut self, confirmed: Vec<Confirmed>) {
-        self.publisher.status.delivered(confirmed.iter().map(|confirmed| (confirmed.seq, confirmed.lag)));
-        let settlements = confirmed.into_iter().map(|confirmed| Settlement::Confirmed(confirmed.seq)).collect();
+        let settlements = confirmed.iter().map(|confirmed| Settlement::Confirmed(confirmed.seq)).collect();
+        self.delivered(confirmed);
         self.publisher.spool.settle(settlements).await;
     }
 
     /// Every publish has its outcome: now it is known which events came back.
     async fn settle_held(&mut self) {
-        let held = std::mem::take(&mut self.held);
-        let delivered = held.iter().filter(|held| !self.returned.contains_key(&held.id));
-        self.publisher.status.delivered(delivered.map(|held| (held.seq, held.lag)));
-        let settlements = held.into_iter().map(|Confirmed { seq, id, .. }| match self.returned.remove(&id) {
-            Some(reason) => {
+        let (returned, delivered): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.held).into_iter().partition(|held| self.returned.contains_key(&held.id));
+        let mut settlements: Vec<_> = delivered.iter().map(|delivered| Settlement::Confirmed(delivered.seq)).collect();
+        self.delivered(delivered);
+        for Confirmed { seq, id, trace, .. } in returned {
+            let reason = self.returned.remove(&id).unwrap_or_default();
+            if self.last_retried == Some(seq) {
+                debug!(%id, seq, reason, "still no queue takes this event");
+            } else {
                 warn!(%id, seq, reason, "no queue takes this event: parked");
-                Settlement::Parked { seq, reason }
             }
-            None => Settlement::Confirmed(seq),
-        });
-        let settlements = settlements.collect();
+            trace.failed("returned");
+            settlements.push(Settlement::Parked { seq, reason });
+        }
         for (id, reason) in self.returned.drain() {
             warn!(%id, reason, "the broker returned an event that it did not confirm; it is published again");
         }
         self.publisher.spool.settle(settlements).await;
+    }
+
+    /// Confirmed, and not returned.
+    fn delivered(&self, confirmed: Vec<Confirmed>) {
+        let metrics = &self.publisher.metrics.publish;
+        metrics.confirmed.increment(confirmed.len() as u64);
+        self.publisher.status.delivered(confirmed.iter().map(|confirmed| (confirmed.seq, confirmed.lag)));
+        for Confirmed { lag, trace, .. } in confirmed {
+            metrics.delivery_lag.record(lag);
+            trace.confirmed();
+        }
     }
 
     fn heed(&mut self, event: LapinEvent) -> Result<(), PublisherError> {
@@ -309,6 +328,8 @@ impl<'a> Session<'a> {
             LapinEvent::ConnectionBlocked(reason) => {
                 warn!(reason, "the broker blocks publishers; events are kept on disk");
                 self.blocked = true;
+                // They are read anew after the alarm, which may last.
+                self.parked.clear();
                 self.publisher.status.blocked(Some(reason));
             }
             LapinEvent::ConnectionUnblocked => {
@@ -390,7 +411,7 @@ impl<'a> Session<'a> {
     async fn learn_from(&mut self, reason: &str) -> u64 {
         if let Some(seq) = self.trying_parked {
             // As before. The connection is not to blame, so the next one need not wait; the other parked events do.
-            debug!(seq, reason, "the broker still refuses this event");
+            debug!(id = self.id_of(seq), seq, reason, "the broker still refuses this event");
             self.careful.parked_were_tried(Instant::now());
             self.progress = true;
             return 0;
@@ -406,12 +427,17 @@ impl<'a> Session<'a> {
             }
             Lesson::Suspect => 0,
             Lesson::Culprit(seq) => {
-                warn!(id = ?self.flights.get(&seq).map(|flight| flight.id), seq, reason, "the broker refuses this event: parked");
+                warn!(id = self.id_of(seq), seq, reason, "the broker refuses this event: parked");
                 self.publisher.metrics.publish.refused.increment(1);
                 let parked = Settlement::Parked { seq, reason: format!("refused: {reason}") };
                 self.publisher.spool.settle(vec![parked]).await;
                 1
             }
         }
+    }
+
+    /// Of an event in flight, for the log.
+    fn id_of(&self, seq: u64) -> String {
+        self.flights.get(&seq).map(|flight| flight.id.to_string()).unwrap_or_default()
     }
 }

@@ -2,8 +2,8 @@
 //!
 //! A connection is *half-open* until it has sent its first complete request head, TLS included; then it is *known*, and
 //! *trusted* once its handler vouches for it. When the limit is reached, the newest half-open connection gives way to the
-//! next one, and where there is none, the newest known one: so a flood displaces itself, and trusted senders stay.
-//! A newcomer has a second before it is a candidate, as long as there are older candidates.
+//! next one, and where there are none, the newest known one: so a flood displaces itself, and trusted senders stay.
+//! A newcomer has a second before it goes, as long as there are others and newcomers are not the flood themselves.
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv6Addr};
@@ -16,6 +16,9 @@ use tokio_util::sync::CancellationToken;
 
 /// Enough for a TLS handshake and a request from the other side of the world.
 const FAIR_CHANCE: Duration = Duration::from_secs(1);
+
+/// One in so many candidates being half-open is a flood of them.
+const MANY: usize = 8;
 
 /// Whoever has an IPv6 address usually has the 2^64 around it (RFC 6177).
 const IPV6_SOURCE_BITS: u32 = 64;
@@ -207,12 +210,20 @@ impl Candidates {
         self.half_open.is_empty() && self.known.is_empty()
     }
 
-    /// Half-open ones first; of those the newest one that has had its chance, or else the newest of all.
+    /// The newest half-open one that has had its chance. Where all of them are younger: the newest of them if there are many,
+    /// for then it is they that flood; and otherwise the newest known one, which has had its chance.
     fn choose(&self, now: Instant) -> Option<u64> {
-        let tier = if self.half_open.is_empty() { &self.known } else { &self.half_open };
         let chance_over = now.checked_sub(FAIR_CHANCE);
-        let fair = chance_over.and_then(|until| tier.range(..=(until, u64::MAX)).next_back());
-        fair.or(tier.last()).map(|(_, id)| *id)
+        let fair = |tier: &BTreeSet<(Instant, u64)>| {
+            chance_over.and_then(|until| tier.range(..=(until, u64::MAX)).next_back().copied())
+        };
+        let many = self.half_open.len() * MANY >= self.half_open.len() + self.known.len();
+        let chosen = fair(&self.half_open)
+            .or_else(|| self.half_open.last().copied().filter(|_| many))
+            .or_else(|| fair(&self.known))
+            .or_else(|| self.half_open.last().copied())
+            .or_else(|| self.known.last().copied());
+        chosen.map(|(_, id)| id)
     }
 }
 
@@ -305,6 +316,20 @@ mod tests {
         assert!(!is_evicted(&places[0]) && !is_evicted(&places[1]), "once trusted, always trusted");
         assert!(admission.evict_one(at(30)) && admission.evict_one(at(30)) && !admission.evict_one(at(30)));
         assert!(!is_evicted(&places[1]));
+    }
+
+    #[test]
+    fn an_honest_newcomer_is_not_displaced_by_a_flood_of_known_ones() {
+        let (admission, start) = (admission(20, 100), Instant::now());
+        let at = |milliseconds| start + Duration::from_millis(milliseconds);
+        let flood: Vec<_> = (0..19).map(|n| admit(&admission, "192.0.2.1", at(n)).unwrap().0).collect();
+        flood.iter().for_each(|place| place.rise_to(Standing::Known));
+        let (honest, _) = admit(&admission, "192.0.2.2", at(5000)).unwrap();
+        let (next, _) = admit(&admission, "192.0.2.1", at(5001)).unwrap();
+        assert!(!is_evicted(&honest) && is_evicted(&flood[18]));
+        next.rise_to(Standing::Known);
+        let _more: Vec<_> = (2..20).map(|n| admit(&admission, "192.0.2.1", at(5000 + n)).unwrap().0).collect();
+        assert!(!is_evicted(&honest), "those that came after it are the flood");
     }
 
     #[test]

@@ -134,7 +134,8 @@ impl Window {
                 self.remember(entry.seq, entry.fingerprint, entry.id, accepted_at, entry.signatures, now);
             }
         }
-        self.commit();
+        // Not merely emptied: it has grown as large as the window.
+        self.replaced = Vec::new();
     }
 
     /// What was taken in is on disk.

@@ -10,6 +10,9 @@ use super::reader::{COLUMNS, open_read_only, stored};
 use super::store::{self, Deleted};
 use super::{EVENT_OVERHEAD_BYTES, Ledger, OpenError, Stored};
 
+/// The few parked events among the many: without the index SQLite would read the whole file.
+const PARKED: &str = "INDEXED BY parked WHERE parked_reason IS NOT NULL";
+
 /// Whether there is a spool, and whether a relay has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Presence {
@@ -87,7 +90,7 @@ impl Inspector {
 
     /// Calls `each` with the events in the order of acceptance, at most `limit` of them.
     pub fn each(&self, parked_only: bool, limit: u64, mut each: impl FnMut(Entry)) -> Result<()> {
-        let filter = if parked_only { "WHERE parked_reason IS NOT NULL" } else { "" };
+        let filter = if parked_only { PARKED } else { "" };
         let sql = format!("SELECT {COLUMNS}, parked_reason, tried_ms FROM event {filter} ORDER BY seq LIMIT ?1");
         let mut statement = self.connection.prepare(&sql)?;
         let mut rows = statement.query([limit])?;
@@ -145,19 +148,31 @@ impl Inspector {
         Ok(Verdict { ledger, problems })
     }
 
+    /// The number of a parked event, if there is one with this id.
+    pub fn parked(&self, id: Uuid) -> Result<Option<u64>> {
+        let sql = format!("SELECT seq FROM event {PARKED} AND id = ?1");
+        self.connection.query_row(&sql, [id.as_bytes()], |row| row.get(0)).optional()
+    }
+
     /// Has a parked event tried again at the next round, whenever its last try was. Returns whether it is parked.
-    pub fn retry(&mut self, id: Uuid) -> Result<bool> {
-        let sql = "UPDATE event SET tried_ms = 0 WHERE id = ?1 AND parked_reason IS NOT NULL";
-        Ok(self.connection.execute(sql, [id.as_bytes()])? > 0)
+    pub fn retry(&mut self, seq: u64) -> Result<bool> {
+        let sql = "UPDATE event SET tried_ms = 0 WHERE seq = ?1 AND parked_reason IS NOT NULL";
+        Ok(self.connection.execute(sql, [seq])? > 0)
     }
 
     /// Takes an event out for good. Returns whether it was there.
     pub fn remove(&mut self, id: Uuid) -> Result<bool> {
-        let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        let seq: Option<u64> = transaction
+        // There is no index by id, and nobody may wait at the lock while the file is searched.
+        let seq: Option<u64> = self
+            .connection
             .query_row("SELECT seq FROM event WHERE id = ?1", [id.as_bytes()], |row| row.get(0))
             .optional()?;
-        let Some(seq) = seq else { return Ok(false) };
+        seq.map_or(Ok(false), |seq| self.remove_seq(seq))
+    }
+
+    /// The same by its number.
+    pub fn remove_seq(&mut self, seq: u64) -> Result<bool> {
+        let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         let Deleted { pending, parked, bytes } = store::delete(&transaction, seq, seq)?;
         let mut ledger = Ledger::read(&transaction)?;
         ledger.pending -= pending;
@@ -166,7 +181,7 @@ impl Inspector {
         ledger.bytes -= bytes;
         ledger.write(&transaction)?;
         transaction.commit()?;
-        Ok(true)
+        Ok(pending + parked > 0)
     }
 }
 

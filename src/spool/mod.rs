@@ -120,11 +120,17 @@ pub enum Settlement {
 pub struct Gauges {
     ledger: Mutex<Ledger>,
     writable: AtomicBool,
+    lost: u64,
 }
 
 impl Gauges {
-    fn new(ledger: Ledger) -> Self {
-        Self { ledger: Mutex::new(ledger), writable: AtomicBool::new(true) }
+    fn new(ledger: Ledger, lost: u64) -> Self {
+        Self { ledger: Mutex::new(ledger), writable: AtomicBool::new(true), lost }
+    }
+
+    /// Accepted events that could not be read any more after the file was damaged; among the removed ones.
+    pub fn lost(&self) -> u64 {
+        self.lost
     }
 
     fn publish(&self, ledger: &Ledger) {
@@ -167,7 +173,7 @@ impl Spool {
         let lock = Lock::take(&spool.path)?;
         let store = salvage::open_or_mend(&spool.path, spool.durability, &lock)?;
         let sqlite = |source| OpenError::Sqlite { path: spool.path.clone(), source };
-        let gauges = Arc::new(Gauges::new(store.ledger().map_err(sqlite)?));
+        let gauges = Arc::new(Gauges::new(store.ledger().map_err(sqlite)?, store.lost().map_err(sqlite)?));
         let reader = Reader::open(&spool.path).map_err(sqlite)?;
         let committed = Arc::new(Notify::new());
         let (inbox, commands) = mpsc::channel(INBOX_CAPACITY);

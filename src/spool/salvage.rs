@@ -130,6 +130,9 @@ fn copy(old: Option<&Connection>, store: &mut Store) -> Result<Ledger> {
     ledger.confirmed = known.confirmed.min(ledger.accepted - here);
     ledger.removed = ledger.accepted - here - ledger.confirmed;
     store.write_ledger(&ledger)?;
+    // The first format has no such number, and a damaged file may not give it.
+    let lost_before = old.and_then(|old| super::store::lost(old).ok()).unwrap_or(0);
+    store.set_lost(lost_before + ledger.removed.saturating_sub(known.removed))?;
     store.commit()?;
     Ok(ledger)
 }

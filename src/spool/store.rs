@@ -20,7 +20,8 @@ const FORMAT: i64 = 2;
 pub(super) const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// From one format to the next, the oldest first.
-const MIGRATIONS: [(i64, &str); 1] = [(1, "ALTER TABLE seen ADD COLUMN signatures BLOB")];
+const MIGRATIONS: [(i64, &str); 1] =
+    [(1, "ALTER TABLE seen ADD COLUMN signatures BLOB; ALTER TABLE ledger ADD COLUMN lost INTEGER NOT NULL DEFAULT 0")];
 
 const SCHEMA: &str = "
     CREATE TABLE event (
@@ -52,9 +53,10 @@ const SCHEMA: &str = "
         removed       INTEGER NOT NULL,
         duplicates    INTEGER NOT NULL,
         bytes         INTEGER NOT NULL,
-        touches       INTEGER NOT NULL     -- counts transactions whose only purpose was to write something
+        touches       INTEGER NOT NULL,    -- counts transactions whose only purpose was to write something
+        lost          INTEGER NOT NULL DEFAULT 0 -- of the removed ones: unreadable after damage of the file
     ) STRICT;
-    INSERT INTO ledger VALUES (1, 0, 0, 0, 0, 0, 0, 0, 0);
+    INSERT INTO ledger VALUES (1, 0, 0, 0, 0, 0, 0, 0, 0, 0);
 ";
 
 /// The open file, for the writer alone.
@@ -134,6 +136,15 @@ impl Store {
         self.set_synced(true)?;
         let busy: bool = self.connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get(0))?;
         if busy { Err(rusqlite::Error::ExecuteReturnedResults) } else { Ok(()) }
+    }
+
+    /// Accepted events that could not be read any more after the file was damaged; among the removed ones.
+    pub fn lost(&self) -> Result<u64> {
+        lost(&self.connection)
+    }
+
+    pub fn set_lost(&self, lost: u64) -> Result<()> {
+        self.connection.execute("UPDATE ledger SET lost = ?1", [lost]).map(|_| ())
     }
 
     pub fn write_ledger(&self, ledger: &Ledger) -> Result<()> {
@@ -258,6 +269,10 @@ impl Store {
         }
         Ok(())
     }
+}
+
+pub(super) fn lost(connection: &Connection) -> Result<u64> {
+    connection.query_row("SELECT lost FROM ledger", [], |row| row.get(0))
 }
 
 fn create(connection: &Connection) -> Result<()> {

@@ -354,7 +354,10 @@ fn a_spool_of_the_first_format_is_brought_up_to_date() {
         receipt
     });
     let old = rusqlite::Connection::open(&path).unwrap();
-    old.execute_batch("ALTER TABLE seen DROP COLUMN signatures; PRAGMA user_version = 1").unwrap();
+    old.execute_batch(
+        "ALTER TABLE seen DROP COLUMN signatures; ALTER TABLE ledger DROP COLUMN lost; PRAGMA user_version = 1",
+    )
+    .unwrap();
     drop(old);
     runtime.block_on(async {
         let opened = Opened::open(&path, u64::MAX, WINDOW);

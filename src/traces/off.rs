@@ -41,6 +41,8 @@ impl Webhook {
     }
 
     pub fn answered(self, _: Uuid, _: bool) {}
+
+    pub fn refused(self) {}
 }
 
 impl Publishing {

@@ -236,6 +236,17 @@ impl Webhook {
     }
 }
 
+impl Webhook {
+    /// It could not be stored: the answer is a 503.
+    pub fn refused(self) {
+        if let Some(mut span) = self.span {
+            span.set_attribute(KeyValue::new("http.response.status_code", 503));
+            span.set_status(Status::error("not stored"));
+            span.end();
+        }
+    }
+}
+
 impl Publishing {
     pub fn confirmed(self) {
         if let Some(mut span) = self.0 {

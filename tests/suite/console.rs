@@ -34,6 +34,23 @@ async fn is_well_made(browser: &Browser, name: &str) {
     assert_eq!(browser.complaints().await, Vec::<String>::new(), "{name}");
 }
 
+/// The words of the cards that answer what is asked at three in the morning.
+async fn answers(browser: &Browser, expected: [&str; 6]) {
+    let words =
+        "return [...document.querySelectorAll('#answer-list [data-question] .word span')].map(word => word.innerText)";
+    let questions =
+        "return [...document.querySelectorAll('#answer-list [data-question]')].map(card => card.dataset.question)";
+    let asked = ["sending", "accepting", "taking", "behind", "stuck", "lost"];
+    assert_eq!(browser.run(questions).await, json!(asked));
+    eventually(&format!("the answers {expected:?}"), async || {
+        let words = browser.run(words).await;
+        let fits = |(word, expected): (&Value, &&str)| word.as_str().is_some_and(|word| word.starts_with(*expected));
+        let words = words.as_array().cloned().unwrap_or_default();
+        if words.iter().zip(&expected).all(fits) { Ok(()) } else { Err(json!(words)) }
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn the_page_lives_and_its_sentence_changes_when_the_broker_dies_and_comes_back() {
     let vhost = Vhost::new(Node::shared().await).await;
@@ -46,15 +63,19 @@ async fn the_page_lives_and_its_sentence_changes_when_the_broker_dies_and_comes_
     assert_eq!(browser.run("return document.body.dataset.level").await, "ok");
 
     // Charts, counts and the list of events move with the traffic, without a reload.
-    let chart = async || browser.run("return document.querySelector('#chart-list canvas').toDataURL()").await;
-    let before = chart().await;
     for number in 0..20 {
         relay.post(scan(number)).await.expect(200);
     }
     browser.shows("#truth-text", "All accepted events are delivered; the last one").await;
     browser.shows("#types-rows", "scan.processing.started").await;
     browser.shows("#events-rows", "delivered in").await;
-    eventually("the charts to move", async || if chart().await == before { Err("still") } else { Ok(()) }).await;
+    let accepted =
+        "return document.querySelector('#chart-list li').innerText.match(/Accepted\\s+([\\d.,]+)/)?.[1] ?? 'none'";
+    eventually("the chart of webhooks to move", async || match browser.run(accepted).await {
+        moved if !["0", "none"].contains(&moved.as_str().unwrap()) => Ok(()),
+        still => Err(still),
+    })
+    .await;
     browser.write("#find", "scan-7").await;
     eventually_equal("one event", Value::from(1), async || {
         browser.run("return document.querySelectorAll('#events-rows tr').length").await
@@ -62,6 +83,7 @@ async fn the_page_lives_and_its_sentence_changes_when_the_broker_dies_and_comes_
     .await;
     let page = browser.run("return document.documentElement.outerHTML").await;
     assert!(!page.as_str().unwrap().contains("partner-user-42"));
+    answers(&browser, ["Yes", "Yes", "Yes", "Not at all", "Nothing", "No"]).await;
     is_well_made(&browser, "well").await;
 
     wire.refuse().await;
@@ -70,6 +92,7 @@ async fn the_page_lives_and_its_sentence_changes_when_the_broker_dies_and_comes_
     browser.shows("#truth-text", "RabbitMQ has been unreachable for").await;
     browser.shows("#truth-text", "1 event is safe on disk").await;
     browser.shows("#timeline", "Connection lost").await;
+    answers(&browser, ["Yes", "Yes", "No", "", "Nothing", "No"]).await;
     is_well_made(&browser, "down").await;
     wire.accept();
     browser.shows("#truth-text", "All accepted events are delivered").await;
@@ -79,13 +102,15 @@ async fn the_page_lives_and_its_sentence_changes_when_the_broker_dies_and_comes_
 async fn a_parked_event_is_retried_and_another_one_removed_by_clicking() {
     let vhost = Vhost::new(Node::shared().await).await;
     vhost.create_exchange("prism.events", "topic", json!({})).await;
-    let relay = Setup::new(&vhost.url()).set("topology.declare", "off").start().await;
+    let setup = Setup::new(&vhost.url()).set("topology.declare", "off").set("broker.parked_retry", "1h");
+    let relay = setup.start().await;
     let (one, two) = (relay.post(scan(1)).await.id(), relay.post(scan(2)).await.id());
     relay.eventually_metric("prism_relay_spool_parked_events", &[], 2.0).await;
     let browser = Browser::start().await;
     open(&browser, &relay).await;
     browser.shows("#truth-text", "2 events are parked").await;
     browser.shows("#parked-rows", &one).await;
+    answers(&browser, ["Yes", "Yes", "Yes", "Not at all", "2 events", "No"]).await;
     is_well_made(&browser, "parked").await;
 
     vhost.create_queue("rest", json!({"x-queue-type": "quorum"})).await;
@@ -108,7 +133,8 @@ async fn a_parked_event_is_retried_and_another_one_removed_by_clicking() {
     browser.write("#ask-typed", &two[..8]).await;
     browser.click("#ask-go").await;
     relay.eventually_metric("prism_relay_spool_parked_events", &[], 0.0).await;
-    browser.shows("#truth-text", "All accepted events are delivered").await;
+    browser.shows("#truth-text", "Nothing is waiting; the last event was delivered").await;
+    browser.shows("#events-rows", "removed by an operator").await;
     let spool = relay.status().await["spool"].clone();
     assert_eq!((&spool["removed"], &spool["confirmed"]), (&json!(1), &json!(1)));
     assert_eq!(browser.complaints().await, Vec::<String>::new());
@@ -128,6 +154,7 @@ async fn each_situation_is_told_at_one_look() {
     relay.post(scan(2)).await.expect(200);
     browser.shows("#truth-text", "RabbitMQ has been refusing messages for").await;
     browser.shows("#timeline", "Blocked by RabbitMQ").await;
+    answers(&browser, ["Yes", "Yes", "No, it is blocked", "", "Nothing", "No"]).await;
     is_well_made(&browser, "blocked").await;
     node.memory_alarm(false).await;
     browser.shows("#truth-text", "All accepted events are delivered").await;
@@ -142,6 +169,7 @@ async fn each_situation_is_told_at_one_look() {
     open(&browser, &relay).await;
     browser.shows("#truth-text", "RabbitMQ has been unreachable").await;
     browser.shows("#truth-text", "The spool is 8").await;
+    answers(&browser, ["Yes", "", "No", "", "Nothing", "No"]).await;
     is_well_made(&browser, "nearly-full").await;
     browser.open("about:blank").await;
     drop(relay);
@@ -155,6 +183,7 @@ async fn each_situation_is_told_at_one_look() {
     browser.shows("#truth-text", "Every webhook is being refused").await;
     browser.shows("#truth-text", "another secret").await;
     browser.shows("#refusals-rows", "invalid-signature").await;
+    answers(&browser, ["Yes", "No", "Yes", "Not at all", "Nothing", "Nothing accepted"]).await;
     is_well_made(&browser, "wrong-secret").await;
 }
 

@@ -215,9 +215,11 @@ async fn the_console_is_for_those_who_may_see_it() {
 async fn parked_events_are_acted_on_by_the_console_alone() {
     let vhost = Vhost::new(Node::shared().await).await;
     vhost.create_exchange("prism.events", "topic", json!({})).await;
-    let relay = Setup::new(&vhost.url()).set("topology.declare", "off").start().await;
+    let setup = Setup::new(&vhost.url()).set("topology.declare", "off").set("broker.parked_retry", "1h");
+    let relay = setup.start().await;
     let id = relay.post(scan(1)).await.id();
     relay.eventually_metric("prism_relay_spool_parked_events", &[], 1.0).await;
+    assert_eq!(relay.metric("prism_relay_publish_total", &[("outcome", "confirmed")]).await, 0.0, "it came back");
     let parked = get(&relay, "/api/parked", &[]).await.expect(200).json();
     let entry = &parked["parked"][0];
     assert_eq!((&parked["total"], &entry["id"], &entry["subject"]), (&json!(1), &json!(id), &json!("scan:scan-1")));
@@ -242,8 +244,10 @@ async fn parked_events_are_acted_on_by_the_console_alone() {
     relay.eventually_metric("prism_relay_publish_total", &[("outcome", "returned")], returned + 1.0).await;
     post(&relay, &path(&id, "remove"), &own).await.expect(200);
     let spool = relay.status().await["spool"].clone();
-    assert_eq!((&spool["parked"], &spool["removed"]), (&json!(0), &json!(1)));
+    assert_eq!((&spool["parked"], &spool["removed"], &spool["lost"]), (&json!(0), &json!(1), &json!(0)));
     post(&relay, &path(&id, "remove"), &own).await.expect(404);
+    let events = get(&relay, "/api/events", &[]).await.json();
+    assert_eq!(events["events"][0]["status"], "removed", "not delivered: {events}");
     // An event that only waits is no business of the console.
     let waiting = Setup::new(NO_BROKER).set("ops.token", TOKEN).start().await;
     let id = waiting.post(scan(2)).await.id();
