@@ -184,6 +184,8 @@ impl HalfOpen {
 }
 
 async fn slowly(address: SocketAddr, number: usize, stop: &AtomicBool, cut: &Cell<usize>) {
+    // Each at its own time, as the clients of many machines are.
+    tokio::time::sleep(Duration::from_secs(1) * number as u32 / HALF_OPEN as u32).await;
     let from = SocketAddr::from(([127, 0, 0, 2 + (number % 8) as u8], 0));
     while !stop.load(Ordering::Relaxed) {
         let socket = TcpSocket::new_v4().expect("a socket");

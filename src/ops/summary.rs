@@ -41,6 +41,8 @@ pub struct Facts {
     pub pending: u64,
     pub parked: u64,
     pub removed: u64,
+    /// Of the removed ones, those that could not be read any more.
+    pub lost: u64,
     pub bytes: u64,
     pub max_bytes: u64,
     pub oldest: Option<Duration>,
@@ -193,6 +195,13 @@ impl Facts {
     /// What is true beside the first sentence, unless that has said so.
     fn asides(&self, first: &str) -> String {
         let mut text = String::new();
+        if self.lost > 0 {
+            let _ = write!(
+                text,
+                " {} could not be read any more after the file was damaged; see the log.",
+                events(self.lost)
+            );
+        }
         let full = self.share();
         if (NEARLY_FULL..1.0).contains(&full) {
             let _ = write!(text, " The spool is {:.0} % full.", full * 100.0);
@@ -363,6 +372,10 @@ mod tests {
         says(&both, Level::Warning, text);
         let late = Facts { pending: 70, oldest: Some(2 * MINUTE), ..well() };
         says(&late, Level::Warning, "Deliveries are behind: 70 events are waiting, the oldest for 2 min.");
+        let damaged = Facts { lost: 2, removed: 2, ..well() };
+        let text = "Nothing is waiting; the last event was delivered 3 s ago. 2 events could not be read any more after the file \
+                    was damaged; see the log.";
+        says(&damaged, Level::Warning, text);
         let draining = Facts { draining: true, pending: 1, ..well() };
         says(&draining, Level::Warning, "The relay is stopping; what is not delivered (1 event) stays on disk.");
     }

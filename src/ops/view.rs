@@ -144,6 +144,7 @@ impl View {
             blocked: broker.blocked.clone(),
             error: broker.error.clone(),
             removed: spool.removed,
+            lost: spool.lost,
             unchanged: age(broker.since),
             last_confirm: self.parts.broker.last_confirm().map(age),
             last_accepted: counts.last_accepted.map(age),

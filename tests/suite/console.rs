@@ -183,7 +183,7 @@ async fn each_situation_is_told_at_one_look() {
     browser.shows("#truth-text", "Every webhook is being refused").await;
     browser.shows("#truth-text", "another secret").await;
     browser.shows("#refusals-rows", "invalid-signature").await;
-    answers(&browser, ["Yes", "No", "Yes", "Not at all", "Nothing", "Nothing accepted"]).await;
+    answers(&browser, ["Yes", "No", "Yes", "Not at all", "Nothing", "Nothing we accepted"]).await;
     is_well_made(&browser, "wrong-secret").await;
 }
 

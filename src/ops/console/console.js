@@ -59,15 +59,20 @@ function clock(time) {
   return date.toDateString() === new Date().toDateString() ? clockFormat.format(date) : dayFormat.format(date);
 }
 
+/** A detail of the API, as a sentence of its own. */
+const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1) + (/[.!?]$/.test(text) ? "" : ".");
+
 const agoText = (time) => (secondsSince(time) < 1 ? "just now" : `${duration(secondsSince(time))} ago`);
 
 // ---- answers --------------------------------------------------------------------------------------------------------
 
-/** Refusals that say nothing about Prism: any passer-by on the internet can cause them. */
-const NOISE = new Set(["not-found", "method-not-allowed", "source-not-allowed"]);
+/** Refusals after which Prism may have given a webhook up, so that it is lost to us. */
+const COSTLY = ["spool-full", "spool-unavailable", "shutting-down", "overloaded", "invalid-signature", "stale-timestamp",
+  "request-timeout", "body-too-large"];
 
 const OTHER_REFUSAL = "This page does not know this reason. The relay's log tells more.";
 const REFUSALS = {
+  "overloaded": "Bodies that arrive slowly have used up http.buffer_bytes_max. They need not be Prism's: set http.allowed_sources, or raise it.",
   "invalid-signature": "The signature does not fit: the secret here is not Prism's, or a proxy on the way changes the body. Compare signature.secrets with your Prism account.",
   "missing-signature": "The request carries no signature. Either it is not from Prism, or your Prism account does not sign: then set signature.required to false.",
   "invalid-timestamp": "The prism-timestamp header is not a time. Look for a proxy that changes headers, or somebody who plays Prism.",
@@ -99,14 +104,8 @@ function lastMinute(key) {
   return sum(key, (point) => point.at > from);
 }
 
-/** The reason, if Prism's webhooks have all been refused for a while. */
-function everythingRefused({ last }) {
-  if (!last.refused_at || NOISE.has(last.refused_reason)) return null;
-  const accepted = last.accepted_at ? Date.parse(last.accepted_at) / 1000 : 0;
-  if (Date.parse(last.refused_at) / 1000 - accepted < 10) return null;
-  // One stray request after a quiet hour is no alarm.
-  return sum("refused", (point) => point.at > accepted) >= 3 ? last.refused_reason : null;
-}
+/** What to do about the webhooks that are being refused. */
+const remedy = ({ refusing }) => REFUSALS[refusing.reason] ?? OTHER_REFUSAL;
 
 /** Where the depth is heading, from the last minute: `{fullIn}` or `{doneIn}` in seconds, or nothing worth telling. */
 function heading({ spool }) {
@@ -119,33 +118,30 @@ function heading({ spool }) {
   return slope > 0.5 ? { fullIn: Math.max(0, spool.max_bytes - spool.bytes) / bytesPerSecond } : {};
 }
 
-function isPrismSending(status) {
-  const { last } = status;
-  const times = [last.accepted_at, NOISE.has(last.refused_reason) ? null : last.refused_at].filter(Boolean).sort();
-  if (!times.length) return ["quiet", "Not yet", `No webhook has come since the start, ${agoText(status.started_at)}.`];
-  const latest = times.at(-1);
-  if (secondsSince(latest) > 300) return ["quiet", "Not now", `The last webhook came ${agoText(latest)}. That is normal when nobody scans.`];
-  const minute = lastMinute("accepted") + lastMinute("refused");
-  const speed = minute >= 60 ? `${rate(minute / 60)} webhooks per second` : `${count(Math.round(minute), "webhook")} in the last minute`;
-  return ["ok", "Yes", everythingRefused(status) ? `${speed}, and all of them are refused.` : `${speed}, the last one ${agoText(latest)}.`];
+function isPrismSending({ refusing, last, started_at: start }) {
+  if (refusing?.all) return ["warning", "Yes", `${count(refusing.count, "webhook")} came lately, and all of them were refused.`];
+  if (!last.accepted_at) return ["quiet", "Not yet", `No webhook has been accepted since the start, ${agoText(start)}.`];
+  const latest = `the last one ${agoText(last.accepted_at)}`;
+  if (secondsSince(last.accepted_at) > 300) return ["quiet", "Not now", `No webhook was accepted lately, ${latest}. That is normal when nobody scans.`];
+  const minute = lastMinute("accepted");
+  return ["ok", "Yes", `${minute >= 60 ? `${rate(minute / 60)} webhooks per second` : `${count(Math.round(minute), "webhook")} in the last minute`}, ${latest}.`];
 }
 
 function areWeAccepting(status) {
-  const refused = everythingRefused(status);
+  const { refusing } = status;
   const share = fullness(status);
   if (status.draining) return ["warning", "Not any more", "The relay is shutting down. Prism tries again, but only for about 35 s."];
   if (!status.spool.writable) return ["problem", "No", "The disk cannot be written, so every webhook is refused for now."];
   if (!status.ready && share < 0.9) return ["problem", "No", "The relay says that it is not ready."];
   if (!status.ready) return ["problem", "No", `The spool is ${percent(share)} full: there is no room for another event.`];
-  if (refused) return ["problem", "No", `Every webhook is refused: ${refused}.`];
-  if (share >= 0.8) {
-    const { fullIn } = heading(status);
-    return ["warning", "Yes, for now", `The spool is ${percent(share)} full${fullIn === undefined ? "" : `, and has room for about ${duration(fullIn)}`}.`];
+  if (refusing?.all) return ["problem", "No", `Every webhook is refused: ${refusing.reason}.`];
+  const { fullIn } = heading(status);
+  const room = `The spool is ${percent(share)} full${fullIn === undefined ? "" : `, and has room for about ${duration(fullIn)}`}.`;
+  if (refusing) {
+    const refused = `${count(refusing.count, "webhook was", "webhooks were")} refused lately, mostly for ${refusing.reason}.`;
+    return ["warning", "Yes, but not all", share >= 0.8 ? `${refused} ${room}` : refused];
   }
-  const turnedAway = lastMinute("refused");
-  if (turnedAway > 0.05 * lastMinute("accepted") && status.last.refused_at && !NOISE.has(status.last.refused_reason)) {
-    return ["warning", "Yes, but not all", `${count(Math.ceil(turnedAway), "webhook")} refused in the last minute, the latest for ${status.last.refused_reason}.`];
-  }
+  if (share >= 0.8) return ["warning", "Yes, for now", room];
   return ["ok", "Yes", `${count(status.webhooks.accepted, "webhook")} since the start. The spool is ${percent(share)} full.`];
 }
 
@@ -160,10 +156,14 @@ function isRabbitTaking({ broker, last }) {
 }
 
 function howFarBehind(status) {
-  const { pending, oldest_age_seconds: age } = status.spool;
+  const { pending, oldest_age_seconds: age = null } = status.spool;
   const { fullIn, doneIn } = heading(status);
   if (!pending) return ["ok", "Not at all", "Nothing waits for delivery."];
-  if (!age || age < 10) return ["ok", age >= 1 ? duration(age) : `Less than ${unit(1, "s")}`, `${count(pending, "event")} under way.`];
+  if (age === null) {
+    const smooth = status.broker.connected && status.broker.blocked === null && pending <= 100;
+    return [smooth ? "quiet" : "warning", count(pending, "event"), `${pending === 1 ? "It waits" : "They wait"}, safe on disk. For how long is not known yet.`];
+  }
+  if (age < 10) return ["ok", age >= 1 ? duration(age) : `Less than ${unit(1, "s")}`, `${count(pending, "event")} under way.`];
   const outlook = doneIn !== undefined ? ` Caught up in about ${duration(doneIn)}.`
     : fullIn !== undefined ? ` At this rate there is room for about ${duration(fullIn)}.` : "";
   return [age > 600 ? "problem" : "warning", duration(age), `${count(pending, "event waits", "events wait")}, safe on disk.${outlook}`];
@@ -175,44 +175,55 @@ function whatIsStuck({ spool }) {
 }
 
 function isAnythingLost(status) {
-  const { accepted, confirmed, pending, parked, removed } = status.spool;
+  const { accepted, confirmed, pending, parked, removed, lost = 0 } = status.spool;
   const gap = unaccounted(status);
+  const refused = COSTLY.reduce((total, reason) => total + (status.webhooks.refused[reason] ?? 0), 0);
   const ledger = `${whole.format(accepted)} accepted = ${whole.format(confirmed)} delivered + ${whole.format(pending)} waiting`
-    + ` + ${whole.format(parked)} parked + ${whole.format(removed)} removed by hand.`;
+    + ` + ${whole.format(parked)} parked + ${whole.format(removed)} removed`
+    + (lost ? ` (${whole.format(lost)} lost, ${whole.format(removed - lost)} by hand).` : ".");
+  if (lost) return ["problem", "Yes", `${count(lost, "accepted event")} could not be read any more after the file was damaged; see the log. ${ledger}`];
   if (gap) return ["problem", "Perhaps", `The books do not balance, by ${count(Math.abs(gap), "event")}. Run: prism-relay spool verify`];
-  if (everythingRefused(status) || !(status.ready || status.draining)) {
-    return ["problem", "What we refuse", `Prism gives a webhook up after about 35 s. What was accepted is safe: ${ledger}`];
+  const see = ["#refusals", "See the refused webhooks.", ledger];
+  if (refused) {
+    const turnedAway = count(refused, "webhook was", "webhooks were");
+    return ["warning", "Nothing we accepted", `${turnedAway} refused since the start: whatever Prism did not send again in time is lost to us.`, see];
   }
+  const closed = status.refusing?.all || !(status.ready || status.draining);
+  if (closed || status.refusing) return [closed ? "problem" : "warning", "What we refuse", "Prism gives a webhook up after about 35 s. What was accepted is safe.", see];
   return ["ok", "No", ledger];
 }
 
+/** By a name that tests can rely on. */
 const QUESTIONS = [
-  ["Is Prism sending?", isPrismSending], ["Are we accepting?", areWeAccepting], ["Is RabbitMQ taking?", isRabbitTaking],
-  ["How far behind are we?", howFarBehind], ["What is stuck?", whatIsStuck], ["Did we lose anything?", isAnythingLost],
+  ["sending", "Is Prism sending?", isPrismSending], ["accepting", "Are we accepting?", areWeAccepting],
+  ["taking", "Is RabbitMQ taking?", isRabbitTaking], ["behind", "How far behind are we?", howFarBehind],
+  ["stuck", "What is stuck?", whatIsStuck], ["lost", "Did we lose anything?", isAnythingLost],
 ];
 
 /** The relay's own verdict, except that the page is never green beside an answer that is red. */
 function overallLevel(status) {
   const { level } = status.summary;
   if (level !== "ok") return level in LEVELS ? level : "warning";
-  return QUESTIONS.some(([, answer]) => answer(status)[0] === "problem") ? "warning" : "ok";
+  return QUESTIONS.some(([, , answer]) => answer(status)[0] === "problem") ? "warning" : "ok";
 }
 
 /** What to do next, about the worst thing first. */
 function advice(status) {
-  const { spool, broker, draining } = status;
-  const refused = everythingRefused(status);
+  const { spool, broker, draining, refusing } = status;
   if (unaccounted(status)) return "Run “prism-relay spool verify” on this machine, and keep what it prints.";
   if (draining) return "Start the relay again, or leave it to the service manager. What waits is on disk and goes out after the start.";
   if (!spool.writable) return "Free or repair the disk under the spool. Accepting goes on by itself as soon as it can be written.";
-  if (refused) return REFUSALS[refused] ?? OTHER_REFUSAL;
   const scarce = !status.ready || fullness(status) >= 0.8;
-  const meanwhile = scarce ? " If that takes longer than the room lasts, raise spool.max_bytes and restart the relay."
-    : " Meanwhile webhooks are accepted and kept on disk.";
+  const meanwhile = (scarce ? " If that takes longer than the room lasts, raise spool.max_bytes and restart the relay." : "")
+    + (refusing && refusing.reason !== "spool-full" ? ` As to the refused webhooks: ${remedy(status)}` : "")
+    || " Meanwhile webhooks are accepted and kept on disk.";
   if (broker.blocked !== null) return `Free memory or disk on the RabbitMQ node; deliveries then go on by themselves.${meanwhile}`;
   if (!broker.connected && broker.error) return `Bring RabbitMQ back, or check broker.urls; deliveries then go on by themselves.${meanwhile}`;
+  if (refusing?.all) return remedy(status);
   if (scarce) return "Look at why RabbitMQ does not take the events, or raise spool.max_bytes.";
+  if (refusing) return remedy(status);
   if (spool.parked) return "Read the reason below. Mostly a queue is not bound, or a permission is missing: repair it at RabbitMQ, then retry.";
+  if (spool.lost) return "Read in the relay's log what was damaged, and check the disk under the spool.";
   return overallLevel(status) === "ok" ? "Nothing to do." : "";
 }
 
@@ -305,22 +316,25 @@ function announce(text) {
 }
 
 function makeAnswers() {
-  $("answer-list").append(...QUESTIONS.map(([question]) => el("li", { class: "answer" },
-    el("h2", {}, question), el("p", { class: "word" }, icon("quiet"), el("span", {}, "…")), el("p", { class: "detail" }, el("span"), " "))));
+  $("answer-list").append(...QUESTIONS.map(([name, question]) => el("li", { class: "answer", "data-question": name },
+    el("h2", {}, question), el("p", { class: "word" }, icon("quiet"), el("span", {}, "…")),
+    el("p", { class: "detail" }, el("span"), " ", el("a", { hidden: "" }), " ", el("span")))));
 }
 
 function showAnswers(status) {
-  QUESTIONS.forEach(([, answer], place) => {
+  QUESTIONS.forEach(([, , answer], place) => {
     const card = $("answer-list").children[place];
     const [level, word, detail, link] = answer(status);
     card.dataset.level = level;
     setIcon(card.querySelector(".icon"), level);
     say(card.querySelector(".word span"), word);
-    const text = card.querySelector(".detail");
-    say(text.firstChild, detail);
-    const shown = text.querySelector("a");
-    if (link && !shown) text.append(el("a", { href: link[0] }, link[1]));
-    if (!link) shown?.remove();
+    const [before, anchor, after] = card.querySelector(".detail").children;
+    const [target, label, rest] = link ?? [];
+    say(before, detail);
+    anchor.hidden = !link;
+    if (link && anchor.getAttribute("href") !== target) anchor.setAttribute("href", target);
+    say(anchor, label ?? "");
+    say(after, rest ?? "");
   });
 }
 
@@ -350,7 +364,7 @@ function parkedRow(event) {
 
 function showRefusals(status) {
   const refusals = Object.entries(status.webhooks.refused).filter(([, times]) => times > 0).sort((a, b) => b[1] - a[1]);
-  placeRefusals(everythingRefused(status) !== null || areWeAccepting(status)[1] === "Yes, but not all");
+  placeRefusals(Boolean(status.refusing));
   $("refusals-table").hidden = !refusals.length;
   const latest = status.last.refused_at ? agoText(status.last.refused_at) : "long ago";
   say($("refusals-lead"), refusals.length ? `Since the start; the last one ${latest}.` : "None since the start.");
@@ -397,7 +411,7 @@ function showBroker({ broker, timeline }) {
   });
 }
 
-const DELIVERIES = { confirmed: "ok", pending: "quiet", parked: "warning" };
+const DELIVERIES = { confirmed: "ok", pending: "quiet", parked: "warning", removed: "warning", gone: "quiet" };
 
 function showEvents({ events }) {
   const find = $("find").value.trim();
@@ -406,12 +420,13 @@ function showEvents({ events }) {
   $("events-table").hidden = !events.length;
   fill($("events-rows"), events, (event) => event.id, (event) => {
     const took = event.settled_at ? Date.parse(event.settled_at) - Date.parse(event.accepted_at) : null;
-    const delivery = { pending: "waits", parked: "parked", confirmed: took === null ? "delivered" : `delivered in ${took < 1 ? "less than 1 ms" : latency(took)}` };
+    const delivered = took === null ? "delivered" : `delivered in ${took < 1 ? "less than 1 ms" : latency(took)}`;
+    const delivery = { pending: "waits", parked: "parked", confirmed: delivered, removed: "removed by an operator", gone: "no longer in the spool" };
     return row(
       cell("", "", el("time", { datetime: event.accepted_at, title: event.accepted_at, class: "nowrap" }, clock(event.accepted_at))),
       cell("", "", event.type),
       cell("", "", event.scan_id ? mono(event.scan_id) : mono(event.subject ?? "-"), event.prediction_id ? second("prediction ", mono(event.prediction_id)) : null),
-      cell("State at Prism:", "", event.state ?? "-"),
+      cell("State at Prism:", "wide", event.state ?? "-"),
       cell("", "", el("span", { class: "state" }, icon(DELIVERIES[event.status] ?? "quiet"), delivery[event.status] ?? event.status)),
       cell("Event id:", "", mono(event.id)));
   });
@@ -639,7 +654,7 @@ async function act(submit) {
     finish(ACTIONS[action].done(event.id));
   } catch (error) {
     if (error.status === 404) return finish(`Event ${event.id} is not parked any more: it was delivered or removed meanwhile.`);
-    say($("ask-mistake"), error.status === 403 ? "The relay was restarted since this page was loaded. Reload the page and try again."
+    say($("ask-mistake"), error.status === 403 ? `${sentence(error.message)} Reload the page if the relay was restarted.`
       : `It did not work: ${error.message}.`);
     Object.assign($("ask-go"), { textContent: ACTIONS[action].go, disabled: false });
   }
@@ -648,7 +663,7 @@ async function act(submit) {
 async function finish(notice) {
   $("ask").close();
   say($("parked-notice"), notice);
-  await loadParked();
+  await loadParked().catch(ignore);
   keepFocus();
 }
 
@@ -679,8 +694,13 @@ async function loadEvents() {
   if (mine === finding) showEvents(found);
 }
 
+let parkedAsked = 0;
+
 async function loadParked() {
-  showParked(await api("/api/parked"));
+  const mine = ++parkedAsked;
+  seen.parkedAt = Date.now();
+  const found = await api("/api/parked");
+  if (mine === parkedAsked) showParked(found);
 }
 
 async function loadHistory() {
@@ -694,7 +714,6 @@ function hearStatus(status) {
   Object.assign(facts, { status, ahead: Date.parse(status.now) - Date.now(), heardAt: Date.now(), lost: false });
   showStatus();
   tick();
-  followTotals(status);
 }
 
 function hearPoint(point) {
@@ -703,17 +722,25 @@ function hearPoint(point) {
   drawCharts();
 }
 
-const seen = { events: "", parked: "", at: 0 };
+/** The totals that the lists were fetched for, and when. */
+const seen = { events: "", parked: "", eventsAt: 0, parkedAt: 0 };
 
-/** Fetches the lists again when the totals say that they have changed, every two seconds at most. */
+const parkedTotals = ({ parked, removed }) => `${parked}/${removed}`;
+const eventsTotals = (spool) => `${spool.accepted}/${spool.confirmed}/${parkedTotals(spool)}`;
+
+/** Fetches the lists again when the totals say that they have changed; that of the events every two seconds at most. */
 function followTotals({ spool }) {
-  if (document.hidden || Date.now() - seen.at < 2000) return;
-  const parked = `${spool.parked}/${spool.removed}`;
-  const events = `${spool.accepted}/${spool.confirmed}/${parked}`;
-  seen.at = Date.now();
-  // A parked event that was tried in vain changes no total, only its time, so the list is fetched whenever there is one.
-  if (parked !== seen.parked || spool.parked) loadParked().then(() => { seen.parked = parked; }, ignore);
-  if (events !== seen.events && !$("events-list").matches(":hover, :focus-within")) loadEvents().then(() => { seen.events = events; }, ignore);
+  if (document.hidden) return;
+  const [parked, events, now] = [parkedTotals(spool), eventsTotals(spool), Date.now()];
+  // A parked event that was tried in vain changes no total, only its time, so that list is fetched now and then as well.
+  if (parked !== seen.parked || (spool.parked && now - seen.parkedAt >= 10_000)) {
+    seen.parked = parked;
+    loadParked().catch(() => { seen.parked = ""; });
+  }
+  if (events !== seen.events && now - seen.eventsAt >= 2000 && !$("events-list").matches(":hover, :focus-within")) {
+    seen.eventsAt = now;
+    loadEvents().then(() => { seen.events = events; }, ignore);
+  }
 }
 
 /** The next status tries again; that the relay is silent is shown by tick(). */
@@ -725,8 +752,10 @@ let stream = null;
 async function follow() {
   stream?.close();
   try {
-    hearStatus(await api("/api/status"));
+    const status = await api("/api/status");
+    hearStatus(status);
     await Promise.all([loadHistory(), loadEvents(), loadParked()]);
+    Object.assign(seen, { events: eventsTotals(status.spool), parked: parkedTotals(status.spool), eventsAt: Date.now() });
     showStatus();
     await listen();
   } catch (error) {
@@ -744,7 +773,7 @@ function listen() {
     stream = new EventSource("/api/stream");
     const guard = setInterval(() => Date.now() - facts.heardAt > 10_000 && end(), 1000);
     const end = () => { clearInterval(guard); stream.close(); done(); };
-    stream.addEventListener("status", (message) => hearStatus(JSON.parse(message.data)));
+    stream.addEventListener("status", (message) => { hearStatus(JSON.parse(message.data)); followTotals(facts.status); });
     stream.addEventListener("point", (message) => hearPoint(JSON.parse(message.data)));
     stream.addEventListener("error", end);
   });
