@@ -10,7 +10,7 @@ use http_body_util::BodyExt;
 use hyper::body::{Body, Incoming};
 use hyper::header::{EXPECT, HeaderMap};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use super::answer::Refusal;
@@ -72,7 +72,7 @@ struct Arrival<'a> {
 impl Arrival<'_> {
     /// Takes more memory for the body, if need be that of an older one.
     async fn grow(&self, share: &mut Share, bytes: usize) {
-        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
+        let bytes = permits(bytes);
         self.waits.store(true, Ordering::Relaxed);
         let more = loop {
             let more = Arc::clone(&self.memory.free).acquire_many_owned(bytes);
@@ -121,12 +121,23 @@ impl Inbound {
         self.body.size_hint().lower()
     }
 
-    /// The whole body. Most arrive in one piece, which is passed on without copying.
+    /// The whole body. Most arrive in one piece, which is passed on without copying, and at once has its memory.
     pub async fn read(&mut self, limit: usize, memory: &Memory) -> Result<(Bytes, Share), Refusal> {
         self.waits = false;
+        let deadline = Instant::now() + self.deadline;
+        let first = timeout_at(deadline, next(&mut self.body)).await.map_err(|_| Refusal::TimedOut)??;
+        let Some(first) = first else { return Ok((Bytes::new(), Share::default())) };
+        if first.len() > limit {
+            return Err(Refusal::TooLarge(limit));
+        }
+        if self.body.is_end_stream()
+            && let Ok(taken) = Arc::clone(&memory.free).try_acquire_many_owned(permits(first.len()))
+        {
+            return Ok((first, Share(Some(taken))));
+        }
         let arrival = memory.arrive();
         tokio::select! {
-            body = timeout(self.deadline, read(&mut self.body, limit, &arrival)) => body.unwrap_or_else(|_| {
+            body = timeout_at(deadline, read_on(&mut self.body, first, limit, &arrival)) => body.unwrap_or_else(|_| {
                 // A sender that had to wait for us was not slow.
                 Err(if arrival.waits.load(Ordering::Relaxed) { Refusal::Overloaded } else { Refusal::TimedOut })
             }),
@@ -151,25 +162,39 @@ impl Inbound {
     }
 }
 
-async fn read(body: &mut Incoming, limit: usize, arrival: &Arrival<'_>) -> Result<(Bytes, Share), Refusal> {
-    let mut share = Share::default();
-    let (mut first, mut whole) = (Bytes::new(), BytesMut::new());
+/// The next piece. Trailers carry nothing that counts.
+async fn next(body: &mut Incoming) -> Result<Option<Bytes>, Refusal> {
     while let Some(frame) = body.frame().await {
         let frame = frame.map_err(|error| Refusal::Unreadable(error.to_string()))?;
-        // Trailers carry nothing that counts.
-        let Ok(data) = frame.into_data() else { continue };
+        if let Ok(data) = frame.into_data() {
+            return Ok(Some(data));
+        }
+    }
+    Ok(None)
+}
+
+async fn read_on(
+    body: &mut Incoming,
+    first: Bytes,
+    limit: usize,
+    arrival: &Arrival<'_>,
+) -> Result<(Bytes, Share), Refusal> {
+    let mut share = Share::default();
+    arrival.grow(&mut share, first.len()).await;
+    let mut whole = BytesMut::new();
+    while let Some(data) = next(body).await? {
         if first.len().max(whole.len()) + data.len() > limit {
             return Err(Refusal::TooLarge(limit));
         }
         arrival.grow(&mut share, data.len()).await;
-        if first.is_empty() && whole.is_empty() {
-            first = data;
-        } else {
-            if whole.is_empty() {
-                whole.extend_from_slice(&first);
-            }
-            whole.extend_from_slice(&data);
+        if whole.is_empty() {
+            whole.extend_from_slice(&first);
         }
+        whole.extend_from_slice(&data);
     }
     Ok((if whole.is_empty() { first } else { whole.freeze() }, share))
+}
+
+fn permits(bytes: usize) -> u32 {
+    u32::try_from(bytes).unwrap_or(u32::MAX)
 }

@@ -58,11 +58,12 @@ enum Item {
 /// A webhook that is believed, until it is answered.
 pub struct Webhook {
     sent: Option<TraceContext>,
-    span: Option<Span>,
+    // A span is large, and most relays have none.
+    span: Option<Box<Span>>,
 }
 
 /// A publish, until its outcome is known.
-pub struct Publishing(Option<Span>);
+pub struct Publishing(Option<Box<Span>>);
 
 /// Takes finished spans from wherever they end.
 #[derive(Debug)]
@@ -137,11 +138,10 @@ impl Traces {
     /// `sent`: the sender's own context. `started`: when the request came.
     pub fn webhook(&self, sent: Option<TraceContext>, started: SystemTime) -> Webhook {
         let span = self.0.as_ref().map(|telling| {
-            let builder = telling.tracer.span_builder("prism webhook").with_kind(SpanKind::Server);
-            let builder = builder.with_start_time(started);
-            builder
-                .with_attributes([KeyValue::new("http.request.method", "POST")])
-                .start_with_context(&telling.tracer, &extract(sent.as_ref()))
+            let builder =
+                telling.tracer.span_builder("prism webhook").with_kind(SpanKind::Server).with_start_time(started);
+            let builder = builder.with_attributes([KeyValue::new("http.request.method", "POST")]);
+            Box::new(builder.start_with_context(&telling.tracer, &extract(sent.as_ref())))
         });
         Webhook { sent, span }
     }
@@ -165,7 +165,7 @@ impl Traces {
         let span =
             builder.with_attributes(attributes).start_with_context(&telling.tracer, &extract(event.trace.as_ref()));
         event.trace = inject(&span).or_else(|| event.trace.take());
-        Publishing(Some(span))
+        Publishing(Some(Box::new(span)))
     }
 
     /// Exports for ever.
@@ -222,7 +222,7 @@ impl Traces {
 impl Webhook {
     /// What the event carries on.
     pub fn context(&self) -> Option<TraceContext> {
-        self.span.as_ref().and_then(inject).or_else(|| self.sent.clone())
+        self.span.as_deref().and_then(inject).or_else(|| self.sent.clone())
     }
 
     /// The answer was a 200.
