@@ -23,6 +23,10 @@ const MARGIN_MS: i64 = 60_000;
 /// Twice the largest `signature.tolerance`. Were the clock set back by years, an entry would stay as long.
 const REPLAYABLE_MAX: Duration = Duration::from_secs(2 * 24 * 3600);
 
+/// Entries that there is room for from the start, at most, and those that a commit adds before the oldest go.
+const ROOM_MAX: usize = 200_000;
+const ROOM_BEYOND: usize = 2048;
+
 /// An entry as it is on disk.
 pub(super) struct Seen {
     pub seq: u64,
@@ -33,36 +37,46 @@ pub(super) struct Seen {
     pub signatures: Signatures,
 }
 
-/// The signed requests that have carried a body: until when each of them could be replayed, in milliseconds since 1970.
-/// That is its time of signing plus a constant, so it also tells one from the other.
+/// The signed requests that have carried a body: until when each of them could be replayed, in milliseconds since 1970, in
+/// this order. That is its time of signing plus a constant, so it also tells one from the other.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Signatures(Vec<i64>);
+pub(super) enum Signatures {
+    #[default]
+    None,
+    /// Nearly always.
+    One(i64),
+    Many(Box<[i64]>),
+}
 
+/// A hundred thousand entries are usual, so each is kept small, and only once.
 pub(super) struct Window {
     length: Duration,
     entries_max: usize,
-    by_fingerprint: HashMap<Fingerprint, Entry>,
+    /// Times are milliseconds since then.
+    origin: Instant,
     /// In the order of acceptance, the oldest first.
-    order: VecDeque<Remembered>,
-    /// What the transaction under way has replaced, in its order; `None`: there was nothing.
-    replaced: Vec<(Fingerprint, Option<Entry>)>,
+    entries: VecDeque<Entry>,
+    /// The latest acceptance of a body, by the beginning of its fingerprint. Should two bodies share that, only the later one
+    /// is recognised.
+    latest: HashMap<u64, u64>,
+    /// What the transaction under way has changed, in its order.
+    changes: Vec<Change>,
 }
 
-/// The latest acceptance of a body.
-#[derive(Clone)]
 struct Entry {
     seq: u64,
+    fingerprint: Fingerprint,
     id: Uuid,
-    accepted_at: Instant,
+    accepted_at: i64,
+    /// When it is of no use any more.
+    until: i64,
     signatures: Signatures,
 }
 
-#[derive(Clone, Copy)]
-struct Remembered {
-    seq: u64,
-    fingerprint: Fingerprint,
-    /// When it is of no use any more.
-    until: Instant,
+enum Change {
+    /// What was the latest acceptance before.
+    Latest(u64, Option<u64>),
+    Signatures(u64, Signatures),
 }
 
 /// A body that was accepted before.
@@ -89,36 +103,64 @@ impl Now {
 
 impl Signatures {
     pub fn of(replayable_until_ms: Option<i64>) -> Self {
-        Self(replayable_until_ms.into_iter().collect())
+        replayable_until_ms.map_or(Self::None, Self::One)
     }
 
     /// Eight bytes each, big-endian.
     pub fn to_bytes(&self) -> Vec<u8> {
-        self.0.iter().flat_map(|until| until.to_be_bytes()).collect()
+        self.as_slice().iter().flat_map(|until| until.to_be_bytes()).collect()
     }
 
     pub fn from_bytes(bytes: &[u8]) -> Self {
-        Self(bytes.chunks_exact(8).map(|until| i64::from_be_bytes(until.try_into().expect("eight bytes"))).collect())
+        let untils = bytes.chunks_exact(8).map(|until| i64::from_be_bytes(until.try_into().expect("eight bytes")));
+        Self::from(untils.collect::<Vec<_>>())
     }
 
-    /// Takes in the signatures that are still good, the newest ones if there are too many.
-    fn merge(&mut self, others: &[i64], now_ms: i64) {
-        self.0.extend_from_slice(others);
-        self.0.retain(|until| until.saturating_add(MARGIN_MS) >= now_ms);
-        self.0.sort_unstable();
-        self.0.dedup();
-        let surplus = self.0.len().saturating_sub(SIGNATURES_MAX);
-        self.0.drain(..surplus);
+    /// With others that are still good, the newest ones if there are too many.
+    fn merged(&self, others: &[i64], now_ms: i64) -> Self {
+        let mut all = [self.as_slice(), others].concat();
+        all.retain(|until| until.saturating_add(MARGIN_MS) >= now_ms);
+        Self::from(all)
+    }
+
+    fn as_slice(&self) -> &[i64] {
+        match self {
+            Self::None => &[],
+            Self::One(until) => std::slice::from_ref(until),
+            Self::Many(untils) => untils,
+        }
     }
 
     fn last(&self) -> Option<i64> {
-        self.0.last().copied()
+        self.as_slice().last().copied()
+    }
+}
+
+impl From<Vec<i64>> for Signatures {
+    fn from(mut untils: Vec<i64>) -> Self {
+        untils.sort_unstable();
+        untils.dedup();
+        untils.drain(..untils.len().saturating_sub(SIGNATURES_MAX));
+        match untils[..] {
+            [] => Self::None,
+            [until] => Self::One(until),
+            _ => Self::Many(untils.into()),
+        }
     }
 }
 
 impl Window {
     pub fn new(length: Duration, entries_max: usize) -> Self {
-        Self { length, entries_max, by_fingerprint: HashMap::new(), order: VecDeque::new(), replaced: Vec::new() }
+        // Memory counts only once it is used; growing step by step would take half as much again for a while.
+        let room = if length.is_zero() { 0 } else { entries_max.min(ROOM_MAX) + ROOM_BEYOND };
+        Self {
+            length,
+            entries_max,
+            origin: Instant::now(),
+            entries: VecDeque::with_capacity(room),
+            latest: HashMap::with_capacity(room),
+            changes: Vec::new(),
+        }
     }
 
     /// Whether there is a window at all.
@@ -128,27 +170,26 @@ impl Window {
 
     /// Takes over what a former process has seen. An entry from the future counts as seen just now.
     pub fn load(&mut self, seen: Vec<Seen>, now: Now) {
-        for entry in seen {
-            let age = Duration::from_millis(u64::try_from(now.wall_ms - entry.accepted_ms).unwrap_or(0));
-            if let Some(accepted_at) = now.monotonic.checked_sub(age) {
-                self.remember(entry.seq, entry.fingerprint, entry.id, accepted_at, entry.signatures, now);
-            }
+        for Seen { seq, fingerprint, id, accepted_ms, signatures } in seen {
+            let age = i64::max(0, now.wall_ms.saturating_sub(accepted_ms));
+            let accepted_at = self.at(now.monotonic).saturating_sub(age);
+            self.remember(Entry { seq, fingerprint, id, accepted_at, until: 0, signatures }, now);
         }
         // Not merely emptied: it has grown as large as the window.
-        self.replaced = Vec::new();
+        self.changes = Vec::new();
     }
 
     /// What was taken in is on disk.
     pub fn commit(&mut self) {
-        self.replaced.clear();
+        self.changes.clear();
     }
 
     /// Whether this body is a repetition: it was accepted within the window, or the very same signed request was accepted
     /// before. The latter has been captured by somebody: Prism signs what it sends later with a later time.
     pub fn find(&self, fingerprint: &Fingerprint, replayable_until_ms: Option<i64>, now: Instant) -> Option<Found> {
-        let entry = self.by_fingerprint.get(fingerprint)?;
-        let recent = now.saturating_duration_since(entry.accepted_at) <= self.length;
-        let known = replayable_until_ms.is_none_or(|until| entry.signatures.0.contains(&until));
+        let entry = &self.entries[self.index(fingerprint)?];
+        let recent = self.at(now).saturating_sub(entry.accepted_at) <= milliseconds(self.length);
+        let known = replayable_until_ms.is_none_or(|until| entry.signatures.as_slice().contains(&until));
         let replayed = known && replayable_until_ms.is_some();
         (recent || replayed).then_some(Found { seq: entry.seq, id: entry.id, signed_anew: !known })
     }
@@ -162,7 +203,8 @@ impl Window {
         replayable_until_ms: Option<i64>,
         now: Now,
     ) -> &Signatures {
-        self.remember(seq, fingerprint, id, now.monotonic, Signatures::of(replayable_until_ms), now)
+        let (accepted_at, signatures) = (self.at(now.monotonic), Signatures::of(replayable_until_ms));
+        self.remember(Entry { seq, fingerprint, id, accepted_at, until: 0, signatures }, now)
     }
 
     /// A re-send of a known body came under a new signature, which could be captured as well. Returns the signatures to be
@@ -173,78 +215,101 @@ impl Window {
         replayable_until_ms: i64,
         now: Now,
     ) -> Option<&Signatures> {
-        let entry = self.by_fingerprint.get_mut(fingerprint)?;
-        self.replaced.push((*fingerprint, Some(entry.clone())));
-        entry.signatures.merge(&[replayable_until_ms], now.wall_ms);
-        let until = until(entry, self.length, now);
-        if let Ok(index) = self.order.binary_search_by_key(&entry.seq, |remembered| remembered.seq) {
-            self.order[index].until = until;
-        }
+        let index = self.index(fingerprint)?;
+        let signatures = self.entries[index].signatures.merged(&[replayable_until_ms], now.wall_ms);
+        let until = self.until(self.entries[index].accepted_at, &signatures, now);
+        let entry = &mut self.entries[index];
+        entry.until = until;
+        let before = std::mem::replace(&mut entry.signatures, signatures);
+        self.changes.push(Change::Signatures(entry.seq, before));
         Some(&entry.signatures)
     }
 
     /// Takes back everything since the last commit, which was that of `seq`.
     pub fn undo_after(&mut self, seq: u64) {
-        while self.order.back().is_some_and(|last| last.seq > seq) {
-            self.order.pop_back();
+        for change in std::mem::take(&mut self.changes).into_iter().rev() {
+            match change {
+                Change::Latest(key, Some(before)) => {
+                    self.latest.insert(key, before);
+                }
+                Change::Latest(key, None) => {
+                    self.latest.remove(&key);
+                }
+                Change::Signatures(seq, before) => {
+                    if let Ok(index) = self.entries.binary_search_by_key(&seq, |entry| entry.seq) {
+                        self.entries[index].signatures = before;
+                    }
+                }
+            }
         }
-        for (fingerprint, before) in std::mem::take(&mut self.replaced).into_iter().rev() {
-            match before {
-                Some(entry) => self.by_fingerprint.insert(fingerprint, entry),
-                None => self.by_fingerprint.remove(&fingerprint),
-            };
+        while self.entries.back().is_some_and(|last| last.seq > seq) {
+            self.entries.pop_back();
         }
     }
 
     /// Drops what is of no use any more, or too much. Returns the last `seq` dropped, and whether an entry had to go that
     /// was still of use.
     pub fn purge(&mut self, now: Instant) -> Option<(u64, bool)> {
+        let now = self.at(now);
         let mut purged = None;
-        while let Some(oldest) = self.order.front().copied() {
-            let of_use = oldest.until > now;
-            if of_use && self.order.len() <= self.entries_max {
+        while let Some(oldest) = self.entries.front() {
+            let (seq, of_use) = (oldest.seq, oldest.until > now);
+            if of_use && self.entries.len() <= self.entries_max {
                 break;
             }
-            self.order.pop_front();
-            self.remove(oldest.seq, &oldest.fingerprint);
-            purged = Some((oldest.seq, of_use || purged.is_some_and(|(_, early)| early)));
+            let key = key(&oldest.fingerprint);
+            if self.latest.get(&key) == Some(&seq) {
+                self.latest.remove(&key);
+            }
+            self.entries.pop_front();
+            purged = Some((seq, of_use || purged.is_some_and(|(_, early)| early)));
         }
         purged
     }
 
-    fn remember(
-        &mut self,
-        seq: u64,
-        fingerprint: Fingerprint,
-        id: Uuid,
-        accepted_at: Instant,
-        mut signatures: Signatures,
-        now: Now,
-    ) -> &Signatures {
-        // The same body was accepted before, and that request can still be replayed, too.
-        let before = self.by_fingerprint.get(&fingerprint);
-        if let Some(before) = before {
-            signatures.merge(&before.signatures.0, now.wall_ms);
-        }
-        self.replaced.push((fingerprint, before.cloned()));
-        let entry = Entry { seq, id, accepted_at, signatures };
-        self.order.push_back(Remembered { seq, fingerprint, until: until(&entry, self.length, now) });
-        &self.by_fingerprint.entry(fingerprint).insert_entry(entry).into_mut().signatures
+    /// Of the latest acceptance of this body.
+    fn index(&self, fingerprint: &Fingerprint) -> Option<usize> {
+        let seq = self.latest.get(&key(fingerprint))?;
+        let index = self.entries.binary_search_by_key(seq, |entry| entry.seq).ok()?;
+        (self.entries[index].fingerprint == *fingerprint).then_some(index)
     }
 
-    fn remove(&mut self, seq: u64, fingerprint: &Fingerprint) {
-        if self.by_fingerprint.get(fingerprint).is_some_and(|latest| latest.seq == seq) {
-            self.by_fingerprint.remove(fingerprint);
+    fn remember(&mut self, mut entry: Entry, now: Now) -> &Signatures {
+        // The same body was accepted before, and that request can still be replayed, too.
+        if let Some(before) = self.index(&entry.fingerprint) {
+            entry.signatures = entry.signatures.merged(self.entries[before].signatures.as_slice(), now.wall_ms);
+        }
+        entry.until = self.until(entry.accepted_at, &entry.signatures, now);
+        let key = key(&entry.fingerprint);
+        let before = self.latest.insert(key, entry.seq);
+        self.changes.push(Change::Latest(key, before));
+        self.entries.push_back(entry);
+        &self.entries.back().expect("just pushed").signatures
+    }
+
+    /// When an entry is of no use any more: its window has passed, and its signatures are too old.
+    fn until(&self, accepted_at: i64, signatures: &Signatures, now: Now) -> i64 {
+        let last = signatures.last().map_or(i64::MIN, |until| until.saturating_add(MARGIN_MS));
+        let replayable = last.saturating_sub(now.wall_ms).clamp(0, milliseconds(REPLAYABLE_MAX));
+        i64::max(accepted_at.saturating_add(milliseconds(self.length)), self.at(now.monotonic) + replayable)
+    }
+
+    /// In milliseconds since the origin; negative before.
+    fn at(&self, time: Instant) -> i64 {
+        match time.checked_duration_since(self.origin) {
+            Some(after) => milliseconds(after),
+            None => -milliseconds(self.origin - time),
         }
     }
 }
 
-/// When an entry is of no use any more: its window has passed, and its signatures are too old.
-fn until(entry: &Entry, length: Duration, now: Now) -> Instant {
-    let last = entry.signatures.last().map(|until| until.saturating_add(MARGIN_MS));
-    let replayable_ms = last.map_or(0, |until| until.saturating_sub(now.wall_ms));
-    let replayable = Duration::from_millis(u64::try_from(replayable_ms).unwrap_or(0)).min(REPLAYABLE_MAX);
-    (entry.accepted_at + length).max(now.monotonic + replayable)
+fn milliseconds(duration: Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
+}
+
+/// The beginning of a fingerprint: SHA-256 has no better half.
+fn key(fingerprint: &Fingerprint) -> u64 {
+    u64::from_be_bytes(*fingerprint.0.first_chunk().expect("a fingerprint has 32 bytes"))
 }
 
 #[cfg(test)]
@@ -287,7 +352,7 @@ mod tests {
         assert_eq!(found(&window, 1, end + SECOND), None, "also before it is purged");
         assert_eq!(window.purge(end - SECOND), None);
         assert_eq!(window.purge(end + SECOND), Some((1, false)));
-        assert!(window.by_fingerprint.is_empty());
+        assert!(window.latest.is_empty() && window.entries.is_empty());
     }
 
     #[test]
@@ -323,7 +388,7 @@ mod tests {
         let second = at(630).wall_ms;
         assert_eq!(find(&window, second, 30), Some((1, true)));
         let signatures = window.signed_anew(&body(1), second, at(30)).unwrap();
-        assert_eq!(Signatures::from_bytes(&signatures.to_bytes()), Signatures(vec![first, second]));
+        assert_eq!(Signatures::from_bytes(&signatures.to_bytes()), Signatures::from(vec![first, second]));
         assert_eq!((find(&window, first, 599), find(&window, second, 629)), (Some((1, false)), Some((1, false))));
         assert_eq!(window.purge(at(689).monotonic), None, "a minute longer than it is good");
         // What is signed at another time was sent anew, also by a clock that was set back.
@@ -360,13 +425,13 @@ mod tests {
             window.signed_anew(&body(1), at(start, 300 + seconds).wall_ms, at(start, 0));
         }
         let signatures = window.signed_anew(&body(1), at(start, 400).wall_ms, at(start, 0)).unwrap();
-        assert_eq!((signatures.0.len(), signatures.last()), (SIGNATURES_MAX, Some(at(start, 400).wall_ms)));
+        assert_eq!((signatures.as_slice().len(), signatures.last()), (SIGNATURES_MAX, Some(at(start, 400).wall_ms)));
         // Accepted anew again and again, also by a process that has read all of it from the disk.
         let mut reopened = Window::new(120 * SECOND, 100);
         for seq in 1..=30 {
             let until = Some(at(start, 400 + seq).wall_ms);
             let signatures = window.insert(seq.into(), body(1), id(1), until, at(start, 0)).clone();
-            assert!(signatures.0.len() <= SIGNATURES_MAX && signatures.last() == until, "the new one is kept");
+            assert!(signatures.as_slice().len() <= SIGNATURES_MAX && signatures.last() == until, "the new one is kept");
             let seen = Seen { seq: seq.into(), fingerprint: body(1), id: id(1), accepted_ms: 0, signatures };
             reopened.load(vec![seen], at(start, 0));
         }
