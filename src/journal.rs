@@ -31,7 +31,7 @@ pub struct Journal {
 #[derive(Clone, Default)]
 pub struct Counts {
     pub types: BTreeMap<String, Tally>,
-    /// Of the types beyond [`TYPES_MAX`].
+    /// Of the types that have no place of their own any more.
     pub other_types: Tally,
     /// By the `code` of the answer.
     pub refused: BTreeMap<&'static str, u64>,
