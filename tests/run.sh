@@ -30,6 +30,8 @@ main() {
   need_package faketime /usr/lib/*/faketime/libfaketime.so.1 /usr/lib/faketime/libfaketime.so.1
   need_package chromium /usr/bin/chromium
   need_package chromium-driver /usr/bin/chromedriver
+  need_package python3-pika /usr/lib/python3/dist-packages/pika
+  need_node
   need_promtool
   # Some tests mount small file systems. Where the system lets us be root in a namespace of our own, that is enough.
   if [[ $EUID != 0 ]] && unshare --user --map-root-user --mount true 2>/dev/null; then
@@ -63,6 +65,20 @@ need_package() {
   echo "Installing $package ..."
   as_root apt-get update -qq >/dev/null
   as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$package" >/dev/null
+}
+
+# For the example worker: Node.js, and the library that it names.
+need_node() {
+  local folder=${XDG_CACHE_HOME:-$HOME/.cache}/prism-relay/node
+  command -v node >/dev/null || need_package nodejs /usr/bin/node
+  export PRISM_TEST_NODE_MODULES=$folder/node_modules
+  if cmp -s deploy/workers/node/package.json "$folder/package.json"; then return; fi
+  command -v npm >/dev/null || need_package npm /usr/bin/npm
+  echo 'Fetching what the Node worker needs ...'
+  rm -rf "$folder.partial" && mkdir -p "$folder.partial"
+  cp deploy/workers/node/package.json "$folder.partial/"
+  npm install --silent --no-audit --no-fund --no-package-lock --prefix "$folder.partial" >/dev/null
+  rm -rf "$folder" && mv "$folder.partial" "$folder"
 }
 
 # Checks metrics and alert rules. Taken out of its package, because installing that would start a Prometheus.

@@ -1,8 +1,9 @@
 //! `check`: would the relay run? Looks at everything and changes nothing.
 
+use std::path::Path;
 use std::time::Duration;
 
-use super::{Failure, say};
+use super::{Failure, say, topology};
 use crate::config::{BrokerUrl, Config, Declare};
 use crate::publisher::{Access, Link};
 use crate::spool::{Inspector, Presence, presence};
@@ -11,6 +12,13 @@ use crate::topology::{Comparison, Plan, compare};
 
 /// For one answer of the broker.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+
+#[derive(clap::Args)]
+pub struct Options {
+    /// Leave the broker out: only what has to be right before the relay can start
+    #[arg(long)]
+    offline: bool,
+}
 
 /// The findings, printed as they come.
 struct Table {
@@ -28,27 +36,13 @@ impl Table {
     }
 }
 
-pub async fn run(config: &Config) -> Result<(), Failure> {
+pub async fn run(config: &Config, file: Option<&Path>, options: Options) -> Result<(), Failure> {
     let mut table = Table { problems: 0 };
     table.good("configuration", "every key is valid");
     check_signature(config, &table);
     check_spool(config, &mut table);
-    let mut compared = false;
-    let access = Access::new(&config.broker).map_err(Failure::new)?;
-    for (index, url) in config.broker.urls.iter().enumerate() {
-        let what = format!("broker {}:{}", url.host(), url.port());
-        match access.open(index, "prism-relay check").await {
-            Ok(link) => {
-                table.good(&what, &format!("logged in to {url}"));
-                // The nodes of a cluster share their topology, so one look is enough.
-                if !compared {
-                    compared = true;
-                    check_topology(config, &link, url, &mut table).await;
-                }
-                link.close().await;
-            }
-            Err(error) => table.bad(&what, &chain(&error)),
-        }
+    if !options.offline {
+        check_brokers(config, file, &mut table).await?;
     }
     match table.problems {
         0 => {
@@ -60,6 +54,27 @@ pub async fn run(config: &Config) -> Result<(), Failure> {
             Err(Failure::Reported)
         }
     }
+}
+
+async fn check_brokers(config: &Config, file: Option<&Path>, table: &mut Table) -> Result<(), Failure> {
+    let mut compared = false;
+    let access = Access::new(&config.broker).map_err(Failure::new)?;
+    for (index, url) in config.broker.urls.iter().enumerate() {
+        let what = format!("broker {}:{}", url.host(), url.port());
+        match access.open(index, "prism-relay check").await {
+            Ok(link) => {
+                table.good(&what, &format!("logged in to {url}"));
+                // The nodes of a cluster share their topology, so one look is enough.
+                if !compared {
+                    compared = true;
+                    check_topology(config, file, &link, url, table).await;
+                }
+                link.close().await;
+            }
+            Err(error) => table.bad(&what, &chain(&error)),
+        }
+    }
+    Ok(())
 }
 
 fn check_signature(config: &Config, table: &Table) {
@@ -103,24 +118,62 @@ fn tempfile_in(folder: &std::path::Path) -> std::io::Result<()> {
     std::fs::remove_file(&path)
 }
 
-async fn check_topology(config: &Config, link: &Link, url: &BrokerUrl, table: &mut Table) {
+async fn check_topology(config: &Config, file: Option<&Path>, link: &Link, url: &BrokerUrl, table: &mut Table) {
     if config.topology.declare == Declare::Off {
         table.good("topology", "not looked at: topology.declare is off");
         return;
     }
     let plan = Plan::new(&config.topology, &config.broker.exchange);
+    let mut said = Vec::new();
     for entity in plan.entities() {
         let what = entity.to_string();
+        let before = table.problems;
         match tokio::time::timeout(ANSWER_TIMEOUT, compare(&link.connection, entity, config.topology.declare)).await {
             Ok(Ok(Comparison::Same)) => table.good(&what, "as configured"),
             Ok(Ok(Comparison::Present)) => table.good(&what, "exists"),
             Ok(Ok(Comparison::Absent)) if config.topology.declare == Declare::Active => {
                 table.good(&what, "does not exist yet; the relay will create it");
+                said.push(what.clone());
             }
             Ok(Ok(Comparison::Absent)) => table.bad(&what, "does not exist, and topology.declare is passive"),
             Ok(Ok(Comparison::Differs(error))) => table.bad(&what, &chain(&error)),
             Ok(Err(error)) => return table.bad(&what, &format!("the connection to {url} broke: {error}")),
             Err(_) => return table.bad(&what, &format!("no answer from {url} within {ANSWER_TIMEOUT:?}")),
         }
+        if table.problems > before {
+            said.push(what);
+        }
+    }
+    check_the_rest(config, file, &plan, url, table, &said).await;
+}
+
+/// Bindings and policies, of which only the management API tells. `said`: the entities of which enough has been said.
+async fn check_the_rest(
+    config: &Config,
+    file: Option<&Path>,
+    plan: &Plan,
+    url: &BrokerUrl,
+    table: &mut Table,
+    said: &[String],
+) {
+    let what = "bindings and policies";
+    let found = match topology::look(config, file, plan, url).await {
+        Ok(found) => found,
+        Err(reason) => return table.good(what, &format!("not looked at: {reason}")),
+    };
+    let before = table.problems;
+    for difference in found.iter().filter(|difference| !said.contains(&difference.entity)) {
+        let mend = difference.mend.clone().unwrap_or_else(|| format!("{} topology declare", topology::command(file)));
+        let finding = format!("{}\n        {mend}", difference.what);
+        // With what it binds, the relay will create a binding, too.
+        let later = said.iter().any(|entity| difference.entity.contains(&format!(" {entity} ")));
+        if difference.advice || later {
+            table.good(&difference.entity, &finding);
+        } else {
+            table.bad(&difference.entity, &finding);
+        }
+    }
+    if table.problems == before {
+        table.good(what, "as configured");
     }
 }

@@ -1,11 +1,17 @@
 //! The command line: one file a command, and the exit codes. 0 done, 1 failed, 64 wrong usage or configuration.
 
 mod check;
+mod management;
+mod messages;
+mod recreate;
+mod redrive;
+mod replay;
 mod send;
 mod spool;
 mod tail;
 mod top;
 mod topology;
+mod transfer;
 
 use std::error::Error;
 use std::io::{self, Write};
@@ -45,16 +51,20 @@ enum Command {
     /// Run the relay (the default).
     Serve,
     /// Check the configuration, the broker, its topology and the spool, without changing anything.
-    Check,
+    Check(check::Options),
     /// Play Prism: send signed webhooks, with Prism's retries.
     Send(send::Options),
     /// Print events as they pass.
     Tail(tail::Options),
     /// Show how the relay is doing, live: the console's numbers in a terminal.
     Top(top::Options),
-    /// Print, declare or export what the relay wants on the broker.
+    /// Print, declare, compare or export what the relay wants on the broker.
     #[command(subcommand)]
     Topology(topology::Action),
+    /// Publish dead letters, or what was unroutable, once more.
+    Redrive(redrive::Options),
+    /// Publish events of the archive once more, by time and key.
+    Replay(replay::Options),
     /// Look into the spool, also while the relay runs.
     #[command(subcommand)]
     Spool(spool::Action),
@@ -167,13 +177,12 @@ pub fn run() -> ExitCode {
 fn execute(arguments: Arguments) -> Result<(), Failure> {
     let command = arguments.command.unwrap_or(Command::Serve);
     let purpose = match command {
-        Command::Serve | Command::Check => Purpose::Serve,
-        Command::Send(_) | Command::Tail(_) | Command::Top(_) | Command::Topology(_) | Command::Spool(_) => {
-            Purpose::Client
-        }
+        Command::Serve | Command::Check(_) => Purpose::Serve,
+        _ => Purpose::Client,
     };
     let environment = environment()?;
-    let config = Config::load(arguments.config.as_deref(), environment, purpose)?;
+    let file = arguments.config.as_deref();
+    let config = Config::load(file, environment, purpose)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Failure::new)?;
     let outcome = runtime.block_on(async {
         match command {
@@ -181,11 +190,13 @@ fn execute(arguments: Arguments) -> Result<(), Failure> {
                 telemetry::init(&config.log);
                 relay::serve(config).await.map_err(Failure::new)
             }
-            Command::Check => check::run(&config).await,
+            Command::Check(options) => check::run(&config, file, options).await,
             Command::Send(options) => send::run(&config, options).await,
             Command::Tail(options) => tail::run(&config, options).await,
             Command::Top(options) => top::run(&config, options).await,
-            Command::Topology(action) => topology::run(&config, action).await,
+            Command::Topology(action) => topology::run(&config, file, action).await,
+            Command::Redrive(options) => redrive::run(&config, options).await,
+            Command::Replay(options) => replay::run(&config, options).await,
             Command::Spool(action) => spool::run(&config, action),
         }
     });

@@ -1,17 +1,16 @@
 //! `tail`: prints events as they pass, without taking them from anybody.
 
-use std::io::{self, Write};
+use std::io;
 use std::num::NonZeroU64;
 
 use futures_util::StreamExt;
-use lapin::message::Delivery;
 use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions, QueueBindOptions, QueueDeclareOptions};
-use lapin::types::{AMQPValue, FieldTable, ShortString};
+use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Channel, Consumer};
-use serde::Serialize;
 use thiserror::Error;
 
-use super::{Failure, clean};
+use super::Failure;
+use super::messages::{matches, print, queue_name, short};
 use crate::config::Config;
 use crate::publisher::Link;
 use crate::topology::{UNROUTED, reply_text};
@@ -33,7 +32,7 @@ pub struct Options {
     #[arg(long)]
     count: Option<NonZeroU64>,
     /// Work like a worker instead: take events from this queue and acknowledge them, so that nobody else gets them
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", value_parser = queue_name)]
     queue: Option<String>,
 }
 
@@ -53,22 +52,7 @@ impl From<lapin::Error> for TailError {
     }
 }
 
-/// What is told of an event: nothing of its body.
-#[derive(Serialize)]
-struct Line<'a> {
-    time: &'a str,
-    key: &'a str,
-    subject: &'a str,
-    state: &'a str,
-    id: &'a str,
-    verified: bool,
-    redelivered: bool,
-}
-
 pub async fn run(config: &Config, options: Options) -> Result<(), Failure> {
-    if options.queue.as_deref().is_some_and(|queue| queue.is_empty() || queue.len() > 255) {
-        return Err(Failure::Usage("--queue takes a name of 1 to 255 bytes".to_owned()));
-    }
     let link = super::connect(config, "prism-relay tail").await?;
     let printed = tokio::select! {
         printed = print_events(config, &options, &link) => printed,
@@ -127,73 +111,4 @@ async fn listen(config: &Config, channel: &Channel) -> Result<Consumer, lapin::E
 async fn work(channel: &Channel, queue: &str) -> Result<Consumer, lapin::Error> {
     channel.basic_qos(PREFETCH, BasicQosOptions::default()).await?;
     channel.basic_consume(short(queue), "".into(), BasicConsumeOptions::default(), FieldTable::default()).await
-}
-
-fn print(delivery: &Delivery, json: bool) -> io::Result<()> {
-    let properties = &delivery.properties;
-    let header = |name: &str| match properties.headers().as_ref().and_then(|headers| headers.inner().get(name)) {
-        Some(AMQPValue::LongString(text)) => text.to_string(),
-        _ => String::new(),
-    };
-    let (time, subject, state) = (header("prism-received-at"), header("prism-subject"), header("prism-state"));
-    let line = Line {
-        time: &time,
-        key: delivery.routing_key.as_str(),
-        subject: &subject,
-        state: &state,
-        id: properties.message_id().as_ref().map_or("", ShortString::as_str),
-        verified: header("prism-verified") == "true",
-        redelivered: delivery.redelivered,
-    };
-    let mut out = io::stdout().lock();
-    if json {
-        serde_json::to_writer(&mut out, &line)?;
-        writeln!(out)?;
-    } else {
-        let (time, key, subject) = (clean(line.time), clean(line.key), clean(line.subject));
-        writeln!(out, "{time}  {key:<42}  {subject:<47}  {:<10}  {}", clean(line.state), clean(line.id))?;
-    }
-    out.flush()
-}
-
-/// Names are checked before; AMQP's short strings end at 255 bytes.
-fn short(text: &str) -> ShortString {
-    ShortString::try_new(text).unwrap_or_default()
-}
-
-/// Whether a topic exchange would route this key by this pattern.
-fn matches(pattern: &str, key: &str) -> bool {
-    fn words(pattern: &[&str], key: &[&str]) -> bool {
-        match (pattern.split_first(), key.split_first()) {
-            (None, None) => true,
-            (Some((&"#", rest)), _) => words(rest, key) || (!key.is_empty() && words(pattern, &key[1..])),
-            (Some((&"*", pattern)), Some((_, key))) => words(pattern, key),
-            (Some((wanted, pattern)), Some((word, key))) => wanted == word && words(pattern, key),
-            (None, Some(_)) | (Some(_), None) => false,
-        }
-    }
-    words(&pattern.split('.').collect::<Vec<_>>(), &key.split('.').collect::<Vec<_>>())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::matches;
-
-    #[test]
-    fn patterns_match_as_in_a_topic_exchange() {
-        for (pattern, key, expected) in [
-            ("#", "scan.processing.started", true),
-            ("#", "", true),
-            ("scan.#", "scan", true),
-            ("scan.#", "scan.processing.started", true),
-            ("scan.*", "scan.processing", true),
-            ("scan.*", "scan.processing.started", false),
-            ("*.processing.*", "scan.processing.started", true),
-            ("#.started", "scan.processing.started", true),
-            ("scan.#", "body_shape_prediction.processing.started", false),
-            ("scan.processing", "scan.processing.started", false),
-        ] {
-            assert_eq!(matches(pattern, key), expected, "{pattern} {key}");
-        }
-    }
 }

@@ -1,14 +1,20 @@
-//! `topology`: what the relay wants on the broker: shown, declared, or exported for whoever owns the broker.
+//! `topology`: what the relay wants on the broker: shown, declared, compared, or exported for whoever owns the broker.
 
-use lapin::ExchangeKind;
-use lapin::types::{AMQPValue, FieldTable};
-use serde_json::{Map, Value, json};
+use std::path::Path;
+
 use thiserror::Error;
 use tokio::time::timeout;
 
-use super::{Failure, Printed, say};
-use crate::config::{Config, Declare};
-use crate::topology::{self, Entity, Plan, TopologyError};
+use super::management::Management;
+use super::messages::queue_name;
+use super::{Failure, Printed, recreate, say};
+use crate::config::{BrokerUrl, Config, Declare};
+use crate::publisher::Link;
+use crate::telemetry::chain;
+use crate::topology::{
+    self, Comparison, Difference, Entity, Mending, Plan, TopologyError, compare, definitions, differences, kind, plain,
+    quote,
+};
 
 #[derive(clap::Subcommand)]
 pub enum Action {
@@ -16,23 +22,32 @@ pub enum Action {
     Show,
     /// Create on the broker what is missing, whatever topology.declare says
     Declare,
+    /// Compare the broker with the configuration, and print the command that mends each difference; exit code 1 if there are any
+    Diff,
+    /// Replace a queue by one with the properties that are configured, and lose nothing: its workers have to be stopped
+    Recreate {
+        #[arg(value_name = "QUEUE", value_parser = queue_name)]
+        queue: String,
+    },
     /// Print RabbitMQ definitions, with policies in place of arguments, for `rabbitmqctl import_definitions`
     Export,
 }
 
 #[derive(Debug, Error)]
-enum DeclareError {
+enum BrokerError {
     #[error(transparent)]
     Refused(#[from] TopologyError),
     #[error("the broker did not answer in time")]
     Timeout,
 }
 
-pub async fn run(config: &Config, action: Action) -> Result<(), Failure> {
+pub async fn run(config: &Config, file: Option<&Path>, action: Action) -> Result<(), Failure> {
     let plan = Plan::new(&config.topology, &config.broker.exchange);
     match action {
         Action::Show => show(&plan),
         Action::Declare => declare(config, &plan).await,
+        Action::Diff => diff(config, file, &plan).await,
+        Action::Recreate { queue } => recreate::run(config, &plan, &queue).await,
         Action::Export => {
             let definitions = definitions(&plan, config.broker.urls[0].vhost());
             say(&serde_json::to_string_pretty(&definitions).map_err(Failure::new)?);
@@ -44,17 +59,20 @@ pub async fn run(config: &Config, action: Action) -> Result<(), Failure> {
 fn show(plan: &Plan) -> Result<(), Failure> {
     let mut printed = Printed::default();
     for entity in plan.entities() {
-        let (what, arguments) = match entity {
-            Entity::Exchange(exchange) => (kind(&exchange.kind), &exchange.arguments),
-            Entity::Queue(queue) => ("durable".to_owned(), &queue.arguments),
+        let what = match entity {
+            Entity::Exchange(exchange) => kind(&exchange.kind),
+            Entity::Queue(_) => "durable".to_owned(),
         };
         printed.line(format!("{entity}  ({what})"));
-        for (name, value) in arguments.inner() {
+        for (name, value) in entity.arguments().inner() {
             printed.line(format!("    {name} = {}", plain(value)));
         }
     }
     for binding in &plan.bindings {
         printed.line(format!("{binding}"));
+        for (name, value) in binding.arguments.inner() {
+            printed.line(format!("    {name} = {}", plain(value)));
+        }
     }
     printed.out()
 }
@@ -66,98 +84,84 @@ async fn declare(config: &Config, plan: &Plan) -> Result<(), Failure> {
     let declared = timeout(limit, topology::establish(&link.connection, plan, Declare::Active)).await;
     link.close().await;
     declared
-        .map_err(|_| Failure::new(DeclareError::Timeout))?
-        .map_err(|error| Failure::new(DeclareError::from(error)))?;
+        .map_err(|_| Failure::new(BrokerError::Timeout))?
+        .map_err(|error| Failure::new(BrokerError::from(error)))?;
     say(&format!("{} exchanges and queues and {} bindings are there", plan.entities().len(), plan.bindings.len()));
     Ok(())
 }
 
-/// RabbitMQ's definitions (<https://www.rabbitmq.com/docs/definitions>). What a policy can say is left to a policy, so that
-/// it can be changed while there are messages; the type of a queue cannot.
-fn definitions(plan: &Plan, vhost: &str) -> Value {
-    let (mut exchanges, mut queues, mut policies) = (Vec::new(), Vec::new(), Vec::new());
-    for entity in plan.entities() {
-        let (name, apply_to, arguments) = match entity {
-            Entity::Exchange(exchange) => (&exchange.name, "exchanges", &exchange.arguments),
-            Entity::Queue(queue) => (&queue.name, "queues", &queue.arguments),
-        };
-        let (fixed, policy) = split(arguments);
-        let common = json!({ "name": name, "vhost": vhost, "durable": true, "auto_delete": false, "arguments": fixed });
-        match entity {
-            Entity::Exchange(exchange) => {
-                exchanges.push(with(common, json!({ "type": kind(&exchange.kind), "internal": false })));
+async fn diff(config: &Config, file: Option<&Path>, plan: &Plan) -> Result<(), Failure> {
+    let link = super::connect(config, "prism-relay topology").await?;
+    let found = match look(config, file, plan, &link.url).await {
+        Ok(found) => Ok(found),
+        Err(reason) => {
+            say(&format!("bindings and policies are not compared, because AMQP cannot tell: {reason}"));
+            let limit = config.broker.connect_timeout * (plan.steps() + 1);
+            match timeout(limit, compare_over_amqp(&link, plan, &mending(config, file, &link.url))).await {
+                Ok(found) => found.map_err(Failure::new),
+                Err(_) => Err(Failure::new(BrokerError::Timeout)),
             }
-            Entity::Queue(_) => queues.push(common),
         }
-        if !policy.is_empty() {
-            policies.push(json!({
-                "name": name, "vhost": vhost, "pattern": format!("^{}$", escaped(name)), "apply-to": apply_to,
-                "definition": policy, "priority": 0,
-            }));
+    };
+    link.close().await;
+    let found = found?;
+    for Difference { entity, what, mend, advice, .. } in &found {
+        say(&format!("{}{entity}: {what}", if *advice { "advice: " } else { "" }));
+        if let Some(mend) = mend {
+            say(&format!("    {mend}"));
         }
     }
-    let bindings: Vec<_> = plan
-        .bindings
-        .iter()
-        .map(|binding| {
-            json!({
-                "source": binding.exchange, "vhost": vhost, "destination": binding.queue, "destination_type": "queue",
-                "routing_key": binding.key, "arguments": {},
-            })
-        })
-        .collect();
-    json!({ "exchanges": exchanges, "queues": queues, "bindings": bindings, "policies": policies })
-}
-
-/// What has to be an argument, and what a policy says as well; there the names have no `x-`.
-fn split(arguments: &FieldTable) -> (Map<String, Value>, Map<String, Value>) {
-    let (mut fixed, mut policy) = (Map::new(), Map::new());
-    for (name, value) in arguments.inner() {
-        match name.as_str() {
-            "x-queue-type" => fixed.insert(name.to_string(), plain(value)),
-            name => policy.insert(name.strip_prefix("x-").unwrap_or(name).to_owned(), plain(value)),
-        };
+    if found.iter().any(|difference| difference.declare) {
+        say(&format!("and then\n    {} topology declare", command(file)));
     }
-    (fixed, policy)
-}
-
-/// As RabbitMQ spells it.
-fn kind(kind: &ExchangeKind) -> String {
-    format!("{kind:?}").to_lowercase()
-}
-
-fn plain(value: &AMQPValue) -> Value {
-    match value {
-        AMQPValue::LongString(text) => Value::from(text.to_string()),
-        AMQPValue::LongLongInt(number) => Value::from(*number),
-        AMQPValue::LongInt(number) => Value::from(*number),
-        AMQPValue::Boolean(flag) => Value::from(*flag),
-        // The plan has no others.
-        other => Value::from(format!("{other:?}")),
+    match found.iter().filter(|difference| !difference.advice).count() {
+        0 => {
+            say("the broker is as configured");
+            Ok(())
+        }
+        count => {
+            say(&format!("differences: {count}"));
+            Err(Failure::Reported)
+        }
     }
 }
 
-fn with(mut object: Value, more: Value) -> Value {
-    if let (Value::Object(object), Value::Object(more)) = (&mut object, more) {
-        object.extend(more);
+/// What the management API says, or why it says nothing.
+pub(super) async fn look(
+    config: &Config,
+    file: Option<&Path>,
+    plan: &Plan,
+    url: &BrokerUrl,
+) -> Result<Vec<Difference>, String> {
+    let management = Management::new(&config.broker, url).map_err(|error| chain(&error))?;
+    let live = management.look().await.map_err(|error| chain(&error))?;
+    Ok(differences(plan, &live, &mending(config, file, url)))
+}
+
+async fn compare_over_amqp(link: &Link, plan: &Plan, mending: &Mending) -> Result<Vec<Difference>, lapin::Error> {
+    let mut found = Vec::new();
+    for entity in plan.entities() {
+        found.extend(match compare(&link.connection, entity, Declare::Active).await? {
+            Comparison::Same | Comparison::Present => None,
+            Comparison::Absent => Some(Difference::missing(entity)),
+            Comparison::Differs(error) => Some(Difference::wrong(entity, chain(&error), mending)),
+        });
     }
-    object
+    Ok(found)
 }
 
-/// A name as a regular expression that matches nothing else.
-fn escaped(name: &str) -> String {
-    name.chars()
-        .flat_map(|c| (!c.is_alphanumeric() && c != '_' && c != '-').then_some('\\').into_iter().chain([c]))
-        .collect()
+/// Our own command with its configuration.
+pub(super) fn command(file: Option<&Path>) -> String {
+    let option = file.map(|file| format!(" --config {}", quote(&file.display().to_string()))).unwrap_or_default();
+    format!("prism-relay{option}")
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn patterns_of_policies_match_one_name() {
-        assert_eq!(escaped("prism.scan_1-a"), "prism\\.scan_1-a");
-        assert_eq!(escaped("a b+c"), "a\\ b\\+c");
+fn mending(config: &Config, file: Option<&Path>, url: &BrokerUrl) -> Mending {
+    Mending {
+        relay: command(file),
+        vhost: url.vhost().to_owned(),
+        api: Management::place(&config.broker, url),
+        user: url.expose().authority.userinfo.username.clone(),
+        active: config.topology.declare == Declare::Active,
     }
 }

@@ -117,12 +117,15 @@ pub struct Broker {
     pub reconnect_min: Duration,
     pub reconnect_max: Duration,
     pub parked_retry: Duration,
+    /// Of the management API; `None`: on the host of the url, at the port that RabbitMQ gives it.
+    pub management_url: Option<Uri>,
 }
 
 #[derive(Clone, Debug)]
 pub struct Topology {
     pub declare: Declare,
     pub queues: Vec<Queue>,
+    pub archive: Option<Archive>,
 }
 
 /// What the relay does about the topology when it connects.
@@ -139,7 +142,28 @@ pub enum Declare {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Queue {
     pub name: String,
+    /// At least one.
     pub bindings: Vec<String>,
+    /// Returns to the queue before a message is given up.
+    pub delivery_limit: u32,
+    /// How long a rejected message waits before each further try; after the last one it is given up.
+    pub retry_delays: Vec<Duration>,
+    /// Implied by `partitions`.
+    pub single_active_consumer: bool,
+    /// At least two.
+    pub partitions: Option<usize>,
+    /// Messages in each queue; the relay keeps what is beyond.
+    pub max_length: Option<usize>,
+    /// After it a message that nobody has taken is given up.
+    pub ttl: Option<Duration>,
+}
+
+/// A stream of everything, from which can be replayed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Archive {
+    pub name: String,
+    pub max_age: Duration,
+    pub max_bytes: Option<u64>,
 }
 
 #[derive(Debug)]
@@ -212,18 +236,18 @@ impl Config {
         purpose: Purpose,
     ) -> Result<Self, ConfigError> {
         let mut raw = Raw::merge(file, environment).map_err(|mistake| ConfigError { mistakes: vec![mistake] })?;
-        let config = Self {
-            http: Http::read(&mut raw, purpose),
-            signature: Signature::read(&mut raw, purpose),
-            spool: Spool::read(&mut raw),
-            dedupe: Dedupe::read(&mut raw),
-            broker: Broker::read(&mut raw),
-            topology: Topology::read(&mut raw),
-            ops: Ops::read(&mut raw),
-            log: Log::read(&mut raw),
-            traces: Traces::read(&mut raw),
-            shutdown: Shutdown { grace: raw.duration("shutdown.grace", MILLISECOND..=HOUR) },
-        };
+        // In the order of the file, in which mistakes are listed.
+        let http = Http::read(&mut raw, purpose);
+        let signature = Signature::read(&mut raw, purpose);
+        let spool = Spool::read(&mut raw);
+        let dedupe = Dedupe::read(&mut raw);
+        let broker = Broker::read(&mut raw);
+        let topology = Topology::read(&mut raw, &broker);
+        let ops = Ops::read(&mut raw);
+        let log = Log::read(&mut raw);
+        let traces = Traces::read(&mut raw);
+        let shutdown = Shutdown { grace: raw.duration("shutdown.grace", MILLISECOND..=HOUR) };
+        let config = Self { http, signature, spool, dedupe, broker, topology, ops, log, traces, shutdown };
         match raw.finish() {
             mistakes if mistakes.is_empty() => Ok(config),
             mistakes => Err(ConfigError { mistakes }),

@@ -89,9 +89,10 @@ impl Raw {
         read
     }
 
-    /// A list of tables: an array, or the same in TOML's own notation as a text.
-    pub fn tables(&mut self, key: &str) -> Vec<Map<String, Value>> {
-        let Some(value) = self.take(key) else { return Vec::new() };
+    /// A list of tables: an array, or the same in TOML's own notation as a text. Their number; the keys of the first one are
+    /// then at `key[0].`.
+    pub fn tables(&mut self, key: &str) -> usize {
+        let Some(value) = self.take(key) else { return 0 };
         let array = match &value.kind {
             ValueKind::String(text) => config::Config::builder()
                 .add_source(File::from_str(&format!("list = {text}"), FileFormat::Toml))
@@ -99,41 +100,59 @@ impl Raw {
                 .and_then(|parsed| parsed.get_array("list")),
             _ => value.into_array(),
         };
-        let tables = array.and_then(|items| items.into_iter().map(Value::into_table).collect());
-        tables.unwrap_or_else(|_| {
+        let Ok(items) = array.and_then(|items| items.into_iter().map(Value::into_table).collect::<Result<Vec<_>, _>>())
+        else {
             self.mistake(key, "takes a list of tables, such as [{ name = \"...\", bindings = [\"...\"] }]");
-            Vec::new()
-        })
+            return 0;
+        };
+        for (index, table) in items.iter().enumerate() {
+            for (name, value) in table {
+                flatten(&format!("{key}[{index}].{name}"), value.clone(), &mut self.values);
+            }
+        }
+        items.len()
     }
 
     pub fn duration(&mut self, key: &str, range: RangeInclusive<Duration>) -> Duration {
-        let parse = |text: &str| match humantime::parse_duration(text) {
-            Ok(duration) if range.contains(&duration) => Ok(duration),
-            Ok(_) => Err(format!(
-                "is not between {} and {}",
-                humantime::format_duration(*range.start()),
-                humantime::format_duration(*range.end())
-            )),
-            Err(_) => Err("is not a duration such as 500ms, 10s or 2m".to_owned()),
-        };
-        self.read(key, parse).unwrap_or_default()
+        self.optional_duration(key, range).unwrap_or_default()
+    }
+
+    pub fn optional_duration(&mut self, key: &str, range: RangeInclusive<Duration>) -> Option<Duration> {
+        self.read(key, |text| duration_in(text, &range))
+    }
+
+    pub fn durations(&mut self, key: &str, range: RangeInclusive<Duration>) -> Vec<Duration> {
+        self.list(key, |text| duration_in(text, &range))
     }
 
     pub fn bytes(&mut self, key: &str, range: RangeInclusive<u64>) -> u64 {
+        self.optional_bytes(key, range).unwrap_or_default()
+    }
+
+    pub fn optional_bytes(&mut self, key: &str, range: RangeInclusive<u64>) -> Option<u64> {
         let parse = |text: &str| match text.parse::<ByteSize>() {
             Ok(size) if range.contains(&size.as_u64()) => Ok(size.as_u64()),
             Ok(_) => Err(format!("is not between {} and {}", ByteSize(*range.start()), ByteSize(*range.end()))),
             Err(_) => Err("is not a size such as 64KiB or 1GiB".to_owned()),
         };
-        self.read(key, parse).unwrap_or_default()
+        self.read(key, parse)
     }
 
     pub fn number(&mut self, key: &str, range: RangeInclusive<usize>) -> usize {
+        self.optional_number(key, range).unwrap_or_default()
+    }
+
+    pub fn optional_number(&mut self, key: &str, range: RangeInclusive<usize>) -> Option<usize> {
         let parse = |text: &str| match text.parse() {
             Ok(number) if range.contains(&number) => Ok(number),
             _ => Err(format!("is not a whole number between {} and {}", range.start(), range.end())),
         };
-        self.read(key, parse).unwrap_or_default()
+        self.read(key, parse)
+    }
+
+    /// false if nobody has set it.
+    pub fn flag(&mut self, key: &str) -> bool {
+        self.one_of(key, &[("false", false), ("true", true)])
     }
 
     pub fn one_of<T: Copy>(&mut self, key: &str, choices: &[(&str, T)]) -> T {
@@ -198,6 +217,18 @@ impl Raw {
         let likeness = |known: &String| strsim::jaro_winkler(known, key);
         let nearest = self.known.iter().max_by(|a, b| likeness(a).total_cmp(&likeness(b)))?;
         (likeness(nearest) >= LIKENESS_MIN).then_some(nearest)
+    }
+}
+
+fn duration_in(text: &str, range: &RangeInclusive<Duration>) -> Result<Duration, String> {
+    match humantime::parse_duration(text) {
+        Ok(duration) if range.contains(&duration) => Ok(duration),
+        Ok(_) => Err(format!(
+            "is not between {} and {}",
+            humantime::format_duration(*range.start()),
+            humantime::format_duration(*range.end())
+        )),
+        Err(_) => Err("is not a duration such as 500ms, 10s or 2m".to_owned()),
     }
 }
 

@@ -11,13 +11,13 @@ use jiff::Timestamp;
 use super::raw::Raw;
 use super::secrets::{password_in, secrets_in, token_in};
 use super::{
-    Broker, BrokerUrl, Declare, Dedupe, Durability, Http, Log, LogFormat, Ops, Purpose, Queue, SECRETS_MAX, Signature,
-    Spool, Topology, Traces,
+    Archive, Broker, BrokerUrl, Declare, Dedupe, Durability, Http, Log, LogFormat, Ops, Purpose, Queue, SECRETS_MAX,
+    Signature, Spool, Topology, Traces,
 };
 use crate::secret::Secret;
 use crate::telemetry::chain;
 use crate::tls::{self, ClientFiles, ServerFiles};
-use crate::topology::{DEAD, UNROUTED};
+use crate::topology::{ARCHIVE, DEAD, Plan, UNROUTED};
 
 const KIB: u64 = 1024;
 const MIB: u64 = 1024 * KIB;
@@ -25,6 +25,16 @@ pub(super) const SECOND: Duration = Duration::from_secs(1);
 pub(super) const HOUR: Duration = Duration::from_secs(3600);
 const DAY: Duration = Duration::from_secs(24 * 3600);
 pub(super) const MILLISECOND: Duration = Duration::from_millis(1);
+
+/// RabbitMQ 4's own default for quorum queues.
+const DELIVERY_LIMIT: usize = 20;
+/// Below the 2^32 milliseconds that RabbitMQ takes.
+const TTL_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
+/// Each is a queue of its own.
+const RETRIES_MAX: usize = 16;
+const PARTITIONS_MAX: usize = 256;
+/// Left for what the relay appends, such as `.retry.16`.
+const SUFFIX_BYTES: usize = 16;
 
 /// What AMQP calls a short string, for the names of exchanges and queues and for binding keys.
 const SHORT_STRING_BYTES_MAX: usize = 255;
@@ -156,42 +166,61 @@ impl Broker {
             reconnect_min,
             reconnect_max,
             parked_retry: raw.duration("broker.parked_retry", MILLISECOND..=DAY),
+            management_url: raw.read("broker.management_url", management_url),
         }
     }
 }
 
 impl Topology {
-    pub(super) fn read(raw: &mut Raw) -> Self {
+    pub(super) fn read(raw: &mut Raw, broker: &Broker) -> Self {
         let choices = [("active", Declare::Active), ("passive", Declare::Passive), ("off", Declare::Off)];
         let declare = raw.one_of("topology.declare", &choices);
-        let mut queues: Vec<Queue> = Vec::new();
-        for (index, mut table) in raw.tables("topology.queues").into_iter().enumerate() {
-            let key = format!("topology.queues[{index}]");
-            let name = table.remove("name").and_then(|value| value.into_string().ok()).unwrap_or_default();
-            if let Err(what) = own_name(&name) {
-                raw.mistake(&format!("{key}.name"), format_args!("{name:?} {what}"));
-            }
-            if queues.iter().any(|queue| queue.name == name) {
-                raw.mistake(&format!("{key}.name"), format_args!("{name:?} is there twice"));
-            }
-            let bindings = table.remove("bindings").and_then(|value| value.try_deserialize().ok()).unwrap_or_default();
-            let queue = Queue { name, bindings };
-            if queue.bindings.is_empty() {
-                raw.mistake(
-                    &format!("{key}.bindings"),
-                    "takes a list of at least one topic pattern, such as [\"scan.#\"]",
-                );
-            }
-            for binding in queue.bindings.iter().filter(|binding| binding.len() > SHORT_STRING_BYTES_MAX) {
-                raw.mistake(&format!("{key}.bindings"), format_args!("{binding:?} is longer than 255 bytes"));
-            }
-            for unknown in table.keys() {
-                raw.mistake(&format!("{key}.{unknown}"), "unknown key");
-            }
-            queues.push(queue);
+        let queues: Vec<_> =
+            (0..raw.tables("topology.queues")).map(|index| queue(raw, &format!("topology.queues[{index}]"))).collect();
+        let topology = Self { declare, queues, archive: archive(raw) };
+        // Some come with names of their own, which must not be the others'.
+        for clash in Plan::new(&topology, &broker.exchange).clashes() {
+            raw.mistake("topology", format_args!("there are two of the same name: {clash}"));
         }
-        Self { declare, queues }
+        topology
     }
+}
+
+fn queue(raw: &mut Raw, key: &str) -> Queue {
+    let at = |name: &str| format!("{key}.{name}");
+    let queue = Queue {
+        name: raw.read(&at("name"), |text| derivable_name(text).map(|()| text.to_owned())).unwrap_or_default(),
+        bindings: raw.list(&at("bindings"), |text| match text.len() {
+            0..=SHORT_STRING_BYTES_MAX => Ok(text.to_owned()),
+            _ => Err("is longer than 255 bytes".to_owned()),
+        }),
+        delivery_limit: raw.optional_number(&at("delivery_limit"), 1..=1_000_000).unwrap_or(DELIVERY_LIMIT) as u32,
+        retry_delays: raw.durations(&at("retry_delays"), MILLISECOND..=TTL_MAX),
+        single_active_consumer: raw.flag(&at("single_active_consumer")),
+        partitions: raw.optional_number(&at("partitions"), 2..=PARTITIONS_MAX),
+        max_length: raw.optional_number(&at("max_length"), 1..=u32::MAX as usize),
+        ttl: raw.optional_duration(&at("ttl"), MILLISECOND..=TTL_MAX),
+    };
+    if queue.name.is_empty() && !raw.has_mistake(&at("name")) {
+        raw.mistake(&at("name"), "is missing");
+    }
+    if queue.bindings.is_empty() && !raw.has_mistake(&at("bindings")) {
+        raw.mistake(&at("bindings"), "takes a list of at least one topic pattern, such as [\"scan.#\"]");
+    }
+    if queue.retry_delays.len() > RETRIES_MAX {
+        raw.mistake(&at("retry_delays"), format_args!("has more than {RETRIES_MAX} steps"));
+    }
+    queue
+}
+
+fn archive(raw: &mut Raw) -> Option<Archive> {
+    let name = raw.read("topology.archive.name", |text| own_name(text).map(|()| text.to_owned()));
+    let max_age = raw.optional_duration("topology.archive.max_age", SECOND..=10_000 * DAY);
+    let max_bytes = raw.optional_bytes("topology.archive.max_bytes", MIB..=MIB * MIB);
+    if max_age.is_none() && (name.is_some() || max_bytes.is_some()) && !raw.has_mistake("topology.archive.max_age") {
+        raw.mistake("topology.archive.max_age", "is missing: for how long is everything kept?");
+    }
+    Some(Archive { name: name.unwrap_or_else(|| ARCHIVE.to_owned()), max_age: max_age?, max_bytes })
 }
 
 impl Ops {
@@ -292,6 +321,16 @@ fn missing<T>(raw: &mut Raw, key: &str) -> Option<T> {
     None
 }
 
+fn management_url(text: &str) -> Result<Uri, String> {
+    match text.parse::<Uri>() {
+        Ok(uri) if uri.authority().is_some_and(|authority| authority.as_str().contains('@')) => {
+            Err("has a login in it; that of the broker's url is used".to_owned())
+        }
+        Ok(uri) if matches!(uri.scheme_str(), Some("http" | "https")) && uri.query().is_none() => Ok(uri),
+        _ => Err("is not the address of the management API, such as http://127.0.0.1:15672".to_owned()),
+    }
+}
+
 /// Stands in for an address that could not be read; the mistake is on the list, so nobody gets to use it.
 const UNSPECIFIED: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED), 0);
 
@@ -324,6 +363,15 @@ fn webhook_path(text: &str) -> Result<String, String> {
 
 fn exchange_name(text: &str) -> Result<String, String> {
     own_name(text).map(|()| text.to_owned())
+}
+
+/// A name from which others are made.
+fn derivable_name(name: &str) -> Result<(), String> {
+    own_name(name)?;
+    if name.len() + SUFFIX_BYTES > SHORT_STRING_BYTES_MAX {
+        return Err(format!("is longer than {} bytes", SHORT_STRING_BYTES_MAX - SUFFIX_BYTES));
+    }
+    Ok(())
 }
 
 /// A name for an exchange or a queue that is neither RabbitMQ's nor one of the relay's fixed ones.

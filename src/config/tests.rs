@@ -91,7 +91,11 @@ fn the_environment_wins_over_the_file_and_the_file_over_the_defaults() {
     );
     assert_eq!(config.http.connections_max, 7);
     assert!(!config.signature.required);
-    assert_eq!(config.topology.queues, [Queue { name: "q".to_owned(), bindings: vec!["#".to_owned()] }]);
+    assert_eq!(config.topology.queues.len(), 1);
+    assert_eq!(
+        (config.topology.queues[0].name.as_str(), config.topology.queues[0].bindings.as_slice()),
+        ("q", ["#".to_owned()].as_slice())
+    );
 }
 
 #[test]
@@ -235,4 +239,48 @@ fn only_the_relay_itself_needs_a_secret() {
     assert!(load("", &[], Purpose::Client).is_ok());
     assert!(load("", &[], Purpose::Serve).unwrap_err().contains("signature.secrets: is empty"));
     assert!(load("[signature]\nrequired = false", &[], Purpose::Serve).is_ok());
+}
+
+#[test]
+fn queues_and_the_archive_are_read_and_bounded() {
+    let toml = "
+        [topology]
+        queues = [
+          { name = \"q\", bindings = [\"a.#\"], delivery_limit = 3, retry_delays = [\"1s\", \"2m\"], partitions = 4, ttl = \"1h\" },
+          { name = \"r\", bindings = \"b.#,c.*\", single_active_consumer = true, max_length = 10 },
+        ]
+        archive = { max_age = \"7d\" }
+    ";
+    let topology = load(toml, &[("PRISM_RELAY__SIGNATURE__SECRETS", "s")], Purpose::Serve).unwrap().topology;
+    let [q, r] = &topology.queues[..] else { panic!("{topology:?}") };
+    assert_eq!((q.delivery_limit, q.partitions, q.ttl), (3, Some(4), Some(HOUR)));
+    assert_eq!(q.retry_delays, [SECOND, 120 * SECOND]);
+    assert_eq!((r.delivery_limit, r.max_length, r.single_active_consumer), (20, Some(10), true));
+    assert_eq!(r.bindings, ["b.#", "c.*"]);
+    assert_eq!(topology.archive.unwrap().name, "prism.archive");
+
+    let text = mistakes(
+        "[topology]
+        queues = [
+          { name = \"q\", bindings = [\"#\"], partitions = 1, retry_delays = [\"soon\"], delivery_limit = 0, tttl = \"1h\" },
+          { name = \"a\", bindings = [\"#\"] },
+          { name = \"a\", bindings = [\"#\"] },
+          { name = \"prism.events\", bindings = [\"#\"], retry_delays = [\"1s\"] },
+          { bindings = [\"#\"] },
+        ]
+        archive = { name = \"everything\" }",
+        &[],
+    );
+    for expected in [
+        "topology.queues[0].partitions: \"1\" is not a whole number between 2 and 256",
+        "topology.queues[0].retry_delays: \"soon\" is not a duration",
+        "topology.queues[0].delivery_limit: \"0\" is not a whole number between 1 and 1000000",
+        "topology.queues[0].tttl: unknown key; did you mean topology.queues[0].ttl?",
+        "topology: there are two of the same name: queue a",
+        "topology: there are two of the same name: exchange prism.events",
+        "topology.queues[4].name: is missing",
+        "topology.archive.max_age: is missing",
+    ] {
+        assert!(text.contains(expected), "{expected:?} is missing in:\n{text}");
+    }
 }

@@ -44,6 +44,8 @@ pub enum ConnectError {
 
 /// An open connection; dropping it cuts the wire.
 pub struct Link {
+    /// Where it leads.
+    pub url: BrokerUrl,
     pub connection: Connection,
     socket: Wire,
 }
@@ -111,7 +113,7 @@ impl Link {
         let connection = Connection::connector(url.expose().clone(), runtime, connect, properties)
             .await
             .map_err(|source| explain(url, source))?;
-        Ok(Self { connection, socket })
+        Ok(Self { url: url.clone(), connection, socket })
     }
 
     /// Says goodbye if the broker listens, and cuts the wire.

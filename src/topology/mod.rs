@@ -1,14 +1,18 @@
 //! What must exist on the broker: exchanges, queues, bindings. Created, checked or left alone as
 //! `topology.declare` says.
 
+mod definitions;
+mod diff;
 mod plan;
 
-use lapin::options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions};
+use lapin::options::{ExchangeBindOptions, ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions};
 use lapin::types::{FieldTable, ShortString};
 use lapin::{Channel, Connection, ErrorKind, ExchangeKind};
 use thiserror::Error;
 
-pub use plan::{Binding, Entity, Exchange, Plan, Queue};
+pub use definitions::{definitions, kind, plain};
+pub use diff::{Difference, Live, Mending, differences, encoded, quote};
+pub use plan::{Binding, CONSISTENT_HASH, Entity, Exchange, Plan, Queue, Target};
 
 use crate::config::Declare;
 
@@ -16,6 +20,8 @@ use crate::config::Declare;
 pub const UNROUTED: &str = "prism.unrouted";
 /// Topic exchange and queue for what the workers have given up.
 pub const DEAD: &str = "prism.dead";
+/// Unless the configuration gives the archive another name.
+pub const ARCHIVE: &str = "prism.archive";
 
 /// What keeps the broker from being as planned; each says what to do.
 #[derive(Debug, Error)]
@@ -27,6 +33,11 @@ pub enum TopologyError {
     Clash { entity: String, reply: String },
     #[error("{entity} does not exist. Create it, or set topology.declare to \"active\"")]
     Missing { entity: String },
+    #[error(
+        "{entity}: the broker has no exchanges of that type ({reply}). Partitions need a plugin that comes with RabbitMQ; on \
+         each node: rabbitmq-plugins enable rabbitmq_consistent_hash_exchange"
+    )]
+    NoPlugin { entity: String, reply: String },
     #[error("{entity}: the broker refuses: {reply}")]
     Refused { entity: String, reply: String },
     #[error("the connection failed while the topology was declared")]
@@ -60,6 +71,38 @@ pub async fn establish(connection: &Connection, plan: &Plan, declare: Declare) -
         }
         Declare::Off => Ok(()),
     }
+}
+
+/// Declares one queue of the plan and what leads to it.
+pub async fn establish_queue(connection: &Connection, plan: &Plan, queue: &Queue) -> Result<(), TopologyError> {
+    let channel = connection.create_channel().await?;
+    let entity = Entity::Queue(queue.clone());
+    declare_entity(&channel, &entity).await.map_err(|error| explain(&entity, error))?;
+    for binding in plan.bindings_of(&queue.name) {
+        bind(&channel, binding).await.map_err(|error| explain(binding, error))?;
+    }
+    close(channel).await;
+    Ok(())
+}
+
+/// Declares everything but one queue and what leads to it. What clashes is passed over, because its turn is another one.
+pub async fn establish_around(connection: &Connection, plan: &Plan, queue: &str) -> Result<(), TopologyError> {
+    let around = |entity: &&Entity| !matches!(entity, Entity::Queue(found) if found.name == queue);
+    for entity in plan.entities().iter().filter(around) {
+        // The broker closes the channel of what it refuses.
+        let channel = connection.create_channel().await?;
+        match declare_entity(&channel, entity).await.map_err(|error| explain(entity, error)) {
+            Ok(()) => close(channel).await,
+            Err(TopologyError::Clash { .. }) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    let channel = connection.create_channel().await?;
+    for binding in plan.bindings.iter().filter(|binding| binding.to != Target::Queue(queue.to_owned())) {
+        bind(&channel, binding).await.map_err(|error| explain(binding, error))?;
+    }
+    close(channel).await;
+    Ok(())
 }
 
 /// How an entity on the broker compares with the plan.
@@ -142,8 +185,16 @@ async fn declare_entity(channel: &Channel, entity: &Entity) -> Result<(), lapin:
 }
 
 async fn bind(channel: &Channel, binding: &Binding) -> Result<(), lapin::Error> {
-    let Binding { queue, exchange, key } = binding;
-    channel.queue_bind(name(queue), name(exchange), name(key), QueueBindOptions::default(), FieldTable::default()).await
+    let Binding { exchange, to, key, arguments } = binding;
+    let (exchange, key, arguments) = (name(exchange), name(key), arguments.clone());
+    match to {
+        Target::Queue(queue) => {
+            channel.queue_bind(name(queue), exchange, key, QueueBindOptions::default(), arguments).await
+        }
+        Target::Exchange(to) => {
+            channel.exchange_bind(name(to), exchange, key, ExchangeBindOptions::default(), arguments).await
+        }
+    }
 }
 
 /// A channel that is left behind is closed with its connection at the latest.
@@ -157,6 +208,7 @@ fn explain(entity: &impl std::fmt::Display, error: lapin::Error) -> TopologyErro
     match reply_code(&error) {
         Some(406) => TopologyError::Clash { entity, reply },
         Some(404) => TopologyError::Missing { entity },
+        Some(503) if reply.contains(CONSISTENT_HASH) => TopologyError::NoPlugin { entity, reply },
         Some(403 | 402 | 405 | 530 | 540) => TopologyError::Refused { entity, reply },
         _ => TopologyError::Connection(error),
     }

@@ -1,17 +1,32 @@
 //! The plan: from the configuration to exchanges, queues and bindings. Pure.
+//!
+//! The ladder of a queue `q` with `retry_delays`, in nothing but what every RabbitMQ has:
+//!
+//! ```text
+//! q --rejected--> q.rejected --> q.retry --first time--> q.retry.1 --after the delay, as q:1--> exchange q --> q
+//!                     |             |-----as q:1-------> q.retry.2 --after the delay, as q:2--> exchange q --> q
+//!                     |             `-----as q:2, the last step--> prism.dead
+//!                     `--expired, or returned too often--> prism.dead
+//! ```
+//!
+//! A message carries its step in its routing key, because that is all that RabbitMQ lets a queue change. No event has such a
+//! key: event types with a colon are published under another one. What has expired or was returned too often must not climb
+//! the ladder: RabbitMQ takes a way back to the same queue for a loop, unless a consumer's rejection is part of it.
 
+use std::collections::BTreeSet;
 use std::fmt;
+use std::time::Duration;
 
 use lapin::types::{AMQPValue, FieldTable, LongString};
 
 use super::{DEAD, ExchangeKind, UNROUTED};
-use crate::config;
+use crate::config::{self, Archive};
 
-/// After so many returns to the queue a message goes to the dead letters; RabbitMQ 4's own default.
-const DELIVERY_LIMIT: i64 = 20;
+/// Has to be enabled on the broker, with which it is shipped.
+pub const CONSISTENT_HASH: &str = "x-consistent-hash";
 
 /// Everything that has to exist, in the order in which it can be created.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Plan {
     entities: Vec<Entity>,
     pub bindings: Vec<Binding>,
@@ -36,38 +51,37 @@ pub struct Queue {
     pub arguments: FieldTable,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Binding {
-    pub queue: String,
+    /// The exchange from which messages come.
     pub exchange: String,
+    pub to: Target,
     pub key: String,
+    pub arguments: FieldTable,
+}
+
+/// Where a binding leads.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Target {
+    Queue(String),
+    Exchange(String),
 }
 
 impl Plan {
     pub fn new(topology: &config::Topology, exchange: &str) -> Self {
-        let mut plan = Self { entities: Vec::new(), bindings: Vec::new() };
+        let mut plan = Self::default();
         plan.exchange(UNROUTED, ExchangeKind::Fanout, &[]);
         plan.queue(UNROUTED, &[]);
-        plan.bind(UNROUTED, UNROUTED, "");
+        plan.bind(UNROUTED, Target::Queue(UNROUTED.to_owned()), "");
         plan.exchange(DEAD, ExchangeKind::Topic, &[]);
         plan.queue(DEAD, &[]);
-        plan.bind(DEAD, DEAD, "#");
+        plan.bind(DEAD, Target::Queue(DEAD.to_owned()), "#");
         plan.exchange(exchange, ExchangeKind::Topic, &[("alternate-exchange", text(UNROUTED))]);
         for queue in &topology.queues {
-            plan.queue(
-                &queue.name,
-                &[
-                    ("x-dead-letter-exchange", text(DEAD)),
-                    // Without these two a message could get lost on its way to the dead letters
-                    // (https://www.rabbitmq.com/docs/quorum-queues#dead-lettering).
-                    ("x-dead-letter-strategy", text("at-least-once")),
-                    ("x-overflow", text("reject-publish")),
-                    ("x-delivery-limit", AMQPValue::LongLongInt(DELIVERY_LIMIT)),
-                ],
-            );
-            for key in &queue.bindings {
-                plan.bind(&queue.name, exchange, key);
-            }
+            plan.work_queue(queue, exchange);
+        }
+        if let Some(archive) = &topology.archive {
+            plan.archive(archive, &topology.queues, exchange);
         }
         plan
     }
@@ -81,6 +95,107 @@ impl Plan {
         &self.entities
     }
 
+    pub fn queue_named(&self, name: &str) -> Option<&Queue> {
+        self.entities.iter().find_map(|entity| match entity {
+            Entity::Queue(queue) if queue.name == name => Some(queue),
+            _ => None,
+        })
+    }
+
+    /// What leads to a queue.
+    pub fn bindings_of(&self, queue: &str) -> impl Iterator<Item = &Binding> {
+        self.bindings.iter().filter(move |binding| matches!(&binding.to, Target::Queue(name) if name == queue))
+    }
+
+    /// Entities that would be the same one.
+    pub fn clashes(&self) -> Vec<String> {
+        let mut seen = BTreeSet::new();
+        self.entities.iter().map(Entity::to_string).filter(|entity| !seen.insert(entity.clone())).collect()
+    }
+
+    /// One queue or several partitions, with what leads to them. What leads there from the exchange comes last, so that no
+    /// event finds a way that ends half-way.
+    fn work_queue(&mut self, queue: &config::Queue, exchange: &str) {
+        let name = &queue.name;
+        let mut arguments = vec![("x-delivery-limit", AMQPValue::LongLongInt(queue.delivery_limit.into()))];
+        if queue.single_active_consumer || queue.partitions.is_some() {
+            arguments.push(("x-single-active-consumer", AMQPValue::Boolean(true)));
+        }
+        arguments.extend(queue.max_length.map(|length| ("x-max-length", AMQPValue::LongLongInt(length as i64))));
+        arguments.extend(queue.ttl.map(|ttl| ("x-message-ttl", milliseconds(ttl))));
+        let dead = if queue.retry_delays.is_empty() { DEAD.to_owned() } else { self.ladder(queue) };
+        let arguments = [given_up_to(&dead, None), arguments].concat();
+
+        let entry = match queue.partitions {
+            Some(partitions) => {
+                let by = [("hash-header", text("prism-subject")), ("alternate-exchange", text(UNROUTED))];
+                self.exchange(name, ExchangeKind::Custom(CONSISTENT_HASH.to_owned()), &by);
+                for partition in 1..=partitions {
+                    let partition = format!("{name}.{partition}");
+                    self.queue(&partition, &arguments);
+                    // The key is the weight.
+                    self.bind(name, Target::Queue(partition), "1");
+                }
+                Target::Exchange(name.clone())
+            }
+            None => {
+                self.queue(name, &arguments);
+                if !queue.retry_delays.is_empty() {
+                    self.exchange(name, ExchangeKind::Fanout, &[("alternate-exchange", text(UNROUTED))]);
+                    self.bind(name, Target::Queue(name.clone()), "");
+                }
+                Target::Queue(name.clone())
+            }
+        };
+        for key in &queue.bindings {
+            self.bind(exchange, entry.clone(), key);
+        }
+    }
+
+    /// The way up and back of a rejected message; the exchange where it begins. See the head of this file.
+    fn ladder(&mut self, queue: &config::Queue) -> String {
+        let name = &queue.name;
+        let (rejected, retry) = (format!("{name}.rejected"), format!("{name}.retry"));
+        let wait = |step: usize| format!("{retry}.{step}");
+        self.exchange(&wait(1), ExchangeKind::Fanout, &[]);
+        self.exchange(&retry, ExchangeKind::Direct, &[("alternate-exchange", text(&wait(1)))]);
+        self.exchange(&rejected, ExchangeKind::Headers, &[("alternate-exchange", text(&retry))]);
+        // RabbitMQ tells about the last death from 3.13 on, and before that only about the first one.
+        for which in ["x-first-death-reason", "x-last-death-reason"] {
+            for reason in ["delivery_limit", "expired"] {
+                let matches = [("x-match", text("all-with-x")), (which, text(reason))];
+                self.bind_by(&rejected, Target::Exchange(DEAD.to_owned()), "", &matches);
+            }
+        }
+        let steps = queue.retry_delays.len();
+        for (step, delay) in (1..=steps).zip(&queue.retry_delays) {
+            let back = given_up_to(name, Some(&step_key(name, step)));
+            self.queue(&wait(step), &[back, vec![("x-message-ttl", milliseconds(*delay))]].concat());
+            match step {
+                1 => self.bind(&wait(1), Target::Queue(wait(1)), ""),
+                _ => self.bind(&retry, Target::Queue(wait(step)), &step_key(name, step - 1)),
+            }
+        }
+        self.bind(&retry, Target::Exchange(DEAD.to_owned()), &step_key(name, steps));
+        rejected
+    }
+
+    /// Bound like the work queues, and to what they leave over, instead of by `#`: that would make every event count as
+    /// routed, so that none would ever reach the unrouted ones.
+    fn archive(&mut self, archive: &Archive, queues: &[config::Queue], exchange: &str) {
+        let mut arguments = table(&[("x-queue-type", text("stream"))]);
+        arguments.insert("x-max-age".into(), text(&format!("{}s", archive.max_age.as_secs())));
+        if let Some(bytes) = archive.max_bytes {
+            arguments.insert("x-max-length-bytes".into(), AMQPValue::LongLongInt(bytes as i64));
+        }
+        self.entities.push(Entity::Queue(Queue { name: archive.name.clone(), arguments }));
+        self.bind(UNROUTED, Target::Queue(archive.name.clone()), "");
+        let keys: BTreeSet<_> = queues.iter().flat_map(|queue| &queue.bindings).collect();
+        for key in keys {
+            self.bind(exchange, Target::Queue(archive.name.clone()), key);
+        }
+    }
+
     fn exchange(&mut self, name: &str, kind: ExchangeKind, arguments: &[(&str, AMQPValue)]) {
         let arguments = table(arguments);
         self.entities.push(Entity::Exchange(Exchange { name: name.to_owned(), kind, arguments }));
@@ -92,9 +207,35 @@ impl Plan {
         self.entities.push(Entity::Queue(Queue { name: name.to_owned(), arguments }));
     }
 
-    fn bind(&mut self, queue: &str, exchange: &str, key: &str) {
-        self.bindings.push(Binding { queue: queue.to_owned(), exchange: exchange.to_owned(), key: key.to_owned() });
+    fn bind(&mut self, exchange: &str, to: Target, key: &str) {
+        self.bind_by(exchange, to, key, &[]);
     }
+
+    fn bind_by(&mut self, exchange: &str, to: Target, key: &str, arguments: &[(&str, AMQPValue)]) {
+        let arguments = table(arguments);
+        self.bindings.push(Binding { exchange: exchange.to_owned(), to, key: key.to_owned(), arguments });
+    }
+}
+
+/// The routing key of what comes back after so many rejections.
+fn step_key(queue: &str, step: usize) -> String {
+    format!("{queue}:{step}")
+}
+
+/// Arguments that send on what a queue gives up. Without the last two it could get lost on its way
+/// (<https://www.rabbitmq.com/docs/quorum-queues#dead-lettering>).
+fn given_up_to(exchange: &str, key: Option<&str>) -> Vec<(&'static str, AMQPValue)> {
+    let mut arguments = vec![
+        ("x-dead-letter-exchange", text(exchange)),
+        ("x-dead-letter-strategy", text("at-least-once")),
+        ("x-overflow", text("reject-publish")),
+    ];
+    arguments.extend(key.map(|key| ("x-dead-letter-routing-key", text(key))));
+    arguments
+}
+
+fn milliseconds(duration: Duration) -> AMQPValue {
+    AMQPValue::LongLongInt(i64::try_from(duration.as_millis()).unwrap_or(i64::MAX))
 }
 
 fn text(text: &str) -> AMQPValue {
@@ -109,6 +250,28 @@ fn table(arguments: &[(&str, AMQPValue)]) -> FieldTable {
     table
 }
 
+impl Queue {
+    pub fn is_stream(&self) -> bool {
+        self.arguments.inner().get("x-queue-type") == Some(&text("stream"))
+    }
+}
+
+impl Entity {
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Exchange(exchange) => &exchange.name,
+            Self::Queue(queue) => &queue.name,
+        }
+    }
+
+    pub fn arguments(&self) -> &FieldTable {
+        match self {
+            Self::Exchange(exchange) => &exchange.arguments,
+            Self::Queue(queue) => &queue.arguments,
+        }
+    }
+}
+
 impl fmt::Display for Entity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -118,8 +281,25 @@ impl fmt::Display for Entity {
     }
 }
 
+impl Target {
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Queue(name) | Self::Exchange(name) => name,
+        }
+    }
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Queue(name) => write!(f, "queue {name}"),
+            Self::Exchange(name) => write!(f, "exchange {name}"),
+        }
+    }
+}
+
 impl fmt::Display for Binding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "binding of queue {} to exchange {} by {:?}", self.queue, self.exchange, self.key)
+        write!(f, "binding of {} to exchange {} by {:?}", self.to, self.exchange, self.key)
     }
 }

@@ -173,3 +173,189 @@ async fn the_topology_can_be_shown_declared_and_exported() {
     relay.post(r#"{"eventType":"unknown","payload":{}}"#).await.expect(200);
     other.messages("prism.unrouted", 1).await;
 }
+
+/// A setup whose commands find the node's management API.
+fn watched(node: &Node, vhost: &Vhost) -> Setup {
+    Setup::new(&vhost.url()).set("broker.management_url", format!("http://127.0.0.1:{}", node.management().port))
+}
+
+#[tokio::test]
+async fn each_difference_is_told_with_the_command_that_mends_it() {
+    let node = Node::shared().await;
+    let vhost = Vhost::new(node).await;
+    let queues = json!([{ "name": "prism.scan", "bindings": ["scan.#"], "retry_delays": ["1s"], "partitions": 2 }]);
+    let setup =
+        watched(node, &vhost).set("topology.queues", queues).set("topology.archive", json!({ "max_age": "1d" }));
+    let missing = setup.run(&["topology", "diff"]).await;
+    assert!(missing.code == Some(1) && missing.stdout.contains("and then\n    prism-relay --config "), "{missing:?}");
+    assert_eq!(setup.run(&["topology", "declare"]).await.code, Some(0));
+    let same = setup.run(&["topology", "diff"]).await;
+    assert!(same.code == Some(0) && same.stdout.ends_with("the broker is as configured"), "{same:?}");
+    let checked = setup.run(&["check"]).await;
+    assert!(
+        checked.code == Some(0) && checked.stdout.contains("bindings and policies              as configured"),
+        "{checked:?}"
+    );
+
+    // What operators and accidents do.
+    vhost.bind("prism.events", "prism.dead", "scan.#").await;
+    vhost.set_policy("short", "^prism.dead$", json!({ "message-ttl": 1000 })).await;
+    vhost.delete_queue("prism.scan.retry.1").await;
+    vhost.create_queue("prism.scan.retry.1", json!({ "x-queue-type": "quorum", "x-message-ttl": 7000 })).await;
+    vhost.delete_exchange("prism.unrouted").await;
+    vhost.create_exchange("prism.unrouted", "topic", json!({})).await;
+    eventually("the policy at work", async || {
+        let queue = vhost.queue("prism.dead").await.unwrap();
+        if queue["policy"] == "short" { Ok(()) } else { Err(queue) }
+    })
+    .await;
+    let told = setup.run(&["topology", "diff"]).await;
+    assert_eq!(told.code, Some(1), "{told:?}");
+    let encoded = vhost.name().replace('-', "%2D");
+    for part in [
+        "binding of queue prism.dead to exchange prism.events by \"scan.#\": is not configured\n    curl -fsS -u guest -X DELETE http",
+        &format!("/api/bindings/{encoded}/e/prism%2Eevents/q/prism%2Edead/scan%2E%2523"),
+        "queue prism.dead: the policy short sets message-ttl to 1000, and not configured",
+        &format!("rabbitmqctl clear_policy -p {} short", vhost.name()),
+        "x-dead-letter-exchange is not set, where \"prism.scan\" is configured; ",
+        "x-message-ttl is 7000, where 1000 is configured",
+        " topology recreate prism.scan.retry.1\n",
+        "exchange prism.unrouted: is of type topic, where fanout is configured",
+        "binding of queue prism.unrouted to exchange prism.unrouted by \"\": does not exist",
+    ] {
+        assert!(told.stdout.contains(part), "{part:?} is not in {}", told.stdout);
+    }
+    let checked = setup.run(&["check"]).await;
+    assert!(
+        checked.code == Some(1) && checked.stdout.contains("the policy short sets message-ttl to 1000"),
+        "{checked:?}"
+    );
+
+    mend(node, &setup, &told.stdout).await;
+    // The API tells of policies a moment later.
+    eventually("the broker to be mended", async || {
+        let told = setup.run(&["topology", "diff"]).await;
+        if told.code == Some(0) { Ok(()) } else { Err(told.stdout) }
+    })
+    .await;
+}
+
+/// Does what the commands say, but with our own binary and the node's rabbitmqctl, and without asking for the password.
+async fn mend(node: &Node, setup: &Setup, told: &str) {
+    for command in told.lines().filter_map(|line| line.strip_prefix("    ")) {
+        let words: Vec<_> = command.split(' ').map(|word| word.trim_matches('\'')).collect();
+        match words[0] {
+            "rabbitmqctl" => drop(node.ctl(&words[1..]).await),
+            "curl" => {
+                let path = words.last().unwrap().split_once("/api/").unwrap().1;
+                node.management().delete(path).await;
+            }
+            _ => {
+                let own = words.iter().position(|word| *word == "topology").unwrap();
+                let done = setup.run(&words[own..]).await;
+                assert_eq!(done.code, Some(0), "{done:?}");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn without_the_management_api_amqp_tells_what_it_can() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    // At the usual port is nobody, or another broker.
+    let setup = Setup::new(&vhost.url());
+    assert_eq!(setup.run(&["topology", "declare"]).await.code, Some(0));
+    let same = setup.run(&["topology", "diff"]).await;
+    assert!(same.code == Some(0) && same.stdout.starts_with("bindings and policies are not compared"), "{same:?}");
+    vhost.delete_queue("prism.scan").await;
+    vhost.create_queue("prism.scan", json!({ "x-queue-type": "quorum" })).await;
+    let told = setup.run(&["topology", "diff"]).await;
+    assert!(told.code == Some(1) && told.stdout.contains("queue prism.scan: "), "{told:?}");
+    assert!(told.stdout.contains("topology recreate prism.scan"), "{told:?}");
+}
+
+#[tokio::test]
+async fn ladder_partitions_and_archive_can_be_imported_with_policies() {
+    let node = Node::shared().await;
+    let vhost = Vhost::new(node).await;
+    let queues = json!([
+        { "name": "prism.scan", "bindings": ["scan.#"], "retry_delays": ["100ms"], "partitions": 2, "ttl": "1h", "max_length": 1000 },
+        { "name": "prism.future_me", "bindings": ["body_shape_prediction.#"], "retry_delays": ["100ms"] },
+    ]);
+    let setup = watched(node, &vhost)
+        .set("topology.queues", queues)
+        .set("topology.archive", json!({ "max_age": "1d", "max_bytes": "1GiB" }))
+        .set("topology.declare", "passive");
+    let exported = setup.run(&["topology", "export"]).await;
+    let file = node.folder().join(format!("{}.json", vhost.name()));
+    std::fs::write(&file, &exported.stdout).unwrap();
+    node.ctl(&["import_definitions", &node.inside(&file)]).await;
+    eventually("the broker to be as configured", async || {
+        let told = setup.run(&["topology", "diff"]).await;
+        if told.code == Some(0) { Ok(()) } else { Err(told.stdout) }
+    })
+    .await;
+    let relay = setup.start().await;
+    let body = r#"{"eventType":"body_shape_prediction.a","payload":{}}"#;
+    relay.post(body).await.expect(200);
+    for _ in 0..2 {
+        vhost.reject("prism.future_me").await;
+    }
+    assert_eq!(vhost.messages("prism.dead", 1).await[0].text(), body);
+}
+
+/// Another property for a queue in use: events come in all the time, and none gets lost.
+#[tokio::test]
+async fn a_queue_is_replaced_while_events_come_in() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let other = json!({ "name": "other", "bindings": ["scan.#"] });
+    let queues = |scan: Value| json!([scan, other]);
+    let before = json!({ "name": "prism.scan", "bindings": ["scan.#"], "single_active_consumer": true });
+    let after = json!({ "name": "prism.scan", "bindings": ["scan.#"], "retry_delays": ["1s"], "delivery_limit": 7 });
+    let relay = Setup::new(&vhost.url()).set("topology.queues", queues(before)).start().await;
+    let body = |number: usize| format!(r#"{{"eventType":"scan.a","payload":{{"number":{number}}}}}"#);
+    for number in 0..300 {
+        relay.post(body(number)).await.expect(200);
+    }
+    vhost.eventually_depth("prism.scan", 300).await;
+
+    let changed = Setup::new(&vhost.url()).set("topology.queues", queues(after));
+    let unknown = changed.run(&["topology", "recreate", "mine"]).await;
+    assert!(unknown.code == Some(64) && unknown.stderr.contains("no queue of the configuration"), "{unknown:?}");
+    let worker = vhost.connect().await;
+    let consumer = worker.create_channel().await.unwrap();
+    consumer.basic_qos(1, Default::default()).await.unwrap();
+    let consuming =
+        consumer.basic_consume("prism.scan".into(), "".into(), Default::default(), Default::default()).await;
+    let in_use = changed.run(&["topology", "recreate", "prism.scan"]).await;
+    assert!(in_use.code == Some(1) && in_use.stderr.contains("1 workers: stop them first"), "{in_use:?}");
+    drop(consuming);
+    worker.close(200, "done".into()).await.unwrap();
+    vhost.eventually_depth("prism.scan", 300).await;
+
+    // The fanout of the ladder and its waiting queues are declared beside it, as the relay itself would.
+    let mut running = changed.launch(&["topology", "recreate", "prism.scan"]);
+    let mut number = 300;
+    while running.exited().is_none() {
+        relay.post(body(number)).await.expect(200);
+        number += 1;
+    }
+    let done = running.wait().await;
+    assert!(done.code == Some(0) && done.stdout.starts_with("prism.scan is as configured"), "{done:?}");
+    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    let arguments = &vhost.queue("prism.scan").await.unwrap()["arguments"];
+    assert!(
+        arguments["x-delivery-limit"] == 7 && arguments["x-dead-letter-exchange"] == "prism.scan.rejected",
+        "{arguments}"
+    );
+    for queue in ["prism.scan", "other"] {
+        let depth = vhost.depth(queue).await as usize;
+        let messages = vhost.messages(queue, depth).await;
+        let numbers: std::collections::BTreeSet<_> =
+            messages.iter().map(|message| message.json()["payload"]["number"].as_u64().unwrap()).collect();
+        assert_eq!(numbers.len(), number, "of {depth} in {queue}");
+        assert!(messages.iter().all(|message| message.routing_key == "scan.a"));
+    }
+    assert!(vhost.queue("prism.scan.moving").await.is_none() && vhost.exchange("prism.scan.moving").await.is_none());
+    vhost.assert_empty("prism.unrouted").await;
+}

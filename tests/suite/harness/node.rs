@@ -297,7 +297,10 @@ impl Node {
         let file = |name: &str| self.folder().join(name);
         fs::write(file(".erlang.cookie"), "prism")?;
         fs::set_permissions(file(".erlang.cookie"), fs::Permissions::from_mode(0o400))?;
-        fs::write(file("plugins"), "[rabbitmq_management,rabbitmq_auth_mechanism_ssl].\n")?;
+        fs::write(
+            file("plugins"),
+            "[rabbitmq_management,rabbitmq_auth_mechanism_ssl,rabbitmq_consistent_hash_exchange].\n",
+        )?;
         let own = self.authority.issue_server();
         for (name, pem) in
             [("ca.pem", self.authority.pem()), ("tls.pem", own.certificate), ("tls.key", own.private_key)]

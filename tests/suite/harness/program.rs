@@ -48,6 +48,11 @@ impl Program {
         self.leash.exited()
     }
 
+    /// What it has written to standard output so far.
+    pub fn stdout(&self) -> Vec<String> {
+        self.stdout.so_far()
+    }
+
     /// What it has written to standard error so far.
     pub fn stderr(&self) -> Vec<String> {
         self.stderr.so_far()

@@ -82,10 +82,23 @@ impl Vhost {
         self.eventually_depth(queue, 1).await;
         let connection = self.connect().await;
         let channel = connection.create_channel().await.expect("a channel");
-        let message = channel.basic_get(queue.into(), Default::default()).await.expect("get").expect("a message");
+        // Not by basic.get, which RabbitMQ refuses for a queue with a single active consumer.
+        channel.basic_qos(1, BasicQosOptions::default()).await.expect("qos");
+        let (options, arguments) = (BasicConsumeOptions::default(), FieldTable::default());
+        let consumer = channel.basic_consume(queue.into(), "".into(), options, arguments).await;
+        let message = consumer.expect("a consumer").next().await.expect("a message").expect("a message");
         message.acker.reject(Default::default()).await.expect("reject");
         // Nothing answers a rejection, and a close of the connection may overtake it.
         channel.close(200, "done".into()).await.expect("close the channel");
+        close(&connection).await;
+    }
+
+    /// Plays a worker that dies with a message in hand, if there is one.
+    pub async fn take_and_drop(&self, queue: &str) {
+        let connection = self.connect().await;
+        let channel = connection.create_channel().await.expect("a channel");
+        let message = channel.basic_get(queue.into(), Default::default()).await.expect("get");
+        drop(message);
         close(&connection).await;
     }
 

@@ -1,0 +1,228 @@
+//! Messages of the broker, as commands show, choose and pass them on. Nothing of a body is ever shown.
+
+use std::io::{self, Write};
+
+use jiff::Timestamp;
+use lapin::BasicProperties;
+use lapin::message::Delivery;
+use lapin::types::{AMQPValue, FieldTable, ShortString};
+use serde::Serialize;
+
+use super::clean;
+
+/// When a message was passed on by `replay`; such messages are not replayed again.
+pub const REPLAYED_AT: &str = "prism-replayed-at";
+
+/// What RabbitMQ has noted about the past of a message. A new publish has none.
+const PAST: [&str; 3] = ["x-death", "x-delivery-count", "x-stream-offset"];
+const PAST_PREFIXES: [&str; 2] = ["x-first-death-", "x-last-death-"];
+
+/// What is told of an event.
+#[derive(Serialize)]
+struct Line<'a> {
+    time: &'a str,
+    key: &'a str,
+    subject: &'a str,
+    state: &'a str,
+    id: &'a str,
+    verified: bool,
+    redelivered: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    death: Option<String>,
+}
+
+/// Prints a message as a line for people, or as a JSON object.
+pub fn print(delivery: &Delivery, json: bool) -> io::Result<()> {
+    let properties = &delivery.properties;
+    let header = |name: &str| header(properties, name).unwrap_or_default();
+    let (time, subject, state) = (header("prism-received-at"), header("prism-subject"), header("prism-state"));
+    let key = original_key(delivery);
+    let line = Line {
+        time: &time,
+        key: key.as_str(),
+        subject: &subject,
+        state: &state,
+        id: properties.message_id().as_ref().map_or("", ShortString::as_str),
+        verified: header("prism-verified") == "true",
+        redelivered: delivery.redelivered,
+        death: death(properties),
+    };
+    let mut out = io::stdout().lock();
+    if json {
+        serde_json::to_writer(&mut out, &line)?;
+        writeln!(out)?;
+    } else {
+        let (time, key, subject) = (clean(line.time), clean(line.key), clean(line.subject));
+        let death = line.death.map(|death| format!("  {}", clean(&death))).unwrap_or_default();
+        writeln!(out, "{time}  {key:<42}  {subject:<47}  {:<10}  {}{death}", clean(line.state), clean(line.id))?;
+    }
+    out.flush()
+}
+
+/// A header that is a text.
+pub fn header(properties: &BasicProperties, name: &str) -> Option<String> {
+    match properties.headers().as_ref()?.inner().get(name)? {
+        AMQPValue::LongString(text) => Some(text.to_string()),
+        AMQPValue::ShortString(text) => Some(text.to_string()),
+        _ => None,
+    }
+}
+
+/// A header that is a whole number.
+pub fn number(properties: &BasicProperties, name: &str) -> Option<u64> {
+    whole_number(properties.headers().as_ref()?.inner().get(name)?)
+}
+
+fn whole_number(value: &AMQPValue) -> Option<u64> {
+    match value {
+        AMQPValue::LongLongInt(number) => u64::try_from(*number).ok(),
+        AMQPValue::LongInt(number) => u64::try_from(*number).ok(),
+        AMQPValue::LongUInt(number) => Some((*number).into()),
+        AMQPValue::ShortInt(number) => u64::try_from(*number).ok(),
+        AMQPValue::ShortShortInt(number) => u64::try_from(*number).ok(),
+        _ => None,
+    }
+}
+
+/// When the relay accepted the event; for foreign messages, the time that they carry.
+pub fn time_of(properties: &BasicProperties) -> Option<Timestamp> {
+    let accepted = header(properties, "prism-received-at").and_then(|text| text.parse().ok());
+    accepted.or_else(|| Timestamp::from_second(i64::try_from((*properties.timestamp())?).ok()?).ok())
+}
+
+/// The routing key with which a message was first published, which a retry ladder replaces by its own.
+pub fn original_key(delivery: &Delivery) -> ShortString {
+    let first_death = || {
+        let queue = header(&delivery.properties, "x-first-death-queue")?;
+        let reason = header(&delivery.properties, "x-first-death-reason")?;
+        let death = deaths(&delivery.properties).find(|death| {
+            text_in(death, "queue") == Some(queue.clone()) && text_in(death, "reason") == Some(reason.clone())
+        })?;
+        match death.inner().get("routing-keys")? {
+            AMQPValue::FieldArray(keys) => keys.as_slice().first().and_then(text),
+            _ => None,
+        }
+    };
+    first_death().map_or_else(|| delivery.routing_key.clone(), |key| short(&key))
+}
+
+/// Why and where a message died for the last time, such as `rejected by prism.scan (3 times)`.
+fn death(properties: &BasicProperties) -> Option<String> {
+    let last = deaths(properties).next()?;
+    let count = last.inner().get("count").and_then(whole_number).unwrap_or(1);
+    let (reason, queue) = (text_in(last, "reason")?, text_in(last, "queue")?);
+    Some(format!("{reason} by {queue} ({count} times)"))
+}
+
+fn deaths(properties: &BasicProperties) -> impl Iterator<Item = &FieldTable> {
+    let deaths = match properties.headers().as_ref().and_then(|headers| headers.inner().get("x-death")) {
+        Some(AMQPValue::FieldArray(deaths)) => deaths.as_slice(),
+        _ => &[],
+    };
+    deaths.iter().filter_map(|death| match death {
+        AMQPValue::FieldTable(death) => Some(death),
+        _ => None,
+    })
+}
+
+fn text_in(table: &FieldTable, name: &str) -> Option<String> {
+    table.inner().get(name).and_then(text)
+}
+
+fn text(value: &AMQPValue) -> Option<String> {
+    match value {
+        AMQPValue::LongString(text) => Some(text.to_string()),
+        AMQPValue::ShortString(text) => Some(text.to_string()),
+        _ => None,
+    }
+}
+
+/// The properties for a new publish of a message, without its past on the broker.
+pub fn fresh(old: &BasicProperties) -> BasicProperties {
+    published_again(old, |name| PAST.contains(&name) || PAST_PREFIXES.iter().any(|prefix| name.starts_with(prefix)))
+}
+
+/// As [`fresh`], for a message that is published once more on purpose.
+pub fn replayed(old: &BasicProperties, now: Timestamp) -> BasicProperties {
+    let new = fresh(old);
+    let mut headers = new.headers().clone().unwrap_or_default();
+    headers.insert(REPLAYED_AT.into(), AMQPValue::LongString(format!("{now:.3}").into()));
+    new.with_headers(headers)
+}
+
+/// The properties for a copy of a message that begins its count of returns anew.
+pub fn uncounted(old: &BasicProperties) -> BasicProperties {
+    published_again(old, |name| name == "x-delivery-count")
+}
+
+/// A user id is left out, because the broker takes none but our own; an expiration, because nothing must be lost now.
+fn published_again(old: &BasicProperties, without: impl Fn(&str) -> bool) -> BasicProperties {
+    let mut headers = FieldTable::default();
+    for (name, value) in old.headers().iter().flatten() {
+        if !without(name.as_str()) {
+            headers.insert(name.clone(), value.clone());
+        }
+    }
+    let mut new = BasicProperties::default().with_headers(headers).with_delivery_mode(2);
+    macro_rules! copy {
+        ($($get:ident $with:ident),* $(,)?) => {
+            $(if let Some(value) = old.$get() { new = new.$with(value.clone()); })*
+        };
+    }
+    copy!(
+        content_type with_content_type, content_encoding with_content_encoding, priority with_priority,
+        correlation_id with_correlation_id, reply_to with_reply_to, message_id with_message_id,
+        timestamp with_timestamp, kind with_type, app_id with_app_id,
+    );
+    new
+}
+
+/// Names are checked before; AMQP's short strings end at 255 bytes.
+pub fn short(text: &str) -> ShortString {
+    ShortString::try_new(text).unwrap_or_default()
+}
+
+/// The name of a queue, as an option of the command line takes it.
+pub fn queue_name(text: &str) -> Result<String, String> {
+    match text.len() {
+        1..=255 => Ok(text.to_owned()),
+        _ => Err("takes a name of 1 to 255 bytes".to_owned()),
+    }
+}
+
+/// Whether a topic exchange would route this key by this pattern.
+pub fn matches(pattern: &str, key: &str) -> bool {
+    fn words(pattern: &[&str], key: &[&str]) -> bool {
+        match (pattern.split_first(), key.split_first()) {
+            (None, None) => true,
+            (Some((&"#", rest)), _) => words(rest, key) || (!key.is_empty() && words(pattern, &key[1..])),
+            (Some((&"*", pattern)), Some((_, key))) => words(pattern, key),
+            (Some((wanted, pattern)), Some((word, key))) => wanted == word && words(pattern, key),
+            (None, Some(_)) | (Some(_), None) => false,
+        }
+    }
+    words(&pattern.split('.').collect::<Vec<_>>(), &key.split('.').collect::<Vec<_>>())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::matches;
+
+    #[test]
+    fn patterns_match_as_in_a_topic_exchange() {
+        for (pattern, key, expected) in [
+            ("#", "scan.processing.started", true),
+            ("#", "", true),
+            ("scan.#", "scan", true),
+            ("scan.#", "scan.processing.started", true),
+            ("scan.*", "scan.processing", true),
+            ("scan.*", "scan.processing.started", false),
+            ("*.processing.*", "scan.processing.started", true),
+            ("#.started", "scan.processing.started", true),
+            ("scan.#", "body_shape_prediction.processing.started", false),
+            ("scan.processing", "scan.processing.started", false),
+        ] {
+            assert_eq!(matches(pattern, key), expected, "{pattern} {key}");
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! `topology recreate`: a queue cannot be changed, so it is replaced. At no moment is there an event that no queue takes, and no
+//! message is let go of before another queue has it; an event may come twice, as always. What was interrupted goes on
+//! when it is run again.
+
+use std::time::Duration;
+
+use lapin::options::{
+    ExchangeDeclareOptions, ExchangeDeleteOptions, QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions,
+};
+use lapin::types::{AMQPValue, FieldTable};
+use lapin::{Channel, ExchangeKind};
+use thiserror::Error;
+use tokio::time::{Instant, sleep};
+
+use super::messages::short;
+use super::redrive::move_all;
+use super::transfer::{Destination, TransferError};
+use super::{Failure, say};
+use crate::config::Config;
+use crate::publisher::Link;
+use crate::topology::{Plan, Queue, TopologyError, establish_around, establish_queue, reply_code};
+
+/// For the end of a consumer to be noticed.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+#[derive(Debug, Error)]
+enum RecreateError {
+    #[error("{queue} has {count} workers: stop them first, because what they have in hand would be lost")]
+    InUse { queue: String, count: u32 },
+    #[error("{0} still has messages: run this again")]
+    NotEmpty(String),
+    #[error(transparent)]
+    Transfer(#[from] TransferError),
+    #[error(transparent)]
+    Topology(#[from] TopologyError),
+}
+
+impl From<lapin::Error> for RecreateError {
+    fn from(error: lapin::Error) -> Self {
+        Self::Transfer(error.into())
+    }
+}
+
+pub async fn run(config: &Config, plan: &Plan, name: &str) -> Result<(), Failure> {
+    let Some(queue) = plan.queue_named(name) else {
+        return Err(Failure::Usage(format!("{name} is no queue of the configuration: see topology show")));
+    };
+    if queue.is_stream() {
+        return Err(Failure::Usage(format!("{name} is a stream, which cannot be poured into another one")));
+    }
+    let link = super::connect(config, "prism-relay topology").await?;
+    let moved = recreate(config, plan, queue, &link).await;
+    link.close().await;
+    let moved = moved.map_err(Failure::new)?;
+    say(&format!("{name} is as configured; {moved} messages were moved over"));
+    Ok(())
+}
+
+async fn recreate(config: &Config, plan: &Plan, queue: &Queue, link: &Link) -> Result<u64, RecreateError> {
+    let name = &queue.name;
+    // An exchange and a queue of this name hold the messages meanwhile: the exchange, so that they keep their keys.
+    let moving = format!("{name}.moving");
+    let channel = link.connection.create_channel().await?;
+    let durable = ExchangeDeclareOptions { durable: true, ..Default::default() };
+    channel.exchange_declare(short(&moving), ExchangeKind::Fanout, durable, FieldTable::default()).await?;
+    let mut arguments = FieldTable::default();
+    arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
+    let durable = QueueDeclareOptions { durable: true, ..Default::default() };
+    channel.queue_declare(short(&moving), durable, arguments).await?;
+    let through = Destination::Exchange(moving.clone());
+
+    establish_around(&link.connection, plan, name).await?;
+
+    // The old one, if it is there: from now on events go to the other.
+    if look(link, name).await?.is_some() {
+        is_unused(link, name).await?;
+        bind_like(&channel, plan, name, &moving).await?;
+        bind(&channel, &moving, &moving).await?;
+        for binding in plan.bindings_of(name) {
+            let (exchange, key) = (short(&binding.exchange), short(&binding.key));
+            channel.queue_unbind(short(name), exchange, key, binding.arguments.clone()).await?;
+        }
+        move_all(config, link, name, &through).await?;
+        // Quorum queues cannot be asked to be deleted only if they are empty and unused, so this is looked at right before.
+        is_unused(link, name).await?;
+        is_empty(link, name).await?;
+        channel.queue_delete(short(name), QueueDeleteOptions::default()).await?;
+    }
+    establish_queue(&link.connection, plan, queue).await?;
+
+    for binding in plan.bindings_of(name) {
+        let (exchange, key) = (short(&binding.exchange), short(&binding.key));
+        channel.queue_unbind(short(&moving), exchange, key, binding.arguments.clone()).await?;
+    }
+    bind(&channel, &moving, name).await?;
+    channel.queue_unbind(short(&moving), short(&moving), short(""), FieldTable::default()).await?;
+    let moved = move_all(config, link, &moving, &through).await?;
+    is_empty(link, &moving).await?;
+    channel.queue_delete(short(&moving), QueueDeleteOptions::default()).await?;
+    channel.exchange_delete(short(&moving), ExchangeDeleteOptions::default()).await?;
+    Ok(moved)
+}
+
+/// What is known of consumers is a moment old: our own may still count.
+async fn is_unused(link: &Link, queue: &str) -> Result<(), RecreateError> {
+    let patient_until = Instant::now() + PATIENCE;
+    loop {
+        match look(link, queue).await?.map_or(0, |queue| queue.consumer_count()) {
+            0 => return Ok(()),
+            count if Instant::now() > patient_until => {
+                return Err(RecreateError::InUse { queue: queue.to_owned(), count });
+            }
+            _ => sleep(PATIENCE / 20).await,
+        }
+    }
+}
+
+async fn is_empty(link: &Link, queue: &str) -> Result<(), RecreateError> {
+    match look(link, queue).await?.map_or(0, |queue| queue.message_count()) {
+        0 => Ok(()),
+        _ => Err(RecreateError::NotEmpty(queue.to_owned())),
+    }
+}
+
+async fn bind_like(channel: &Channel, plan: &Plan, like: &str, queue: &str) -> Result<(), lapin::Error> {
+    for binding in plan.bindings_of(like) {
+        let (exchange, key) = (short(&binding.exchange), short(&binding.key));
+        let arguments = binding.arguments.clone();
+        channel.queue_bind(short(queue), exchange, key, QueueBindOptions::default(), arguments).await?;
+    }
+    Ok(())
+}
+
+async fn bind(channel: &Channel, exchange: &str, queue: &str) -> Result<(), lapin::Error> {
+    let (options, arguments) = (QueueBindOptions::default(), FieldTable::default());
+    channel.queue_bind(short(queue), short(exchange), short(""), options, arguments).await
+}
+
+/// On a channel of its own, because the broker closes it if there is no such queue.
+async fn look(link: &Link, queue: &str) -> Result<Option<lapin::Queue>, lapin::Error> {
+    let channel = link.connection.create_channel().await?;
+    let passive = QueueDeclareOptions { passive: true, ..Default::default() };
+    match channel.queue_declare(short(queue), passive, FieldTable::default()).await {
+        Ok(queue) => {
+            channel.close(200, "done".into()).await?;
+            Ok(Some(queue))
+        }
+        Err(error) if reply_code(&error) == Some(404) => Ok(None),
+        Err(error) => Err(error),
+    }
+}

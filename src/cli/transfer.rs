@@ -1,0 +1,147 @@
+//! Passing messages on: a batch at a time, of which nothing is let go before the broker has confirmed all of it.
+
+use std::time::Duration;
+
+use futures_util::future::try_join_all;
+use indicatif::{ProgressBar, ProgressStyle};
+use lapin::message::Delivery;
+use lapin::options::{BasicAckOptions, BasicPublishOptions};
+use lapin::types::ShortString;
+use lapin::{BasicProperties, Channel, Confirmation};
+use thiserror::Error;
+use tokio::time::timeout;
+
+use super::messages::short;
+use crate::config::Config;
+use crate::topology::reply_text;
+
+/// Messages between two waits for the broker.
+const BATCH_MAX: usize = 200;
+/// And their bodies.
+const BATCH_BYTES_MAX: usize = 16 * 1024 * 1024;
+
+#[derive(Debug, Error)]
+pub enum TransferError {
+    #[error("the broker refuses: {0}")]
+    Refused(String),
+    #[error("{to} did not take a message ({reason}); it stays where it is")]
+    NotTaken { to: String, reason: String },
+    #[error("no answer from the broker within {0:?}; what it has not confirmed stays where it is")]
+    Silent(Duration),
+    #[error("the connection to the broker was lost; what it has not confirmed stays where it is")]
+    Lost,
+    #[error("interrupted; the rest is where it was")]
+    Interrupted,
+    #[error("cannot print")]
+    Print(#[from] std::io::Error),
+}
+
+impl From<lapin::Error> for TransferError {
+    fn from(error: lapin::Error) -> Self {
+        Self::Refused(reply_text(&error))
+    }
+}
+
+/// Where messages go.
+#[derive(Clone, Debug)]
+pub enum Destination {
+    /// Under the key of the message.
+    Exchange(String),
+    Queue(String),
+}
+
+impl Destination {
+    /// The exchange of the configuration, or a queue if one was asked for.
+    pub fn new(config: &Config, queue: Option<&str>) -> Self {
+        queue.map_or_else(|| Self::Exchange(config.broker.exchange.clone()), |queue| Self::Queue(queue.to_owned()))
+    }
+
+    fn address(&self, key: &ShortString) -> (ShortString, ShortString) {
+        match self {
+            Self::Exchange(exchange) => (short(exchange), key.clone()),
+            // The default exchange is bound to every queue by its name.
+            Self::Queue(queue) => (ShortString::default(), short(queue)),
+        }
+    }
+}
+
+impl std::fmt::Display for Destination {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (Self::Exchange(name) | Self::Queue(name)) = self;
+        f.write_str(name)
+    }
+}
+
+/// A message on its way to somewhere else.
+pub struct Parcel {
+    pub to: Destination,
+    pub key: ShortString,
+    pub properties: BasicProperties,
+    pub delivery: Delivery,
+    /// false: it is only put back.
+    pub moves: bool,
+}
+
+/// A channel in confirm mode and what is to be published on it next.
+pub struct Transfer {
+    channel: Channel,
+    deadline: Duration,
+    batch: Vec<Parcel>,
+    bytes: usize,
+}
+
+impl Transfer {
+    pub fn new(channel: Channel, config: &Config) -> Self {
+        Self { channel, deadline: config.broker.confirm_timeout, batch: Vec::new(), bytes: 0 }
+    }
+
+    pub fn is_full(&self) -> bool {
+        self.batch.len() >= BATCH_MAX || self.bytes >= BATCH_BYTES_MAX
+    }
+
+    pub fn add(&mut self, parcel: Parcel) {
+        self.bytes += parcel.delivery.data.len();
+        self.batch.push(parcel);
+    }
+
+    /// Publishes the batch in its order, waits until all of it is confirmed and routed, and only then acknowledges what it came
+    /// from. Where anything goes wrong nothing of the batch is acknowledged: it may be there twice, but it is not lost.
+    /// How many have been moved.
+    pub async fn flush(&mut self) -> Result<u64, TransferError> {
+        let batch = std::mem::take(&mut self.batch);
+        self.bytes = 0;
+        timeout(self.deadline, self.publish(&batch)).await.map_err(|_| TransferError::Silent(self.deadline))??;
+        for parcel in &batch {
+            parcel.delivery.acker.ack(BasicAckOptions::default()).await?;
+        }
+        Ok(batch.iter().filter(|parcel| parcel.moves).count() as u64)
+    }
+
+    async fn publish(&self, batch: &[Parcel]) -> Result<(), TransferError> {
+        let mut confirms = Vec::with_capacity(batch.len());
+        for Parcel { to, key, properties, delivery, .. } in batch {
+            let (exchange, key) = to.address(key);
+            let options = BasicPublishOptions { mandatory: true, immediate: false };
+            confirms
+                .push(self.channel.basic_publish(exchange, key, options, &delivery.data, properties.clone()).await?);
+        }
+        // A return comes before its own confirm, but lapin may hand it to another one: it counts for the whole batch.
+        for (confirmation, parcel) in try_join_all(confirms).await?.into_iter().zip(batch) {
+            let not_taken = |reason: String| TransferError::NotTaken { to: parcel.to.to_string(), reason };
+            match confirmation {
+                Confirmation::Ack(None) => {}
+                Confirmation::Ack(Some(returned)) => return Err(not_taken(returned.reply_text.to_string())),
+                Confirmation::Nack(_) => return Err(not_taken("a queue is full, or could not store it".to_owned())),
+                Confirmation::NotRequested => return Err(not_taken("it confirms nothing".to_owned())),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Drawn on standard error, and only if that is a terminal.
+pub fn progress_bar(count: u64) -> ProgressBar {
+    let template = "{bar:40} {pos}/{len} messages, {per_sec}, {eta} left";
+    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    ProgressBar::new(count).with_style(style)
+}

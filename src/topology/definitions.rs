@@ -1,0 +1,129 @@
+//! The plan as RabbitMQ writes it: in definitions for import, and in the names that its management API uses. Pure.
+
+use lapin::ExchangeKind;
+use lapin::types::{AMQPValue, FieldTable};
+use serde_json::{Map, Value, json};
+
+use super::{Binding, DEAD, Entity, Plan, Target, UNROUTED};
+
+/// What no policy can say; the rest may be changed by one while there are messages.
+const ARGUMENTS_ONLY: [&str; 3] = ["x-queue-type", "x-single-active-consumer", "hash-header"];
+
+/// The two queues without dead letters, which must not drop a message that somebody has looked at 20 times: RabbitMQ 4 does
+/// so by default.
+pub(super) const KEEPERS: [&str; 2] = [UNROUTED, DEAD];
+/// More than anybody looks; both versions take it, where -1 is new in RabbitMQ 4.
+pub(super) const KEEPERS_LIMIT: i64 = 1_000_000;
+
+/// Definitions for `rabbitmqctl import_definitions` (<https://www.rabbitmq.com/docs/definitions>), with policies in place of
+/// arguments where that is possible.
+pub fn definitions(plan: &Plan, vhost: &str) -> Value {
+    let (mut exchanges, mut queues, mut policies) = (Vec::new(), Vec::new(), Vec::new());
+    for entity in plan.entities() {
+        let name = entity.name();
+        let (fixed, mut policy) = split(entity.arguments());
+        let common = json!({ "name": name, "vhost": vhost, "durable": true, "auto_delete": false, "arguments": fixed });
+        // There may be an exchange and a queue of the same name, but not two policies.
+        let (apply_to, policy_name) = match entity {
+            Entity::Exchange(exchange) => {
+                exchanges.push(with(common, json!({ "type": kind(&exchange.kind), "internal": false })));
+                ("exchanges", format!("{name}-exchange"))
+            }
+            Entity::Queue(_) => {
+                queues.push(common);
+                if KEEPERS.contains(&name) {
+                    policy.insert("delivery-limit".to_owned(), KEEPERS_LIMIT.into());
+                }
+                ("queues", name.to_owned())
+            }
+        };
+        if !policy.is_empty() {
+            policies.push(json!({
+                "name": policy_name, "vhost": vhost, "pattern": format!("^{}$", escaped(name)), "apply-to": apply_to,
+                "definition": policy, "priority": 0,
+            }));
+        }
+    }
+    let bindings: Vec<_> =
+        plan.bindings.iter().map(|binding| with(json!({ "vhost": vhost }), described(binding))).collect();
+    json!({ "exchanges": exchanges, "queues": queues, "bindings": bindings, "policies": policies })
+}
+
+/// A binding as definitions and the management API have it.
+fn described(binding: &Binding) -> Value {
+    let arguments: Map<_, _> =
+        binding.arguments.inner().iter().map(|(name, value)| (name.to_string(), plain(value))).collect();
+    json!({
+        "source": binding.exchange, "destination": binding.to.name(), "destination_type": target_kind(&binding.to),
+        "routing_key": binding.key, "arguments": arguments,
+    })
+}
+
+/// What has to be an argument, and what a policy says as well; there the names have no `x-`.
+fn split(arguments: &FieldTable) -> (Map<String, Value>, Map<String, Value>) {
+    let (mut fixed, mut policy) = (Map::new(), Map::new());
+    for (name, value) in arguments.inner() {
+        match name.as_str() {
+            name if ARGUMENTS_ONLY.contains(&name) => fixed.insert(name.to_owned(), plain(value)),
+            name => policy.insert(policy_key(name).to_owned(), plain(value)),
+        };
+    }
+    (fixed, policy)
+}
+
+/// What an argument is called in a policy.
+pub(super) fn policy_key(argument: &str) -> &str {
+    argument.strip_prefix("x-").unwrap_or(argument)
+}
+
+/// The type of an exchange as RabbitMQ spells it.
+pub fn kind(kind: &ExchangeKind) -> String {
+    match kind {
+        ExchangeKind::Custom(name) => name.clone(),
+        kind => format!("{kind:?}").to_lowercase(),
+    }
+}
+
+pub(super) fn target_kind(target: &Target) -> &'static str {
+    match target {
+        Target::Queue(_) => "queue",
+        Target::Exchange(_) => "exchange",
+    }
+}
+
+/// The value of an argument.
+pub fn plain(value: &AMQPValue) -> Value {
+    match value {
+        AMQPValue::LongString(text) => Value::from(text.to_string()),
+        AMQPValue::LongLongInt(number) => Value::from(*number),
+        AMQPValue::LongInt(number) => Value::from(*number),
+        AMQPValue::Boolean(flag) => Value::from(*flag),
+        // The plan has no others.
+        other => Value::from(format!("{other:?}")),
+    }
+}
+
+fn with(mut object: Value, more: Value) -> Value {
+    if let (Value::Object(object), Value::Object(more)) = (&mut object, more) {
+        object.extend(more);
+    }
+    object
+}
+
+/// A name as a regular expression that matches nothing else.
+pub(super) fn escaped(name: &str) -> String {
+    name.chars()
+        .flat_map(|c| (!c.is_alphanumeric() && c != '_' && c != '-').then_some('\\').into_iter().chain([c]))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patterns_of_policies_match_one_name() {
+        assert_eq!(escaped("prism.scan_1-a"), "prism\\.scan_1-a");
+        assert_eq!(escaped("a b+c"), "a\\ b\\+c");
+    }
+}

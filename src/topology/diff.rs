@@ -1,0 +1,368 @@
+//! How the broker differs from the plan, by what its management API tells, and the command that mends each difference. Pure.
+
+use std::fmt::Display;
+
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use super::definitions::{KEEPERS, KEEPERS_LIMIT, escaped, kind, plain, policy_key, target_kind};
+use super::{Binding, Entity, Plan};
+
+/// What of a policy decides about messages. Others, such as where a queue's leader lives, are the operator's business.
+const TOUCHES_MESSAGES: [&str; 11] = [
+    "alternate-exchange",
+    "dead-letter-exchange",
+    "dead-letter-routing-key",
+    "dead-letter-strategy",
+    "delivery-limit",
+    "expires",
+    "max-age",
+    "max-length",
+    "max-length-bytes",
+    "message-ttl",
+    "overflow",
+];
+
+/// What the API tells of a virtual host.
+#[derive(Debug, Default)]
+pub struct Live {
+    /// Such as `4.0.5`.
+    pub version: String,
+    pub exchanges: Vec<LiveEntity>,
+    pub queues: Vec<LiveEntity>,
+    pub bindings: Vec<LiveBinding>,
+    pub policies: Vec<LivePolicy>,
+}
+
+#[derive(Debug, Deserialize)]
+pub struct LiveEntity {
+    name: String,
+    r#type: String,
+    durable: bool,
+    #[serde(default)]
+    arguments: Map<String, Value>,
+    policy: Option<String>,
+    operator_policy: Option<String>,
+    /// Of queues only.
+    #[serde(default)]
+    effective_policy_definition: Option<Map<String, Value>>,
+}
+
+#[derive(Debug, Deserialize)]
+pub struct LiveBinding {
+    source: String,
+    destination: String,
+    destination_type: String,
+    routing_key: String,
+    #[serde(default)]
+    arguments: Map<String, Value>,
+    properties_key: String,
+}
+
+#[derive(Debug, Deserialize)]
+pub struct LivePolicy {
+    name: String,
+    definition: Map<String, Value>,
+}
+
+/// What the commands need to know.
+#[derive(Debug)]
+pub struct Mending {
+    /// The relay's own command with its configuration, such as `prism-relay --config relay.toml`.
+    pub relay: String,
+    pub vhost: String,
+    /// Of the management API, without `/` at the end.
+    pub api: String,
+    pub user: String,
+    /// Whether the relay itself declares the arguments, so that a policy in their place would be a clash.
+    pub active: bool,
+}
+
+/// One thing that is not as planned.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Difference {
+    /// What it is about: an entity or a binding.
+    pub entity: String,
+    pub what: String,
+    /// A shell command; `None`: it is enough to declare the topology.
+    pub mend: Option<String>,
+    /// Whether the topology has to be declared afterwards.
+    pub declare: bool,
+    /// Worth knowing, but as planned.
+    pub advice: bool,
+}
+
+impl Difference {
+    /// Something that a command mends.
+    fn new(entity: impl Display, what: impl Display, mend: String) -> Self {
+        let (entity, what) = (entity.to_string(), what.to_string());
+        Self { entity, what, mend: Some(mend), declare: false, advice: false }
+    }
+
+    /// Something that is not there.
+    pub fn missing(entity: impl Display) -> Self {
+        Self { mend: None, declare: true, ..Self::new(entity, "does not exist", String::new()) }
+    }
+
+    /// Something that has to be made anew.
+    pub fn wrong(entity: &Entity, what: impl Display, mending: &Mending) -> Self {
+        match entity {
+            Entity::Queue(queue) if queue.is_stream() => {
+                let what = format!("{what}. Give it another name: a stream cannot be poured into another one");
+                Self { mend: None, ..Self::new(entity, what, String::new()) }
+            }
+            Entity::Queue(queue) => {
+                Self::new(entity, what, format!("{} topology recreate {}", mending.relay, quote(&queue.name)))
+            }
+            Entity::Exchange(exchange) => {
+                let remove = mending.delete(&["exchanges", &mending.vhost, &exchange.name]);
+                Self { declare: true, ..Self::new(entity, what, remove) }
+            }
+        }
+    }
+}
+
+/// In the order of the plan; what is too much comes last.
+pub fn differences(plan: &Plan, live: &Live, mending: &Mending) -> Vec<Difference> {
+    let mut found = Vec::new();
+    for entity in plan.entities() {
+        match entity_of(live, entity) {
+            None => found.push(Difference::missing(entity)),
+            Some(there) => found.extend(merged(compare(entity, there, live, mending))),
+        }
+    }
+    for binding in &plan.bindings {
+        if !live.bindings.iter().any(|there| there.is(binding)) {
+            found.push(Difference::missing(binding));
+        }
+    }
+    // Whatever else is on the broker is not ours; but between two of ours nothing unknown may lead.
+    let ours =
+        |kind: &str, name: &str| plan.entities().iter().any(|entity| entity.name() == name && kind == kind_of(entity));
+    for there in &live.bindings {
+        let known = plan.bindings.iter().any(|binding| there.is(binding));
+        if !known && ours("exchange", &there.source) && ours(&there.destination_type, &there.destination) {
+            let LiveBinding { source, destination, destination_type, routing_key, .. } = there;
+            let entity = format!("binding of {destination_type} {destination} to exchange {source} by {routing_key:?}");
+            found.push(Difference::new(entity, "is not configured", mending.unbind(there)));
+        }
+    }
+    found
+}
+
+/// Those of one entity that the same command mends are one.
+fn merged(differences: Vec<Difference>) -> Vec<Difference> {
+    let mut merged: Vec<Difference> = Vec::new();
+    for difference in differences {
+        match merged.iter_mut().find(|earlier| earlier.mend == difference.mend) {
+            Some(earlier) => earlier.what = format!("{}; {}", earlier.what, difference.what),
+            None => merged.push(difference),
+        }
+    }
+    merged
+}
+
+fn entity_of<'a>(live: &'a Live, entity: &Entity) -> Option<&'a LiveEntity> {
+    let list = match entity {
+        Entity::Exchange(_) => &live.exchanges,
+        Entity::Queue(_) => &live.queues,
+    };
+    list.iter().find(|there| there.name == entity.name())
+}
+
+fn kind_of(entity: &Entity) -> &'static str {
+    match entity {
+        Entity::Exchange(_) => "exchange",
+        Entity::Queue(_) => "queue",
+    }
+}
+
+fn compare(entity: &Entity, there: &LiveEntity, live: &Live, mending: &Mending) -> Vec<Difference> {
+    let mut found = Vec::new();
+    if let Entity::Exchange(exchange) = entity
+        && there.r#type != kind(&exchange.kind)
+    {
+        let what = format!("is of type {}, where {} is configured", there.r#type, kind(&exchange.kind));
+        found.push(Difference::wrong(entity, what, mending));
+    }
+    if !there.durable {
+        found.push(Difference::wrong(entity, "is not durable", mending));
+    }
+    let policy = there.policy_in(live);
+    for (name, planned) in entity.arguments().inner() {
+        let (name, planned) = (name.as_str(), plain(planned));
+        match (there.arguments.get(name), policy.get(policy_key(name))) {
+            (Some(value), _) if *value != planned => {
+                let what = format!("{name} is {value}, where {planned} is configured");
+                found.push(Difference::wrong(entity, what, mending));
+            }
+            (None, None) => {
+                let what = format!("{name} is not set, where {planned} is configured");
+                found.push(match mending.set(entity) {
+                    Some(mend) => Difference::new(entity, what, mend),
+                    None => Difference::wrong(entity, what, mending),
+                });
+            }
+            // Of two numbers the lower one counts, and of two others the argument.
+            (argument, Some(value)) if *value != planned && (argument.is_none() || value.is_number()) => {
+                found.push(there.differs_by_policy(
+                    entity,
+                    name,
+                    value,
+                    &format!("where {planned} is configured"),
+                    mending,
+                ));
+            }
+            _ => {}
+        }
+    }
+    for (name, value) in there.arguments.iter().filter(|(name, _)| !entity.arguments().contains_key(name.as_str())) {
+        let what = format!("{name} is {value}, and not configured");
+        found.push(Difference::wrong(entity, what, mending));
+    }
+    let planned: Vec<_> = entity.arguments().inner().keys().map(|name| policy_key(name.as_str())).collect();
+    let keeper = KEEPERS.contains(&entity.name());
+    let matters = |name: &str| match entity {
+        Entity::Exchange(_) => name == "alternate-exchange",
+        Entity::Queue(_) => TOUCHES_MESSAGES.contains(&name) && !(keeper && name == "delivery-limit"),
+    };
+    for (name, value) in policy.iter().filter(|(name, _)| matters(name) && !planned.contains(&name.as_str())) {
+        found.push(there.differs_by_policy(entity, name, value, "and not configured", mending));
+    }
+    if keeper && kind_of(entity) == "queue" && live.major() >= 4 && !policy.contains_key("delivery-limit") {
+        found.push(Difference {
+            advice: true,
+            ..Difference::new(
+                entity,
+                "RabbitMQ 4 drops a message of this queue when it was looked at and put back 20 times",
+                mending.keep(),
+            )
+        });
+    }
+    found
+}
+
+impl Live {
+    fn major(&self) -> u32 {
+        self.version.split('.').next().and_then(|major| major.parse().ok()).unwrap_or(0)
+    }
+}
+
+impl LiveEntity {
+    /// What policies have set. For exchanges the API names the policy, but not what it says.
+    fn policy_in(&self, live: &Live) -> Map<String, Value> {
+        let named = || live.policies.iter().find(|policy| Some(&policy.name) == self.policy.as_ref());
+        self.effective_policy_definition
+            .clone()
+            .or_else(|| named().map(|policy| policy.definition.clone()))
+            .unwrap_or_default()
+    }
+
+    fn differs_by_policy(
+        &self,
+        entity: &Entity,
+        key: &str,
+        value: &Value,
+        than: &str,
+        mending: &Mending,
+    ) -> Difference {
+        let quoted = |name: &Option<String>| name.as_deref().map(quote);
+        let what = |by: &str| format!("{by} sets {} to {value}, {than}", policy_key(key));
+        let vhost = quote(&mending.vhost);
+        match (quoted(&self.policy), quoted(&self.operator_policy)) {
+            (Some(policy), None) => {
+                let mend = format!("rabbitmqctl clear_policy -p {vhost} {policy}");
+                Difference::new(entity, what(&format!("the policy {policy}")), mend)
+            }
+            (None, Some(policy)) => {
+                let mend = format!("rabbitmqctl clear_operator_policy -p {vhost} {policy}");
+                Difference::new(entity, what(&format!("the operator policy {policy}")), mend)
+            }
+            _ => Difference::new(entity, what("a policy"), format!("rabbitmqctl list_policies -p {vhost}")),
+        }
+    }
+}
+
+impl LiveBinding {
+    fn is(&self, binding: &Binding) -> bool {
+        self.source == binding.exchange
+            && self.destination == binding.to.name()
+            && self.destination_type == target_kind(&binding.to)
+            && self.routing_key == binding.key
+            && self.arguments.len() == binding.arguments.inner().len()
+            && binding
+                .arguments
+                .inner()
+                .iter()
+                .all(|(name, value)| self.arguments.get(name.as_str()) == Some(&plain(value)))
+    }
+}
+
+impl Mending {
+    /// Sets what is missing by a policy, as whoever owns the broker would; not where the relay itself declares arguments.
+    fn set(&self, entity: &Entity) -> Option<String> {
+        let definition: Map<_, _> = entity
+            .arguments()
+            .inner()
+            .iter()
+            .map(|(name, value)| (policy_key(name.as_str()).to_owned(), plain(value)))
+            .filter(|(name, _)| TOUCHES_MESSAGES.contains(&name.as_str()))
+            .collect();
+        if self.active || definition.is_empty() {
+            return None;
+        }
+        let (pattern, apply_to) = (format!("^{}$", escaped(entity.name())), format!("{}s", kind_of(entity)));
+        Some(self.policy(entity.name(), &pattern, &Value::from(definition), &apply_to))
+    }
+
+    fn keep(&self) -> String {
+        let names: Vec<_> = KEEPERS.iter().map(|name| escaped(name)).collect();
+        let definition = serde_json::json!({ "delivery-limit": KEEPERS_LIMIT });
+        self.policy("prism-keep", &format!("^({})$", names.join("|")), &definition, "queues")
+    }
+
+    fn policy(&self, name: &str, pattern: &str, definition: &Value, apply_to: &str) -> String {
+        let vhost = quote(&self.vhost);
+        let (name, pattern, definition) = (quote(name), quote(pattern), quote(&definition.to_string()));
+        format!("rabbitmqctl set_policy -p {vhost} --apply-to {apply_to} {name} {pattern} {definition}")
+    }
+
+    fn unbind(&self, binding: &LiveBinding) -> String {
+        let LiveBinding { source, destination, destination_type, properties_key, .. } = binding;
+        self.delete(&["bindings", &self.vhost, "e", source, &destination_type[..1], destination, properties_key])
+    }
+
+    /// RabbitMQ has no command of its own for this; curl asks for the password.
+    fn delete(&self, path: &[&str]) -> String {
+        let path: Vec<_> = path.iter().map(|segment| encoded(segment)).collect();
+        let url = format!("{}/api/{}", self.api, path.join("/"));
+        format!("curl -fsS -u {} -X DELETE {}", quote(&self.user), quote(&url))
+    }
+}
+
+/// As a segment of a path (RFC 3986).
+pub fn encoded(segment: &str) -> String {
+    percent_encoding::utf8_percent_encode(segment, percent_encoding::NON_ALPHANUMERIC).to_string()
+}
+
+/// As one word of a shell.
+pub fn quote(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=@%+,".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        return word.to_owned();
+    }
+    format!("'{}'", word.replace('\'', r"'\''"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_of_a_shell_are_quoted() {
+        assert_eq!(quote("prism.scan"), "prism.scan");
+        assert_eq!(quote("/"), "/");
+        assert_eq!(quote(""), "''");
+        assert_eq!(quote("it's; rm -rf *"), r"'it'\''s; rm -rf *'");
+    }
+}

@@ -1,0 +1,275 @@
+//! The tools for the day after: `redrive` and `replay`.
+
+use std::collections::BTreeSet;
+
+use lapin::BasicProperties;
+use serde_json::json;
+
+use crate::harness::{Delivery, Node, Relay, Setup, Vhost, Wire, eventually};
+
+fn scan(scan: u32, kind: &str) -> String {
+    let scan = uuid::Uuid::from_u128(scan.into());
+    json!({ "eventType": format!("scan.processing.{kind}"), "payload": { "scanId": scan } }).to_string()
+}
+
+fn keys(messages: &[Delivery]) -> Vec<&str> {
+    messages.iter().map(|message| message.routing_key.as_str()).collect()
+}
+
+/// A relay without retries, and `count` dead letters: of scans numbered from 0, started and failed in turn.
+async fn dead(vhost: &Vhost, count: u32) -> Relay {
+    let relay = Relay::start(vhost).await;
+    for number in 0..count {
+        relay.post(scan(number, if number % 2 == 0 { "started" } else { "failed" })).await.expect(200);
+        vhost.reject("prism.scan").await;
+    }
+    vhost.eventually_depth("prism.dead", count).await;
+    relay
+}
+
+#[tokio::test]
+async fn dead_letters_go_back_with_all_they_had() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let queues = json!([{ "name": "prism.scan", "bindings": ["scan.#"], "retry_delays": ["50ms", "50ms"] }]);
+    let relay = Setup::new(&vhost.url()).set("topology.queues", queues).start().await;
+    relay.post(scan(1, "started")).await.expect(200);
+    let first = vhost.messages("prism.scan", 1).await.remove(0);
+    relay.post(scan(2, "started")).await.expect(200);
+    for _ in 0..3 {
+        vhost.reject("prism.scan").await;
+    }
+    vhost.eventually_depth("prism.dead", 1).await;
+    let done = relay.run(&["redrive"]).await;
+    assert_eq!(
+        (done.code, done.stdout.as_str()),
+        (Some(0), "1 moved from prism.dead to prism.events, 0 looked at and left")
+    );
+    let again = vhost.messages("prism.scan", 1).await.remove(0);
+    // As it was when it came for the first time: exchange, key, properties, and no trace of its death.
+    assert_eq!((&again.exchange, &again.routing_key), (&first.exchange, &first.routing_key));
+    assert_eq!(again.properties.kind(), first.properties.kind());
+    assert_eq!(again.properties.app_id(), first.properties.app_id());
+    let names = |delivery: &Delivery| {
+        delivery.headers.keys().filter(|name| *name != "x-delivery-count").cloned().collect::<Vec<_>>()
+    };
+    assert_eq!(names(&again), names(&first));
+    assert_eq!(again.text(), scan(2, "started"));
+    vhost.assert_empty("prism.dead").await;
+}
+
+#[tokio::test]
+async fn only_what_was_asked_for_moves() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let relay = dead(&vhost, 6).await;
+    let [subject, other] = [3, 1].map(|number| format!("scan:{}", uuid::Uuid::from_u128(number)));
+    for (arguments, moved, left) in [
+        (vec!["--subject", &subject], vec![3], 5),
+        (vec!["--type", "*.*.failed", "--subject", &other], vec![1], 4),
+        (vec!["--type", "body_shape_prediction.#"], vec![], 4),
+        (vec!["--older-than", "1h"], vec![], 4),
+        (vec!["--newer-than", "1h", "--type", "*.*.started"], vec![0, 2, 4], 1),
+    ] {
+        let arguments = [vec!["redrive"], arguments].concat();
+        let dry = relay.run(&[arguments.clone(), vec!["--dry-run"]].concat()).await;
+        assert!(dry.stdout.contains(&format!("{} of ", moved.len())), "{dry:?}");
+        assert_eq!(dry.stdout.lines().count(), moved.len() + 1, "{dry:?}");
+        vhost.eventually_depth("prism.dead", u32::try_from(moved.len()).unwrap() + left).await;
+        let done = relay.run(&arguments).await;
+        assert!(done.code == Some(0) && done.stdout.starts_with(&format!("{} moved", moved.len())), "{done:?}");
+        let came = vhost.messages("prism.scan", moved.len()).await;
+        let expected: Vec<_> = moved.iter().map(|number| format!("scan:{}", uuid::Uuid::from_u128(*number))).collect();
+        let mut came: Vec<_> = came.iter().map(|message| message.header("prism-subject")).collect();
+        // RabbitMQ changes the order of what was looked at and left.
+        came.sort_unstable();
+        assert_eq!(came, expected);
+        vhost.eventually_depth("prism.dead", left).await;
+    }
+    assert_eq!(keys(&vhost.messages("prism.dead", 1).await), ["scan.processing.failed"]);
+}
+
+#[tokio::test]
+async fn a_dry_run_tells_why_they_died() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let relay = dead(&vhost, 1).await;
+    let dry = relay.run(&["redrive", "--dry-run"]).await;
+    for part in [
+        "scan.processing.started",
+        "rejected by prism.scan (1 times)",
+        "1 of 1 in prism.dead would be moved to prism.events",
+    ] {
+        assert!(dry.stdout.contains(part), "{part:?} is not in {}", dry.stdout);
+    }
+}
+
+#[tokio::test]
+async fn what_was_unroutable_finds_its_new_queue() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let relay = Relay::start(&vhost).await;
+    relay.post(r#"{"eventType":"capture_data.a","payload":{}}"#).await.expect(200);
+    relay.post(r#"{"eventType":"measurement.b","payload":{}}"#).await.expect(200);
+    vhost.eventually_depth("prism.unrouted", 2).await;
+    vhost.create_queue("mine", json!({})).await;
+    vhost.bind("prism.events", "mine", "capture_data.#").await;
+    // The other one comes straight back; the run ends all the same.
+    let done = relay.run(&["redrive", "--from", "prism.unrouted"]).await;
+    assert!(done.code == Some(0) && done.stdout.starts_with("2 moved"), "{done:?}");
+    assert_eq!(keys(&vhost.messages("mine", 1).await), ["capture_data.a"]);
+    assert_eq!(keys(&vhost.messages("prism.unrouted", 1).await), ["measurement.b"]);
+}
+
+#[tokio::test]
+async fn straight_into_one_queue_and_not_into_one_that_is_not_there() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let relay = dead(&vhost, 2).await;
+    let nowhere = relay.run(&["redrive", "--to", "nowhere"]).await;
+    assert!(nowhere.code == Some(1) && nowhere.stderr.contains("NO_ROUTE"), "{nowhere:?}");
+    vhost.eventually_depth("prism.dead", 2).await;
+    vhost.create_queue("mine", json!({})).await;
+    let done = relay.run(&["redrive", "--to", "mine", "--count", "1"]).await;
+    assert_eq!(done.code, Some(0), "{done:?}");
+    vhost.messages("mine", 1).await;
+    vhost.assert_empty("prism.scan").await;
+    for (arguments, expected) in [
+        (vec!["redrive", "--from", "nothing"], (Some(1), "no queue 'nothing'")),
+        (vec!["redrive", "--to", "prism.dead"], (Some(64), "the same queue")),
+    ] {
+        let ended = relay.run(&arguments).await;
+        assert!(ended.code == expected.0 && ended.stderr.contains(expected.1), "{ended:?}");
+    }
+}
+
+/// RabbitMQ 4 drops a message of such a queue when it is put back for the twenty-first time.
+#[tokio::test]
+async fn looking_often_loses_nothing() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let relay = dead(&vhost, 1).await;
+    for look in 0..25 {
+        let dry = relay.run(&["redrive", "--dry-run"]).await;
+        assert!(dry.stdout.contains("1 of 1"), "look {look}: {dry:?}");
+        vhost.eventually_depth("prism.dead", 1).await;
+    }
+    let done = relay.run(&["redrive"]).await;
+    assert!(done.stdout.starts_with("1 moved"), "{done:?}");
+    assert_eq!(keys(&vhost.messages("prism.scan", 1).await), ["scan.processing.started"]);
+}
+
+/// Killed, or cut off, at any point: what the exchange has not confirmed is still among the dead letters.
+#[tokio::test]
+async fn an_interrupted_redrive_loses_nothing() {
+    const COUNT: u32 = 1500;
+    let vhost = Vhost::new(Node::shared().await).await;
+    let wire = Wire::new(vhost.address());
+    let relay = Relay::start(&vhost).await;
+    relay.eventually_metric("prism_relay_broker_connected", &[], 1.0).await;
+    let connection = vhost.connect().await;
+    let channel = connection.create_channel().await.unwrap();
+    channel.confirm_select(Default::default()).await.unwrap();
+    for number in 0..COUNT {
+        let properties = BasicProperties::default().with_message_id(number.to_string().into()).with_delivery_mode(2);
+        let sent =
+            channel.basic_publish("prism.dead".into(), "scan.a".into(), Default::default(), b"{}", properties).await;
+        drop(sent.unwrap());
+    }
+    vhost.eventually_depth("prism.dead", COUNT).await;
+    let setup = Setup::new(&vhost.url_through(&wire));
+    for kill in [true, false] {
+        let mut running = setup.launch(&["redrive"]);
+        let before = vhost.depth("prism.scan").await;
+        eventually("some to be moved", async || {
+            let moved = vhost.depth("prism.scan").await - before;
+            if moved > 100 { Ok(()) } else { Err(moved) }
+        })
+        .await;
+        if kill {
+            running.signal("KILL");
+        } else {
+            wire.cut();
+        }
+        let ended = running.wait().await;
+        assert_ne!(ended.code, Some(0), "{ended:?}");
+    }
+    // What was in the hands of those comes back a moment later.
+    let mut moved = BTreeSet::new();
+    eventually("all of it to be moved", async || {
+        let done = relay.run(&["redrive"]).await;
+        assert_eq!(done.code, Some(0), "{done:?}");
+        let there = vhost.depth("prism.scan").await as usize;
+        moved.extend(vhost.messages("prism.scan", there).await.iter().map(Delivery::id));
+        if moved.len() == COUNT as usize { Ok(()) } else { Err(moved.len()) }
+    })
+    .await;
+    vhost.assert_empty("prism.dead").await;
+    connection.close(200, "done".into()).await.unwrap();
+}
+
+fn with_archive(vhost: &Vhost) -> Setup {
+    Setup::new(&vhost.url()).set("topology.archive", json!({ "max_age": "1d" }))
+}
+
+#[tokio::test]
+async fn the_archive_has_everything_and_takes_nothing_from_the_unrouted() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let relay = with_archive(&vhost).start().await;
+    let started = jiff::Timestamp::now();
+    for body in [scan(1, "started").as_str(), r#"{"eventType":"unknown.a","payload":{}}"#, scan(2, "failed").as_str()] {
+        relay.post(body).await.expect(200);
+    }
+    vhost.messages("prism.scan", 2).await;
+    vhost.eventually_depth("prism.unrouted", 1).await;
+    let since = started.to_string();
+    let dry = relay.run(&["replay", "--since", &since, "--dry-run"]).await;
+    assert!(
+        dry.code == Some(0) && dry.stdout.ends_with("3 events of prism.archive would be published to prism.events"),
+        "{dry:?}"
+    );
+    assert_eq!(dry.stdout.lines().count(), 4);
+
+    let done = relay.run(&["replay", "--since", &since, "--key", "scan.#"]).await;
+    assert_eq!(
+        (done.code, done.stdout.as_str()),
+        (Some(0), "2 events of prism.archive published to prism.events"),
+        "{}",
+        done.stderr
+    );
+    let again = vhost.messages("prism.scan", 2).await;
+    assert_eq!(keys(&again), ["scan.processing.started", "scan.processing.failed"]);
+    assert!(again.iter().all(|message| message.header("prism-replayed-at") >= since.as_str()));
+    // What was replayed is in the archive as well, but is not replayed again.
+    vhost.create_queue("mine", json!({})).await;
+    let to = relay.run(&["replay", "--since", "1h", "--to", "mine"]).await;
+    assert!(to.stdout.starts_with("3 events"), "{to:?}");
+    vhost.messages("mine", 3).await;
+    vhost.assert_empty("prism.scan").await;
+}
+
+#[tokio::test]
+async fn replay_keeps_to_the_time_and_ends_where_there_is_nothing() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let relay = with_archive(&vhost).start().await;
+    relay.eventually_metric("prism_relay_broker_connected", &[], 1.0).await;
+    let nothing = relay.run(&["replay", "--since", "1h"]).await;
+    assert!(nothing.code == Some(0) && nothing.stdout.starts_with("0 events"), "{nothing:?}");
+    relay.post(scan(1, "started")).await.expect(200);
+    vhost.messages("prism.scan", 1).await;
+    relay.post(scan(2, "started")).await.expect(200);
+    let second = vhost.messages("prism.scan", 1).await.remove(0);
+    let between = second.header("prism-received-at").to_owned();
+    for (arguments, expected) in [(["--since", &between], 1), (["--until", &between], 1), (["--since", "1h"], 2)] {
+        let mut all = vec!["replay", "--dry-run"];
+        all.extend(arguments);
+        if arguments[0] == "--until" {
+            all.extend(["--since", "1h"]);
+        }
+        let dry = relay.run(&all).await;
+        assert!(dry.stdout.contains(&format!("{expected} events of")), "{arguments:?}: {dry:?}");
+    }
+    let dry = relay.run(&["replay", "--dry-run", "--since", &between]).await;
+    assert!(dry.stdout.contains(&second.id()), "{dry:?}");
+    for (arguments, expected) in [
+        (vec!["replay", "--since", "yesterday"], (Some(64), "give a time such as")),
+        (vec!["replay", "--since", "1h", "--from", "nothing"], (Some(1), "no queue 'nothing'")),
+    ] {
+        let ended = relay.run(&arguments).await;
+        assert!(ended.code == expected.0 && ended.stderr.contains(expected.1), "{ended:?}");
+    }
+}

@@ -1,0 +1,146 @@
+//! The example workers of `deploy/workers/`, through the whole life of a message.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use lapin::BasicProperties;
+use serde_json::json;
+
+use crate::harness::program::Program;
+use crate::harness::{Node, Relay, Setup, Vhost, eventually, leash};
+
+const DONE: &str = "done";
+
+#[tokio::test]
+async fn python() {
+    the_life_of_a_message("/usr/bin/python3", &[&source("python/worker.py")]).await;
+}
+
+#[tokio::test]
+async fn node() {
+    the_life_of_a_message("node", &[&source("node/worker.js")]).await;
+}
+
+#[tokio::test]
+async fn rust() {
+    // Built here, because cargo builds examples only when all of the tests are asked for.
+    let build = tokio::task::spawn_blocking(|| {
+        Command::new(env!("CARGO")).args(["build", "--quiet", "--locked", "--example", "worker"]).status()
+    });
+    assert!(build.await.unwrap().expect("cargo").success());
+    let tests = std::env::current_exe().unwrap();
+    let worker = tests.parent().unwrap().with_file_name("examples").join("worker");
+    the_life_of_a_message(worker.to_str().unwrap(), &[]).await;
+}
+
+fn source(file: &str) -> String {
+    format!("{}/deploy/workers/{file}", env!("CARGO_MANIFEST_DIR"))
+}
+
+/// A worker that runs, and where it writes.
+struct Worker {
+    program: Program,
+    out: PathBuf,
+}
+
+impl Worker {
+    async fn start(program: &str, arguments: &[&str], vhost: &Vhost, out: &Path) -> Self {
+        let mut command = leash::command(program);
+        command.args(arguments).env("AMQP_URL", vhost.url()).env("QUEUE", "prism.scan").env("OUT", out);
+        if let Ok(modules) = std::env::var("PRISM_TEST_NODE_MODULES") {
+            command.env("NODE_PATH", modules);
+        }
+        let worker = Self { program: Program::start(command), out: out.to_owned() };
+        worker.eventually_says("consuming prism.scan", 1).await;
+        worker
+    }
+
+    /// Waits for `count` lines that begin with `start`.
+    async fn eventually_says(&self, start: &str, count: usize) {
+        eventually(&format!("{count} lines {start:?} of a worker"), async || {
+            let lines = self.program.stdout();
+            let found = lines.iter().filter(|line| line.starts_with(start)).count();
+            if found == count { Ok(()) } else { Err(format!("{lines:?} {:?}", self.program.stderr())) }
+        })
+        .await;
+    }
+
+    /// The ids of the files that it has written.
+    fn files(&self) -> BTreeSet<String> {
+        let files = std::fs::read_dir(&self.out).unwrap().map(|file| file.unwrap().file_name().into_string().unwrap());
+        files.map(|name| name.strip_suffix(".json").expect("nothing but whole files").to_owned()).collect()
+    }
+}
+
+async fn post(relay: &Relay, number: usize) -> String {
+    let body = json!({ "eventType": "scan.processing.succeeded", "payload": { "number": number, "userToken": "partner-user-42" } });
+    relay.post(body.to_string()).await.id()
+}
+
+async fn the_life_of_a_message(program: &str, arguments: &[&str]) {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let queues = json!([{ "name": "prism.scan", "bindings": ["scan.#"], "retry_delays": ["200ms", "400ms"] }]);
+    let relay = Setup::new(&vhost.url()).set("topology.queues", queues).start().await;
+    relay.eventually_metric("prism_relay_broker_connected", &[], 1.0).await;
+    let out = relay.folder().join("out");
+    std::fs::create_dir(&out).unwrap();
+
+    // Delivered, and done.
+    let mut worker = Worker::start(program, arguments, &vhost, &out).await;
+    let first = post(&relay, 0).await;
+    worker.eventually_says(&format!("done {first} scan.processing.succeeded"), 1).await;
+    assert_eq!(worker.files(), [first.clone()].into());
+
+    // Broken: failed, delayed, retried, delayed, retried, dead.
+    std::fs::rename(&out, relay.folder().join("away")).unwrap();
+    let second = post(&relay, 1).await;
+    worker.eventually_says(&format!("failed {second} scan.processing.succeeded"), 3).await;
+    vhost.eventually_depth("prism.dead", 1).await;
+
+    // Repaired, redriven, done.
+    std::fs::rename(relay.folder().join("away"), &out).unwrap();
+    let redriven = relay.run(&["redrive"]).await;
+    assert!(redriven.stdout.starts_with("1 moved"), "{redriven:?}");
+    worker.eventually_says(&format!("done {second} scan.processing.succeeded"), 1).await;
+    assert_eq!(worker.files(), [first.clone(), second].into());
+
+    // What comes twice is done once.
+    let again = BasicProperties::default().with_message_id(first.as_str().into()).with_type("scan.a".into());
+    vhost.publish_with("prism.events", "scan.a", "{}", again).await;
+    worker.eventually_says(&format!("again {first} scan.a"), 1).await;
+    // What is no name of the relay's never becomes a path.
+    let evil = BasicProperties::default().with_message_id("../../evil".into()).with_type("scan.a".into());
+    vhost.publish_with("prism.events", "scan.a", "{}", evil).await;
+    vhost.eventually_depth("prism.dead", 1).await;
+
+    // Cut off, it comes back.
+    vhost.eventually_close_connections().await;
+    worker.eventually_says("consuming prism.scan", 2).await;
+
+    stopped_in_the_middle_of_its_work(&mut worker, &relay, &vhost).await;
+    let words = [worker.program.stdout(), worker.program.stderr()].concat().join("\n");
+    assert!(!words.contains("partner-user-42"), "a worker that says too much: {words}");
+}
+
+/// What it has in hand is finished and acknowledged, and the rest is in the queue: nothing twice, nothing nowhere.
+async fn stopped_in_the_middle_of_its_work(worker: &mut Worker, relay: &Relay, vhost: &Vhost) {
+    let before = worker.files();
+    let mut ids = BTreeSet::new();
+    for number in 2..202 {
+        ids.insert(post(relay, number).await);
+        if number == 100 {
+            worker.program.signal("TERM");
+        }
+    }
+    let ended = worker.program.wait().await;
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    let done: BTreeSet<_> = worker.files().difference(&before).cloned().collect();
+    assert_eq!(ended.stdout.lines().filter(|line| line.starts_with(DONE)).count(), done.len() + 2);
+    let left = ids.len() - done.len();
+    vhost.eventually_depth("prism.scan", u32::try_from(left).unwrap()).await;
+    let left: BTreeSet<_> = vhost.messages("prism.scan", left).await.iter().map(|message| message.id()).collect();
+    assert!(!done.is_empty() && done.is_disjoint(&left), "{} done, {} left", done.len(), left.len());
+    assert_eq!(done.union(&left).cloned().collect::<BTreeSet<_>>(), ids);
+}
