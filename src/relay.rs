@@ -18,7 +18,7 @@ use crate::metrics::Metrics;
 use crate::ops::{self, Gate, Ops};
 use crate::publisher::{Access, Publisher, PublisherError};
 use crate::reload::{self, Watched};
-use crate::server::BindError;
+use crate::server::{self, BindError};
 use crate::service_manager;
 use crate::signature::Verifier;
 use crate::spool::{OpenError, Spool, WriterEnd};
@@ -38,6 +38,9 @@ const OTHER_DESCRIPTORS: u64 = 512;
 /// How long before its end a certificate is warned of, and how often.
 const CERTIFICATE_NOTICE: SignedDuration = SignedDuration::from_hours(14 * 24);
 const CERTIFICATE_REMINDER: Duration = Duration::from_secs(24 * 3600);
+
+/// How long deliveries may go on where the public socket is held open for the next relay, and webhooks wait in it.
+const HANDOVER: Duration = Duration::from_secs(1);
 
 /// How long the last commit may take after the grace.
 const WRITER_PATIENCE: Duration = Duration::from_secs(1);
@@ -71,6 +74,8 @@ struct Tasks {
     reload: JoinHandle<()>,
     upkeep: JoinHandle<()>,
     traces: Arc<Traces>,
+    /// The public socket stays open when this relay ends.
+    is_handed_over: bool,
 }
 
 /// Tells each part when to stop.
@@ -114,7 +119,11 @@ async fn start(config: Config, hangup: Signal, stops: &Stops) -> Result<Tasks, R
     let verifier = Arc::new(Verifier::new(&signature.secrets, signature.required, signature.tolerance));
     let tls = http.tls.clone().map(tls::Server::load).transpose()?.map(Arc::new);
     let access = Arc::new(Access::new(&broker)?);
-    let gate = Arc::new(Gate::new(config.ops.token.clone(), config.ops.listen.ip().is_loopback()));
+    let handed_over = service_manager::listeners()?;
+    let is_handed_over = handed_over.http.is_some();
+    let listener = server::listen(http.listen, "http.listen", handed_over.http).await?;
+    let ops_listener = server::listen(config.ops.listen, "ops.listen", handed_over.ops).await?;
+    let gate = Arc::new(Gate::new(config.ops.token.clone(), ops_listener.local_addr()?.ip().is_loopback()));
     let journal = Arc::new(Journal::default());
     let traces = Arc::new(Traces::new(&config.traces).map_err(RelayError::Traces)?);
     let watched = Replaceable {
@@ -137,7 +146,7 @@ async fn start(config: Config, hangup: Signal, stops: &Stops) -> Result<Tasks, R
         traces: Arc::clone(&traces),
         metrics: Arc::clone(&metrics),
     };
-    let ingress = Ingress::bind(http, tls.clone(), parts, draining.clone()).await?;
+    let ingress = Ingress::new(http, listener, tls.clone(), parts, draining.clone());
     let publisher =
         Publisher::new(spool.clone(), broker, access, &config.topology, Arc::clone(&traces), Arc::clone(&metrics));
     let parts = ops::Parts {
@@ -149,7 +158,7 @@ async fn start(config: Config, hangup: Signal, stops: &Stops) -> Result<Tasks, R
         tls: tls.clone(),
         metrics: Arc::clone(&metrics),
     };
-    let ops = Ops::bind(&config.ops, gate, parts, draining).await?;
+    let ops = Ops::new(ops_listener, gate, parts, draining);
 
     info!(
         url = format!("{scheme}://{}{path}", ingress.address()?),
@@ -172,6 +181,7 @@ async fn start(config: Config, hangup: Signal, stops: &Stops) -> Result<Tasks, R
         traces,
         spool,
         spool_writer,
+        is_handed_over,
     })
 }
 
@@ -284,7 +294,8 @@ impl Tasks {
     /// In the order of the data: requests, spool, deliveries; the operators' listener last. What is not delivered by the
     /// deadline stays on disk.
     async fn drain(self, stops: &Stops, deadline: Instant) -> Result<(), RelayError> {
-        let Self { mut ingress, spool, spool_writer, mut publisher, ops, reload, upkeep, traces } = self;
+        let Self { mut ingress, spool, spool_writer, mut publisher, ops, reload, upkeep, traces, is_handed_over } =
+            self;
         let begun = Instant::now();
         // Requests get half of the grace, so that slow senders do not take the deliveries' share. Whoever comes later on
         // an open connection is told to come back.
@@ -295,8 +306,12 @@ impl Tasks {
         }
         spool.close();
         stops.publisher.cancel();
-        let published = timeout_at(deadline, &mut publisher).await;
-        if published.is_err() {
+        // Webhooks that wait for the next relay are worth more than deliveries that the next one can make.
+        let until = if is_handed_over { deadline.min(Instant::now() + HANDOVER) } else { deadline };
+        let published = timeout_at(until, &mut publisher).await;
+        if published.is_err() && is_handed_over {
+            info!("what is not delivered is left to the next relay");
+        } else if published.is_err() {
             warn!("the grace is over: what is not delivered stays on disk");
         }
         // They hold the spool open.
@@ -379,6 +394,7 @@ mod tests {
             publisher: tokio::spawn(std::future::pending()),
             spool,
             spool_writer,
+            is_handed_over: false,
         }
     }
 

@@ -33,6 +33,7 @@ main() {
   need_package python3-pika /usr/lib/python3/dist-packages/pika
   need_node
   need_promtool
+  need_nginx
   # Some tests mount small file systems. Where the system lets us be root in a namespace of our own, that is enough.
   if [[ $EUID != 0 ]] && unshare --user --map-root-user --mount true 2>/dev/null; then
     exec unshare --user --map-root-user --mount cargo test --locked "$@"
@@ -81,23 +82,35 @@ need_node() {
   rm -rf "$folder" && mv "$folder.partial" "$folder"
 }
 
-# Checks metrics and alert rules. Taken out of its package, because installing that would start a Prometheus.
+# Checks metrics and alert rules.
 need_promtool() {
-  local folder=${XDG_CACHE_HOME:-$HOME/.cache}/prism-relay/prometheus
   if [[ ${PRISM_TEST_PROMTOOL-} ]] || command -v promtool >/dev/null; then return; fi
-  export PRISM_TEST_PROMTOOL=$folder/usr/bin/promtool
-  if [[ -x $PRISM_TEST_PROMTOOL ]]; then return; fi
+  take_out prometheus usr/bin/promtool
+  export PRISM_TEST_PROMTOOL=$taken
+}
+
+# Stands in front of two relays.
+need_nginx() {
+  if [[ ${PRISM_TEST_NGINX-} ]] || command -v nginx >/dev/null; then return; fi
+  take_out nginx usr/sbin/nginx
+  export PRISM_TEST_NGINX=$taken
+}
+
+# Takes one program out of its package, because installing that would start a service. Its path is then in $taken.
+take_out() {
+  local package=$1 folder=${XDG_CACHE_HOME:-$HOME/.cache}/prism-relay/$1 download
+  taken=$folder/$2
+  if [[ -x $taken ]]; then return; fi
   if ! command -v apt-get >/dev/null; then
-    echo 'The suite needs promtool, of Prometheus: put it on the PATH, or its path into PRISM_TEST_PROMTOOL.' >&2
+    echo "The suite needs ${2##*/}: put it on the PATH." >&2
     exit 1
   fi
-  echo 'Fetching promtool ...'
+  echo "Fetching ${2##*/} ..."
   mkdir -p "$folder"
   # apt downloads as a user of its own, who may not write everywhere.
-  local download
   download=$(mktemp -d) && chmod 755 "$download"
-  (cd "$download" && { apt-get download -qq prometheus || { as_root apt-get update -qq && apt-get download -qq prometheus; }; }) >/dev/null 2>&1
-  dpkg-deb -x "$download"/prometheus_*.deb "$folder"
+  (cd "$download" && { apt-get download -qq "$package" || { as_root apt-get update -qq && apt-get download -qq "$package"; }; }) >/dev/null 2>&1
+  dpkg-deb -x "$download"/"$package"_*.deb "$folder"
   rm -rf "$download"
 }
 

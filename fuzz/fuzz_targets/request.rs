@@ -71,8 +71,8 @@ impl Relay {
         let verifier = Arc::new(Verifier::new(&[], false, Duration::from_secs(300)));
         let traces = Arc::new(Traces::new(&config.traces).unwrap());
         let parts = Parts { verifier, spool: spool.clone(), journal: Arc::default(), traces, metrics };
-        let ingress = Ingress::bind(config.http, None, parts, CancellationToken::new());
-        let ingress = Arc::new(runtime.block_on(ingress).unwrap());
+        let listener = runtime.block_on(tokio::net::TcpListener::bind(config.http.listen)).unwrap();
+        let ingress = Arc::new(Ingress::new(config.http, listener, None, parts, CancellationToken::new()));
         drop(guard);
         Self { runtime, ingress, protocol: Protocol::new(&limits), spool, _end: end, _folder: folder }
     }

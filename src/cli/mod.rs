@@ -1,7 +1,9 @@
 //! The command line: one file a command, and the exit codes. 0 done, 1 failed, 64 wrong usage or configuration.
 
 mod check;
+mod health;
 mod management;
+mod manual;
 mod messages;
 mod recreate;
 mod redrive;
@@ -28,6 +30,9 @@ use crate::publisher::{Access, ConnectError, Link};
 use crate::telemetry::chain;
 use crate::{relay, telemetry};
 
+/// Such as `0.1.0 (3f2a9c01b7de)`; the commit is build.rs's word.
+const LONG_VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (", env!("PRISM_RELAY_COMMIT"), ")");
+
 /// EX_USAGE of sysexits.h: a service manager should not try again.
 const EXIT_USAGE: u8 = 64;
 
@@ -36,7 +41,7 @@ const EXIT_USAGE: u8 = 64;
 /// Every setting has a default, can be set in a TOML file (--config), and in the environment as
 /// PRISM_RELAY__SECTION__KEY.
 #[derive(Parser)]
-#[command(name = "prism-relay", version)]
+#[command(name = "prism-relay", version, long_version = LONG_VERSION)]
 struct Arguments {
     /// The configuration file (TOML).
     #[arg(long, global = true, value_name = "FILE")]
@@ -68,6 +73,12 @@ enum Command {
     /// Look into the spool, also while the relay runs.
     #[command(subcommand)]
     Spool(spool::Action),
+    /// Ask a running relay whether it is ready: exit code 0 if webhooks would be answered 200, else 1.
+    Health(health::Options),
+    /// Print the man page.
+    Man(manual::Options),
+    /// Print a script that completes commands and options in a shell.
+    Completions { shell: clap_complete::Shell },
 }
 
 /// Why a command did not do what it was asked for.
@@ -198,6 +209,9 @@ fn execute(arguments: Arguments) -> Result<(), Failure> {
             Command::Redrive(options) => redrive::run(&config, options).await,
             Command::Replay(options) => replay::run(&config, options).await,
             Command::Spool(action) => spool::run(&config, action),
+            Command::Health(options) => health::run(&config, options).await,
+            Command::Man(options) => manual::man(options),
+            Command::Completions { shell } => manual::completions(shell),
         }
     });
     // Not waiting for threads that hang in a name look-up or on a sick disk: what matters has been waited for.

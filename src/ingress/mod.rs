@@ -16,6 +16,7 @@ use hyper::header::HeaderMap;
 use hyper::http::request;
 use hyper::{Method, Request, Response};
 use jiff::Timestamp;
+use tokio::net::TcpListener;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
@@ -29,7 +30,7 @@ use crate::event::{Envelope, Event, TraceContext};
 use crate::journal::Journal;
 use crate::metrics::Metrics;
 use crate::notices::Notices;
-use crate::server::{Admission, BindError, Limits, Server};
+use crate::server::{Admission, Limits, Server};
 use crate::signature::{Accepted, SIGNATURE_HEADER, TIMESTAMP_HEADER, Verifier};
 use crate::spool::{AppendError, Receipt, Spool};
 use crate::tls;
@@ -59,20 +60,21 @@ pub struct Ingress {
 
 impl Ingress {
     /// `draining` is cancelled when the relay begins to stop.
-    pub async fn bind(
+    pub fn new(
         http: config::Http,
+        listener: TcpListener,
         tls: Option<Arc<tls::Server>>,
         parts: Parts,
         draining: CancellationToken,
-    ) -> Result<Self, BindError> {
-        let server = Server::bind(http.listen, "http.listen", limits(&http), tls, Arc::clone(&parts.metrics)).await?;
+    ) -> Self {
+        let server = Server::new(listener, "http", limits(&http), tls, Arc::clone(&parts.metrics));
         parts.metrics.expect_refusals(&CODES);
         parts.metrics.expect_secrets(parts.verifier.secrets());
         let memory = Memory::new(http.buffer_bytes_max);
         let Parts { verifier, spool, journal, traces, metrics } = parts;
         let desk =
             Desk { http, verifier, spool, journal, traces, metrics, memory, draining, notices: Notices::default() };
-        Ok(Self { server, desk: Arc::new(desk) })
+        Self { server, desk: Arc::new(desk) }
     }
 
     /// The table of connections, to be looked at.

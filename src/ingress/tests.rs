@@ -42,7 +42,8 @@ impl Door {
             let traces = Arc::new(Traces::new(&config.traces).unwrap());
             let parts = Parts { verifier, spool: spool.clone(), journal: Arc::default(), traces, metrics };
             let protocol = Protocol::new(&limits(&config.http));
-            (Ingress::bind(config.http, None, parts, CancellationToken::new()).await.unwrap(), protocol, spool)
+            let listener = TcpListener::bind(config.http.listen).await.unwrap();
+            (Ingress::new(config.http, listener, None, parts, CancellationToken::new()), protocol, spool)
         });
         Self { runtime, ingress: Arc::new(ingress), protocol, spool, _folder: folder }
     }

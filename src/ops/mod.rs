@@ -23,17 +23,17 @@ use hyper::header::{ACCEPT, ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue, LOC
 use hyper::{Method, Request, Response, StatusCode};
 use serde::Serialize;
 use serde_json::json;
+use tokio::net::TcpListener;
 use tokio::sync::broadcast;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 use uuid::Uuid;
 
-use crate::config;
 use crate::ingress::readiness;
 use crate::metrics;
 use crate::notices::Notices;
-use crate::server::{BindError, Limits, Server};
+use crate::server::{Limits, Server};
 use crate::telemetry::chain;
 use gate::Denied;
 pub use gate::Gate;
@@ -83,18 +83,10 @@ struct Desk {
 
 impl Ops {
     /// `draining` is cancelled when the relay begins to stop.
-    pub async fn bind(
-        config: &config::Ops,
-        gate: Arc<Gate>,
-        parts: Parts,
-        draining: CancellationToken,
-    ) -> Result<Self, BindError> {
-        let server = Server::bind(config.listen, "ops.listen", LIMITS, None, Arc::clone(&parts.metrics)).await?;
+    pub fn new(listener: TcpListener, gate: Arc<Gate>, parts: Parts, draining: CancellationToken) -> Self {
+        let server = Server::new(listener, "ops", LIMITS, None, Arc::clone(&parts.metrics));
         let (feed, _) = broadcast::channel(FEED_CAPACITY);
-        Ok(Self {
-            server,
-            desk: Desk { view: Arc::new(View::new(parts, draining)), gate, feed, notices: Arc::default() },
-        })
+        Self { server, desk: Desk { view: Arc::new(View::new(parts, draining)), gate, feed, notices: Arc::default() } }
     }
 
     pub fn address(&self) -> std::io::Result<SocketAddr> {

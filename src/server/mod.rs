@@ -94,23 +94,34 @@ struct Context {
     notices: Arc<Notices>,
 }
 
+/// Binds an address, unless there is a socket already. `key` is the configuration's name of the address, for the error.
+pub async fn listen(
+    address: SocketAddr,
+    key: &'static str,
+    handed_over: Option<std::net::TcpListener>,
+) -> Result<TcpListener, BindError> {
+    let listener = match handed_over {
+        Some(socket) => socket.set_nonblocking(true).and_then(|()| TcpListener::from_std(socket)),
+        None => TcpListener::bind(address).await,
+    };
+    listener.map_err(|source| BindError { address, key, source })
+}
+
 impl Server {
-    /// `key` is the configuration's name of the address, for the error.
-    pub async fn bind(
-        address: SocketAddr,
-        key: &'static str,
+    /// `name` is that of the configuration's section, for metrics and logs.
+    pub fn new(
+        listener: TcpListener,
+        name: &'static str,
         limits: Limits,
         tls: Option<Arc<tls::Server>>,
         metrics: Arc<Metrics>,
-    ) -> Result<Self, BindError> {
-        let listener = TcpListener::bind(address).await.map_err(|source| BindError { address, key, source })?;
+    ) -> Self {
         let protocol = Arc::new(Protocol::new(&limits));
         let Limits { connections_max, connections_per_source_max, unlimited_sources, headers_max, .. } = limits;
         let admission = Admission::new(connections_max, connections_per_source_max, unlimited_sources);
-        let name = key.split('.').next().unwrap_or(key);
         metrics.expect_connections_refused(name, &REASONS);
         let notices = Arc::default();
-        Ok(Self { listener, context: Context { name, admission, headers_max, protocol, tls, metrics, notices } })
+        Self { listener, context: Context { name, admission, headers_max, protocol, tls, metrics, notices } }
     }
 
     /// Where it listens: the port that was given if 0 was asked for.

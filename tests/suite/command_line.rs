@@ -35,8 +35,11 @@ async fn help_and_version_end_with_0_and_serve_is_the_default() {
     for command in ["serve", "check", "send", "tail", "--config"] {
         assert!(help.stdout.contains(command), "{}", help.stdout);
     }
-    let version = setup.run(&["--version"]).await;
-    assert_eq!((version.code, version.stdout.trim()), (Some(0), concat!("prism-relay ", env!("CARGO_PKG_VERSION"))));
+    let short = setup.run(&["-V"]).await;
+    assert_eq!((short.code, short.stdout.trim()), (Some(0), concat!("prism-relay ", env!("CARGO_PKG_VERSION"))));
+    let long = setup.run(&["--version"]).await;
+    let commit = long.stdout.strip_prefix(&format!("{} (", short.stdout)).and_then(|rest| rest.strip_suffix(')'));
+    assert!(long.code == Some(0) && commit.is_some_and(|commit| !commit.is_empty()), "{long:?}");
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
     let ended = Setup::new(NO_BROKER).set("http.listen", address.as_str()).run(&[]).await;
@@ -219,4 +222,43 @@ async fn tail_can_work_like_a_worker_and_says_what_is_missing() {
     assert!(missing.code == Some(1) && missing.stderr.contains("no queue 'nothing'"), "{missing:?}");
     let unreachable = Setup::new(NO_BROKER).run(&["tail"]).await;
     assert!(unreachable.code == Some(1) && unreachable.stderr.contains("cannot reach 127.0.0.1:1"), "{unreachable:?}");
+}
+
+#[tokio::test]
+async fn health_is_what_readyz_says() {
+    let relay = Setup::new(NO_BROKER).start().await;
+    let well = relay.run(&["health", "--url", relay.ops()]).await;
+    assert_eq!((well.code, well.stdout.as_str()), (Some(0), "ready"), "{well:?}");
+    let wrong = relay.run(&["health", "--url", &format!("http://{}", relay.address())]).await;
+    assert!(wrong.code == Some(1) && wrong.stderr.contains("answers 404"), "{wrong:?}");
+    let nobody = relay.run(&["health", "--url", "http://127.0.0.1:1"]).await;
+    assert!(nobody.code == Some(1) && nobody.stderr.contains("no answer from http://127.0.0.1:1/readyz"), "{nobody:?}");
+    // By the configuration, which here leaves the port to the system.
+    let unknown = relay.run(&["health"]).await;
+    assert!(unknown.code == Some(64) && unknown.stderr.contains("tell where it is with --url"), "{unknown:?}");
+}
+
+#[tokio::test]
+async fn man_pages_and_completions_come_from_the_command_line_itself() {
+    let setup = Setup::new(NO_BROKER);
+    let page = setup.run(&["man"]).await;
+    assert!(page.code == Some(0) && page.stdout.contains(".TH prism-relay 1"), "{page:?}");
+    let folder = setup.folder().join("man");
+    std::fs::create_dir(&folder).unwrap();
+    assert_eq!(setup.run(&["man", folder.to_str().unwrap()]).await.code, Some(0));
+    let send = std::fs::read_to_string(folder.join("prism-relay-send.1")).unwrap();
+    assert!(send.contains("no\\-retry"), "{send}");
+    for shell in ["bash", "zsh", "fish"] {
+        let script = setup.run(&["completions", shell]).await;
+        assert!(script.code == Some(0) && script.stdout.contains("redrive"), "{script:?}");
+    }
+    assert_eq!(setup.run(&["completions", "cmd"]).await.code, Some(64));
+}
+
+#[tokio::test]
+async fn check_offline_needs_no_broker() {
+    let setup = Setup::new(NO_BROKER);
+    let checked = setup.run(&["check", "--offline"]).await;
+    assert!(checked.code == Some(0) && !checked.stdout.contains("broker"), "{checked:?}");
+    assert_eq!(setup.run(&["check"]).await.code, Some(1));
 }

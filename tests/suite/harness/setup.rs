@@ -1,6 +1,7 @@
 //! The configuration file of a relay under test, and the folder in which it lives.
 
 use std::collections::BTreeMap;
+use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -20,14 +21,23 @@ pub struct Setup {
     folder: Scratch,
     settings: BTreeMap<String, Value>,
     environment: BTreeMap<String, String>,
+    sockets: Vec<(&'static str, RawFd)>,
 }
+
+/// Moves the descriptors `$2...` to where a service manager puts them, tells of them by the names `$1` as it does, and becomes
+/// the program behind `--`.
+const HAND_OVER: &str = r#"
+names=$1 number=3 && shift
+while [[ $1 != -- ]]; do eval "exec $((number++))<&$1" && shift; done && shift
+export LISTEN_PID=$$ LISTEN_FDS=$((number - 3)) LISTEN_FDNAMES=$names
+exec "$@""#;
 
 impl Setup {
     /// Free ports, a spool in a new folder, [`SECRET`], quick reconnects, and this broker.
     pub fn new(broker_url: &str) -> Self {
         let folder = Scratch::new();
         let spool = folder.path().join("spool.db").display().to_string();
-        Self { folder, settings: BTreeMap::new(), environment: BTreeMap::new() }
+        Self { folder, settings: BTreeMap::new(), environment: BTreeMap::new(), sockets: Vec::new() }
             .set("http.listen", "127.0.0.1:0")
             .set("ops.listen", "127.0.0.1:0")
             .set("spool.path", spool)
@@ -59,6 +69,12 @@ impl Setup {
     /// Sets a variable of the environment.
     pub fn env(mut self, name: &str, value: &str) -> Self {
         self.environment.insert(name.to_owned(), value.to_owned());
+        self
+    }
+
+    /// Hands listening sockets over to `serve`, by name, as systemd does (sd_listen_fds(3)). They have to be inheritable.
+    pub fn handed_over(mut self, sockets: &[(&'static str, RawFd)]) -> Self {
+        self.sockets = sockets.to_vec();
         self
     }
 
@@ -95,7 +111,17 @@ impl Setup {
         // In one step: another program with this configuration may be reading it.
         let (new, file) = (self.file("relay.toml.new", self.toml()), self.folder().join("relay.toml"));
         std::fs::rename(&new, &file).unwrap_or_else(|error| panic!("rename {}: {error}", new.display()));
-        let mut command: Command = leash::command(env!("CARGO_BIN_EXE_prism-relay"));
+        let relay = env!("CARGO_BIN_EXE_prism-relay");
+        let mut command: Command = match self.sockets[..] {
+            [] => leash::command(relay),
+            [..] => {
+                let names: Vec<_> = self.sockets.iter().map(|(name, _)| *name).collect();
+                let mut command = leash::command("/bin/bash");
+                command.args(["-c", HAND_OVER, "hand-over", &names.join(":")]);
+                command.args(self.sockets.iter().map(|(_, number)| number.to_string())).args(["--", relay]);
+                command
+            }
+        };
         command.arg("--config").arg(file).args(arguments).current_dir(self.folder());
         for (name, _) in std::env::vars_os() {
             if name.to_string_lossy().starts_with("PRISM_RELAY") {

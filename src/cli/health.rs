@@ -1,0 +1,65 @@
+//! `health`: for container engines and scripts that have no HTTP client. Asks a running relay what `/readyz` says.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Empty, Limited};
+use hyper::{StatusCode, Uri};
+use hyper_util::client::legacy::Client;
+use hyper_util::rt::TokioExecutor;
+use serde_json::Value;
+use thiserror::Error;
+use tokio::time::timeout;
+
+use super::{Failure, clean, say};
+use crate::config::Config;
+use crate::telemetry::chain;
+
+/// Less than the patience of who asks, so that there is an answer.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(3);
+const ANSWER_BYTES_MAX: usize = 64 * 1024;
+
+#[derive(clap::Args)]
+pub struct Options {
+    /// Where the relay's operators' listener is [default: ops.listen of the configuration]
+    #[arg(long)]
+    url: Option<Uri>,
+}
+
+#[derive(Debug, Error)]
+enum HealthError {
+    #[error("no answer from {url}: {reason}")]
+    NoAnswer { url: Uri, reason: String },
+    #[error("not ready: {url} answers {status}: {detail}")]
+    NotReady { url: Uri, status: u16, detail: String },
+}
+
+pub async fn run(config: &Config, options: Options) -> Result<(), Failure> {
+    let base = match options.url {
+        Some(url) => url,
+        None => super::http_url(config.ops.listen, "ops.listen", "")?,
+    };
+    let url: Uri = format!("{}/readyz", base.to_string().trim_end_matches('/'))
+        .parse()
+        .map_err(|error| Failure::Usage(format!("{base}: {error}")))?;
+    let asked = timeout(ANSWER_TIMEOUT, ask(&url)).await;
+    let no_answer = || HealthError::NoAnswer { url: url.clone(), reason: "not in time".to_owned() };
+    asked.map_err(|_| Failure::new(no_answer()))?.map_err(Failure::new)?;
+    say("ready");
+    Ok(())
+}
+
+async fn ask(url: &Uri) -> Result<(), HealthError> {
+    let failed = |reason: String| HealthError::NoAnswer { url: url.clone(), reason };
+    let client: Client<_, Empty<Bytes>> = Client::builder(TokioExecutor::new()).build_http();
+    let response = client.get(url.clone()).await.map_err(|error| failed(chain(&error)))?;
+    let status = response.status();
+    if status == StatusCode::OK {
+        return Ok(());
+    }
+    let body = Limited::new(response.into_body(), ANSWER_BYTES_MAX).collect().await;
+    let body = body.map_err(|error| failed(error.to_string()))?.to_bytes();
+    let answer: Value = serde_json::from_slice(&body).unwrap_or_default();
+    let detail = clean(answer["detail"].as_str().unwrap_or("is that the operators' listener?"));
+    Err(HealthError::NotReady { url: url.clone(), status: status.as_u16(), detail })
+}
