@@ -7,7 +7,7 @@
 //! cargo bench --bench relay -- [--rounds N] [--backlog N] [PART...]
 //!   --rounds N   how often everything but the large backlog is measured, 5 by default; the table has the medians
 //!   --backlog N  events in the large backlog, 2000000 by default
-//!   PART         throughput, drain, latency, flood, worker, backlog; all by default
+//!   PART         throughput, drain, latency, flood, worker, scaling, backlog; all by default
 //! ```
 
 #[path = "../../tests/suite/harness/mod.rs"]
@@ -16,6 +16,7 @@ mod load;
 mod machine;
 mod references;
 mod report;
+mod scaling;
 
 use std::time::{Duration, Instant, SystemTime};
 
@@ -71,6 +72,9 @@ async fn main() {
         if wants("worker") {
             worker(&node, &mut report).await;
         }
+        if wants("scaling") {
+            scaling::scaling(&node, &mut report).await;
+        }
     }
     if wants("backlog") {
         eprintln!("backlog of {}", options.backlog);
@@ -100,7 +104,9 @@ fn options() -> Options {
         match argument.as_str() {
             "--rounds" => options.rounds = number(),
             "--backlog" => options.backlog = number(),
-            "throughput" | "drain" | "latency" | "flood" | "worker" | "backlog" => options.parts.push(argument),
+            "throughput" | "drain" | "latency" | "flood" | "worker" | "scaling" | "backlog" => {
+                options.parts.push(argument)
+            }
             _ => usage(),
         }
     }
@@ -109,7 +115,7 @@ fn options() -> Options {
 
 fn usage() -> ! {
     eprintln!(
-        "Usage: cargo bench --bench relay -- [--rounds N] [--backlog N] [throughput] [drain] [latency] [flood] [worker] [backlog]"
+        "Usage: cargo bench --bench relay -- [--rounds N] [--backlog N] [throughput] [drain] [latency] [flood] [worker] [scaling] [backlog]"
     );
     std::process::exit(64);
 }
