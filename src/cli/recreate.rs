@@ -10,11 +10,11 @@ use lapin::options::{
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Channel, ExchangeKind};
 use thiserror::Error;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::messages::short;
 use super::redrive::move_all;
-use super::transfer::{Destination, TransferError};
+use super::transfer::{Destination, TransferError, in_time, while_connected};
 use super::{Failure, say};
 use crate::config::Config;
 use crate::publisher::Link;
@@ -22,6 +22,9 @@ use crate::topology::{Plan, Queue, TopologyError, establish_around, establish_qu
 
 /// For the end of a consumer to be noticed.
 const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Of moving what is in a queue; more arrives only while a publisher still knows the old way.
+const ROUNDS: usize = 10;
 
 #[derive(Debug, Error)]
 enum RecreateError {
@@ -35,12 +38,6 @@ enum RecreateError {
     Topology(#[from] TopologyError),
 }
 
-impl From<lapin::Error> for RecreateError {
-    fn from(error: lapin::Error) -> Self {
-        Self::Transfer(error.into())
-    }
-}
-
 pub async fn run(config: &Config, plan: &Plan, name: &str) -> Result<(), Failure> {
     let Some(queue) = plan.queue_named(name) else {
         return Err(Failure::Usage(format!("{name} is no queue of the configuration: see topology show")));
@@ -49,7 +46,7 @@ pub async fn run(config: &Config, plan: &Plan, name: &str) -> Result<(), Failure
         return Err(Failure::Usage(format!("{name} is a stream, which cannot be poured into another one")));
     }
     let link = super::connect(config, "prism-relay topology").await?;
-    let moved = recreate(config, plan, queue, &link).await;
+    let moved = while_connected(&link, recreate(config, plan, queue, &link)).await;
     link.close().await;
     let moved = moved.map_err(Failure::new)?;
     say(&format!("{name} is as configured; {moved} messages were moved over"));
@@ -60,52 +57,89 @@ async fn recreate(config: &Config, plan: &Plan, queue: &Queue, link: &Link) -> R
     let name = &queue.name;
     // An exchange and a queue of this name hold the messages meanwhile: the exchange, so that they keep their keys.
     let moving = format!("{name}.moving");
-    let channel = link.connection.create_channel().await?;
+    let through = Destination::Exchange(moving.clone());
+    // For the answers to a step of many.
+    let deadline = config.broker.confirm_timeout + config.broker.connect_timeout * plan.steps();
+    let channel = in_time(deadline, link.connection.create_channel()).await?;
+    in_time(deadline, declare(&channel, &moving)).await?;
+    topology_in_time(deadline, establish_around(&link.connection, plan, name)).await?;
+
+    // The old one, if it is there: from now on events go to the other.
+    if look(link, deadline, name).await?.is_some() {
+        is_unused(link, deadline, name).await?;
+        let turn = async {
+            // An earlier run may have left it bound, and what is moved must not come back.
+            unbind(&channel, &moving, name).await?;
+            bind(&channel, &moving, &moving).await?;
+            bind_like(&channel, plan, name, &moving).await?;
+            unbind_like(&channel, plan, name, name).await
+        };
+        in_time(deadline, turn).await?;
+        empty(config, link, deadline, name, &through).await?;
+        // Quorum queues cannot be asked to be deleted only if they are empty and unused, so this is looked at right before.
+        is_unused(link, deadline, name).await?;
+        is_empty(link, deadline, name).await?;
+        in_time(deadline, channel.queue_delete(short(name), QueueDeleteOptions::default())).await?;
+    }
+    topology_in_time(deadline, establish_queue(&link.connection, plan, queue)).await?;
+
+    let turn = async {
+        unbind_like(&channel, plan, name, &moving).await?;
+        bind(&channel, &moving, name).await?;
+        unbind(&channel, &moving, &moving).await
+    };
+    in_time(deadline, turn).await?;
+    let moved = empty(config, link, deadline, &moving, &through).await?;
+    is_empty(link, deadline, &moving).await?;
+    let away = async {
+        channel.queue_delete(short(&moving), QueueDeleteOptions::default()).await?;
+        channel.exchange_delete(short(&moving), ExchangeDeleteOptions::default()).await
+    };
+    in_time(deadline, away).await?;
+    Ok(moved)
+}
+
+async fn topology_in_time(
+    deadline: Duration,
+    answer: impl Future<Output = Result<(), TopologyError>>,
+) -> Result<(), RecreateError> {
+    Ok(timeout(deadline, answer).await.map_err(|_| TransferError::Silent(deadline))??)
+}
+
+/// The exchange and the queue that hold the messages meanwhile.
+async fn declare(channel: &Channel, moving: &str) -> Result<(), lapin::Error> {
     let durable = ExchangeDeclareOptions { durable: true, ..Default::default() };
-    channel.exchange_declare(short(&moving), ExchangeKind::Fanout, durable, FieldTable::default()).await?;
+    channel.exchange_declare(short(moving), ExchangeKind::Fanout, durable, FieldTable::default()).await?;
     let mut arguments = FieldTable::default();
     arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
     let durable = QueueDeclareOptions { durable: true, ..Default::default() };
-    channel.queue_declare(short(&moving), durable, arguments).await?;
-    let through = Destination::Exchange(moving.clone());
+    channel.queue_declare(short(moving), durable, arguments).await?;
+    Ok(())
+}
 
-    establish_around(&link.connection, plan, name).await?;
-
-    // The old one, if it is there: from now on events go to the other.
-    if look(link, name).await?.is_some() {
-        is_unused(link, name).await?;
-        bind_like(&channel, plan, name, &moving).await?;
-        bind(&channel, &moving, &moving).await?;
-        for binding in plan.bindings_of(name) {
-            let (exchange, key) = (short(&binding.exchange), short(&binding.key));
-            channel.queue_unbind(short(name), exchange, key, binding.arguments.clone()).await?;
+/// Until nothing is left: events that were on their way may have arrived meanwhile. How much was moved.
+async fn empty(
+    config: &Config,
+    link: &Link,
+    deadline: Duration,
+    queue: &str,
+    to: &Destination,
+) -> Result<u64, RecreateError> {
+    let mut moved = 0;
+    for _ in 0..ROUNDS {
+        moved += move_all(config, link, queue, to).await?;
+        if look(link, deadline, queue).await?.is_none_or(|queue| queue.message_count() == 0) {
+            break;
         }
-        move_all(config, link, name, &through).await?;
-        // Quorum queues cannot be asked to be deleted only if they are empty and unused, so this is looked at right before.
-        is_unused(link, name).await?;
-        is_empty(link, name).await?;
-        channel.queue_delete(short(name), QueueDeleteOptions::default()).await?;
     }
-    establish_queue(&link.connection, plan, queue).await?;
-
-    for binding in plan.bindings_of(name) {
-        let (exchange, key) = (short(&binding.exchange), short(&binding.key));
-        channel.queue_unbind(short(&moving), exchange, key, binding.arguments.clone()).await?;
-    }
-    bind(&channel, &moving, name).await?;
-    channel.queue_unbind(short(&moving), short(&moving), short(""), FieldTable::default()).await?;
-    let moved = move_all(config, link, &moving, &through).await?;
-    is_empty(link, &moving).await?;
-    channel.queue_delete(short(&moving), QueueDeleteOptions::default()).await?;
-    channel.exchange_delete(short(&moving), ExchangeDeleteOptions::default()).await?;
     Ok(moved)
 }
 
 /// What is known of consumers is a moment old: our own may still count.
-async fn is_unused(link: &Link, queue: &str) -> Result<(), RecreateError> {
+async fn is_unused(link: &Link, deadline: Duration, queue: &str) -> Result<(), RecreateError> {
     let patient_until = Instant::now() + PATIENCE;
     loop {
-        match look(link, queue).await?.map_or(0, |queue| queue.consumer_count()) {
+        match look(link, deadline, queue).await?.map_or(0, |queue| queue.consumer_count()) {
             0 => return Ok(()),
             count if Instant::now() > patient_until => {
                 return Err(RecreateError::InUse { queue: queue.to_owned(), count });
@@ -115,8 +149,8 @@ async fn is_unused(link: &Link, queue: &str) -> Result<(), RecreateError> {
     }
 }
 
-async fn is_empty(link: &Link, queue: &str) -> Result<(), RecreateError> {
-    match look(link, queue).await?.map_or(0, |queue| queue.message_count()) {
+async fn is_empty(link: &Link, deadline: Duration, queue: &str) -> Result<(), RecreateError> {
+    match look(link, deadline, queue).await?.map_or(0, |queue| queue.message_count()) {
         0 => Ok(()),
         _ => Err(RecreateError::NotEmpty(queue.to_owned())),
     }
@@ -131,21 +165,38 @@ async fn bind_like(channel: &Channel, plan: &Plan, like: &str, queue: &str) -> R
     Ok(())
 }
 
+async fn unbind_like(channel: &Channel, plan: &Plan, like: &str, queue: &str) -> Result<(), lapin::Error> {
+    for binding in plan.bindings_of(like) {
+        let (exchange, key) = (short(&binding.exchange), short(&binding.key));
+        channel.queue_unbind(short(queue), exchange, key, binding.arguments.clone()).await?;
+    }
+    Ok(())
+}
+
+/// To a fanout exchange, where keys mean nothing.
 async fn bind(channel: &Channel, exchange: &str, queue: &str) -> Result<(), lapin::Error> {
     let (options, arguments) = (QueueBindOptions::default(), FieldTable::default());
     channel.queue_bind(short(queue), short(exchange), short(""), options, arguments).await
 }
 
+/// Nothing happens if it was not bound.
+async fn unbind(channel: &Channel, exchange: &str, queue: &str) -> Result<(), lapin::Error> {
+    channel.queue_unbind(short(queue), short(exchange), short(""), FieldTable::default()).await
+}
+
 /// On a channel of its own, because the broker closes it if there is no such queue.
-async fn look(link: &Link, queue: &str) -> Result<Option<lapin::Queue>, lapin::Error> {
-    let channel = link.connection.create_channel().await?;
-    let passive = QueueDeclareOptions { passive: true, ..Default::default() };
-    match channel.queue_declare(short(queue), passive, FieldTable::default()).await {
-        Ok(queue) => {
-            channel.close(200, "done".into()).await?;
-            Ok(Some(queue))
+async fn look(link: &Link, deadline: Duration, queue: &str) -> Result<Option<lapin::Queue>, TransferError> {
+    let looking = async {
+        let channel = link.connection.create_channel().await?;
+        let passive = QueueDeclareOptions { passive: true, ..Default::default() };
+        match channel.queue_declare(short(queue), passive, FieldTable::default()).await {
+            Ok(queue) => {
+                channel.close(200, "done".into()).await?;
+                Ok(Some(queue))
+            }
+            Err(error) if reply_code(&error) == Some(404) => Ok(None),
+            Err(error) => Err(error),
         }
-        Err(error) if reply_code(&error) == Some(404) => Ok(None),
-        Err(error) => Err(error),
-    }
+    };
+    in_time(deadline, looking).await
 }

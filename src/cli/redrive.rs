@@ -16,7 +16,7 @@ use lapin::{Channel, Consumer};
 use tokio::time::timeout;
 
 use super::messages::{fresh, header, matches, number, original_key, print, queue_name, short, time_of, uncounted};
-use super::transfer::{Destination, Parcel, Transfer, TransferError, progress_bar};
+use super::transfer::{Destination, Parcel, Transfer, TransferError, in_time, progress_bar, while_connected};
 use super::{Failure, say};
 use crate::config::Config;
 use crate::publisher::Link;
@@ -27,6 +27,8 @@ use crate::topology::{DEAD, UNROUTED};
 const RETURNS_MAX: u64 = 10;
 /// More than are under way at a time.
 const PREFETCH: u16 = 500;
+/// Whoever consumes and gets nothing for so long has got all that there was for it.
+const QUIET: Duration = Duration::from_secs(5);
 const CONSUMER: &str = "prism-relay";
 
 #[derive(clap::Args)]
@@ -71,7 +73,7 @@ pub async fn run(config: &Config, options: Options) -> Result<(), Failure> {
     }
     let link = super::connect(config, "prism-relay redrive").await?;
     let mut tally = Tally::default();
-    let outcome = redrive(config, &options, &to, &link, &mut tally).await;
+    let outcome = while_connected(&link, redrive(config, &options, &to, &link, &mut tally)).await;
     link.close().await;
     let Tally { moved, left } = tally;
     let from = &options.from;
@@ -97,16 +99,21 @@ async fn redrive(
     link: &Link,
     tally: &mut Tally,
 ) -> Result<(), TransferError> {
-    let channel = link.connection.create_channel().await?;
-    channel.confirm_select(ConfirmSelectOptions::default()).await?;
-    let passive = QueueDeclareOptions { passive: true, ..Default::default() };
-    let queue = channel.queue_declare(short(&options.from), passive, FieldTable::default()).await?;
+    let deadline = config.broker.confirm_timeout;
+    let opening = async {
+        let channel = link.connection.create_channel().await?;
+        channel.confirm_select(ConfirmSelectOptions::default()).await?;
+        let passive = QueueDeclareOptions { passive: true, ..Default::default() };
+        let queue = channel.queue_declare(short(&options.from), passive, FieldTable::default()).await?;
+        Ok((channel, queue))
+    };
+    let (channel, queue) = in_time(deadline, opening).await?;
     // Not more than there are now: what comes back to the queue meanwhile must not be moved round in circles.
     let (mut left_to_see, now) = (u64::from(queue.message_count()), Timestamp::now());
     if left_to_see == 0 {
         return Ok(());
     }
-    let mut source = Source::open(&channel, options).await?;
+    let mut source = in_time(deadline, Source::open(&channel, options)).await?;
     let progress = progress_bar(options.count.map_or(left_to_see, |count| count.get().min(left_to_see)));
     let mut transfer = Transfer::new(channel.clone(), config);
     let mut interrupt = Box::pin(tokio::signal::ctrl_c());
@@ -115,10 +122,15 @@ async fn redrive(
         let next = tokio::select! {
             biased;
             _ = &mut interrupt => return Err(TransferError::Interrupted),
-            next = timeout(config.broker.confirm_timeout, source.next()) => next,
+            next = timeout(source.patience(deadline), source.next()) => next,
         };
-        let silent = || TransferError::Silent(config.broker.confirm_timeout);
-        let Some(delivery) = next.map_err(|_| silent())?? else { break };
+        let delivery = match next {
+            Ok(next) => next?,
+            // Somebody else has taken what was there.
+            Err(_) if source.patience(deadline) < deadline => None,
+            Err(_) => return Err(TransferError::Silent(deadline)),
+        };
+        let Some(delivery) = delivery else { break };
         left_to_see -= 1;
         let wanted = wanted(options, &delivery, now);
         chosen += u64::from(wanted);
@@ -140,12 +152,14 @@ async fn redrive(
     }
     tally.moved += transfer.flush().await?;
     progress.finish_and_clear();
-    if matches!(source, Source::Consume(_)) {
-        channel.basic_cancel(CONSUMER.into(), BasicCancelOptions::default()).await?;
-    }
-    // Gives back what was looked at and left, before what nobody has looked at yet. And it is answered, which an ack is not.
-    channel.close(200, "done".into()).await?;
-    Ok(())
+    let closing = async {
+        if matches!(source, Source::Consume(_)) {
+            channel.basic_cancel(CONSUMER.into(), BasicCancelOptions::default()).await?;
+        }
+        // Gives back what was looked at and left, before what nobody has looked at yet. And it is answered, which an ack is not.
+        channel.close(200, "done".into()).await
+    };
+    in_time(deadline, closing).await
 }
 
 /// How messages are taken.
@@ -165,6 +179,14 @@ impl<'a> Source<'a> {
         let (options, queue) = (BasicConsumeOptions::default(), short(&options.from));
         let consumer = channel.basic_consume(queue, CONSUMER.into(), options, FieldTable::default()).await?;
         Ok(Self::Consume(Box::new(consumer)))
+    }
+
+    /// A broker that delivers goes on at once; one that is asked has to answer.
+    fn patience(&self, deadline: Duration) -> Duration {
+        match self {
+            Self::Get(..) => deadline,
+            Self::Consume(_) => deadline.min(QUIET),
+        }
     }
 
     async fn next(&mut self) -> Result<Option<Delivery>, TransferError> {

@@ -11,7 +11,7 @@ use thiserror::Error;
 use tokio::time::timeout;
 
 use super::messages::{REPLAYED_AT, header, matches, number, print, queue_name, replayed, short, time_of};
-use super::transfer::{Destination, Parcel, Transfer, TransferError, progress_bar};
+use super::transfer::{Destination, Parcel, Transfer, TransferError, in_time, progress_bar, while_connected};
 use super::{Failure, say};
 use crate::config::Config;
 use crate::publisher::Link;
@@ -82,7 +82,7 @@ pub async fn run(config: &Config, options: Options) -> Result<(), Failure> {
     let to = Destination::new(config, options.to.as_deref());
     let link = super::connect(config, "prism-relay replay").await?;
     let mut published = 0;
-    let outcome = replay(config, &options, &from, &to, &link, &mut published).await;
+    let outcome = while_connected(&link, replay(config, &options, &from, &to, &link, &mut published)).await;
     link.close().await;
     let verb = if options.dry_run { "would be published" } else { "published" };
     say(&format!("{published} events of {from} {verb} to {to}"));
@@ -98,16 +98,17 @@ async fn replay(
     published: &mut u64,
 ) -> Result<(), ReplayError> {
     let (now, until) = (Timestamp::now(), options.until.unwrap_or(Timestamp::MAX));
-    let Some(last) = last_offset(&link.connection.create_channel().await?, from).await? else { return Ok(()) };
-    let channel = link.connection.create_channel().await?;
-    channel.confirm_select(ConfirmSelectOptions::default()).await?;
+    let deadline = config.broker.confirm_timeout;
+    let Some(last) = last_offset(link, deadline, from).await? else { return Ok(()) };
     let start = options.since.checked_sub(CLOCKS_DIFFER).unwrap_or(Timestamp::UNIX_EPOCH).as_second();
-    let mut deliveries = consume(&channel, from, AMQPValue::Timestamp(u64::try_from(start).unwrap_or(0))).await?;
+    let start = AMQPValue::Timestamp(u64::try_from(start).unwrap_or(0));
+    let (channel, mut deliveries) = in_time(deadline, consume(link, from, start)).await?;
+    in_time(deadline, channel.confirm_select(ConfirmSelectOptions::default())).await?;
     let mut transfer = Transfer::new(channel.clone(), config);
     let mut interrupt = Box::pin(tokio::signal::ctrl_c());
     let (mut progress, mut reached) = (None, None);
     while reached.is_none_or(|reached| reached < last) {
-        let patience = if reached.is_none() { FIRST } else { config.broker.confirm_timeout };
+        let patience = if reached.is_none() { FIRST } else { deadline };
         let next = tokio::select! {
             biased;
             _ = &mut interrupt => return Err(ReplayError::Interrupted),
@@ -135,7 +136,7 @@ async fn replay(
                 *published += 1;
             }
             // Makes room for more.
-            delivery.acker.ack(BasicAckOptions::default()).await?;
+            in_time(deadline, delivery.acker.ack(BasicAckOptions::default())).await?;
         }
         if transfer.is_full() {
             *published += transfer.flush().await?;
@@ -148,23 +149,26 @@ async fn replay(
     Ok(())
 }
 
-async fn consume(channel: &Channel, stream: &str, offset: AMQPValue) -> Result<Consumer, lapin::Error> {
+async fn consume(link: &Link, stream: &str, offset: AMQPValue) -> Result<(Channel, Consumer), lapin::Error> {
+    let channel = link.connection.create_channel().await?;
     // A stream gives nothing to a consumer without a prefetch.
     channel.basic_qos(PREFETCH, BasicQosOptions::default()).await?;
     let mut arguments = FieldTable::default();
     arguments.insert("x-stream-offset".into(), offset);
-    channel.basic_consume(short(stream), "".into(), BasicConsumeOptions::default(), arguments).await
+    let consumer = channel.basic_consume(short(stream), "".into(), BasicConsumeOptions::default(), arguments).await?;
+    Ok((channel, consumer))
 }
 
 /// Where the stream ends now; `None` if it is empty. What AMQP tells of its length is seconds old, so its last part is read.
-async fn last_offset(channel: &Channel, stream: &str) -> Result<Option<u64>, ReplayError> {
-    let mut deliveries = consume(channel, stream, AMQPValue::LongString("last".into())).await?;
+async fn last_offset(link: &Link, deadline: Duration, stream: &str) -> Result<Option<u64>, ReplayError> {
+    let offset = AMQPValue::LongString("last".into());
+    let (channel, mut deliveries) = in_time(deadline, consume(link, stream, offset)).await?;
     let mut last = None;
     while let Ok(delivery) = timeout(QUIET, deliveries.next()).await {
         let delivery = delivery.ok_or(TransferError::Lost)??;
         last = Some(number(&delivery.properties, "x-stream-offset").ok_or(ReplayError::NoStream)?);
-        delivery.acker.ack(BasicAckOptions::default()).await?;
+        in_time(deadline, delivery.acker.ack(BasicAckOptions::default())).await?;
     }
-    channel.close(200, "done".into()).await?;
+    in_time(deadline, channel.close(200, "done".into())).await?;
     Ok(last)
 }

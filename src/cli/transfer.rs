@@ -9,16 +9,20 @@ use lapin::options::{BasicAckOptions, BasicPublishOptions};
 use lapin::types::ShortString;
 use lapin::{BasicProperties, Channel, Confirmation};
 use thiserror::Error;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use super::messages::short;
 use crate::config::Config;
+use crate::publisher::Link;
 use crate::topology::reply_text;
 
 /// Messages between two waits for the broker.
 const BATCH_MAX: usize = 200;
 /// And their bodies.
 const BATCH_BYTES_MAX: usize = 16 * 1024 * 1024;
+
+/// How often the connection is looked at.
+const LOOK: Duration = Duration::from_millis(500);
 
 #[derive(Debug, Error)]
 pub enum TransferError {
@@ -39,6 +43,32 @@ pub enum TransferError {
 impl From<lapin::Error> for TransferError {
     fn from(error: lapin::Error) -> Self {
         Self::Refused(reply_text(&error))
+    }
+}
+
+/// An answer of the broker, in time: one that blocks publishers answers nothing at all.
+pub async fn in_time<T>(
+    deadline: Duration,
+    answer: impl Future<Output = Result<T, lapin::Error>>,
+) -> Result<T, TransferError> {
+    Ok(timeout(deadline, answer).await.map_err(|_| TransferError::Silent(deadline))??)
+}
+
+/// Does something for as long as there is a connection: lapin may leave somebody waiting who asks just when it ends.
+pub async fn while_connected<T, E: From<TransferError>>(
+    link: &Link,
+    doing: impl Future<Output = Result<T, E>>,
+) -> Result<T, E> {
+    let lost = async {
+        while link.connection.status().connected() {
+            sleep(LOOK).await;
+        }
+        // Whoever waits learns the reason, if there is one.
+        sleep(LOOK).await;
+    };
+    tokio::select! {
+        done = doing => done,
+        () = lost => Err(TransferError::Lost.into()),
     }
 }
 
@@ -85,7 +115,7 @@ pub struct Parcel {
 /// A channel in confirm mode and what is to be published on it next.
 pub struct Transfer {
     channel: Channel,
-    deadline: Duration,
+    pub deadline: Duration,
     batch: Vec<Parcel>,
     bytes: usize,
 }
@@ -111,9 +141,13 @@ impl Transfer {
         let batch = std::mem::take(&mut self.batch);
         self.bytes = 0;
         timeout(self.deadline, self.publish(&batch)).await.map_err(|_| TransferError::Silent(self.deadline))??;
-        for parcel in &batch {
-            parcel.delivery.acker.ack(BasicAckOptions::default()).await?;
-        }
+        let acks = async {
+            for parcel in &batch {
+                parcel.delivery.acker.ack(BasicAckOptions::default()).await?;
+            }
+            Ok(())
+        };
+        in_time(self.deadline, acks).await?;
         Ok(batch.iter().filter(|parcel| parcel.moves).count() as u64)
     }
 

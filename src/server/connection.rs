@@ -15,6 +15,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
+use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_io_timeout::TimeoutStream;
 use tokio_rustls::TlsAcceptor;
@@ -33,6 +34,8 @@ const H2_RESETS_MAX: usize = 20;
 
 /// How long a client may take to read the end of its last answer, and to say goodbye.
 const GOODBYE: Duration = Duration::from_secs(2);
+/// How long a connection without a request may still bring one when the relay stops.
+const LAST_REQUEST: Duration = Duration::from_millis(500);
 
 /// How a connection ended.
 pub enum End {
@@ -102,7 +105,11 @@ impl End {
 }
 
 /// What is going on on a connection.
-pub struct Activity(Mutex<Since>);
+pub struct Activity {
+    since: Mutex<Since>,
+    /// A request has come in.
+    begun: Notify,
+}
 
 impl Default for Activity {
     fn default() -> Self {
@@ -120,7 +127,8 @@ struct Since {
 
 impl Activity {
     pub fn new() -> Self {
-        Self(Mutex::new(Since { under_way: 0, established: false, trusted: false, idle: Instant::now() }))
+        let since = Since { under_way: 0, established: false, trusted: false, idle: Instant::now() };
+        Self { since: Mutex::new(since), begun: Notify::new() }
     }
 
     /// A request has come in; it is under way until the guard is dropped. The flag tells whether it is the first one.
@@ -129,6 +137,7 @@ impl Activity {
         since.under_way += 1;
         let first = !std::mem::replace(&mut since.established, true);
         drop(since);
+        self.begun.notify_waiters();
         (UnderWay(Arc::clone(self)), first)
     }
 
@@ -152,6 +161,14 @@ impl Activity {
         }
     }
 
+    /// Resolves when a request is under way, or after `limit`.
+    async fn busy_or_after(&self, limit: Duration) {
+        let begun = self.begun.notified();
+        if self.since().under_way == 0 {
+            let _ = timeout(limit, begun).await;
+        }
+    }
+
     /// Who has never sent a request has been timed out; who was served, and then asked for nothing more, has not.
     fn end(&self, ended: Result<(), Box<dyn Error + Send + Sync>>) -> End {
         let end = ended.map_or_else(|error| End::of(&*error), |()| End::Closed);
@@ -162,7 +179,7 @@ impl Activity {
     }
 
     fn since(&self) -> MutexGuard<'_, Since> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.since.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -256,7 +273,14 @@ impl Protocol {
         let begun = Instant::now();
         tokio::select! {
             ended = connection.as_mut() => return activity.end(ended),
-            () = shutdown.cancelled() => {}
+            () = shutdown.cancelled() => {
+                // A request may be on its way just now, and a close would cost it: it is answered, and the answer says that it
+                // was the last one.
+                tokio::select! {
+                    ended = connection.as_mut() => return activity.end(ended),
+                    () = activity.busy_or_after(LAST_REQUEST) => {}
+                }
+            }
             // hyper looks after HTTP/1 by itself; an HTTP/2 client that answers pings could stay for ever.
             () = activity.idle_for(self.idle_timeout, begun) => {}
         }

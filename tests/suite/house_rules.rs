@@ -105,3 +105,21 @@ fn every_test_that_the_docs_name_exists() {
     }
     assert!(named > 50, "{named} tests are named");
 }
+
+/// The oldest Rust that Cargo.toml names is no older than what any dependency asks for. What our own code asks for is
+/// clippy's business (`incompatible_msrv`).
+#[test]
+fn no_dependency_wants_a_newer_rust() {
+    let arguments = ["metadata", "--locked", "--format-version", "1"];
+    let output = std::process::Command::new(env!("CARGO")).args(arguments).current_dir(root()).output().unwrap();
+    let metadata: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let parts = |version: &str| version.split('.').take(2).map(|part| part.parse().unwrap()).collect::<Vec<u32>>();
+    let ours = parts(env!("CARGO_PKG_RUST_VERSION"));
+    let packages = metadata["packages"].as_array().unwrap();
+    for package in packages {
+        if let Some(version) = package["rust_version"].as_str() {
+            assert!(parts(version) <= ours, "{} wants Rust {version}", package["name"]);
+        }
+    }
+    assert!(packages.len() > 100, "{} packages", packages.len());
+}

@@ -333,7 +333,14 @@ async fn a_queue_is_replaced_while_events_come_in() {
     worker.close(200, "done".into()).await.unwrap();
     vhost.eventually_depth("prism.scan", 300).await;
 
-    // The fanout of the ladder and its waiting queues are declared beside it, as the relay itself would.
+    // Interrupted where it may be, it goes on when it is run again.
+    for pause in [50, 150, 300] {
+        let mut interrupted = changed.launch(&["topology", "recreate", "prism.scan"]);
+        tokio::time::timeout(std::time::Duration::from_millis(pause), interrupted.wait()).await.ok();
+        interrupted.signal("KILL");
+        interrupted.wait().await;
+    }
+    // The consumer of the one that was killed is known a moment longer.
     let mut running = changed.launch(&["topology", "recreate", "prism.scan"]);
     let mut number = 300;
     while running.exited().is_none() {

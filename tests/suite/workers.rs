@@ -115,8 +115,14 @@ async fn the_life_of_a_message(program: &str, arguments: &[&str]) {
     vhost.eventually_depth("prism.dead", 1).await;
 
     // Cut off, it comes back.
-    vhost.eventually_close_connections().await;
-    worker.eventually_says("consuming prism.scan", 2).await;
+    eventually("the worker to come back", async || {
+        // A connection that is new shows up a moment later.
+        vhost.close_connections().await;
+        let lines = worker.program.stdout();
+        let began = lines.iter().filter(|line| *line == "consuming prism.scan").count();
+        if began > 1 { Ok(()) } else { Err(format!("{lines:?} {:?}", worker.program.stderr())) }
+    })
+    .await;
 
     stopped_in_the_middle_of_its_work(&mut worker, &relay, &vhost).await;
     let words = [worker.program.stdout(), worker.program.stderr()].concat().join("\n");

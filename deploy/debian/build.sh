@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Builds the Debian package: the release binary, then what it tells of itself (man page, completions), then cargo-deb, which
+# finds the rest in Cargo.toml, [package.metadata.deb]. Prints the path of the package, and what lintian has to say if it is there.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+# CARGO_TARGET_DIR would put the binary where we do not look.
+unset CARGO_TARGET_DIR CARGO_BUILD_TARGET
+relay=target/release/prism-relay
+assets=target/debian-assets
+
+cargo build --release --locked
+if [[ $(target/tools/bin/cargo-deb --version 2>/dev/null) != *3.8.0 ]]; then
+  cargo install --quiet --locked --root target/tools --version 3.8.0 cargo-deb
+fi
+
+rm -rf "$assets" && mkdir -p "$assets/man"
+"$relay" man "$assets/man"
+for shell in bash zsh fish; do "$relay" completions "$shell" >"$assets/prism-relay.$shell"; done
+
+rm -f target/debian/prism-relay*deb
+# What the release profile has of debug information goes into a package of its own.
+target/tools/bin/cargo-deb deb --quiet --no-build --locked --dbgsym >/dev/null
+package=$(echo "$PWD"/target/debian/prism-relay_*.deb)
+echo "$package"
+if command -v lintian >/dev/null; then lintian --no-cfg "$package" || true; fi
