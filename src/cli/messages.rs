@@ -13,8 +13,11 @@ use super::clean;
 /// When a message was passed on by `replay`; such messages are not replayed again.
 pub const REPLAYED_AT: &str = "prism-replayed-at";
 
+/// The routing key of a message that was put back, which goes straight to its queue under the queue's own name.
+const ORIGINAL_KEY: &str = "prism-original-key";
+
 /// What RabbitMQ has noted about the past of a message. A new publish has none.
-const PAST: [&str; 3] = ["x-death", "x-delivery-count", "x-stream-offset"];
+const PAST: [&str; 4] = ["x-death", "x-delivery-count", "x-stream-offset", ORIGINAL_KEY];
 const PAST_PREFIXES: [&str; 2] = ["x-first-death-", "x-last-death-"];
 
 /// What is told of an event.
@@ -103,7 +106,8 @@ pub fn original_key(delivery: &Delivery) -> ShortString {
             _ => None,
         }
     };
-    first_death().map_or_else(|| delivery.routing_key.clone(), |key| short(&key))
+    let key = header(&delivery.properties, ORIGINAL_KEY).or_else(first_death);
+    key.map_or_else(|| delivery.routing_key.clone(), |key| short(&key))
 }
 
 /// Why and where a message died for the last time, such as `rejected by prism.scan (3 times)`.
@@ -150,7 +154,15 @@ pub fn replayed(old: &BasicProperties, now: Timestamp) -> BasicProperties {
     new.with_headers(headers)
 }
 
-/// The properties for a copy of a message that begins its count of returns anew.
+/// The properties for a copy of a message in the same queue, whose count of returns begins anew.
+pub fn put_back(delivery: &Delivery) -> BasicProperties {
+    let new = uncounted(&delivery.properties);
+    let mut headers = new.headers().clone().unwrap_or_default();
+    headers.insert(ORIGINAL_KEY.into(), AMQPValue::LongString(original_key(delivery).as_str().into()));
+    new.with_headers(headers)
+}
+
+/// The properties for a copy of a message with all its past, but for its count of returns.
 pub fn uncounted(old: &BasicProperties) -> BasicProperties {
     published_again(old, |name| name == "x-delivery-count")
 }

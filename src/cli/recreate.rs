@@ -1,6 +1,6 @@
 //! `topology recreate`: a queue cannot be changed, so it is replaced. At no moment is there an event that no queue takes, and no
 //! message is let go of before another queue has it; an event may come twice, as always. What was interrupted goes on
-//! when it is run again.
+//! when it is run again. A partition gets its place among the others anew, so that subjects are spread anew over all of them.
 
 use std::time::Duration;
 
@@ -12,13 +12,18 @@ use lapin::{Channel, ExchangeKind};
 use thiserror::Error;
 use tokio::time::{Instant, sleep, timeout};
 
+use super::management::Management;
 use super::messages::short;
 use super::redrive::move_all;
 use super::transfer::{Destination, TransferError, in_time, while_connected};
 use super::{Failure, say};
 use crate::config::Config;
 use crate::publisher::Link;
-use crate::topology::{Plan, Queue, TopologyError, establish_around, establish_queue, reply_code};
+use crate::telemetry::chain;
+use crate::topology::{Live, Plan, Queue, TopologyError, establish_around, establish_queue, reply_code};
+
+/// After which what the management API tells of a queue is new: 6 to 9 s were seen.
+const STATISTICS: Duration = Duration::from_secs(15);
 
 /// For the end of a consumer to be noticed.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -32,6 +37,20 @@ enum RecreateError {
     InUse { queue: String, count: u32 },
     #[error("{0} still has messages: run this again")]
     NotEmpty(String),
+    #[error(
+        "{queue} still has {count} messages on their way to the dead letters, which wait for room there \
+         (rabbitmqctl list_queues name messages messages_dlx); when they are gone run this again"
+    )]
+    OnTheirWay { queue: String, count: u64 },
+    #[error("{queue} is bound to {bindings}, too: put that into the configuration, or unbind it first")]
+    BoundByOthers { queue: String, bindings: String },
+    #[error(
+        "only the management API tells of messages that are on their way to the dead letters, which would be lost, and of \
+         other bindings; set broker.management_url ({0})"
+    )]
+    NoManagement(String),
+    #[error("the management API does not tell how many messages {0} has")]
+    Unknown(String),
     #[error(transparent)]
     Transfer(#[from] TransferError),
     #[error(transparent)]
@@ -46,14 +65,21 @@ pub async fn run(config: &Config, plan: &Plan, name: &str) -> Result<(), Failure
         return Err(Failure::Usage(format!("{name} is a stream, which cannot be poured into another one")));
     }
     let link = super::connect(config, "prism-relay topology").await?;
-    let moved = while_connected(&link, recreate(config, plan, queue, &link)).await;
+    let management = Management::new(&config.broker, &link.url).map_err(Failure::new)?;
+    let moved = while_connected(&link, recreate(config, plan, queue, &link, &management)).await;
     link.close().await;
     let moved = moved.map_err(Failure::new)?;
     say(&format!("{name} is as configured; {moved} messages were moved over"));
     Ok(())
 }
 
-async fn recreate(config: &Config, plan: &Plan, queue: &Queue, link: &Link) -> Result<u64, RecreateError> {
+async fn recreate(
+    config: &Config,
+    plan: &Plan,
+    queue: &Queue,
+    link: &Link,
+    management: &Management,
+) -> Result<u64, RecreateError> {
     let name = &queue.name;
     // An exchange and a queue of this name hold the messages meanwhile: the exchange, so that they keep their keys.
     let moving = format!("{name}.moving");
@@ -63,6 +89,11 @@ async fn recreate(config: &Config, plan: &Plan, queue: &Queue, link: &Link) -> R
     let channel = in_time(deadline, link.connection.create_channel()).await?;
     in_time(deadline, declare(&channel, &moving)).await?;
     topology_in_time(deadline, establish_around(&link.connection, plan, name)).await?;
+
+    let foreign = live(management).await?.foreign_bindings(plan, name);
+    if !foreign.is_empty() {
+        return Err(RecreateError::BoundByOthers { queue: name.clone(), bindings: foreign.join(", ") });
+    }
 
     // The old one, if it is there: from now on events go to the other.
     if look(link, deadline, name).await?.is_some() {
@@ -79,6 +110,7 @@ async fn recreate(config: &Config, plan: &Plan, queue: &Queue, link: &Link) -> R
         // Quorum queues cannot be asked to be deleted only if they are empty and unused, so this is looked at right before.
         is_unused(link, deadline, name).await?;
         is_empty(link, deadline, name).await?;
+        has_let_go_of_everything(management, name).await?;
         in_time(deadline, channel.queue_delete(short(name), QueueDeleteOptions::default())).await?;
     }
     topology_in_time(deadline, establish_queue(&link.connection, plan, queue)).await?;
@@ -112,9 +144,32 @@ async fn declare(channel: &Channel, moving: &str) -> Result<(), lapin::Error> {
     channel.exchange_declare(short(moving), ExchangeKind::Fanout, durable, FieldTable::default()).await?;
     let mut arguments = FieldTable::default();
     arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
+    // Runs that fail must not use up RabbitMQ 4's default.
+    arguments.insert("x-delivery-limit".into(), AMQPValue::LongLongInt(1_000_000));
     let durable = QueueDeclareOptions { durable: true, ..Default::default() };
     channel.queue_declare(short(moving), durable, arguments).await?;
     Ok(())
+}
+
+/// AMQP counts what could be delivered. What is on its way to the dead letters only the API tells, some seconds later.
+async fn has_let_go_of_everything(management: &Management, queue: &str) -> Result<(), RecreateError> {
+    let begun = Instant::now();
+    loop {
+        sleep(Duration::from_secs(1)).await;
+        let messages = live(management).await?.messages(queue);
+        match (messages, begun.elapsed()) {
+            (Some(0), waited) if waited >= STATISTICS => return Ok(()),
+            (Some(count), waited) if waited >= STATISTICS => {
+                return Err(RecreateError::OnTheirWay { queue: queue.to_owned(), count });
+            }
+            (None, waited) if waited >= STATISTICS + PATIENCE => return Err(RecreateError::Unknown(queue.to_owned())),
+            _ => {}
+        }
+    }
+}
+
+async fn live(management: &Management) -> Result<Live, RecreateError> {
+    management.look().await.map_err(|error| RecreateError::NoManagement(chain(&error)))
 }
 
 /// Until nothing is left: events that were on their way may have arrived meanwhile. How much was moved.

@@ -15,15 +15,17 @@ use lapin::types::FieldTable;
 use lapin::{Channel, Consumer};
 use tokio::time::timeout;
 
-use super::messages::{fresh, header, matches, number, original_key, print, queue_name, short, time_of, uncounted};
+use super::messages::{
+    fresh, header, matches, number, original_key, print, put_back, queue_name, short, time_of, uncounted,
+};
 use super::transfer::{Destination, Parcel, Transfer, TransferError, in_time, progress_bar, while_connected};
 use super::{Failure, say};
 use crate::config::Config;
 use crate::publisher::Link;
-use crate::topology::{DEAD, UNROUTED};
+use crate::topology::DEAD;
 
-/// RabbitMQ 4 drops a message of a queue without a limit of its own when it has been taken and put back 20 times. Long before
-/// that we put back a copy, whose count begins anew.
+/// RabbitMQ 4 drops a message when it has been taken and put back 20 times, if its queue has no other limit and no dead letters.
+/// Long before that a copy is put in its place, whose count begins anew.
 const RETURNS_MAX: u64 = 10;
 /// More than are under way at a time.
 const PREFETCH: u16 = 500;
@@ -33,7 +35,7 @@ const CONSUMER: &str = "prism-relay";
 
 #[derive(clap::Args)]
 pub struct Options {
-    /// The queue to take from
+    /// The queue to take from; with a single active consumer only as a whole, without any of the options below
     #[arg(long, value_name = "QUEUE", default_value = DEAD, value_parser = queue_name)]
     from: String,
     /// Straight into this queue, instead of to the exchange, from which every queue that is bound for it gets it
@@ -57,6 +59,9 @@ pub struct Options {
     /// Print what would be moved, and move nothing
     #[arg(long)]
     dry_run: bool,
+    /// Not as a new publish.
+    #[arg(skip)]
+    as_it_is: bool,
 }
 
 /// How it went.
@@ -70,6 +75,9 @@ pub async fn run(config: &Config, options: Options) -> Result<(), Failure> {
     let to = Destination::new(config, options.to.as_deref());
     if options.to.as_ref() == Some(&options.from) {
         return Err(Failure::Usage("--from and --to are the same queue".to_owned()));
+    }
+    if config.topology.archive.as_ref().is_some_and(|archive| archive.name == options.from) {
+        return Err(Failure::Usage(format!("{} is a stream: use replay", options.from)));
     }
     let link = super::connect(config, "prism-relay redrive").await?;
     let mut tally = Tally::default();
@@ -85,7 +93,7 @@ pub async fn run(config: &Config, options: Options) -> Result<(), Failure> {
     outcome.map_err(Failure::new)
 }
 
-/// Moves everything that is in a queue now; how much it was.
+/// Moves everything that is in a queue now, with its keys and its past as they are; how much it was.
 pub async fn move_all(config: &Config, link: &Link, from: &str, to: &Destination) -> Result<u64, TransferError> {
     let mut tally = Tally::default();
     redrive(config, &Options::all_of(from), to, link, &mut tally).await?;
@@ -115,7 +123,7 @@ async fn redrive(
     }
     let mut source = in_time(deadline, Source::open(&channel, options)).await?;
     let progress = progress_bar(options.count.map_or(left_to_see, |count| count.get().min(left_to_see)));
-    let mut transfer = Transfer::new(channel.clone(), config);
+    let (mut transfer, mut back) = (Transfer::new(channel.clone(), config), Transfer::new(channel.clone(), config));
     let mut interrupt = Box::pin(tokio::signal::ctrl_c());
     let mut chosen = 0;
     while left_to_see > 0 && options.count.is_none_or(|count| chosen < count.get()) {
@@ -131,6 +139,17 @@ async fn redrive(
             Err(_) => return Err(TransferError::Silent(deadline)),
         };
         let Some(delivery) = delivery else { break };
+        if is_worn(&delivery) {
+            // Comes again at the end of the queue, with a new count.
+            back.add(Parcel {
+                to: Destination::Queue(options.from.clone()),
+                key: delivery.routing_key.clone(),
+                properties: put_back(&delivery),
+                delivery,
+            });
+            back.flush().await?;
+            continue;
+        }
         left_to_see -= 1;
         let wanted = wanted(options, &delivery, now);
         chosen += u64::from(wanted);
@@ -138,12 +157,12 @@ async fn redrive(
         if wanted && options.dry_run {
             print(&delivery, false)?;
             tally.moved += 1;
-        }
-        if wanted && !options.dry_run {
-            let (key, properties) = (original_key(&delivery), fresh(&delivery.properties));
-            transfer.add(Parcel { to: to.clone(), key, properties, delivery, moves: true });
-        } else if is_worn(options, &delivery) {
-            transfer.add(put_back(options, delivery));
+        } else if wanted {
+            let (key, properties) = match options.as_it_is {
+                true => (delivery.routing_key.clone(), uncounted(&delivery.properties)),
+                false => (original_key(&delivery), fresh(&delivery.properties)),
+            };
+            transfer.add(Parcel { to: to.clone(), key, properties, delivery });
         }
         if transfer.is_full() {
             tally.moved += transfer.flush().await?;
@@ -156,10 +175,17 @@ async fn redrive(
         if matches!(source, Source::Consume(_)) {
             channel.basic_cancel(CONSUMER.into(), BasicCancelOptions::default()).await?;
         }
+        let passive = QueueDeclareOptions { passive: true, ..Default::default() };
+        let queue = channel.queue_declare(short(&options.from), passive, FieldTable::default()).await?;
         // Gives back what was looked at and left, before what nobody has looked at yet. And it is answered, which an ack is not.
-        channel.close(200, "done".into()).await
+        channel.close(200, "done".into()).await?;
+        Ok(queue.message_count())
     };
-    in_time(deadline, closing).await
+    let still_there = in_time(deadline, closing).await?;
+    if options.takes_all() && left_to_see > 0 && still_there > 0 {
+        return Err(TransferError::NotDelivered { from: options.from.clone(), left: still_there });
+    }
+    Ok(())
 }
 
 /// How messages are taken.
@@ -203,7 +229,8 @@ impl<'a> Source<'a> {
 impl Options {
     fn all_of(from: &str) -> Self {
         let (to, pattern, subject, older_than, newer_than, count) = (None, None, None, None, None, None);
-        Self { from: from.to_owned(), to, pattern, subject, older_than, newer_than, count, dry_run: false }
+        let from = from.to_owned();
+        Self { from, to, pattern, subject, older_than, newer_than, count, dry_run: false, as_it_is: true }
     }
 
     fn takes_all(&self) -> bool {
@@ -214,15 +241,8 @@ impl Options {
 }
 
 /// Whether the broker might soon drop it for having been looked at too often.
-fn is_worn(options: &Options, delivery: &Delivery) -> bool {
-    let returns = number(&delivery.properties, "x-delivery-count").unwrap_or(0);
-    returns >= RETURNS_MAX && [DEAD, UNROUTED].contains(&options.from.as_str())
-}
-
-/// To the end of the queue it is from, by way of the exchange of the same name.
-fn put_back(options: &Options, delivery: Delivery) -> Parcel {
-    let (key, properties) = (original_key(&delivery), uncounted(&delivery.properties));
-    Parcel { to: Destination::Exchange(options.from.clone()), key, properties, delivery, moves: false }
+fn is_worn(delivery: &Delivery) -> bool {
+    number(&delivery.properties, "x-delivery-count").unwrap_or(0) >= RETURNS_MAX
 }
 
 fn wanted(options: &Options, delivery: &Delivery, now: Timestamp) -> bool {

@@ -8,7 +8,7 @@ use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions, Conf
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Channel, Consumer};
 use thiserror::Error;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 
 use super::messages::{REPLAYED_AT, header, matches, number, print, queue_name, replayed, short, time_of};
 use super::transfer::{Destination, Parcel, Transfer, TransferError, in_time, progress_bar, while_connected};
@@ -19,8 +19,8 @@ use crate::topology::ARCHIVE;
 
 /// Deliveries on the way at a time. Streams give more as these are acknowledged.
 const PREFETCH: u16 = 500;
-/// A stream says nothing at its end. This long after its last message it has been read to the end.
-const QUIET: Duration = Duration::from_secs(2);
+/// A stream says nothing at its end. Its last part has been read in this time, and what comes after it is later than now.
+const LAST_PART: Duration = Duration::from_secs(2);
 /// The first message comes at once, if there is one.
 const FIRST: Duration = Duration::from_secs(5);
 /// Events lie in the order in which the broker took them, which may be long after they were accepted, but not before: this is
@@ -32,7 +32,7 @@ pub struct Options {
     /// Events that were accepted since then: a time such as 2026-11-24T12:00:00Z, or an age such as 2h
     #[arg(long, value_name = "WHEN", value_parser = when)]
     since: Timestamp,
-    /// Events that were accepted before [default: now]
+    /// Events that were accepted before [default: all that are there now]
     #[arg(long, value_name = "WHEN", value_parser = when)]
     until: Option<Timestamp>,
     /// Only events whose routing key matches, as a topic pattern: * stands for one word, # for any number of words
@@ -129,7 +129,7 @@ async fn replay(
             && header(&delivery.properties, REPLAYED_AT).is_none();
         if wanted && !options.dry_run {
             let (key, properties) = (delivery.routing_key.clone(), replayed(&delivery.properties, now));
-            transfer.add(Parcel { to: to.clone(), key, properties, delivery, moves: true });
+            transfer.add(Parcel { to: to.clone(), key, properties, delivery });
         } else {
             if wanted {
                 print(&delivery, false).map_err(TransferError::Print)?;
@@ -163,8 +163,8 @@ async fn consume(link: &Link, stream: &str, offset: AMQPValue) -> Result<(Channe
 async fn last_offset(link: &Link, deadline: Duration, stream: &str) -> Result<Option<u64>, ReplayError> {
     let offset = AMQPValue::LongString("last".into());
     let (channel, mut deliveries) = in_time(deadline, consume(link, stream, offset)).await?;
-    let mut last = None;
-    while let Ok(delivery) = timeout(QUIET, deliveries.next()).await {
+    let (mut last, until) = (None, Instant::now() + LAST_PART);
+    while let Ok(delivery) = timeout_at(until, deliveries.next()).await {
         let delivery = delivery.ok_or(TransferError::Lost)??;
         last = Some(number(&delivery.properties, "x-stream-offset").ok_or(ReplayError::NoStream)?);
         in_time(deadline, delivery.acker.ack(BasicAckOptions::default())).await?;

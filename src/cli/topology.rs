@@ -24,7 +24,8 @@ pub enum Action {
     Declare,
     /// Compare the broker with the configuration, and print the command that mends each difference; exit code 1 if there are any
     Diff,
-    /// Replace a queue by one with the properties that are configured, and lose nothing: its workers have to be stopped
+    /// Replace a queue by one with the properties that are configured, and lose nothing: its workers have to be stopped, and
+    /// RabbitMQ's management API has to answer
     Recreate {
         #[arg(value_name = "QUEUE", value_parser = queue_name)]
         queue: String,
@@ -97,7 +98,7 @@ async fn diff(config: &Config, file: Option<&Path>, plan: &Plan) -> Result<(), F
         Err(reason) => {
             say(&format!("bindings and policies are not compared, because AMQP cannot tell: {reason}"));
             let limit = config.broker.connect_timeout * (plan.steps() + 1);
-            match timeout(limit, compare_over_amqp(&link, plan, &mending(config, file, &link.url))).await {
+            match timeout(limit, compare_over_amqp(config, &link, plan, &mending(config, file, &link.url))).await {
                 Ok(found) => found.map_err(Failure::new),
                 Err(_) => Err(Failure::new(BrokerError::Timeout)),
             }
@@ -138,10 +139,17 @@ pub(super) async fn look(
     Ok(differences(plan, &live, &mending(config, file, url)))
 }
 
-async fn compare_over_amqp(link: &Link, plan: &Plan, mending: &Mending) -> Result<Vec<Difference>, lapin::Error> {
+async fn compare_over_amqp(
+    config: &Config,
+    link: &Link,
+    plan: &Plan,
+    mending: &Mending,
+) -> Result<Vec<Difference>, lapin::Error> {
+    // For a passive relay policies may stand in for arguments, and of those AMQP says nothing.
+    let declare = if config.topology.declare == Declare::Active { Declare::Active } else { Declare::Passive };
     let mut found = Vec::new();
     for entity in plan.entities() {
-        found.extend(match compare(&link.connection, entity, Declare::Active).await? {
+        found.extend(match compare(&link.connection, entity, declare).await? {
             Comparison::Same | Comparison::Present => None,
             Comparison::Absent => Some(Difference::missing(entity)),
             Comparison::Differs(error) => Some(Difference::wrong(entity, chain(&error), mending)),

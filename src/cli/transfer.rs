@@ -14,7 +14,7 @@ use tokio::time::{sleep, timeout};
 use super::messages::short;
 use crate::config::Config;
 use crate::publisher::Link;
-use crate::topology::reply_text;
+use crate::topology::{reply_code, reply_text};
 
 /// Messages between two waits for the broker.
 const BATCH_MAX: usize = 200;
@@ -34,6 +34,8 @@ pub enum TransferError {
     Silent(Duration),
     #[error("the connection to the broker was lost; what it has not confirmed stays where it is")]
     Lost,
+    #[error("{left} messages of {from} were not delivered to us: is there another consumer, a single active one?")]
+    NotDelivered { from: String, left: u32 },
     #[error("interrupted; the rest is where it was")]
     Interrupted,
     #[error("cannot print")]
@@ -42,7 +44,10 @@ pub enum TransferError {
 
 impl From<lapin::Error> for TransferError {
     fn from(error: lapin::Error) -> Self {
-        Self::Refused(reply_text(&error))
+        match reply_code(&error) {
+            Some(_) => Self::Refused(reply_text(&error)),
+            None => Self::Lost,
+        }
     }
 }
 
@@ -108,8 +113,6 @@ pub struct Parcel {
     pub key: ShortString,
     pub properties: BasicProperties,
     pub delivery: Delivery,
-    /// false: it is only put back.
-    pub moves: bool,
 }
 
 /// A channel in confirm mode and what is to be published on it next.
@@ -148,7 +151,7 @@ impl Transfer {
             Ok(())
         };
         in_time(self.deadline, acks).await?;
-        Ok(batch.iter().filter(|parcel| parcel.moves).count() as u64)
+        Ok(batch.len() as u64)
     }
 
     async fn publish(&self, batch: &[Parcel]) -> Result<(), TransferError> {

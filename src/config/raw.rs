@@ -13,7 +13,8 @@ use bytesize::ByteSize;
 use config::{Environment, File, FileFormat, Map, Value, ValueKind};
 
 /// Their values are never quoted.
-const SECRET_KEYS: [&str; 5] = ["signature.secrets", "broker.urls", "broker.password", "ops.token", "traces.endpoint"];
+const SECRET_KEYS: [&str; 6] =
+    ["signature.secrets", "broker.urls", "broker.password", "broker.management_url", "ops.token", "traces.endpoint"];
 
 /// How alike an unknown key has to be to a known one to be taken for a slip (Jaro-Winkler, 0 to 1).
 const LIKENESS_MIN: f64 = 0.85;

@@ -284,3 +284,9 @@ fn queues_and_the_archive_are_read_and_bounded() {
         assert!(text.contains(expected), "{expected:?} is missing in:\n{text}");
     }
 }
+
+#[test]
+fn a_login_in_the_address_of_the_management_api_is_not_quoted() {
+    let text = mistakes("[broker]\nmanagement_url = \"http://admin:hunter2@rabbit:15672\"", &[]);
+    assert!(text.contains("broker.management_url: the value has a login in it") && !text.contains("hunter2"), "{text}");
+}

@@ -1,13 +1,16 @@
 //! Finding the culprit: when the broker closes the channel over one of many messages, events are published one by one
-//! until it is known which. Pure; outlives a session.
+//! until it is known which. And after a nack: what is then published once more, the queues that are not full have already, so
+//! it is tried with one event, and with more as they are confirmed. Pure; outlives a session.
 
 use std::time::{Duration, Instant};
 
 /// An event that has closed the channel this often, alone each time, is to blame for it.
 const STRIKES: u32 = 2;
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Careful {
+    /// How many events may be in flight, after a nack.
+    limit: usize,
     /// The last event that may be the culprit.
     until: u64,
     /// The event that was alone in flight when the channel was closed, and how often.
@@ -27,10 +30,16 @@ pub(super) enum Lesson {
     Culprit(u64),
 }
 
+impl Default for Careful {
+    fn default() -> Self {
+        Self { limit: usize::MAX, until: 0, suspect: None, parked_tried_at: None }
+    }
+}
+
 impl Careful {
     /// How many events may be in flight together with this one.
     pub fn window(&self, seq: u64, window: usize) -> usize {
-        if seq <= self.until { 1 } else { window }
+        if seq <= self.until { 1 } else { window.min(self.limit) }
     }
 
     /// The broker has refused a message while `alone`, or, if that is `None`, several up to `last` were in flight.
@@ -50,6 +59,16 @@ impl Careful {
         }
         self.suspect = None;
         Lesson::Culprit(seq)
+    }
+
+    /// The broker has rejected an event: a queue is full.
+    pub fn nacked(&mut self) {
+        self.limit = 1;
+    }
+
+    /// It has taken one.
+    pub fn confirmed(&mut self) {
+        self.limit = self.limit.saturating_add(1);
     }
 
     /// Whether it is time to try the parked events once more.
@@ -76,6 +95,18 @@ mod tests {
         assert_eq!(careful.refused(Some(7), Some(7)), Lesson::Suspect);
         assert_eq!(careful.refused(Some(7), Some(7)), Lesson::Culprit(7));
         assert_eq!(careful.refused(Some(8), Some(8)), Lesson::Suspect, "another one starts anew");
+    }
+
+    #[test]
+    fn after_a_nack_the_window_opens_with_each_confirm() {
+        let mut careful = Careful::default();
+        careful.confirmed();
+        assert_eq!(careful.window(1, 1000), 1000);
+        careful.nacked();
+        assert_eq!(careful.window(1, 1000), 1);
+        careful.confirmed();
+        careful.confirmed();
+        assert_eq!((careful.window(1, 1000), careful.window(1, 2)), (3, 2));
     }
 
     #[test]

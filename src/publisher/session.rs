@@ -237,6 +237,9 @@ impl<'a> Session<'a> {
                     self.confirmed.push(Confirmed { seq, id: flight.id, lag: flight.age(), trace: flight.trace });
                 }
                 self.progress = true;
+                if !self.nacked {
+                    self.careful.confirmed();
+                }
                 returned
             }
             Outcome::Nacked(returned) => {
@@ -245,7 +248,10 @@ impl<'a> Session<'a> {
                 if let Some(flight) = self.land(seq) {
                     flight.trace.failed("nacked");
                 }
-                self.nacked = self.trying_parked != Some(seq);
+                if self.trying_parked != Some(seq) {
+                    self.nacked = true;
+                    self.careful.nacked();
+                }
                 returned
             }
             Outcome::Failed(error) => return Err(classify(&error)),

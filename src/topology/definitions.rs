@@ -23,23 +23,22 @@ pub fn definitions(plan: &Plan, vhost: &str) -> Value {
         let name = entity.name();
         let (fixed, mut policy) = split(entity.arguments());
         let common = json!({ "name": name, "vhost": vhost, "durable": true, "auto_delete": false, "arguments": fixed });
-        // There may be an exchange and a queue of the same name, but not two policies.
-        let (apply_to, policy_name) = match entity {
+        let apply_to = match entity {
             Entity::Exchange(exchange) => {
                 exchanges.push(with(common, json!({ "type": kind(&exchange.kind), "internal": false })));
-                ("exchanges", format!("{name}-exchange"))
+                "exchanges"
             }
             Entity::Queue(_) => {
                 queues.push(common);
                 if KEEPERS.contains(&name) {
                     policy.insert("delivery-limit".to_owned(), KEEPERS_LIMIT.into());
                 }
-                ("queues", name.to_owned())
+                "queues"
             }
         };
         if !policy.is_empty() {
             policies.push(json!({
-                "name": policy_name, "vhost": vhost, "pattern": format!("^{}$", escaped(name)), "apply-to": apply_to,
+                "name": policy_name(entity), "vhost": vhost, "pattern": pattern(name), "apply-to": apply_to,
                 "definition": policy, "priority": 0,
             }));
         }
@@ -47,6 +46,19 @@ pub fn definitions(plan: &Plan, vhost: &str) -> Value {
     let bindings: Vec<_> =
         plan.bindings.iter().map(|binding| with(json!({ "vhost": vhost }), described(binding))).collect();
     json!({ "exchanges": exchanges, "queues": queues, "bindings": bindings, "policies": policies })
+}
+
+/// There may be an exchange and a queue of the same name, but not two policies.
+pub(super) fn policy_name(entity: &Entity) -> String {
+    match entity {
+        Entity::Exchange(exchange) => format!("{}-exchange", exchange.name),
+        Entity::Queue(queue) => queue.name.clone(),
+    }
+}
+
+/// A name as a regular expression that matches nothing else.
+pub(super) fn pattern(name: &str) -> String {
+    format!("^{}$", escaped(name))
 }
 
 /// A binding as definitions and the management API have it.
@@ -110,7 +122,6 @@ fn with(mut object: Value, more: Value) -> Value {
     object
 }
 
-/// A name as a regular expression that matches nothing else.
 pub(super) fn escaped(name: &str) -> String {
     name.chars()
         .flat_map(|c| (!c.is_alphanumeric() && c != '_' && c != '-').then_some('\\').into_iter().chain([c]))

@@ -5,7 +5,7 @@ use std::fmt::Display;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use super::definitions::{KEEPERS, KEEPERS_LIMIT, escaped, kind, plain, policy_key, target_kind};
+use super::definitions::{KEEPERS, KEEPERS_LIMIT, escaped, kind, pattern, plain, policy_key, policy_name, target_kind};
 use super::{Binding, Entity, Plan};
 
 /// What of a policy decides about messages. Others, such as where a queue's leader lives, are the operator's business.
@@ -37,6 +37,9 @@ pub struct Live {
 #[derive(Debug, Deserialize)]
 pub struct LiveEntity {
     name: String,
+    /// Of queues: all of them, also those that are with a worker or on their way to the dead letters. `None`: not known yet.
+    #[serde(default)]
+    messages: Option<u64>,
     r#type: String,
     durable: bool,
     #[serde(default)]
@@ -62,6 +65,7 @@ pub struct LiveBinding {
 #[derive(Debug, Deserialize)]
 pub struct LivePolicy {
     name: String,
+    pattern: String,
     definition: Map<String, Value>,
 }
 
@@ -128,7 +132,17 @@ pub fn differences(plan: &Plan, live: &Live, mending: &Mending) -> Vec<Differenc
     for entity in plan.entities() {
         match entity_of(live, entity) {
             None => found.push(Difference::missing(entity)),
-            Some(there) => found.extend(merged(compare(entity, there, live, mending))),
+            Some(there) => {
+                let mut differences = merged(compare(entity, there, live, mending));
+                let foreign = live.bindings.iter().filter(|there| there.source == entity.name() && !there.is_in(plan));
+                let foreign: Vec<_> = foreign.map(|there| there.destination.as_str()).collect();
+                if let (Entity::Exchange(_), [_, ..]) = (entity, &foreign[..]) {
+                    for difference in differences.iter_mut().filter(|difference| difference.declare) {
+                        difference.what += &format!("; bindings of others go with it: {}", foreign.join(", "));
+                    }
+                }
+                found.extend(differences);
+            }
         }
     }
     for binding in &plan.bindings {
@@ -136,18 +150,38 @@ pub fn differences(plan: &Plan, live: &Live, mending: &Mending) -> Vec<Differenc
             found.push(Difference::missing(binding));
         }
     }
-    // Whatever else is on the broker is not ours; but between two of ours nothing unknown may lead.
+    // Whatever else is on the broker is not ours; but between two of ours nothing unknown may lead, and nothing out of the
+    // inside of a queue of several parts.
     let ours =
         |kind: &str, name: &str| plan.entities().iter().any(|entity| entity.name() == name && kind == kind_of(entity));
-    for there in &live.bindings {
-        let known = plan.bindings.iter().any(|binding| there.is(binding));
-        if !known && ours("exchange", &there.source) && ours(&there.destination_type, &there.destination) {
-            let LiveBinding { source, destination, destination_type, routing_key, .. } = there;
+    let left_over = |kind: &str, name: &str| kind == "queue" && !ours(kind, name) && plan.may_have_made(name);
+    for there in live.bindings.iter().filter(|there| !there.is_in(plan)) {
+        let LiveBinding { source, destination, destination_type, routing_key, .. } = there;
+        let inside = ours("exchange", source) && plan.is_inner_exchange(source);
+        let to_ours = ours(destination_type, destination) || left_over(destination_type, destination);
+        if inside || (ours("exchange", source) && to_ours) {
             let entity = format!("binding of {destination_type} {destination} to exchange {source} by {routing_key:?}");
             found.push(Difference::new(entity, "is not configured", mending.unbind(there)));
         }
     }
+    for there in live.queues.iter().filter(|there| left_over("queue", &there.name)) {
+        let count = there.messages.map_or("an unknown number of".to_owned(), |count| count.to_string());
+        let what = format!("is left over, with {count} messages; once they are gone it can be deleted");
+        let mend = format!("{} redrive --from {}", mending.relay, quote(&there.name));
+        found.push(Difference::new(format!("queue {}", there.name), what, mend));
+    }
+    for difference in &mut found {
+        difference.entity = clean(&difference.entity);
+        difference.what = clean(&difference.what);
+        // What steers a terminal is no command to copy.
+        difference.mend = difference.mend.take().filter(|mend| !mend.chars().any(char::is_control));
+    }
     found
+}
+
+/// Names on the broker are other people's.
+fn clean(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
 }
 
 /// Those of one entity that the same command mends are one.
@@ -204,14 +238,11 @@ fn compare(entity: &Entity, there: &LiveEntity, live: &Live, mending: &Mending) 
                 });
             }
             // Of two numbers the lower one counts, and of two others the argument.
-            (argument, Some(value)) if *value != planned && (argument.is_none() || value.is_number()) => {
-                found.push(there.differs_by_policy(
-                    entity,
-                    name,
-                    value,
-                    &format!("where {planned} is configured"),
-                    mending,
-                ));
+            (argument, Some(value))
+                if *value != planned && (argument.is_none() || value.as_i64() < planned.as_i64()) =>
+            {
+                let than = format!("where {planned} is configured");
+                found.push(there.differs_by_policy(entity, name, value, &than, live, mending));
             }
             _ => {}
         }
@@ -227,7 +258,7 @@ fn compare(entity: &Entity, there: &LiveEntity, live: &Live, mending: &Mending) 
         Entity::Queue(_) => TOUCHES_MESSAGES.contains(&name) && !(keeper && name == "delivery-limit"),
     };
     for (name, value) in policy.iter().filter(|(name, _)| matters(name) && !planned.contains(&name.as_str())) {
-        found.push(there.differs_by_policy(entity, name, value, "and not configured", mending));
+        found.push(there.differs_by_policy(entity, name, value, "and not configured", live, mending));
     }
     if keeper && kind_of(entity) == "queue" && live.major() >= 4 && !policy.contains_key("delivery-limit") {
         found.push(Difference {
@@ -243,6 +274,19 @@ fn compare(entity: &Entity, there: &LiveEntity, live: &Live, mending: &Mending) 
 }
 
 impl Live {
+    /// Messages of a queue, wherever they are; `None` if that is not known yet.
+    pub fn messages(&self, queue: &str) -> Option<u64> {
+        self.queues.iter().find(|there| there.name == queue)?.messages
+    }
+
+    /// What leads to a queue and is not in the plan, as `exchange (key)`. The default exchange leads to every queue.
+    pub fn foreign_bindings(&self, plan: &Plan, queue: &str) -> Vec<String> {
+        let there =
+            self.bindings.iter().filter(|there| there.destination == queue && there.destination_type == "queue");
+        let foreign = there.filter(|there| !there.source.is_empty() && !there.is_in(plan));
+        foreign.map(|there| clean(&format!("{} ({})", there.source, there.routing_key))).collect()
+    }
+
     fn major(&self) -> u32 {
         self.version.split('.').next().and_then(|major| major.parse().ok()).unwrap_or(0)
     }
@@ -258,25 +302,41 @@ impl LiveEntity {
             .unwrap_or_default()
     }
 
+    /// Our own policy is set anew. One that concerns nothing else, and says nothing that is wanted, can go. Of any other only
+    /// its owner knows what it is for.
     fn differs_by_policy(
         &self,
         entity: &Entity,
         key: &str,
         value: &Value,
         than: &str,
+        live: &Live,
         mending: &Mending,
     ) -> Difference {
-        let quoted = |name: &Option<String>| name.as_deref().map(quote);
         let what = |by: &str| format!("{by} sets {} to {value}, {than}", policy_key(key));
         let vhost = quote(&mending.vhost);
-        match (quoted(&self.policy), quoted(&self.operator_policy)) {
-            (Some(policy), None) => {
-                let mend = format!("rabbitmqctl clear_policy -p {vhost} {policy}");
-                Difference::new(entity, what(&format!("the policy {policy}")), mend)
+        let mine = |policy: &&LivePolicy| Some(&policy.name) == self.policy.as_ref();
+        match (live.policies.iter().find(mine), &self.operator_policy) {
+            (Some(policy), _) if policy.definition.get(policy_key(key)) == Some(value) => {
+                let own = policy.pattern == pattern(&self.name) || policy.pattern == format!("^{}$", self.name);
+                let wanted = |name: &String| {
+                    let argument =
+                        |argument: &&str| policy_key(argument) == name && !self.arguments.contains_key(*argument);
+                    entity.arguments().inner().keys().any(|name| argument(&name.as_str()))
+                };
+                let what = what(&format!("the policy {}", quote(&policy.name)));
+                match mending.set(entity) {
+                    Some(mend) if own && policy.name == policy_name(entity) => Difference::new(entity, what, mend),
+                    _ if own && !policy.definition.keys().any(wanted) => {
+                        let mend = format!("rabbitmqctl clear_policy -p {vhost} {}", quote(&policy.name));
+                        Difference::new(entity, what, mend)
+                    }
+                    _ => Difference::new(entity, what, format!("rabbitmqctl list_policies -p {vhost}")),
+                }
             }
-            (None, Some(policy)) => {
-                let mend = format!("rabbitmqctl clear_operator_policy -p {vhost} {policy}");
-                Difference::new(entity, what(&format!("the operator policy {policy}")), mend)
+            (_, Some(policy)) => {
+                let mend = format!("rabbitmqctl list_operator_policies -p {vhost}");
+                Difference::new(entity, what(&format!("the operator policy {}", quote(policy))), mend)
             }
             _ => Difference::new(entity, what("a policy"), format!("rabbitmqctl list_policies -p {vhost}")),
         }
@@ -284,6 +344,10 @@ impl LiveEntity {
 }
 
 impl LiveBinding {
+    fn is_in(&self, plan: &Plan) -> bool {
+        plan.bindings.iter().any(|binding| self.is(binding))
+    }
+
     fn is(&self, binding: &Binding) -> bool {
         self.source == binding.exchange
             && self.destination == binding.to.name()
@@ -311,8 +375,8 @@ impl Mending {
         if self.active || definition.is_empty() {
             return None;
         }
-        let (pattern, apply_to) = (format!("^{}$", escaped(entity.name())), format!("{}s", kind_of(entity)));
-        Some(self.policy(entity.name(), &pattern, &Value::from(definition), &apply_to))
+        let apply_to = format!("{}s", kind_of(entity));
+        Some(self.policy(&policy_name(entity), &pattern(entity.name()), &Value::from(definition), &apply_to))
     }
 
     fn keep(&self) -> String {

@@ -29,6 +29,8 @@ pub const CONSISTENT_HASH: &str = "x-consistent-hash";
 #[derive(Clone, Debug, Default)]
 pub struct Plan {
     entities: Vec<Entity>,
+    /// The names in the configuration, from which those of their parts are made.
+    queues: Vec<String>,
     pub bindings: Vec<Binding>,
 }
 
@@ -79,6 +81,7 @@ impl Plan {
         plan.exchange(exchange, ExchangeKind::Topic, &[("alternate-exchange", text(UNROUTED))]);
         for queue in &topology.queues {
             plan.work_queue(queue, exchange);
+            plan.queues.push(queue.name.clone());
         }
         if let Some(archive) = &topology.archive {
             plan.archive(archive, &topology.queues, exchange);
@@ -105,6 +108,26 @@ impl Plan {
     /// What leads to a queue.
     pub fn bindings_of(&self, queue: &str) -> impl Iterator<Item = &Binding> {
         self.bindings.iter().filter(move |binding| matches!(&binding.to, Target::Queue(name) if name == queue))
+    }
+
+    /// Whether nothing but what is planned may be bound to an exchange: it is a part of a queue.
+    pub fn is_inner_exchange(&self, name: &str) -> bool {
+        self.queues.iter().any(|queue| {
+            let rest = name.strip_prefix(queue.as_str());
+            rest.is_some_and(|rest| matches!(rest, "" | ".rejected" | ".retry" | ".retry.1"))
+        })
+    }
+
+    /// Whether a queue has a name that another configuration, or an interrupted `topology recreate`, may have given it.
+    pub fn may_have_made(&self, name: &str) -> bool {
+        let number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+        let ours = |rest: &str| {
+            rest.is_empty()
+                || rest == ".moving"
+                || rest.strip_prefix('.').is_some_and(number)
+                || rest.strip_prefix(".retry.").is_some_and(number)
+        };
+        self.queues.iter().any(|queue| name.strip_prefix(queue.as_str()).is_some_and(ours))
     }
 
     /// Entities that would be the same one.

@@ -102,7 +102,11 @@ async fn what_nobody_has_taken_in_time_dies_on_any_step() {
 #[tokio::test]
 async fn a_full_queue_leaves_the_rest_to_the_relay() {
     let vhost = Vhost::new(Node::shared().await).await;
-    let relay = relay_with(&vhost, json!({ "max_length": 2 })).await;
+    let queues = json!([
+        { "name": "prism.scan", "bindings": ["scan.#"], "max_length": 2 },
+        { "name": "other", "bindings": ["scan.#"] },
+    ]);
+    let relay = Setup::new(&vhost.url()).set("topology.queues", queues).start().await;
     let (mut ids, mut number) = (BTreeSet::new(), 0);
     // The broker is told of the limit a moment after it is reached, and takes some more until then.
     eventually("a message to be refused", async || {
@@ -112,6 +116,19 @@ async fn a_full_queue_leaves_the_rest_to_the_relay() {
         if nacked > 0.0 { Ok(()) } else { Err(number) }
     })
     .await;
+    for number in 1000..1100 {
+        ids.insert(relay.post(event(1, number)).await.id());
+    }
+    // What is tried again and again the other queue gets each time: one event, not all of them.
+    let tries = async || relay.metric("prism_relay_broker_reconnects_total", &[]).await;
+    eventually("some tries", async || {
+        let tries = tries().await;
+        if tries >= 6.0 { Ok(()) } else { Err(tries) }
+    })
+    .await;
+    let depth = vhost.depth("other").await as usize;
+    let most = ids.len() + tries().await as usize + 1;
+    assert!(depth <= most, "{depth} messages, not {most} at most");
     let mut seen = BTreeSet::new();
     while seen.len() < ids.len() {
         seen.extend(vhost.messages("prism.scan", 1).await.iter().map(Delivery::id));

@@ -148,15 +148,26 @@ async fn looking_often_loses_nothing() {
         assert!(dry.stdout.contains("1 of 1"), "look {look}: {dry:?}");
         vhost.eventually_depth("prism.dead", 1).await;
     }
+    // Nor does trying in vain, nor a queue of somebody else's.
+    vhost.create_queue("mine", json!({ "x-queue-type": "quorum" })).await;
+    vhost.publish("", "mine", "{}").await;
+    for look in 0..25 {
+        let vain = relay.run(&["redrive", "--to", "nowhere"]).await;
+        assert_eq!(vain.code, Some(1), "look {look}: {vain:?}");
+        let dry = relay.run(&["redrive", "--from", "mine", "--dry-run"]).await;
+        assert!(dry.stdout.contains("1 of 1"), "look {look}: {dry:?}");
+    }
     let done = relay.run(&["redrive"]).await;
     assert!(done.stdout.starts_with("1 moved"), "{done:?}");
-    assert_eq!(keys(&vhost.messages("prism.scan", 1).await), ["scan.processing.started"]);
+    let again = vhost.messages("prism.scan", 1).await;
+    assert_eq!(keys(&again), ["scan.processing.started"]);
+    assert!(!again[0].headers.contains_key("prism-original-key"), "{:?}", again[0].headers);
 }
 
 /// Killed, or cut off, at any point: what the exchange has not confirmed is still among the dead letters.
 #[tokio::test]
 async fn an_interrupted_redrive_loses_nothing() {
-    const COUNT: u32 = 1500;
+    const COUNT: u32 = 3000;
     let vhost = Vhost::new(Node::shared().await).await;
     let wire = Wire::new(vhost.address());
     let relay = Relay::start(&vhost).await;
@@ -172,6 +183,8 @@ async fn an_interrupted_redrive_loses_nothing() {
     }
     vhost.eventually_depth("prism.dead", COUNT).await;
     let setup = Setup::new(&vhost.url_through(&wire));
+    // Slow enough to be caught in the middle.
+    wire.set_latency(std::time::Duration::from_millis(20));
     for kill in [true, false] {
         let mut running = setup.launch(&["redrive"]);
         let before = vhost.depth("prism.scan").await;
@@ -234,11 +247,25 @@ async fn the_archive_has_everything_and_takes_nothing_from_the_unrouted() {
     let again = vhost.messages("prism.scan", 2).await;
     assert_eq!(keys(&again), ["scan.processing.started", "scan.processing.failed"]);
     assert!(again.iter().all(|message| message.header("prism-replayed-at") >= since.as_str()));
+    // It ends, also while events come in.
+    let sender = relay.sender();
+    let traffic = tokio::spawn(async move {
+        for number in 100.. {
+            sender.post(scan(number, "started")).await.unwrap();
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        }
+    });
+    let ended = relay.run(&["replay", "--since", "1h", "--dry-run"]).await;
+    traffic.abort();
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    vhost.purge_queue("prism.scan").await;
     // What was replayed is in the archive as well, but is not replayed again.
     vhost.create_queue("mine", json!({})).await;
     let to = relay.run(&["replay", "--since", "1h", "--to", "mine"]).await;
-    assert!(to.stdout.starts_with("3 events"), "{to:?}");
-    vhost.messages("mine", 3).await;
+    let count: usize = to.stdout.split(' ').next().unwrap().parse().unwrap();
+    let all = vhost.messages("mine", count).await;
+    let ids: BTreeSet<_> = all.iter().map(Delivery::id).collect();
+    assert!(count > 3 && ids.len() == count, "{} of {count}", ids.len());
     vhost.assert_empty("prism.scan").await;
 }
 

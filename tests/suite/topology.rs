@@ -259,6 +259,53 @@ async fn mend(node: &Node, setup: &Setup, told: &str) {
     }
 }
 
+/// They are not counted as messages of the queue, and would be gone with it.
+#[tokio::test]
+async fn dead_letters_on_their_way_keep_a_queue_from_being_replaced() {
+    let node = Node::shared().await;
+    let vhost = Vhost::new(node).await;
+    let setup = watched(node, &vhost);
+    assert_eq!(setup.run(&["topology", "declare"]).await.code, Some(0));
+    vhost.delete_exchange("prism.dead").await;
+    vhost.publish("prism.events", "scan.a", EVENT).await;
+    vhost.reject("prism.scan").await;
+    vhost.assert_empty("prism.scan").await;
+    let refused = setup.run(&["topology", "recreate", "prism.scan"]).await;
+    assert!(refused.code == Some(1) && refused.stderr.contains("1 messages on their way"), "{refused:?}");
+    assert_eq!(vhost.queue("prism.scan").await.unwrap()["messages"], 1);
+    // What somebody else has bound is not dropped, either.
+    vhost.create_exchange("theirs", "topic", json!({})).await;
+    vhost.bind("theirs", "prism.future_me", "a.#").await;
+    let bound = setup.run(&["topology", "recreate", "prism.future_me"]).await;
+    assert!(bound.code == Some(1) && bound.stderr.contains("bound to theirs (a.#), too"), "{bound:?}");
+}
+
+#[tokio::test]
+async fn what_another_configuration_has_left_is_told() {
+    let node = Node::shared().await;
+    let vhost = Vhost::new(node).await;
+    let queue = |more: Value| {
+        let mut queue = json!({ "name": "prism.scan", "bindings": ["scan.#"] });
+        queue.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        watched(node, &vhost).set("topology.queues", json!([queue]))
+    };
+    let before = queue(json!({ "partitions": 3, "retry_delays": ["1s", "2s"] }));
+    assert_eq!(before.run(&["topology", "declare"]).await.code, Some(0));
+    let after = queue(json!({ "partitions": 2, "retry_delays": ["1s"] }));
+    assert_eq!(after.run(&["topology", "declare"]).await.code, Some(0));
+    let told = after.run(&["topology", "diff"]).await;
+    assert_eq!(told.code, Some(1), "{told:?}");
+    for part in [
+        "binding of queue prism.scan.3 to exchange prism.scan by \"1\": is not configured\n    curl",
+        "queue prism.scan.3: is left over",
+        "redrive --from prism.scan.3",
+        "binding of queue prism.scan.retry.2 to exchange prism.scan.retry by \"prism.scan:1\": is not configured",
+        "queue prism.scan.retry.2: is left over",
+    ] {
+        assert!(told.stdout.contains(part), "{part:?} is not in {}", told.stdout);
+    }
+}
+
 #[tokio::test]
 async fn without_the_management_api_amqp_tells_what_it_can() {
     let vhost = Vhost::new(Node::shared().await).await;
@@ -272,6 +319,9 @@ async fn without_the_management_api_amqp_tells_what_it_can() {
     let told = setup.run(&["topology", "diff"]).await;
     assert!(told.code == Some(1) && told.stdout.contains("queue prism.scan: "), "{told:?}");
     assert!(told.stdout.contains("topology recreate prism.scan"), "{told:?}");
+    // A passive relay takes it as it is.
+    let passive = Setup::new(&vhost.url()).set("topology.declare", "passive").run(&["topology", "diff"]).await;
+    assert_eq!(passive.code, Some(0), "{passive:?}");
 }
 
 #[tokio::test]
@@ -295,6 +345,26 @@ async fn ladder_partitions_and_archive_can_be_imported_with_policies() {
         if told.code == Some(0) { Ok(()) } else { Err(told.stdout) }
     })
     .await;
+    // One policy is lost, and of another only one word is another one: what mends them keeps the dead letters.
+    vhost.delete_policy("prism.future_me-exchange").await;
+    let policies = node.management().list(&format!("policies/{}", vhost.name())).await;
+    let mut own = policies.into_iter().find(|policy| policy["name"] == "prism.future_me").unwrap();
+    own["definition"]["delivery-limit"] = json!(7);
+    let path = format!("policies/{}/prism.future_me", vhost.name());
+    node.management().put(&path, own).await;
+    let told = eventually("the difference", async || {
+        let told = setup.run(&["topology", "diff"]).await;
+        let both =
+            told.stdout.contains("sets delivery-limit to 7") && told.stdout.contains("exchange prism.future_me: ");
+        if both { Ok(told.stdout) } else { Err(told.stdout) }
+    })
+    .await;
+    mend(node, &setup, &told).await;
+    eventually("the broker to be mended", async || {
+        let told = setup.run(&["topology", "diff"]).await;
+        if told.code == Some(0) { Ok(()) } else { Err(told.stdout) }
+    })
+    .await;
     let relay = setup.start().await;
     let body = r#"{"eventType":"body_shape_prediction.a","payload":{}}"#;
     relay.post(body).await.expect(200);
@@ -307,7 +377,8 @@ async fn ladder_partitions_and_archive_can_be_imported_with_policies() {
 /// Another property for a queue in use: events come in all the time, and none gets lost.
 #[tokio::test]
 async fn a_queue_is_replaced_while_events_come_in() {
-    let vhost = Vhost::new(Node::shared().await).await;
+    let node = Node::shared().await;
+    let vhost = Vhost::new(node).await;
     let other = json!({ "name": "other", "bindings": ["scan.#"] });
     let queues = |scan: Value| json!([scan, other]);
     let before = json!({ "name": "prism.scan", "bindings": ["scan.#"], "single_active_consumer": true });
@@ -319,7 +390,9 @@ async fn a_queue_is_replaced_while_events_come_in() {
     }
     vhost.eventually_depth("prism.scan", 300).await;
 
-    let changed = Setup::new(&vhost.url()).set("topology.queues", queues(after));
+    let changed = watched(node, &vhost).set("topology.queues", queues(after));
+    let blind = Setup::new(&vhost.url()).run(&["topology", "recreate", "prism.scan"]).await;
+    assert!(blind.code == Some(1) && blind.stderr.contains("set broker.management_url"), "{blind:?}");
     let unknown = changed.run(&["topology", "recreate", "mine"]).await;
     assert!(unknown.code == Some(64) && unknown.stderr.contains("no queue of the configuration"), "{unknown:?}");
     let worker = vhost.connect().await;
@@ -334,15 +407,18 @@ async fn a_queue_is_replaced_while_events_come_in() {
     vhost.eventually_depth("prism.scan", 300).await;
 
     // Interrupted where it may be, it goes on when it is run again.
-    for pause in [50, 150, 300] {
+    let mut number = 300;
+    for pause in [150, 400, 17_000] {
         let mut interrupted = changed.launch(&["topology", "recreate", "prism.scan"]);
         tokio::time::timeout(std::time::Duration::from_millis(pause), interrupted.wait()).await.ok();
         interrupted.signal("KILL");
         interrupted.wait().await;
+        for _ in 0..5 {
+            relay.post(body(number)).await.expect(200);
+            number += 1;
+        }
     }
-    // The consumer of the one that was killed is known a moment longer.
     let mut running = changed.launch(&["topology", "recreate", "prism.scan"]);
-    let mut number = 300;
     while running.exited().is_none() {
         relay.post(body(number)).await.expect(200);
         number += 1;
