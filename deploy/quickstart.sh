@@ -158,7 +158,7 @@ start_private_node() {
     mkdir -p "$home/conf.d"
     [[ -s $home/.erlang.cookie ]] || random_hex 20 >"$home/.erlang.cookie"
     chmod 400 "$home/.erlang.cookie"
-    echo '[rabbitmq_management].' >"$home/plugins"
+    echo '[rabbitmq_management,rabbitmq_consistent_hash_exchange].' >"$home/plugins"
     printf '%s\n' 'management.tcp.ip = 127.0.0.1' "management.tcp.port = $ui_port" >"$home/rabbitmq.conf"
   )
   local node_env=(env -i "PATH=$PATH" "HOME=$home" LANG=C.UTF-8
@@ -270,7 +270,9 @@ build_relay() {
 # The file is written anew at each run, since ports and broker may differ, but its secrets are kept: the one generated
 # by the first run, and any that was added by hand.
 write_config() {
-  local secrets prefix=$1
+  local secrets prefix=$1 ladder='' management=''
+  # A broker of our own can show what becomes of messages that a worker rejects: deploy/workers/README.md.
+  if [[ ! $broker_shared ]]; then ladder=', retry_delays = ["5s", "10s"]' management="management_url = \"$broker_ui\""; fi
   secrets=$(sed -n '/^secrets = /p' "$config" 2>/dev/null || true)
   if [[ ! $secrets ]]; then secrets="secrets = [\"whsec_$(random_hex 32)\"]"; fi
   secret=${secrets#*\"} secret=${secret%%\"*}
@@ -290,10 +292,11 @@ path = "$state/spool.db"
 [broker]
 urls = ["$broker_url"]
 exchange = "$prefix.events"
+$management
 
 [topology]
 queues = [
-  { name = "$scan_queue", bindings = ["scan.#"] },
+  { name = "$scan_queue", bindings = ["scan.#"]$ladder },
   { name = "$future_me_queue", bindings = ["body_shape_prediction.#"] },
 ]
 
@@ -410,6 +413,7 @@ ${bold}Subscribe a worker${plain} to a queue; several share its events
   $worker_url
   $scan_queue      scan.#
   $future_me_queue body_shape_prediction.#  (Future Me)
+A worker to take, to break and to repair: deploy/workers/README.md
 Watch events pass, without taking them from a queue:
   $cli tail 'scan.#'
 
