@@ -57,7 +57,12 @@ async fn a_backlog_does_not_hold_up_the_next_relay() {
     let vhost = Vhost::new(Node::shared().await).await;
     let wire = Wire::new(vhost.address());
     let (_http, number) = socket();
-    let setup = Setup::new(&vhost.url_through(&wire)).handed_over(&[("http", number)]).set("shutdown.grace", "1h");
+    // Nothing else would end the wait for the broker in time.
+    let setup = Setup::new(&vhost.url_through(&wire))
+        .handed_over(&[("http", number)])
+        .set("shutdown.grace", "1h")
+        .set("broker.heartbeat", "5m")
+        .set("broker.confirm_timeout", "10m");
     let mut relay = setup.start().await;
     relay.eventually_metric("prism_relay_broker_connected", &[], 1.0).await;
     wire.stall();
