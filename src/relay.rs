@@ -41,6 +41,8 @@ const CERTIFICATE_REMINDER: Duration = Duration::from_secs(24 * 3600);
 
 /// How long deliveries may go on where the public socket is held open for the next relay, and webhooks wait in it.
 const HANDOVER: Duration = Duration::from_secs(1);
+/// And requests: one that takes longer is sent again.
+const HANDOVER_REQUESTS: Duration = Duration::from_secs(2);
 
 /// How long the last commit may take after the grace.
 const WRITER_PATIENCE: Duration = Duration::from_secs(1);
@@ -111,19 +113,20 @@ pub async fn serve(config: Config) -> Result<(), RelayError> {
 
 /// Locks and binds first, then announces, then runs.
 async fn start(config: Config, hangup: Signal, stops: &Stops) -> Result<Tasks, RelayError> {
-    warn_of_weak_settings(&config);
     raise_descriptor_limit(config.http.connections_max);
     let metrics = Arc::new(Metrics::new());
     let (spool, spool_writer) = Spool::open(&config.spool, &config.dedupe, Arc::clone(&metrics))?;
+    let handed_over = service_manager::listeners()?;
+    let is_handed_over = handed_over.http.is_some();
+    let listener = server::listen(config.http.listen, "http.listen", handed_over.http).await?;
+    let ops_listener = server::listen(config.ops.listen, "ops.listen", handed_over.ops).await?;
+    let private = ops_listener.local_addr()?.ip().is_loopback();
+    warn_of_weak_settings(&config, private);
     let Config { http, signature, broker, .. } = config;
     let verifier = Arc::new(Verifier::new(&signature.secrets, signature.required, signature.tolerance));
     let tls = http.tls.clone().map(tls::Server::load).transpose()?.map(Arc::new);
     let access = Arc::new(Access::new(&broker)?);
-    let handed_over = service_manager::listeners()?;
-    let is_handed_over = handed_over.http.is_some();
-    let listener = server::listen(http.listen, "http.listen", handed_over.http).await?;
-    let ops_listener = server::listen(config.ops.listen, "ops.listen", handed_over.ops).await?;
-    let gate = Arc::new(Gate::new(config.ops.token.clone(), ops_listener.local_addr()?.ip().is_loopback()));
+    let gate = Arc::new(Gate::new(config.ops.token.clone(), private));
     let journal = Arc::new(Journal::default());
     let traces = Arc::new(Traces::new(&config.traces).map_err(RelayError::Traces)?);
     let watched = Replaceable {
@@ -244,15 +247,16 @@ fn raise_descriptor_limit(connections_max: usize) {
     }
 }
 
-fn warn_of_weak_settings(config: &Config) {
+/// `private`: the operators' listener is on loopback.
+fn warn_of_weak_settings(config: &Config, private: bool) {
     if !config.signature.required {
         warn!("signature.required is false: whoever knows the address can post events");
         if config.signature.secrets.is_empty() {
             warn!("there is no secret, so signatures are not checked even where they are present");
         }
     }
-    if !config.ops.listen.ip().is_loopback() && config.ops.token.is_none() {
-        warn!("ops.listen is not on loopback and there is no ops.token: the console and /api are closed");
+    if !private && config.ops.token.is_none() {
+        warn!("the operators' listener is not on loopback and there is no ops.token: the console and /api are closed");
     }
     if config.dedupe.window.is_zero() {
         warn!("dedupe.window is 0s: re-sends are published again, and so is a request that somebody has captured");
@@ -300,9 +304,11 @@ impl Tasks {
         // Requests get half of the grace, so that slow senders do not take the deliveries' share. Whoever comes later on
         // an open connection is told to come back.
         stops.ingress.cancel();
-        let served = timeout_at(begun + (deadline - begun) / 2, &mut ingress).await;
+        let patience = (deadline - begun) / 2;
+        let patience = if is_handed_over { patience.min(HANDOVER_REQUESTS) } else { patience };
+        let served = timeout_at(begun + patience, &mut ingress).await;
         if served.is_err() {
-            warn!("half of the grace is over: requests that are still under way are answered 503");
+            warn!(?patience, "requests that are still under way are answered 503");
         }
         spool.close();
         stops.publisher.cancel();
@@ -324,7 +330,7 @@ impl Tasks {
         // The writer ends once nobody can send to it any more, and leaves a closed file. A sick disk is not waited for.
         let written = timeout_at(deadline + WRITER_PATIENCE, spool_writer).await;
         let left = (deadline + WRITER_PATIENCE).saturating_duration_since(Instant::now());
-        traces.flush(left.min(TRACES_PATIENCE)).await;
+        traces.flush(left.min(if is_handed_over { HANDOVER } else { TRACES_PATIENCE })).await;
         upkeep.abort();
         info!(pending, "stopped");
         match (served, published, written) {

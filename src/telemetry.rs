@@ -36,6 +36,11 @@ pub fn init(log: &Log) {
     }));
 }
 
+/// What others wrote must not steer the terminal.
+pub fn clean(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
+}
+
 /// A panic's own words, if they were written in the source. Others may quote the data that led to it, a body for example.
 fn panic_reason(payload: &dyn Any) -> &'static str {
     payload.downcast_ref::<&'static str>().copied().unwrap_or("left out, for it may quote data")

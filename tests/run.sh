@@ -109,7 +109,10 @@ take_out() {
   mkdir -p "$folder"
   # apt downloads as a user of its own, who may not write everywhere.
   download=$(mktemp -d) && chmod 755 "$download"
-  (cd "$download" && { apt-get download -qq "$package" || { as_root apt-get update -qq && apt-get download -qq "$package"; }; }) >/dev/null 2>&1
+  if ! (cd "$download" && { apt-get download -qq "$package" || { as_root apt-get update -qq && apt-get download -qq "$package"; }; }) >"$download/log" 2>&1; then
+    cat "$download/log" >&2
+    exit 1
+  fi
   dpkg-deb -x "$download"/"$package"_*.deb "$folder"
   rm -rf "$download"
 }

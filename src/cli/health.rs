@@ -35,13 +35,7 @@ enum HealthError {
 }
 
 pub async fn run(config: &Config, options: Options) -> Result<(), Failure> {
-    let base = match options.url {
-        Some(url) => url,
-        None => super::http_url(config.ops.listen, "ops.listen", "")?,
-    };
-    let url: Uri = format!("{}/readyz", base.to_string().trim_end_matches('/'))
-        .parse()
-        .map_err(|error| Failure::Usage(format!("{base}: {error}")))?;
+    let url = super::ops_url(config, options.url, "/readyz")?;
     let asked = timeout(ANSWER_TIMEOUT, ask(&url)).await;
     let no_answer = || HealthError::NoAnswer { url: url.clone(), reason: "not in time".to_owned() };
     asked.map_err(|_| Failure::new(no_answer()))?.map_err(Failure::new)?;

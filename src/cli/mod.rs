@@ -27,7 +27,7 @@ use thiserror::Error;
 
 use crate::config::{Config, ConfigError, Purpose};
 use crate::publisher::{Access, ConnectError, Link};
-use crate::telemetry::chain;
+use crate::telemetry::{chain, clean};
 use crate::{relay, telemetry};
 
 /// Such as `0.1.0 (3f2a9c01b7de)`; the commit is build.rs's word.
@@ -154,9 +154,11 @@ fn http_url(mut address: SocketAddr, key: &str, path: &str) -> Result<Uri, Failu
     format!("http://{address}{path}").parse().map_err(Failure::new)
 }
 
-/// What a sender wrote must not steer the terminal.
-fn clean(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
+/// An address on the operators' listener: below `given`, or where the configuration has it.
+fn ops_url(config: &Config, given: Option<Uri>, path: &str) -> Result<Uri, Failure> {
+    let Some(base) = given else { return http_url(config.ops.listen, "ops.listen", path) };
+    let url = format!("{}{path}", base.to_string().trim_end_matches('/'));
+    url.parse().map_err(|error| Failure::Usage(format!("{base}: {error}")))
 }
 
 /// Runs the command that the process was started with.

@@ -20,15 +20,18 @@ use super::{Failure, say};
 use crate::config::Config;
 use crate::publisher::Link;
 use crate::telemetry::chain;
-use crate::topology::{Live, Plan, Queue, TopologyError, establish_around, establish_queue, reply_code};
+use crate::topology::{Live, MOVING, Plan, Queue, TopologyError, establish_around, establish_queue, reply_code};
 
 /// After which what the management API tells of a queue is new: 6 to 9 s were seen.
 const STATISTICS: Duration = Duration::from_secs(15);
 
+/// Between two looks.
+const LOOK: Duration = Duration::from_secs(1);
+
 /// For the end of a consumer to be noticed.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// Of moving what is in a queue; more arrives only while a publisher still knows the old way.
+/// Of moving what is in a queue; more arrives only from who publishes straight to it.
 const ROUNDS: usize = 10;
 
 #[derive(Debug, Error)]
@@ -42,6 +45,10 @@ enum RecreateError {
          (rabbitmqctl list_queues name messages messages_dlx); when they are gone run this again"
     )]
     OnTheirWay { queue: String, count: u64 },
+    #[error(
+        "{queue} has {count} messages, more than its new max_length of {limit}: let the workers do some of them first"
+    )]
+    TooMany { queue: String, count: u64, limit: u64 },
     #[error("{queue} is bound to {bindings}, too: put that into the configuration, or unbind it first")]
     BoundByOthers { queue: String, bindings: String },
     #[error(
@@ -82,18 +89,19 @@ async fn recreate(
 ) -> Result<u64, RecreateError> {
     let name = &queue.name;
     // An exchange and a queue of this name hold the messages meanwhile: the exchange, so that they keep their keys.
-    let moving = format!("{name}.moving");
+    let moving = format!("{name}{MOVING}");
     let through = Destination::Exchange(moving.clone());
     // For the answers to a step of many.
     let deadline = config.broker.confirm_timeout + config.broker.connect_timeout * plan.steps();
     let channel = in_time(deadline, link.connection.create_channel()).await?;
-    in_time(deadline, declare(&channel, &moving)).await?;
-    topology_in_time(deadline, establish_around(&link.connection, plan, name)).await?;
-
+    // Before anything is made.
     let foreign = live(management).await?.foreign_bindings(plan, name);
     if !foreign.is_empty() {
         return Err(RecreateError::BoundByOthers { queue: name.clone(), bindings: foreign.join(", ") });
     }
+    has_room(link, deadline, queue, &moving).await?;
+    in_time(deadline, declare(&channel, &moving)).await?;
+    topology_in_time(deadline, establish_around(&link.connection, plan, name)).await?;
 
     // The old one, if it is there: from now on events go to the other.
     if look(link, deadline, name).await?.is_some() {
@@ -106,11 +114,16 @@ async fn recreate(
             unbind_like(&channel, plan, name, name).await
         };
         in_time(deadline, turn).await?;
-        empty(config, link, deadline, name, &through).await?;
-        // Quorum queues cannot be asked to be deleted only if they are empty and unused, so this is looked at right before.
-        is_unused(link, deadline, name).await?;
-        is_empty(link, deadline, name).await?;
-        has_let_go_of_everything(management, name).await?;
+        let mut rounds = 0..ROUNDS;
+        loop {
+            empty(config, link, deadline, name, &through).await?;
+            is_unused(link, deadline, name).await?;
+            // Whoever publishes straight to the queue may do so while this waits.
+            if has_let_go_of_everything(management, link, deadline, name).await? {
+                break;
+            }
+            rounds.next().ok_or_else(|| RecreateError::NotEmpty(name.clone()))?;
+        }
         in_time(deadline, channel.queue_delete(short(name), QueueDeleteOptions::default())).await?;
     }
     topology_in_time(deadline, establish_queue(&link.connection, plan, queue)).await?;
@@ -138,6 +151,19 @@ async fn topology_in_time(
     Ok(timeout(deadline, answer).await.map_err(|_| TransferError::Silent(deadline))??)
 }
 
+/// The new queue would not take back more than its limit.
+async fn has_room(link: &Link, deadline: Duration, queue: &Queue, moving: &str) -> Result<(), RecreateError> {
+    let Some(limit) = queue.max_length() else { return Ok(()) };
+    let mut count = 0;
+    for part in [queue.name.as_str(), moving] {
+        count += look(link, deadline, part).await?.map_or(0, |there| u64::from(there.message_count()));
+    }
+    if count > limit {
+        return Err(RecreateError::TooMany { queue: queue.name.clone(), count, limit });
+    }
+    Ok(())
+}
+
 /// The exchange and the queue that hold the messages meanwhile.
 async fn declare(channel: &Channel, moving: &str) -> Result<(), lapin::Error> {
     let durable = ExchangeDeclareOptions { durable: true, ..Default::default() };
@@ -151,18 +177,31 @@ async fn declare(channel: &Channel, moving: &str) -> Result<(), lapin::Error> {
     Ok(())
 }
 
-/// AMQP counts what could be delivered. What is on its way to the dead letters only the API tells, some seconds later.
-async fn has_let_go_of_everything(management: &Management, queue: &str) -> Result<(), RecreateError> {
+/// Whether nothing is in the queue, and nothing on its way out of it; false if something has come in meanwhile. AMQP counts
+/// what could be delivered, at once. What is on its way to the dead letters only the API tells, some seconds later. Quorum
+/// queues cannot be asked to be deleted only if they are empty and unused, so AMQP has the last word, right before.
+async fn has_let_go_of_everything(
+    management: &Management,
+    link: &Link,
+    deadline: Duration,
+    queue: &str,
+) -> Result<bool, RecreateError> {
     let begun = Instant::now();
     loop {
-        sleep(Duration::from_secs(1)).await;
+        sleep(LOOK).await;
         let messages = live(management).await?.messages(queue);
+        let now = look(link, deadline, queue).await?;
+        let (ready, count) = now.map_or((0, 0), |queue| (queue.message_count(), queue.consumer_count()));
         match (messages, begun.elapsed()) {
-            (Some(0), waited) if waited >= STATISTICS => return Ok(()),
-            (Some(count), waited) if waited >= STATISTICS => {
+            _ if count > 0 => return Err(RecreateError::InUse { queue: queue.to_owned(), count }),
+            _ if ready > 0 => return Ok(false),
+            (Some(0), waited) if waited >= STATISTICS => return Ok(true),
+            (Some(count), waited) if waited >= STATISTICS + STATISTICS / 2 => {
                 return Err(RecreateError::OnTheirWay { queue: queue.to_owned(), count });
             }
-            (None, waited) if waited >= STATISTICS + PATIENCE => return Err(RecreateError::Unknown(queue.to_owned())),
+            (None, waited) if waited >= STATISTICS + STATISTICS / 2 => {
+                return Err(RecreateError::Unknown(queue.to_owned()));
+            }
             _ => {}
         }
     }

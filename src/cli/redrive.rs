@@ -56,7 +56,7 @@ pub struct Options {
     /// At most so many
     #[arg(long)]
     count: Option<NonZeroU64>,
-    /// Print what would be moved, and move nothing
+    /// Print what would be moved, and move nothing; what was returned often is put back as a copy, so that it may be returned again
     #[arg(long)]
     dry_run: bool,
     /// Not as a new publish.
@@ -139,7 +139,7 @@ async fn redrive(
             Err(_) => return Err(TransferError::Silent(deadline)),
         };
         let Some(delivery) = delivery else { break };
-        if is_worn(&delivery) {
+        if !options.as_it_is && is_worn(&delivery) {
             // Comes again at the end of the queue, with a new count.
             back.add(Parcel {
                 to: Destination::Queue(options.from.clone()),

@@ -56,13 +56,7 @@ enum TopError {
 }
 
 pub async fn run(config: &Config, options: Options) -> Result<(), Failure> {
-    let base = match options.url {
-        Some(url) => url,
-        None => super::http_url(config.ops.listen, "ops.listen", "")?,
-    };
-    let url: Uri = format!("{}/api/status", base.to_string().trim_end_matches('/'))
-        .parse()
-        .map_err(|error| Failure::Usage(format!("{base}: {error}")))?;
+    let url = super::ops_url(config, options.url, "/api/status")?;
     let mut request = Request::get(url.clone());
     if let Some(token) = &config.ops.token {
         request = request.header(AUTHORIZATION, format!("Bearer {}", token.expose()));

@@ -106,15 +106,12 @@ async fn diff(config: &Config, file: Option<&Path>, plan: &Plan) -> Result<(), F
     };
     link.close().await;
     let found = found?;
-    for Difference { entity, what, mend, advice, .. } in &found {
-        say(&format!("{}{entity}: {what}", if *advice { "advice: " } else { "" }));
-        if let Some(mend) = mend {
-            say(&format!("    {mend}"));
-        }
-    }
+    // In the order in which they can be mended.
+    tell(found.iter().filter(|difference| !difference.last));
     if found.iter().any(|difference| difference.declare) {
         say(&format!("and then\n    {} topology declare", command(file)));
     }
+    tell(found.iter().filter(|difference| difference.last));
     match found.iter().filter(|difference| !difference.advice).count() {
         0 => {
             say("the broker is as configured");
@@ -123,6 +120,15 @@ async fn diff(config: &Config, file: Option<&Path>, plan: &Plan) -> Result<(), F
         count => {
             say(&format!("differences: {count}"));
             Err(Failure::Reported)
+        }
+    }
+}
+
+fn tell<'a>(found: impl Iterator<Item = &'a Difference>) {
+    for Difference { entity, what, mend, advice, .. } in found {
+        say(&format!("{}{entity}: {what}", if *advice { "advice: " } else { "" }));
+        if let Some(mend) = mend {
+            say(&format!("    {mend}"));
         }
     }
 }

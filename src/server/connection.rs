@@ -244,9 +244,14 @@ impl Protocol {
     {
         let _ = stream.set_nodelay(true);
         let Some(tls) = tls else { return self.speak(stream, service, activity, shutdown).await };
+        let mut shaking = pin!(timeout(self.header_timeout, TlsAcceptor::from(tls).accept(stream)));
         let handshake = tokio::select! {
-            handshake = timeout(self.header_timeout, TlsAcceptor::from(tls).accept(stream)) => handshake,
-            () = shutdown.cancelled() => return End::Closed,
+            handshake = shaking.as_mut() => handshake,
+            // It may still become a request.
+            () = shutdown.cancelled() => match timeout(LAST_REQUEST, shaking).await {
+                Ok(handshake) => handshake,
+                Err(_) => return End::Closed,
+            },
         };
         match handshake {
             Ok(Ok(stream)) => self.speak(stream, service, activity, shutdown).await,

@@ -5,23 +5,10 @@ use std::fmt::Display;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use super::definitions::{KEEPERS, KEEPERS_LIMIT, escaped, kind, pattern, plain, policy_key, policy_name, target_kind};
-use super::{Binding, Entity, Plan};
-
-/// What of a policy decides about messages. Others, such as where a queue's leader lives, are the operator's business.
-const TOUCHES_MESSAGES: [&str; 11] = [
-    "alternate-exchange",
-    "dead-letter-exchange",
-    "dead-letter-routing-key",
-    "dead-letter-strategy",
-    "delivery-limit",
-    "expires",
-    "max-age",
-    "max-length",
-    "max-length-bytes",
-    "message-ttl",
-    "overflow",
-];
+use super::definitions::{KEEPERS, kind, pattern, plain, policy_key, policy_name, target_kind};
+use super::mending::{Mending, TOUCHES_MESSAGES, quote};
+use super::{Binding, Entity, MOVING, Plan};
+use crate::telemetry::clean;
 
 /// What the API tells of a virtual host.
 #[derive(Debug, Default)]
@@ -53,13 +40,13 @@ pub struct LiveEntity {
 
 #[derive(Debug, Deserialize)]
 pub struct LiveBinding {
-    source: String,
-    destination: String,
-    destination_type: String,
+    pub(super) source: String,
+    pub(super) destination: String,
+    pub(super) destination_type: String,
     routing_key: String,
     #[serde(default)]
     arguments: Map<String, Value>,
-    properties_key: String,
+    pub(super) properties_key: String,
 }
 
 #[derive(Debug, Deserialize)]
@@ -67,19 +54,6 @@ pub struct LivePolicy {
     name: String,
     pattern: String,
     definition: Map<String, Value>,
-}
-
-/// What the commands need to know.
-#[derive(Debug)]
-pub struct Mending {
-    /// The relay's own command with its configuration, such as `prism-relay --config relay.toml`.
-    pub relay: String,
-    pub vhost: String,
-    /// Of the management API, without `/` at the end.
-    pub api: String,
-    pub user: String,
-    /// Whether the relay itself declares the arguments, so that a policy in their place would be a clash.
-    pub active: bool,
 }
 
 /// One thing that is not as planned.
@@ -92,6 +66,8 @@ pub struct Difference {
     pub mend: Option<String>,
     /// Whether the topology has to be declared afterwards.
     pub declare: bool,
+    /// Whether this has to wait until everything else is as it should be, or events would find no way.
+    pub last: bool,
     /// Worth knowing, but as planned.
     pub advice: bool,
 }
@@ -100,12 +76,17 @@ impl Difference {
     /// Something that a command mends.
     fn new(entity: impl Display, what: impl Display, mend: String) -> Self {
         let (entity, what) = (entity.to_string(), what.to_string());
-        Self { entity, what, mend: Some(mend), declare: false, advice: false }
+        Self { entity, what, mend: Some(mend), declare: false, last: false, advice: false }
     }
 
     /// Something that is not there.
     pub fn missing(entity: impl Display) -> Self {
         Self { mend: None, declare: true, ..Self::new(entity, "does not exist", String::new()) }
+    }
+
+    /// Something that is too much.
+    fn surplus(entity: impl Display, what: impl Display, mend: String) -> Self {
+        Self { last: true, ..Self::new(entity, what, mend) }
     }
 
     /// Something that has to be made anew.
@@ -115,9 +96,7 @@ impl Difference {
                 let what = format!("{what}. Give it another name: a stream cannot be poured into another one");
                 Self { mend: None, ..Self::new(entity, what, String::new()) }
             }
-            Entity::Queue(queue) => {
-                Self::new(entity, what, format!("{} topology recreate {}", mending.relay, quote(&queue.name)))
-            }
+            Entity::Queue(queue) => Self::new(entity, what, mending.recreate(&queue.name)),
             Entity::Exchange(exchange) => {
                 let remove = mending.delete(&["exchanges", &mending.vhost, &exchange.name]);
                 Self { declare: true, ..Self::new(entity, what, remove) }
@@ -150,27 +129,9 @@ pub fn differences(plan: &Plan, live: &Live, mending: &Mending) -> Vec<Differenc
             found.push(Difference::missing(binding));
         }
     }
-    // Whatever else is on the broker is not ours; but between two of ours nothing unknown may lead, and nothing out of the
-    // inside of a queue of several parts.
-    let ours =
-        |kind: &str, name: &str| plan.entities().iter().any(|entity| entity.name() == name && kind == kind_of(entity));
-    let left_over = |kind: &str, name: &str| kind == "queue" && !ours(kind, name) && plan.may_have_made(name);
-    for there in live.bindings.iter().filter(|there| !there.is_in(plan)) {
-        let LiveBinding { source, destination, destination_type, routing_key, .. } = there;
-        let inside = ours("exchange", source) && plan.is_inner_exchange(source);
-        let to_ours = ours(destination_type, destination) || left_over(destination_type, destination);
-        if inside || (ours("exchange", source) && to_ours) {
-            let entity = format!("binding of {destination_type} {destination} to exchange {source} by {routing_key:?}");
-            found.push(Difference::new(entity, "is not configured", mending.unbind(there)));
-        }
-    }
-    for there in live.queues.iter().filter(|there| left_over("queue", &there.name)) {
-        let count = there.messages.map_or("an unknown number of".to_owned(), |count| count.to_string());
-        let what = format!("is left over, with {count} messages; once they are gone it can be deleted");
-        let mend = format!("{} redrive --from {}", mending.relay, quote(&there.name));
-        found.push(Difference::new(format!("queue {}", there.name), what, mend));
-    }
+    found.extend(surplus(plan, live, mending));
     for difference in &mut found {
+        // Names on the broker are other people's.
         difference.entity = clean(&difference.entity);
         difference.what = clean(&difference.what);
         // What steers a terminal is no command to copy.
@@ -179,9 +140,39 @@ pub fn differences(plan: &Plan, live: &Live, mending: &Mending) -> Vec<Differenc
     found
 }
 
-/// Names on the broker are other people's.
-fn clean(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
+/// Whatever else is on the broker is not ours; but between two of ours nothing unknown may lead, nothing out of the inside of a
+/// queue of several parts, and no queue of another configuration may be left.
+fn surplus(plan: &Plan, live: &Live, mending: &Mending) -> Vec<Difference> {
+    let mut found = Vec::new();
+    let ours =
+        |kind: &str, name: &str| plan.entities().iter().any(|entity| entity.name() == name && kind == entity.kind());
+    let left_over = |kind: &str, name: &str| kind == "queue" && !ours(kind, name) && plan.may_have_made(name);
+    // It knows best how to go on.
+    let interrupted = |name: &str| name.strip_suffix(MOVING).is_some_and(|queue| plan.queue_named(queue).is_some());
+    for there in live.bindings.iter().filter(|there| !there.is_in(plan)) {
+        let LiveBinding { source, destination, destination_type, routing_key, .. } = there;
+        let inside = ours("exchange", source) && plan.is_inner_exchange(source);
+        let to_ours = ours(destination_type, destination) || left_over(destination_type, destination);
+        if (inside || (ours("exchange", source) && to_ours)) && !interrupted(destination) {
+            let entity = format!("binding of {destination_type} {destination} to exchange {source} by {routing_key:?}");
+            found.push(Difference::surplus(entity, "is not configured", mending.unbind(there)));
+        }
+    }
+    for there in live.queues.iter().filter(|there| left_over("queue", &there.name)) {
+        let (entity, name) = (format!("queue {}", there.name), &there.name);
+        let count = there.messages.map_or("an unknown number of".to_owned(), |count| count.to_string());
+        found.push(match name.strip_suffix(MOVING) {
+            Some(queue) if interrupted(name) => {
+                let what = format!("a topology recreate was interrupted, which has {count} messages here");
+                Difference::new(entity, what, mending.recreate(queue))
+            }
+            _ => {
+                let what = format!("is left over, with {count} messages; once they are gone it can be deleted");
+                Difference::surplus(entity, what, mending.redrive(name))
+            }
+        });
+    }
+    found
 }
 
 /// Those of one entity that the same command mends are one.
@@ -202,13 +193,6 @@ fn entity_of<'a>(live: &'a Live, entity: &Entity) -> Option<&'a LiveEntity> {
         Entity::Queue(_) => &live.queues,
     };
     list.iter().find(|there| there.name == entity.name())
-}
-
-fn kind_of(entity: &Entity) -> &'static str {
-    match entity {
-        Entity::Exchange(_) => "exchange",
-        Entity::Queue(_) => "queue",
-    }
 }
 
 fn compare(entity: &Entity, there: &LiveEntity, live: &Live, mending: &Mending) -> Vec<Difference> {
@@ -260,7 +244,7 @@ fn compare(entity: &Entity, there: &LiveEntity, live: &Live, mending: &Mending) 
     for (name, value) in policy.iter().filter(|(name, _)| matters(name) && !planned.contains(&name.as_str())) {
         found.push(there.differs_by_policy(entity, name, value, "and not configured", live, mending));
     }
-    if keeper && kind_of(entity) == "queue" && live.major() >= 4 && !policy.contains_key("delivery-limit") {
+    if keeper && entity.kind() == "queue" && live.major() >= 4 && !policy.contains_key("delivery-limit") {
         found.push(Difference {
             advice: true,
             ..Difference::new(
@@ -359,74 +343,5 @@ impl LiveBinding {
                 .inner()
                 .iter()
                 .all(|(name, value)| self.arguments.get(name.as_str()) == Some(&plain(value)))
-    }
-}
-
-impl Mending {
-    /// Sets what is missing by a policy, as whoever owns the broker would; not where the relay itself declares arguments.
-    fn set(&self, entity: &Entity) -> Option<String> {
-        let definition: Map<_, _> = entity
-            .arguments()
-            .inner()
-            .iter()
-            .map(|(name, value)| (policy_key(name.as_str()).to_owned(), plain(value)))
-            .filter(|(name, _)| TOUCHES_MESSAGES.contains(&name.as_str()))
-            .collect();
-        if self.active || definition.is_empty() {
-            return None;
-        }
-        let apply_to = format!("{}s", kind_of(entity));
-        Some(self.policy(&policy_name(entity), &pattern(entity.name()), &Value::from(definition), &apply_to))
-    }
-
-    fn keep(&self) -> String {
-        let names: Vec<_> = KEEPERS.iter().map(|name| escaped(name)).collect();
-        let definition = serde_json::json!({ "delivery-limit": KEEPERS_LIMIT });
-        self.policy("prism-keep", &format!("^({})$", names.join("|")), &definition, "queues")
-    }
-
-    fn policy(&self, name: &str, pattern: &str, definition: &Value, apply_to: &str) -> String {
-        let vhost = quote(&self.vhost);
-        let (name, pattern, definition) = (quote(name), quote(pattern), quote(&definition.to_string()));
-        format!("rabbitmqctl set_policy -p {vhost} --apply-to {apply_to} {name} {pattern} {definition}")
-    }
-
-    fn unbind(&self, binding: &LiveBinding) -> String {
-        let LiveBinding { source, destination, destination_type, properties_key, .. } = binding;
-        self.delete(&["bindings", &self.vhost, "e", source, &destination_type[..1], destination, properties_key])
-    }
-
-    /// RabbitMQ has no command of its own for this; curl asks for the password.
-    fn delete(&self, path: &[&str]) -> String {
-        let path: Vec<_> = path.iter().map(|segment| encoded(segment)).collect();
-        let url = format!("{}/api/{}", self.api, path.join("/"));
-        format!("curl -fsS -u {} -X DELETE {}", quote(&self.user), quote(&url))
-    }
-}
-
-/// As a segment of a path (RFC 3986).
-pub fn encoded(segment: &str) -> String {
-    percent_encoding::utf8_percent_encode(segment, percent_encoding::NON_ALPHANUMERIC).to_string()
-}
-
-/// As one word of a shell.
-pub fn quote(word: &str) -> String {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=@%+,".contains(c);
-    if !word.is_empty() && word.chars().all(plain) {
-        return word.to_owned();
-    }
-    format!("'{}'", word.replace('\'', r"'\''"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn words_of_a_shell_are_quoted() {
-        assert_eq!(quote("prism.scan"), "prism.scan");
-        assert_eq!(quote("/"), "/");
-        assert_eq!(quote(""), "''");
-        assert_eq!(quote("it's; rm -rf *"), r"'it'\''s; rm -rf *'");
     }
 }

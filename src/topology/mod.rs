@@ -3,6 +3,7 @@
 
 mod definitions;
 mod diff;
+mod mending;
 mod plan;
 
 use lapin::options::{ExchangeBindOptions, ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions};
@@ -11,7 +12,8 @@ use lapin::{Channel, Connection, ErrorKind, ExchangeKind};
 use thiserror::Error;
 
 pub use definitions::{definitions, kind, plain};
-pub use diff::{Difference, Live, Mending, differences, encoded, quote};
+pub use diff::{Difference, Live, differences};
+pub use mending::{Mending, encoded, quote};
 pub use plan::{Binding, CONSISTENT_HASH, Entity, Exchange, Plan, Queue, Target};
 
 use crate::config::Declare;
@@ -20,6 +22,8 @@ use crate::config::Declare;
 pub const UNROUTED: &str = "prism.unrouted";
 /// Topic exchange and queue for what the workers have given up.
 pub const DEAD: &str = "prism.dead";
+/// Ends the name of what holds a queue's messages while the queue is replaced.
+pub const MOVING: &str = ".moving";
 /// Unless the configuration gives the archive another name.
 pub const ARCHIVE: &str = "prism.archive";
 

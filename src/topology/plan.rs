@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use lapin::types::{AMQPValue, FieldTable, LongString};
 
-use super::{DEAD, ExchangeKind, UNROUTED};
+use super::{DEAD, ExchangeKind, MOVING, UNROUTED};
 use crate::config::{self, Archive};
 
 /// Has to be enabled on the broker, with which it is shipped.
@@ -123,7 +123,7 @@ impl Plan {
         let number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
         let ours = |rest: &str| {
             rest.is_empty()
-                || rest == ".moving"
+                || rest == MOVING
                 || rest.strip_prefix('.').is_some_and(number)
                 || rest.strip_prefix(".retry.").is_some_and(number)
         };
@@ -274,6 +274,14 @@ fn table(arguments: &[(&str, AMQPValue)]) -> FieldTable {
 }
 
 impl Queue {
+    /// In messages.
+    pub fn max_length(&self) -> Option<u64> {
+        match self.arguments.inner().get("x-max-length")? {
+            AMQPValue::LongLongInt(length) => u64::try_from(*length).ok(),
+            _ => None,
+        }
+    }
+
     pub fn is_stream(&self) -> bool {
         self.arguments.inner().get("x-queue-type") == Some(&text("stream"))
     }
@@ -284,6 +292,14 @@ impl Entity {
         match self {
             Self::Exchange(exchange) => &exchange.name,
             Self::Queue(queue) => &queue.name,
+        }
+    }
+
+    /// As RabbitMQ has it: `exchange` or `queue`.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Exchange(_) => "exchange",
+            Self::Queue(_) => "queue",
         }
     }
 

@@ -3,10 +3,15 @@
 use std::collections::HashSet;
 use std::net::TcpListener;
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
 
 use rustix::io::{FdFlags, fcntl_setfd};
+use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio_rustls::TlsConnector;
 
-use crate::harness::{Node, Setup, Vhost, Wire, eventually};
+use crate::harness::http::{now, sign, tls_config};
+use crate::harness::{Authority, Node, Raw, SECRET, Setup, Vhost, Wire, eventually};
 
 /// A listening socket, as a unit with `ListenStream=` makes one, that programs we start inherit.
 fn socket() -> (TcpListener, RawFd) {
@@ -25,7 +30,7 @@ async fn a_restart_under_load_refuses_nobody_and_loses_nothing() {
     assert_eq!(relay.address(), http.local_addr().unwrap());
     let url = format!("http://{}/webhooks/prism", http.local_addr().unwrap());
     let sender = Setup::new(&vhost.url());
-    let arguments = ["send", "--url", &url, "--type", "scan.a", "--rate", "250", "--count", "1500"];
+    let arguments = ["send", "--url", &url, "--type", "scan.a", "--rate", "250", "--count", "2500"];
     let mut sending = sender.launch(&arguments);
     for restart in 1..=4 {
         eventually("traffic", async || {
@@ -41,14 +46,14 @@ async fn a_restart_under_load_refuses_nobody_and_loses_nothing() {
     // A connection that was kept open for long may break off just as it is used again; Prism tries again then, and so does this.
     assert!(!sent.stdout.contains("answered 5") && !sent.stdout.contains("refused"), "{}", sent.stdout);
     assert!(
-        sent.stdout.lines().any(|line| line.starts_with("accepted ") && line.ends_with(" 1500")),
+        sent.stdout.lines().any(|line| line.starts_with("accepted ") && line.ends_with(" 2500")),
         "{}",
         sent.stdout
     );
     relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
     let depth = vhost.depth("prism.scan").await as usize;
     let ids: HashSet<_> = vhost.messages("prism.scan", depth).await.iter().map(|message| message.id()).collect();
-    assert_eq!(ids.len(), 1500, "of {depth}");
+    assert_eq!(ids.len(), 2500, "of {depth}");
 }
 
 /// The next relay can deliver as well; webhooks cannot wait.
@@ -82,4 +87,50 @@ async fn a_socket_without_a_purpose_is_an_error() {
     let (http, number) = socket();
     let relay = Setup::new("amqp://127.0.0.1:1").handed_over(&[("prism-relay.socket", number)]).start().await;
     assert_eq!(relay.address(), http.local_addr().unwrap());
+}
+
+/// A connection that was accepted and has said nothing yet: the handshake and the request come after the SIGTERM.
+#[tokio::test]
+async fn a_handshake_that_is_under_way_becomes_a_request() {
+    let authority = Authority::new();
+    let own = authority.issue_server();
+    let (_http, number) = socket();
+    let mut setup = Setup::new("amqp://127.0.0.1:1").handed_over(&[("http", number)]);
+    let (certificate, key) = (setup.file("tls.crt", own.certificate), setup.file("tls.key", own.private_key));
+    setup.change("http.tls", json!({ "certificate": certificate, "private_key": key }));
+    let mut relay = setup.start().await;
+    let stream = tokio::net::TcpStream::connect(relay.address()).await.unwrap();
+    relay.eventually_metric("prism_relay_connections", &[("state", "half-open")], 1.0).await;
+    relay.sigterm();
+    relay.eventually_logs("stopping: finishing requests").await;
+    let connector = TlsConnector::from(Arc::new(tls_config(Some(&authority.pem()), None)));
+    let mut stream = connector.connect("localhost".try_into().unwrap(), stream).await.expect("a handshake");
+    let (body, timestamp) = (r#"{"eventType":"scan.a","payload":{}}"#, now());
+    let request = format!(
+        "POST /webhooks/prism HTTP/1.1\r\nhost: localhost\r\nprism-timestamp: {timestamp}\r\nprism-signature: {}\r\n\
+         content-length: {}\r\n\r\n{body}",
+        sign(SECRET, &timestamp, body.as_bytes()),
+        body.len()
+    );
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    // The relay may end without a goodbye of TLS, once it has answered.
+    let _ = stream.read_to_string(&mut answer).await;
+    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer:?}");
+    assert_eq!(relay.wait().await.code, Some(0));
+}
+
+/// A stranger who never ends his request keeps nobody waiting.
+#[tokio::test]
+async fn half_a_request_does_not_hold_up_the_next_relay() {
+    let (_http, number) = socket();
+    let setup = Setup::new("amqp://127.0.0.1:1").handed_over(&[("http", number)]);
+    let setup = setup.set("shutdown.grace", "1h").set("http.body_timeout", "30m").set("http.header_timeout", "30m");
+    let mut relay = setup.start().await;
+    let mut slow = Raw::connect(relay.address()).await;
+    slow.write("POST /webhooks/prism HTTP/1.1\r\nhost: a\r\ncontent-length: 1000\r\n\r\n{").await.unwrap();
+    relay.eventually_metric("prism_relay_connections", &[("state", "established")], 1.0).await;
+    // Within the harness's deadline, where nothing but the handover ends it.
+    relay.restart().await;
+    relay.post(r#"{"eventType":"scan.a","payload":{}}"#).await.expect(200);
 }

@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use futures_util::StreamExt;
 use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions};
@@ -286,7 +285,6 @@ impl Worker {
                 let json: Value = serde_json::from_slice(&delivery.data).unwrap();
                 let payload = &json["payload"];
                 let scan = payload["scanId"].as_str().unwrap().to_owned();
-                tokio::time::sleep(Duration::from_millis(1)).await;
                 book.0.lock().unwrap().push((name.clone(), scan, payload["number"].as_u64().unwrap()));
                 let _ = delivery.acker.ack(BasicAckOptions::default()).await;
             }

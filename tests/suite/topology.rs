@@ -1,7 +1,10 @@
 //! What the relay declares, checks and refuses.
 
+use std::time::Duration;
+
 use serde_json::{Value, json};
 
+use crate::harness::eventually::eventually_within;
 use crate::harness::{Node, Relay, Setup, Vhost, Wire, eventually};
 
 const EVENT: &str = r#"{"eventType":"scan.a","payload":{}}"#;
@@ -259,6 +262,53 @@ async fn mend(node: &Node, setup: &Setup, told: &str) {
     }
 }
 
+/// The default exchange leads to a queue whatever it is bound to: this is how `redrive --to` publishes.
+#[tokio::test]
+async fn what_goes_straight_into_a_queue_that_is_replaced_is_not_lost() {
+    let node = Node::shared().await;
+    let vhost = Vhost::new(node).await;
+    let setup = watched(node, &vhost);
+    assert_eq!(setup.run(&["topology", "declare"]).await.code, Some(0));
+    let mut running = setup.launch(&["topology", "recreate", "prism.scan"]);
+    // From here on it waits for what the API tells.
+    let unbound = |(_, queue, key): &(String, String, String)| queue == "prism.scan" && key == "scan.#";
+    eventually("the old way to be closed", async || match vhost.bindings().await {
+        bindings if !bindings.iter().any(unbound) => Ok(()),
+        bindings => Err(format!("{bindings:?}")),
+    })
+    .await;
+    for _ in 0..10 {
+        vhost.publish("", "prism.scan", EVENT).await;
+    }
+    // A worker that comes too early ends it.
+    let ended = eventually_within(Duration::from_secs(90), "its end", async || running.exited().ok_or("it runs")).await;
+    assert!(ended.success(), "{:?}", running.stderr());
+    assert_eq!(vhost.messages("prism.scan", 10).await.len(), 10);
+    let worker = vhost.connect().await;
+    let channel = worker.create_channel().await.unwrap();
+    let mut running = setup.launch(&["topology", "recreate", "prism.scan"]);
+    eventually("the old way to be closed", async || match vhost.bindings().await {
+        bindings if !bindings.iter().any(unbound) => Ok(()),
+        bindings => Err(format!("{bindings:?}")),
+    })
+    .await;
+    let early = channel.basic_consume("prism.scan".into(), "".into(), Default::default(), Default::default()).await;
+    let ended = running.wait().await;
+    assert!(ended.code == Some(1) && ended.stderr.contains("1 workers"), "{ended:?}");
+    drop(early);
+    worker.close(200, "done".into()).await.unwrap();
+
+    // Interrupted now, it is what diff tells to go on with.
+    eventually("what goes on", async || {
+        let told = setup.run(&["topology", "diff"]).await.stdout;
+        let goes_on = told.contains("queue prism.scan.moving: a topology recreate was interrupted")
+            && told.contains("topology recreate prism.scan\n")
+            && !told.contains("redrive --from");
+        if goes_on { Ok(()) } else { Err(told) }
+    })
+    .await;
+}
+
 /// They are not counted as messages of the queue, and would be gone with it.
 #[tokio::test]
 async fn dead_letters_on_their_way_keep_a_queue_from_being_replaced() {
@@ -278,6 +328,7 @@ async fn dead_letters_on_their_way_keep_a_queue_from_being_replaced() {
     vhost.bind("theirs", "prism.future_me", "a.#").await;
     let bound = setup.run(&["topology", "recreate", "prism.future_me"]).await;
     assert!(bound.code == Some(1) && bound.stderr.contains("bound to theirs (a.#), too"), "{bound:?}");
+    assert!(vhost.queue("prism.future_me.moving").await.is_none());
 }
 
 #[tokio::test]
@@ -410,7 +461,7 @@ async fn a_queue_is_replaced_while_events_come_in() {
     let mut number = 300;
     for pause in [150, 400, 17_000] {
         let mut interrupted = changed.launch(&["topology", "recreate", "prism.scan"]);
-        tokio::time::timeout(std::time::Duration::from_millis(pause), interrupted.wait()).await.ok();
+        tokio::time::timeout(Duration::from_millis(pause), interrupted.wait()).await.ok();
         interrupted.signal("KILL");
         interrupted.wait().await;
         for _ in 0..5 {
