@@ -23,6 +23,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use hyper::Uri;
+use indicatif::{ProgressBar, ProgressStyle};
 use thiserror::Error;
 
 use crate::config::{Config, ConfigError, Purpose};
@@ -123,6 +124,13 @@ impl Printed {
 /// things to do than to tell.
 fn say(line: &str) {
     let _ = writeln!(io::stdout().lock(), "{line}");
+}
+
+/// indicatif draws it on standard error, and only if that is a terminal.
+fn progress_bar(count: u64, what: &str) -> ProgressBar {
+    let template = format!("{{bar:40}} {{pos}}/{{len}} {what}, {{per_sec}}, {{eta}} left");
+    let style = ProgressStyle::with_template(&template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    ProgressBar::new(count).with_style(style)
 }
 
 /// None of the urls leads to a broker; what the last one said.

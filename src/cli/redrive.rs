@@ -18,8 +18,8 @@ use tokio::time::timeout;
 use super::messages::{
     fresh, header, matches, number, original_key, print, put_back, queue_name, short, time_of, uncounted,
 };
-use super::transfer::{Destination, Parcel, Transfer, TransferError, in_time, progress_bar, while_connected};
-use super::{Failure, say};
+use super::transfer::{Destination, Parcel, Transfer, TransferError, in_time, while_connected};
+use super::{Failure, progress_bar, say};
 use crate::config::Config;
 use crate::publisher::Link;
 use crate::topology::DEAD;
@@ -122,7 +122,7 @@ async fn redrive(
         return Ok(());
     }
     let mut source = in_time(deadline, Source::open(&channel, options)).await?;
-    let progress = progress_bar(options.count.map_or(left_to_see, |count| count.get().min(left_to_see)));
+    let progress = progress_bar(options.count.map_or(left_to_see, |count| count.get().min(left_to_see)), "messages");
     let (mut transfer, mut back) = (Transfer::new(channel.clone(), config), Transfer::new(channel.clone(), config));
     let mut interrupt = Box::pin(tokio::signal::ctrl_c());
     let mut chosen = 0;

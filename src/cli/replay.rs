@@ -11,8 +11,8 @@ use thiserror::Error;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::messages::{REPLAYED_AT, header, matches, number, print, queue_name, replayed, short, time_of};
-use super::transfer::{Destination, Parcel, Transfer, TransferError, in_time, progress_bar, while_connected};
-use super::{Failure, say};
+use super::transfer::{Destination, Parcel, Transfer, TransferError, in_time, while_connected};
+use super::{Failure, progress_bar, say};
 use crate::config::Config;
 use crate::publisher::Link;
 use crate::topology::ARCHIVE;
@@ -122,7 +122,7 @@ async fn replay(
         };
         let offset = number(&delivery.properties, "x-stream-offset").ok_or(ReplayError::NoStream)?;
         reached = Some(offset);
-        progress.get_or_insert_with(|| progress_bar((last + 1).saturating_sub(offset))).inc(1);
+        progress.get_or_insert_with(|| progress_bar((last + 1).saturating_sub(offset), "messages")).inc(1);
         let accepted = time_of(&delivery.properties).unwrap_or(Timestamp::UNIX_EPOCH);
         let wanted = (options.since..until).contains(&accepted)
             && matches(&options.key, delivery.routing_key.as_str())

@@ -14,7 +14,6 @@ use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
-use indicatif::{ProgressBar, ProgressStyle};
 use jiff::Timestamp;
 use serde_json::json;
 use tokio::sync::Semaphore;
@@ -22,7 +21,7 @@ use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, timeout};
 use uuid::Uuid;
 
-use super::{Failure, say};
+use super::{Failure, progress_bar, say};
 use crate::config::Config;
 use crate::event::DOCUMENTED_TYPES;
 use crate::secret::Secret;
@@ -152,7 +151,7 @@ async fn send_all(
     concurrency: usize,
     body: impl Fn(u64) -> Bytes,
 ) -> Vec<Fate> {
-    let progress = progress_bar(count);
+    let progress = progress_bar(count, "events");
     let places = Arc::new(Semaphore::new(concurrency));
     let mut pace = rate.map(|rate| tokio::time::interval(Duration::from_secs_f64(1.0 / rate)));
     if let Some(pace) = &mut pace {
@@ -179,13 +178,6 @@ async fn send_all(
     fates.extend(under_way.join_all().await);
     progress.finish_and_clear();
     fates
-}
-
-fn progress_bar(count: u64) -> ProgressBar {
-    let template = "{bar:40} {pos}/{len} events, {per_sec}, {eta} left";
-    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
-    // indicatif draws on standard error, and only if that is a terminal.
-    ProgressBar::new(count).with_style(style)
 }
 
 impl Sender {

@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use futures_util::future::try_join_all;
-use indicatif::{ProgressBar, ProgressStyle};
 use lapin::message::Delivery;
 use lapin::options::{BasicAckOptions, BasicPublishOptions};
 use lapin::types::ShortString;
@@ -118,7 +117,7 @@ pub struct Parcel {
 /// A channel in confirm mode and what is to be published on it next.
 pub struct Transfer {
     channel: Channel,
-    pub deadline: Duration,
+    deadline: Duration,
     batch: Vec<Parcel>,
     bytes: usize,
 }
@@ -174,11 +173,4 @@ impl Transfer {
         }
         Ok(())
     }
-}
-
-/// Drawn on standard error, and only if that is a terminal.
-pub fn progress_bar(count: u64) -> ProgressBar {
-    let template = "{bar:40} {pos}/{len} messages, {per_sec}, {eta} left";
-    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
-    ProgressBar::new(count).with_style(style)
 }
