@@ -31,7 +31,7 @@ const LOOK: Duration = Duration::from_secs(1);
 /// For the end of a consumer to be noticed.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// Of moving what is in a queue; more arrives only from who publishes straight to it.
+/// Of moving what is in a queue to which nothing is routed.
 const ROUNDS: usize = 10;
 
 #[derive(Debug, Error)]
@@ -114,17 +114,7 @@ async fn recreate(
             unbind_like(&channel, plan, name, name).await
         };
         in_time(deadline, turn).await?;
-        let mut rounds = 0..ROUNDS;
-        loop {
-            empty(config, link, deadline, name, &through).await?;
-            is_unused(link, deadline, name).await?;
-            // Whoever publishes straight to the queue may do so while this waits.
-            if has_let_go_of_everything(management, link, deadline, name).await? {
-                break;
-            }
-            rounds.next().ok_or_else(|| RecreateError::NotEmpty(name.clone()))?;
-        }
-        in_time(deadline, channel.queue_delete(short(name), QueueDeleteOptions::default())).await?;
+        pour_out(config, link, management, deadline, name, &through).await?;
     }
     topology_in_time(deadline, establish_queue(&link.connection, plan, queue)).await?;
 
@@ -134,13 +124,8 @@ async fn recreate(
         unbind(&channel, &moving, &moving).await
     };
     in_time(deadline, turn).await?;
-    let moved = empty(config, link, deadline, &moving, &through).await?;
-    is_empty(link, deadline, &moving).await?;
-    let away = async {
-        channel.queue_delete(short(&moving), QueueDeleteOptions::default()).await?;
-        channel.exchange_delete(short(&moving), ExchangeDeleteOptions::default()).await
-    };
-    in_time(deadline, away).await?;
+    let moved = pour_out(config, link, management, deadline, &moving, &through).await?;
+    in_time(deadline, channel.exchange_delete(short(&moving), ExchangeDeleteOptions::default())).await?;
     Ok(moved)
 }
 
@@ -177,6 +162,29 @@ async fn declare(channel: &Channel, moving: &str) -> Result<(), lapin::Error> {
     Ok(())
 }
 
+/// Moves everything out of a queue to which events are not routed any more, and deletes it. Meanwhile what was routed before
+/// may still come in, and what is published straight to it. How much was moved.
+async fn pour_out(
+    config: &Config,
+    link: &Link,
+    management: &Management,
+    deadline: Duration,
+    queue: &str,
+    to: &Destination,
+) -> Result<u64, RecreateError> {
+    let mut moved = 0;
+    for _ in 0..ROUNDS {
+        moved += move_all(config, link, queue, to).await?;
+        is_unused(link, deadline, queue).await?;
+        if has_let_go_of_everything(management, link, deadline, queue).await? {
+            let channel = in_time(deadline, link.connection.create_channel()).await?;
+            in_time(deadline, channel.queue_delete(short(queue), QueueDeleteOptions::default())).await?;
+            return Ok(moved);
+        }
+    }
+    Err(RecreateError::NotEmpty(queue.to_owned()))
+}
+
 /// Whether nothing is in the queue, and nothing on its way out of it; false if something has come in meanwhile. AMQP counts
 /// what could be delivered, at once. What is on its way to the dead letters only the API tells, some seconds later. Quorum
 /// queues cannot be asked to be deleted only if they are empty and unused, so AMQP has the last word, right before.
@@ -211,24 +219,6 @@ async fn live(management: &Management) -> Result<Live, RecreateError> {
     management.look().await.map_err(|error| RecreateError::NoManagement(chain(&error)))
 }
 
-/// Until nothing is left: events that were on their way may have arrived meanwhile. How much was moved.
-async fn empty(
-    config: &Config,
-    link: &Link,
-    deadline: Duration,
-    queue: &str,
-    to: &Destination,
-) -> Result<u64, RecreateError> {
-    let mut moved = 0;
-    for _ in 0..ROUNDS {
-        moved += move_all(config, link, queue, to).await?;
-        if look(link, deadline, queue).await?.is_none_or(|queue| queue.message_count() == 0) {
-            break;
-        }
-    }
-    Ok(moved)
-}
-
 /// What is known of consumers is a moment old: our own may still count.
 async fn is_unused(link: &Link, deadline: Duration, queue: &str) -> Result<(), RecreateError> {
     let patient_until = Instant::now() + PATIENCE;
@@ -240,13 +230,6 @@ async fn is_unused(link: &Link, deadline: Duration, queue: &str) -> Result<(), R
             }
             _ => sleep(PATIENCE / 20).await,
         }
-    }
-}
-
-async fn is_empty(link: &Link, deadline: Duration, queue: &str) -> Result<(), RecreateError> {
-    match look(link, deadline, queue).await?.map_or(0, |queue| queue.message_count()) {
-        0 => Ok(()),
-        _ => Err(RecreateError::NotEmpty(queue.to_owned())),
     }
 }
 

@@ -263,11 +263,13 @@ impl Live {
         self.queues.iter().find(|there| there.name == queue)?.messages
     }
 
-    /// What leads to a queue and is not in the plan, as `exchange (key)`. The default exchange leads to every queue.
+    /// What leads to a queue and is not in the plan, as `exchange (key)`. The default exchange leads to every queue, and an
+    /// interrupted `topology recreate` has left a way from its own.
     pub fn foreign_bindings(&self, plan: &Plan, queue: &str) -> Vec<String> {
         let there =
             self.bindings.iter().filter(|there| there.destination == queue && there.destination_type == "queue");
-        let foreign = there.filter(|there| !there.source.is_empty() && !there.is_in(plan));
+        let moving = format!("{queue}{MOVING}");
+        let foreign = there.filter(|there| !["", &moving].contains(&there.source.as_str()) && !there.is_in(plan));
         foreign.map(|there| clean(&format!("{} ({})", there.source, there.routing_key))).collect()
     }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep, timeout_at};
 
 /// How long anything may take before a test fails. Generous: it is only ever used up by a test that fails anyway.
-pub const DEADLINE: Duration = Duration::from_secs(30);
+pub const DEADLINE: Duration = Duration::from_secs(60);
 
 /// Time between two looks. Short enough not to slow a test down, long enough not to load the machine.
 const INTERVAL: Duration = Duration::from_millis(25);
