@@ -31,9 +31,8 @@ pub const ARCHIVE: &str = "prism.archive";
 #[derive(Debug, Error)]
 pub enum TopologyError {
     #[error(
-        "{entity} exists with other properties: {reply}. Delete it once it is empty (topology diff has the \
-         command that loses nothing), or give it another name in the configuration, or set topology.declare to \"passive\" to take \
-         it as it is"
+        "{entity} exists with other properties: {reply}. Replace it (topology diff has the command), or give it another \
+         name in the configuration, or set topology.declare to \"passive\" to take it as it is"
     )]
     Clash { entity: String, reply: String },
     #[error("{entity} does not exist. Create it, or set topology.declare to \"active\"")]

@@ -78,7 +78,7 @@ async fn a_clash_names_the_entity_and_both_values_and_loses_nothing() {
     let relay = Relay::start(&vhost).await;
     relay.post(EVENT).await.expect(200);
     let error = relay.eventually_logs("not delivering").await["error"].as_str().unwrap().to_owned();
-    for part in ["queue prism.scan", "x-delivery-limit", "'20'", "'7'", "Delete it"] {
+    for part in ["queue prism.scan", "x-delivery-limit", "'20'", "'7'", "Replace it"] {
         assert!(error.contains(part), "{part:?} is missing in {error:?}");
     }
     vhost.delete_queue("prism.scan").await;
