@@ -308,7 +308,7 @@ impl Tasks {
         let patience = if is_handed_over { patience.min(HANDOVER_REQUESTS) } else { patience };
         let served = timeout_at(begun + patience, &mut ingress).await;
         if served.is_err() {
-            warn!(?patience, "requests that are still under way are answered 503");
+            warn!(?patience, "requests that are still under way are answered 503, or cut");
         }
         spool.close();
         stops.publisher.cancel();

@@ -46,9 +46,15 @@ enum RecreateError {
     )]
     OnTheirWay { queue: String, count: u64 },
     #[error(
-        "{queue} has {count} messages, more than its new max_length of {limit}: let the workers do some of them first"
+        "{queue} and {moving} have {count} messages, more than the new max_length of {limit}: let the workers do some of them \
+         first, or set a higher one"
     )]
-    TooMany { queue: String, count: u64, limit: u64 },
+    TooMany { queue: String, moving: String, count: u64, limit: u64 },
+    #[error(
+        "a policy sets {keys} for {moving}, which holds the messages meanwhile and could lose some by that: see rabbitmqctl \
+         list_policies and list_operator_policies, and let none match this name"
+    )]
+    CutByPolicy { moving: String, keys: String },
     #[error("{queue} is bound to {bindings}, too: put that into the configuration, or unbind it first")]
     BoundByOthers { queue: String, bindings: String },
     #[error(
@@ -56,7 +62,7 @@ enum RecreateError {
          other bindings; set broker.management_url ({0})"
     )]
     NoManagement(String),
-    #[error("the management API does not tell how many messages {0} has")]
+    #[error("the management API does not tell what {0} has")]
     Unknown(String),
     #[error(transparent)]
     Transfer(#[from] TransferError),
@@ -73,7 +79,11 @@ pub async fn run(config: &Config, plan: &Plan, name: &str) -> Result<(), Failure
     }
     let link = super::connect(config, "prism-relay topology").await?;
     let management = Management::new(&config.broker, &link.url).map_err(Failure::new)?;
-    let moved = while_connected(&link, recreate(config, plan, queue, &link, &management)).await;
+    // What moves messages looks for it, too, but not all of this does that.
+    let moved = tokio::select! {
+        moved = while_connected(&link, recreate(config, plan, queue, &link, &management)) => moved,
+        _ = tokio::signal::ctrl_c() => Err(TransferError::Interrupted.into()),
+    };
     link.close().await;
     let moved = moved.map_err(Failure::new)?;
     say(&format!("{name} is as configured; {moved} messages were moved over"));
@@ -100,7 +110,14 @@ async fn recreate(
         return Err(RecreateError::BoundByOthers { queue: name.clone(), bindings: foreign.join(", ") });
     }
     has_room(link, deadline, queue, &moving).await?;
+    let goes_on = look(link, deadline, &moving).await?.is_some();
     in_time(deadline, declare(&channel, &moving)).await?;
+    if let Err(error) = keeps_everything(management, &moving).await {
+        if !goes_on {
+            in_time(deadline, remove(&channel, &moving)).await?;
+        }
+        return Err(error);
+    }
     topology_in_time(deadline, establish_around(&link.connection, plan, name)).await?;
 
     // The old one, if it is there: from now on events go to the other.
@@ -125,7 +142,7 @@ async fn recreate(
     };
     in_time(deadline, turn).await?;
     let moved = pour_out(config, link, management, deadline, &moving, &through).await?;
-    in_time(deadline, channel.exchange_delete(short(&moving), ExchangeDeleteOptions::default())).await?;
+    in_time(deadline, remove(&channel, &moving)).await?;
     Ok(moved)
 }
 
@@ -144,7 +161,7 @@ async fn has_room(link: &Link, deadline: Duration, queue: &Queue, moving: &str) 
         count += look(link, deadline, part).await?.map_or(0, |there| u64::from(there.message_count()));
     }
     if count > limit {
-        return Err(RecreateError::TooMany { queue: queue.name.clone(), count, limit });
+        return Err(RecreateError::TooMany { queue: queue.name.clone(), moving: moving.to_owned(), count, limit });
     }
     Ok(())
 }
@@ -157,9 +174,33 @@ async fn declare(channel: &Channel, moving: &str) -> Result<(), lapin::Error> {
     arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
     // Runs that fail must not use up RabbitMQ 4's default.
     arguments.insert("x-delivery-limit".into(), AMQPValue::LongLongInt(1_000_000));
+    // A limit that somebody sets meanwhile must not push messages out.
+    arguments.insert("x-overflow".into(), AMQPValue::LongString("reject-publish".into()));
     let durable = QueueDeclareOptions { durable: true, ..Default::default() };
     channel.queue_declare(short(moving), durable, arguments).await?;
     Ok(())
+}
+
+/// Takes the exchange and the queue away. Of what does not exist RabbitMQ says that it has been deleted.
+async fn remove(channel: &Channel, moving: &str) -> Result<(), lapin::Error> {
+    channel.queue_delete(short(moving), QueueDeleteOptions::default()).await?;
+    channel.exchange_delete(short(moving), ExchangeDeleteOptions::default()).await
+}
+
+/// Whether no policy could cost what waits in a queue. Of a new one the API tells some seconds late.
+async fn keeps_everything(management: &Management, queue: &str) -> Result<(), RecreateError> {
+    let begun = Instant::now();
+    loop {
+        let live = live(management).await?;
+        match live.cut_by_policy(queue) {
+            Some(keys) if keys.is_empty() => return Ok(()),
+            Some(keys) => {
+                return Err(RecreateError::CutByPolicy { moving: queue.to_owned(), keys: keys.join(", ") });
+            }
+            None if begun.elapsed() >= STATISTICS => return Err(RecreateError::Unknown(queue.to_owned())),
+            None => sleep(LOOK).await,
+        }
+    }
 }
 
 /// Moves everything out of a queue to which events are not routed any more, and deletes it. Meanwhile what was routed before

@@ -24,8 +24,8 @@ pub enum Action {
     Declare,
     /// Compare the broker with the configuration, and print the command that mends each difference; exit code 1 if there are any
     Diff,
-    /// Replace a queue by one with the properties that are configured: its workers have to be stopped, RabbitMQ's management API has
-    /// to answer, and no policy about lengths or times may match QUEUE.moving, which holds the messages meanwhile
+    /// Replace a queue by one with the properties that are configured, and lose nothing: its workers have to be stopped, and
+    /// RabbitMQ's management API has to answer
     Recreate {
         #[arg(value_name = "QUEUE", value_parser = queue_name)]
         queue: String,

@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::definitions::{KEEPERS, kind, pattern, plain, policy_key, policy_name, target_kind};
-use super::mending::{Mending, TOUCHES_MESSAGES, quote};
+use super::mending::{COSTS_MESSAGES, Mending, TOUCHES_MESSAGES, quote};
 use super::{Binding, Entity, MOVING, Plan};
 use crate::telemetry::clean;
 
@@ -148,7 +148,10 @@ fn surplus(plan: &Plan, live: &Live, mending: &Mending) -> Vec<Difference> {
         |kind: &str, name: &str| plan.entities().iter().any(|entity| entity.name() == name && kind == entity.kind());
     let left_over = |kind: &str, name: &str| kind == "queue" && !ours(kind, name) && plan.may_have_made(name);
     // It knows best how to go on.
-    let interrupted = |name: &str| name.strip_suffix(MOVING).is_some_and(|queue| plan.queue_named(queue).is_some());
+    let interrupted = |name: &str| {
+        plan.queue_named(name).is_none()
+            && name.strip_suffix(MOVING).is_some_and(|queue| plan.queue_named(queue).is_some())
+    };
     for there in live.bindings.iter().filter(|there| !there.is_in(plan)) {
         let LiveBinding { source, destination, destination_type, routing_key, .. } = there;
         let inside = ours("exchange", source) && plan.is_inner_exchange(source);
@@ -158,7 +161,7 @@ fn surplus(plan: &Plan, live: &Live, mending: &Mending) -> Vec<Difference> {
             found.push(Difference::surplus(entity, "is not configured", mending.unbind(there)));
         }
     }
-    for there in live.queues.iter().filter(|there| left_over("queue", &there.name)) {
+    for there in live.queues.iter().filter(|there| left_over("queue", &there.name) || interrupted(&there.name)) {
         let (entity, name) = (format!("queue {}", there.name), &there.name);
         let count = there.messages.map_or("an unknown number of".to_owned(), |count| count.to_string());
         found.push(match name.strip_suffix(MOVING) {
@@ -261,6 +264,13 @@ impl Live {
     /// Messages of a queue, wherever they are; `None` if that is not known yet.
     pub fn messages(&self, queue: &str) -> Option<u64> {
         self.queues.iter().find(|there| there.name == queue)?.messages
+    }
+
+    /// What policies set that may cost messages which only wait in a queue; `None` if that is not known yet.
+    pub fn cut_by_policy(&self, queue: &str) -> Option<Vec<&str>> {
+        let there = self.queues.iter().find(|there| there.name == queue)?;
+        let set = there.effective_policy_definition.as_ref()?.keys().map(String::as_str);
+        Some(set.filter(|key| COSTS_MESSAGES.contains(key)).collect())
     }
 
     /// What leads to a queue and is not in the plan, as `exchange (key)`. The default exchange leads to every queue, and an

@@ -21,6 +21,10 @@ pub(super) const TOUCHES_MESSAGES: [&str; 11] = [
     "overflow",
 ];
 
+/// And what of it may take messages away.
+pub(super) const COSTS_MESSAGES: [&str; 5] =
+    ["delivery-limit", "expires", "max-length", "max-length-bytes", "message-ttl"];
+
 /// What the commands need to know.
 #[derive(Debug)]
 pub struct Mending {

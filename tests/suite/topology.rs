@@ -309,6 +309,60 @@ async fn what_goes_straight_into_a_queue_that_is_replaced_is_not_lost() {
     .await;
 }
 
+/// Whatever part of a queue it was: a relay that declares the topology brings back all but what is left over.
+#[tokio::test]
+async fn an_interrupted_recreate_is_told_until_it_has_ended() {
+    let node = Node::shared().await;
+    let vhost = Vhost::new(node).await;
+    let queues = json!([{ "name": "prism.scan", "bindings": ["scan.#"], "partitions": 2 }]);
+    let setup = watched(node, &vhost).set("topology.queues", queues);
+    assert_eq!(setup.run(&["topology", "declare"]).await.code, Some(0));
+    for queue in ["prism.scan.1", "prism.dead"] {
+        let moving = format!("{queue}.moving");
+        let mut interrupted = setup.launch(&["topology", "recreate", queue]);
+        eventually("the old way to be closed", async || match vhost.bindings().await {
+            bindings if bindings.iter().any(|(_, to, _)| to == queue) => Err(format!("{bindings:?}")),
+            _ => Ok(()),
+        })
+        .await;
+        interrupted.signal("KILL");
+        interrupted.wait().await;
+        assert_eq!(setup.run(&["topology", "declare"]).await.code, Some(0));
+        eventually("what goes on", async || {
+            let told = setup.run(&["topology", "diff"]).await;
+            let goes_on = told.stdout.contains(&format!("queue {moving}: a topology recreate was interrupted"))
+                && told.stdout.contains(&format!("topology recreate {queue}\n"));
+            if goes_on && told.code == Some(1) { Ok(()) } else { Err(told.stdout) }
+        })
+        .await;
+        let checked = setup.run(&["check"]).await;
+        assert!(checked.code == Some(1) && checked.stdout.contains("recreate was interrupted"), "{checked:?}");
+        let done = setup.run(&["topology", "recreate", queue]).await;
+        assert_eq!(done.code, Some(0), "{done:?}");
+        assert!(vhost.queue(&moving).await.is_none());
+    }
+}
+
+/// What only waits meanwhile must not be cut off or expire there.
+#[tokio::test]
+async fn a_queue_is_not_replaced_where_a_policy_would_cost_messages() {
+    let node = Node::shared().await;
+    let vhost = Vhost::new(node).await;
+    let setup = watched(node, &vhost);
+    assert_eq!(setup.run(&["topology", "declare"]).await.code, Some(0));
+    vhost.set_policy("theirs", r"^prism\.scan", json!({ "message-ttl": 3_600_000, "max-length": 150 })).await;
+    vhost.publish("prism.events", "scan.a", EVENT).await;
+    let before = vhost.bindings().await;
+    let refused = setup.run(&["topology", "recreate", "prism.scan"]).await;
+    assert_eq!(refused.code, Some(1), "{refused:?}");
+    for part in ["prism.scan.moving", "max-length, message-ttl"] {
+        assert!(refused.stderr.contains(part), "{part:?} is not in {refused:?}");
+    }
+    assert_eq!(vhost.bindings().await, before);
+    assert!(vhost.queue("prism.scan.moving").await.is_none() && vhost.exchange("prism.scan.moving").await.is_none());
+    vhost.eventually_depth("prism.scan", 1).await;
+}
+
 /// They are not counted as messages of the queue, and would be gone with it.
 #[tokio::test]
 async fn dead_letters_on_their_way_keep_a_queue_from_being_replaced() {
