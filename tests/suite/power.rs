@@ -50,7 +50,7 @@ enum Call {
     Sync { file: usize },
 }
 
-/// The calls, each with the journal's length after it.
+/// The calls, each with the journal's length after it. The last one is left out where the process was killed while noting it.
 fn read_journal(path: &Path) -> Vec<(u64, Call)> {
     let journal = fs::read(path).unwrap();
     let mut calls = Vec::new();
@@ -60,8 +60,9 @@ fn read_journal(path: &Path) -> Vec<(u64, Call)> {
         let large = |at: usize| u64::from_ne_bytes(journal[at..at + 8].try_into().unwrap()) as usize;
         let (kind, file, offset, length) = (small(at), small(at + 4) - 1, large(at + 8), large(at + 16));
         at += 24;
+        let Some(bytes) = journal.get(at..at + length) else { break };
         let call = match kind {
-            1 => Call::Write { file, offset, bytes: journal[at..at + length].to_vec() },
+            1 => Call::Write { file, offset, bytes: bytes.to_vec() },
             2 => Call::Cut { file, length: offset },
             3 => Call::Sync { file },
             kind => panic!("unknown record {kind}"),
