@@ -71,6 +71,9 @@ pub(super) struct Reserve {
     tried: Instant,
 }
 
+/// The file of the reserve ends with this.
+pub(super) const RESERVE: &str = ".reserve";
+
 /// More than the log grows to before it is carried over (4 MiB and a batch).
 const RESERVE_BYTES: usize = 8 * 1024 * 1024;
 
@@ -80,7 +83,7 @@ const RESERVE_EVERY: Duration = Duration::from_secs(1);
 impl Reserve {
     /// Takes the space, or finds it taken by an earlier relay.
     pub fn of(spool: &Path) -> Self {
-        let path = beside(spool, ".reserve");
+        let path = beside(spool, RESERVE);
         let held = fs::metadata(&path).is_ok_and(|metadata| metadata.len() == RESERVE_BYTES as u64);
         let mut reserve = Self { path, held, tried: Instant::now() };
         if !held {

@@ -26,6 +26,7 @@ use files::Lock;
 pub use inspect::{Entry, Inspector, Presence, Verdict, presence};
 pub use ledger::Ledger;
 use reader::Reader;
+use store::Store;
 use writer::{Command, Writer};
 
 use crate::config;
@@ -171,14 +172,24 @@ impl Spool {
         metrics: Arc<Metrics>,
     ) -> Result<(Self, WriterEnd), OpenError> {
         let lock = Lock::take(&spool.path)?;
-        let store = salvage::open_or_mend(&spool.path, spool.durability, &lock)?;
         let sqlite = |source| OpenError::Sqlite { path: spool.path.clone(), source };
-        let gauges = Arc::new(Gauges::new(store.ledger().map_err(sqlite)?, store.lost().map_err(sqlite)?));
-        let reader = Reader::open(&spool.path).map_err(sqlite)?;
-        let committed = Arc::new(Notify::new());
+        // Only now all of the file that is needed is read.
+        let prepare = |store: Store| {
+            let gauges = Arc::new(Gauges::new(store.ledger()?, store.lost()?));
+            let reader = Reader::open(&spool.path)?;
+            let (committed, metrics) = (Arc::new(Notify::new()), Arc::clone(&metrics));
+            let writer =
+                Writer::new(store, spool.max_bytes, dedupe, Arc::clone(&gauges), Arc::clone(&committed), metrics)?;
+            Ok((gauges, reader, committed, writer))
+        };
+        let prepared = match prepare(salvage::open_or_mend(&spool.path, spool.durability, &lock)?) {
+            Err(cause) if salvage::is_damage(&cause) => {
+                prepare(salvage::mend(&spool.path, spool.durability, &cause.to_string())?)
+            }
+            prepared => prepared,
+        };
+        let (gauges, reader, committed, writer) = prepared.map_err(sqlite)?;
         let (inbox, commands) = mpsc::channel(INBOX_CAPACITY);
-        let writer = Writer::new(store, spool.max_bytes, dedupe, Arc::clone(&gauges), Arc::clone(&committed), metrics)
-            .map_err(sqlite)?;
         let (ended, end) = oneshot::channel();
         let runtime = tokio::runtime::Handle::current();
         std::thread::Builder::new()

@@ -372,6 +372,156 @@ fn a_spool_of_the_first_format_is_brought_up_to_date() {
     assert_eq!(version, 2);
 }
 
+/// The files of a spool with `count` events, as a kill leaves them: some in the file, some in the log.
+async fn left_by_a_kill(count: usize) -> (TempDir, PathBuf) {
+    let folder = TempDir::new().unwrap();
+    let (path, after) = (folder.path().join("alive"), folder.path().join("spool.db"));
+    let opened = Opened::open(&path, u64::MAX, WINDOW);
+    for number in 0..count {
+        if number == count / 2 {
+            rusqlite::Connection::open(&path).unwrap().query_row("PRAGMA wal_checkpoint", [], |_| Ok(())).unwrap();
+        }
+        opened.spool.append(event(number.to_string()), None).await.unwrap();
+    }
+    for ending in ["", "-wal", ".lock"] {
+        std::fs::copy(files::beside(&path, ending), files::beside(&after, ending)).unwrap();
+    }
+    opened.close().await;
+    (folder, after)
+}
+
+/// The names beside a spool that hold what was damaged, or what is being saved of it.
+fn remains(path: &Path) -> Vec<String> {
+    let names = std::fs::read_dir(path.parent().unwrap()).unwrap();
+    let names = names.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let mut names: Vec<_> =
+        names.filter(|name| name.starts_with("spool.db.damaged") || name.starts_with("spool.db.me")).collect();
+    names.sort_unstable();
+    names
+}
+
+fn events_in(path: &Path) -> u64 {
+    let connection = rusqlite::Connection::open(path).unwrap();
+    connection.query_row("SELECT count(*) FROM event", [], |row| row.get(0)).unwrap()
+}
+
+#[tokio::test]
+async fn what_an_interrupted_mend_has_saved_is_not_taken_for_the_spool() {
+    let (_folder, path) = left_by_a_kill(20).await;
+    salvage::order(&path).unwrap();
+    for ending in [".mending", ".mending-wal"] {
+        std::fs::write(files::beside(&path, ending), "half of it").unwrap();
+    }
+    let opened = Opened::open(&path, u64::MAX, WINDOW);
+    assert_eq!(opened.spool.gauges().ledger().pending, 20);
+    opened.close().await;
+    let remains = remains(&path);
+    assert!(remains.iter().all(|name| name.starts_with("spool.db.damaged")), "{remains:?}");
+    assert!(remains.iter().any(|name| name.ends_with("-wal")), "{remains:?}");
+}
+
+#[tokio::test]
+async fn a_mended_file_takes_its_place_wherever_that_was_interrupted() {
+    for moved in 0..=3 {
+        let (folder, path) = left_by_a_kill(20).await;
+        salvage::order(&path).unwrap();
+        let (whole, saved) = (folder.path().join("whole"), files::beside(&path, ".mended"));
+        std::fs::copy(&path, &whole).unwrap();
+        std::fs::copy(files::beside(&path, "-wal"), files::beside(&whole, "-wal")).unwrap();
+        let vacuum = format!("VACUUM INTO '{}'", saved.display());
+        rusqlite::Connection::open(&whole).unwrap().execute_batch(&vacuum).unwrap();
+        std::fs::write(&path, "damaged").unwrap();
+        std::fs::write(files::beside(&path, "-shm"), "").unwrap();
+        let at = std::fs::metadata(&saved).unwrap().modified().unwrap().try_into().unwrap();
+        let aside = salvage::aside(&path, at);
+        for ending in &["", "-wal", "-shm"][..moved] {
+            std::fs::rename(files::beside(&path, ending), files::beside(&aside, ending)).unwrap();
+        }
+        if moved == 3 {
+            std::fs::remove_file(files::beside(&path, ".mend")).unwrap();
+        }
+        let opened = Opened::open(&path, u64::MAX, WINDOW);
+        assert_eq!(opened.spool.gauges().ledger().pending, 20, "{moved} moved");
+        opened.close().await;
+        assert_eq!(std::fs::read(&aside).unwrap(), b"damaged");
+        assert_eq!(remains(&path).len(), 3, "{:?}", remains(&path));
+    }
+}
+
+#[tokio::test]
+async fn no_damaged_file_takes_the_place_of_another() {
+    let (_folder, path) = left_by_a_kill(20).await;
+    for mends in 1..=3 {
+        salvage::order(&path).unwrap();
+        let opened = Opened::open(&path, u64::MAX, WINDOW);
+        assert_eq!(opened.spool.gauges().ledger().pending, 20);
+        opened.close().await;
+        let remains = remains(&path);
+        let aside = remains.iter().filter(|name| !name.ends_with("-wal") && !name.ends_with("-shm"));
+        let aside: Vec<_> = aside.map(|name| path.with_file_name(name)).collect();
+        assert_eq!(aside.len(), mends, "{remains:?}");
+        assert!(aside.iter().all(|aside| events_in(aside) == 20), "{remains:?}");
+    }
+}
+
+#[tokio::test]
+async fn damage_that_the_first_look_does_not_find_is_mended() {
+    let (_folder, path) = left_by_a_kill(20).await;
+    let damaged = rusqlite::Connection::open(&path).unwrap();
+    damaged.execute_batch("UPDATE seen SET fingerprint = x'00' WHERE seq = 7").unwrap();
+    drop(damaged);
+    let opened = Opened::open(&path, u64::MAX, WINDOW);
+    let ledger = opened.spool.gauges().ledger();
+    assert_eq!((ledger.pending, ledger.removed), (20, 0));
+    opened.close().await;
+}
+
+#[tokio::test]
+async fn of_two_events_of_one_number_one_is_saved() {
+    let (_folder, path) = left_by_a_kill(10).await;
+    let damaged = rusqlite::Connection::open(&path).unwrap();
+    damaged.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())).unwrap();
+    let root = damaged.query_row("SELECT rootpage FROM sqlite_schema WHERE name = 'event'", [], |row| row.get(0));
+    let page = (root.unwrap_or(0_usize) - 1) * 4096;
+    drop(damaged);
+    // A leaf of a table (https://www.sqlite.org/fileformat2.html, 1.6): a header of 8 bytes, where each cell begins, the cells: the
+    // length of the row in one byte, here, and its number.
+    let mut bytes = std::fs::read(&path).unwrap();
+    assert_eq!(bytes[page], 13);
+    let number_of = |cell: usize| {
+        let pointer = page + 8 + 2 * cell;
+        page + usize::from(u16::from_be_bytes([bytes[pointer], bytes[pointer + 1]])) + 1
+    };
+    let (eighth, number) = (number_of(7), bytes[number_of(6)]);
+    assert_eq!((number, bytes[eighth]), (7, 8));
+    bytes[eighth] = number;
+    std::fs::write(&path, bytes).unwrap();
+    salvage::order(&path).unwrap();
+    let opened = Opened::open(&path, u64::MAX, WINDOW);
+    let ledger = opened.spool.gauges().ledger();
+    assert_eq!((ledger.pending, ledger.removed, opened.spool.gauges().lost()), (9, 1, 1));
+    opened.close().await;
+    assert_eq!(Inspector::open(&path).unwrap().verify().unwrap().problems, [""; 0]);
+}
+
+/// Somebody who has the file for himself must not make its events unreadable.
+#[tokio::test]
+async fn a_damaged_file_that_is_locked_is_not_taken_for_an_empty_one() {
+    let (_folder, path) = left_by_a_kill(20).await;
+    salvage::order(&path).unwrap();
+    let owner = rusqlite::Connection::open(&path).unwrap();
+    owner.execute_batch("PRAGMA locking_mode = EXCLUSIVE; BEGIN EXCLUSIVE").unwrap();
+    let metrics = Arc::new(Metrics::new());
+    let refused = Spool::open(&settings(&path, u64::MAX), &dedupe(WINDOW), metrics).map(|_| ()).unwrap_err();
+    assert!(matches!(refused, OpenError::Sqlite { .. }), "{refused}");
+    owner.execute_batch("ROLLBACK").unwrap();
+    drop(owner);
+    assert_eq!(remains(&path), ["spool.db.mend"]);
+    let opened = Opened::open(&path, u64::MAX, WINDOW);
+    assert_eq!(opened.spool.gauges().ledger().pending, 20);
+    opened.close().await;
+}
+
 #[test]
 fn debug_shows_no_body() {
     let stored = Stored { seq: 1, event: event(r#"{"eventType":"a","payload":{"userToken":"hunter2"}}"#) };

@@ -243,6 +243,66 @@ async fn damage_in_the_middle_is_found_on_the_way_and_mended_at_the_next_start()
     assert_eq!(relay.run(&["spool", "verify"]).await.code, Some(0));
 }
 
+/// Puts events straight into the file, far more than could be sent in the time of a test.
+fn stuff(path: &Path, count: u64) {
+    let connection = rusqlite::Connection::open(path).unwrap();
+    connection
+        .execute_batch(&format!(
+            "BEGIN;
+             WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {count})
+             INSERT INTO event (seq, id, accepted_ms, authentic, fingerprint, body)
+                 SELECT (SELECT accepted FROM ledger) + i, randomblob(16), 0, 1, randomblob(32), randomblob(300) FROM n;
+             UPDATE ledger SET accepted = accepted + {count}, pending = pending + {count}, bytes = bytes + {count} * 556;
+             COMMIT"
+        ))
+        .unwrap();
+}
+
+/// Whenever it is interrupted, the next start goes on with it.
+#[tokio::test]
+async fn a_relay_that_is_killed_while_it_mends_loses_nothing() {
+    const COUNT: u64 = 100_000;
+    let mut relay = Setup::new(NO_BROKER).start().await;
+    relay.post(scan(0)).await.expect(200);
+    relay.kill9().await;
+    let path = relay.setup().spool();
+    stuff(&path, COUNT);
+    fs::write(beside(&path, ".mend"), "").unwrap();
+    for _ in 0..3 {
+        let mut starting = relay.setup().launch(&["serve"]);
+        eventually("the saving to have begun", async || {
+            let saved = fs::metadata(beside(&path, ".mending")).map_or(0, |file| file.len());
+            if saved > 1 << 20 { Ok(()) } else { Err(saved) }
+        })
+        .await;
+        starting.signal("KILL");
+        starting.wait().await;
+    }
+    relay.start_again().await;
+    assert_eq!(relay.status().await["spool"]["pending"], COUNT + 1);
+    relay.eventually_logs("the spool has been mended").await;
+}
+
+/// Nothing is set aside before all of it has been saved.
+#[tokio::test]
+async fn a_disk_without_room_for_mending_loses_nothing() {
+    let setup = Setup::new(NO_BROKER);
+    let disk = SmallDisk::mount(setup.folder(), "40m");
+    let mut relay = setup.set("spool.path", disk.spool()).start().await;
+    relay.post(scan(0)).await.expect(200);
+    relay.kill9().await;
+    let path = disk.0.join("spool.db");
+    stuff(&path, 50_000);
+    fs::write(beside(&path, ".mend"), "").unwrap();
+    for _ in 0..2 {
+        let ended = relay.run(&["serve"]).await;
+        assert!(ended.code == Some(1) && ended.stderr.contains("disk is full"), "{ended:?}");
+    }
+    disk.remount("size=100m");
+    relay.start_again().await;
+    assert_eq!(relay.status().await["spool"]["pending"], 50_001);
+}
+
 #[tokio::test]
 async fn a_body_with_a_flipped_bit_is_not_published() {
     let (relay, ids, vhost, mut wire) = after(3, |path| {
