@@ -18,7 +18,7 @@ mod session;
 mod status;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
 use tokio_util::sync::CancellationToken;
@@ -106,12 +106,15 @@ impl Publisher {
         let mut told = vec![String::new(); self.broker.urls.len()];
         for index in (0..self.broker.urls.len()).cycle() {
             let url = self.access.url(index);
+            let begun = Instant::now();
             let error = match self.deliver_to(index, &mut careful, &drain).await {
                 (_, Ok(())) => return Ok(()),
                 (_, Err(PublisherError::Spool(error))) => return Err(error.into()),
                 (progress, Err(error)) => {
-                    // A nack comes at once, however well the connection works.
-                    if progress && !matches!(error, PublisherError::Nacked) {
+                    // Where a queue is full, a nack comes at once, however well the connection works.
+                    let at_once =
+                        matches!(error, PublisherError::Nacked) && begun.elapsed() < self.broker.reconnect_max;
+                    if progress && !at_once {
                         backoff.reset();
                         told[index].clear();
                     }

@@ -159,31 +159,46 @@ async fn a_connection_that_an_operator_closes_comes_back() {
 #[tokio::test]
 async fn nacks_keep_the_event_until_the_queue_has_room() {
     let vhost = Vhost::new(Node::shared().await).await;
-    let relay = Relay::start(&vhost).await;
-    relay.post(scan(0)).await.expect(200);
-    vhost.eventually_depth("prism.scan", 1).await;
-    vhost.set_policy("limit", "^prism.scan$", json!({"max-length": 1})).await;
-    eventually("the policy to be in force", async || {
-        let queue = vhost.queue("prism.scan").await.unwrap_or_default();
-        if queue["policy"] == "limit" { Ok(()) } else { Err(queue) }
-    })
-    .await;
-    let mut sent = 1;
-    eventually("a nack", async || {
-        relay.post(scan(sent)).await.expect(200);
-        sent += 1;
-        let nacked = relay.metric("prism_relay_publish_total", &[("outcome", "nacked")]).await;
-        if nacked > 0.0 { Ok(()) } else { Err(nacked) }
-    })
-    .await;
-    relay.eventually_logs("rejected a publish (nack)").await;
-    vhost.delete_policy("limit").await;
-    let texts: Vec<_> =
-        vhost.messages("prism.scan", sent as usize).await.iter().map(|delivery| delivery.text()).collect();
-    let mut sorted = texts.clone();
-    sorted.sort_by_key(|text| serde_json::from_str::<serde_json::Value>(text).unwrap()["payload"]["number"].as_u64());
-    assert_eq!(sorted, (0..sent).map(scan).collect::<Vec<_>>(), "each one once");
-    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    let relay = Setup::new(&vhost.url()).set("broker.reconnect_max", "500ms").start().await;
+    let warnings = || relay.log_text().lines().filter(|line| line.contains("(nack)") && line.contains("WARN")).count();
+    let policy_is = async |expected: serde_json::Value| {
+        eventually("the policy", async || {
+            let queue = vhost.queue("prism.scan").await.unwrap_or_default();
+            if queue["policy"] == expected { Ok(()) } else { Err(queue) }
+        })
+        .await;
+    };
+    // A queue that is full again is told of again.
+    for first in [0, 100_000] {
+        let told = warnings();
+        relay.post(scan(first)).await.expect(200);
+        vhost.eventually_depth("prism.scan", 1).await;
+        vhost.set_policy("limit", "^prism.scan$", json!({"max-length": 1})).await;
+        policy_is(json!("limit")).await;
+        let mut next = first + 1;
+        let nacks = relay.metric("prism_relay_publish_total", &[("outcome", "nacked")]).await;
+        eventually("a nack", async || {
+            relay.post(scan(next)).await.expect(200);
+            next += 1;
+            let nacked = relay.metric("prism_relay_publish_total", &[("outcome", "nacked")]).await;
+            if nacked > nacks { Ok(()) } else { Err(nacked) }
+        })
+        .await;
+        eventually("a warning", async || if warnings() > told { Ok(()) } else { Err(relay.log_text()) }).await;
+        vhost.delete_policy("limit").await;
+        let texts: Vec<_> = vhost
+            .messages("prism.scan", (next - first) as usize)
+            .await
+            .iter()
+            .map(|delivery| delivery.text())
+            .collect();
+        let mut sorted = texts.clone();
+        sorted
+            .sort_by_key(|text| serde_json::from_str::<serde_json::Value>(text).unwrap()["payload"]["number"].as_u64());
+        assert_eq!(sorted, (first..next).map(scan).collect::<Vec<_>>(), "each one once");
+        relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+        policy_is(json!(null)).await;
+    }
 }
 
 #[tokio::test]
