@@ -167,8 +167,7 @@ async fn check_the_rest(
         let finding = format!("{}\n        {mend}", difference.what);
         // With what it binds, the relay will create a binding, too.
         let later = said.iter().any(|entity| difference.entity.contains(&format!(" {entity} ")));
-        // A passive relay takes what exists as it is.
-        let as_it_is = config.topology.declare == Declare::Passive && difference.what != "does not exist";
+        let as_it_is = config.topology.declare == Declare::Passive && !difference.passive;
         if difference.advice || later || as_it_is {
             table.good(&difference.entity, &finding);
         } else {

@@ -2,6 +2,7 @@
 
 mod check;
 mod health;
+mod intake;
 mod management;
 mod manual;
 mod messages;

@@ -17,16 +17,19 @@ use super::messages::short;
 use super::redrive::move_all;
 use super::transfer::{Destination, TransferError, in_time, while_connected};
 use super::{Failure, say};
-use crate::config::Config;
+use crate::config::{Config, Declare};
 use crate::publisher::Link;
 use crate::telemetry::chain;
-use crate::topology::{Live, MOVING, Plan, Queue, TopologyError, establish_around, establish_queue, reply_code};
+use crate::topology::{
+    Comparison, Entity, Live, MOVING, Plan, Queue, TopologyError, bind_queue, compare, establish_around,
+    establish_queue, reply_code, unbind_queue,
+};
 
 /// After which what the management API tells of a queue is new: 6 to 9 s were seen.
 const STATISTICS: Duration = Duration::from_secs(15);
 
-/// Between two looks.
-const LOOK: Duration = Duration::from_secs(1);
+/// Between two looks at what the broker has.
+const PAUSE: Duration = Duration::from_secs(1);
 
 /// For the end of a consumer to be noticed.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -41,15 +44,23 @@ enum RecreateError {
     #[error("{0} still has messages: run this again")]
     NotEmpty(String),
     #[error(
-        "{queue} still has {count} messages on their way to the dead letters, which wait for room there \
-         (rabbitmqctl list_queues name messages messages_dlx); when they are gone run this again"
+        "{queue} still has {count} messages: on their way to the dead letters, which wait for room there, or taken by somebody \
+         who has not acknowledged them (rabbitmqctl list_queues name messages_dlx messages_unacknowledged); when they are gone \
+         run this again"
     )]
     OnTheirWay { queue: String, count: u64 },
     #[error(
-        "{queue} and {moving} have {count} messages, more than the new max_length of {limit}: let the workers do some of them \
-         first, or set a higher one"
+        "{queue} has {count} messages, more than the new max_length of {limit}: let the workers do some of them first, or set a \
+         higher one"
     )]
-    TooMany { queue: String, moving: String, count: u64, limit: u64 },
+    TooMany { queue: String, count: u64, limit: u64 },
+    #[error(
+        "{queue} is as configured, but takes no more of what came in meanwhile ({reason}). {moving} keeps the rest: let the \
+         workers do some, and run this again"
+    )]
+    Full { queue: String, moving: String, reason: String },
+    #[error("{0} is being replaced by another run of this")]
+    Busy(String),
     #[error(
         "a policy sets {keys} for {moving}, which holds the messages meanwhile and could lose some by that: see rabbitmqctl \
          list_policies and list_operator_policies, and let none match this name"
@@ -100,70 +111,220 @@ async fn recreate(
     let name = &queue.name;
     // An exchange and a queue of this name hold the messages meanwhile: the exchange, so that they keep their keys.
     let moving = format!("{name}{MOVING}");
-    let through = Destination::Exchange(moving.clone());
     // For the answers to a step of many.
     let deadline = config.broker.confirm_timeout + config.broker.connect_timeout * plan.steps();
+    lock(link, deadline, name, &moving).await?;
     let channel = in_time(deadline, link.connection.create_channel()).await?;
-    // Before anything is made.
-    let foreign = live(management).await?.foreign_bindings(plan, name);
-    if !foreign.is_empty() {
-        return Err(RecreateError::BoundByOthers { queue: name.clone(), bindings: foreign.join(", ") });
+    let run = Run { config, plan, link, management, channel, deadline, queue, moving };
+    if !run.is_half_done().await? {
+        run.put_aside().await?;
     }
-    has_room(link, deadline, queue, &moving).await?;
-    let goes_on = look(link, deadline, &moving).await?.is_some();
-    in_time(deadline, declare(&channel, &moving)).await?;
-    if let Err(error) = keeps_everything(management, &moving).await {
-        if !goes_on {
-            in_time(deadline, remove(&channel, &moving)).await?;
-        }
-        return Err(error);
-    }
-    topology_in_time(deadline, establish_around(&link.connection, plan, name)).await?;
+    run.bring_back().await
+}
 
-    // The old one, if it is there: from now on events go to the other.
-    if look(link, deadline, name).await?.is_some() {
-        is_unused(link, deadline, name).await?;
+/// As long as there is this connection, no other run of this can touch the queue. One that was killed a moment ago may
+/// still count.
+async fn lock(link: &Link, deadline: Duration, queue: &str, moving: &str) -> Result<(), RecreateError> {
+    let (lock, patient_until) = (format!("{moving}.lock"), Instant::now() + PATIENCE);
+    loop {
+        // The broker closes the channel of what it refuses.
+        let locking = async {
+            let channel = link.connection.create_channel().await?;
+            let exclusive = QueueDeclareOptions { exclusive: true, ..Default::default() };
+            channel.queue_declare(short(&lock), exclusive, FieldTable::default()).await
+        };
+        match timeout(deadline, locking).await.map_err(|_| TransferError::Silent(deadline))? {
+            Ok(_) => return Ok(()),
+            Err(error) if reply_code(&error) == Some(405) => {}
+            Err(error) => return Err(TransferError::from(error).into()),
+        }
+        if Instant::now() > patient_until {
+            return Err(RecreateError::Busy(queue.to_owned()));
+        }
+        sleep(PAUSE).await;
+    }
+}
+
+/// What one run works with.
+struct Run<'a> {
+    config: &'a Config,
+    plan: &'a Plan,
+    link: &'a Link,
+    management: &'a Management,
+    channel: Channel,
+    deadline: Duration,
+    queue: &'a Queue,
+    /// Of the exchange and the queue that hold the messages meanwhile.
+    moving: String,
+}
+
+impl Run<'_> {
+    /// Whether an earlier run has made the new queue, and ended before everything was back. Workers may be at it already.
+    async fn is_half_done(&self) -> Result<bool, RecreateError> {
+        let name = &self.queue.name;
+        if !live(self.management).await?.leads(&self.moving, name) {
+            return Ok(false);
+        }
+        let entity = Entity::Queue(self.queue.clone());
+        let comparing = compare(&self.link.connection, &entity, Declare::Active);
+        Ok(matches!(in_time(self.deadline, comparing).await?, Comparison::Same))
+    }
+
+    /// Events, and what is in the old queue, go to the one that stands in; the old one is deleted.
+    async fn put_aside(&self) -> Result<(), RecreateError> {
+        let Self { plan, channel, deadline, moving, .. } = self;
+        let name = &self.queue.name;
+        // Before anything is made.
+        let foreign = live(self.management).await?.foreign_bindings(plan, name);
+        if !foreign.is_empty() {
+            return Err(RecreateError::BoundByOthers { queue: name.clone(), bindings: foreign.join(", ") });
+        }
+        let goes_on = self.look(moving).await?.is_some();
+        if !goes_on {
+            self.has_room().await?;
+        }
+        in_time(*deadline, declare(channel, moving)).await?;
+        if let Err(error) = keeps_everything(self.management, moving).await {
+            if !goes_on {
+                in_time(*deadline, remove(channel, moving)).await?;
+            }
+            return Err(error);
+        }
+        self.topology_in_time(establish_around(&self.link.connection, plan, name)).await?;
+        if self.look(name).await?.is_none() {
+            return Ok(());
+        }
+        self.is_unused(name).await?;
         let turn = async {
             // An earlier run may have left it bound, and what is moved must not come back.
-            unbind(&channel, &moving, name).await?;
-            bind(&channel, &moving, &moving).await?;
-            bind_like(&channel, plan, name, &moving).await?;
-            unbind_like(&channel, plan, name, name).await
+            unbind(channel, moving, name).await?;
+            bind(channel, moving, moving).await?;
+            for binding in plan.bindings_of(name) {
+                bind_queue(channel, moving, binding).await?;
+            }
+            for binding in plan.bindings_of(name) {
+                unbind_queue(channel, name, binding).await?;
+            }
+            Ok(())
         };
-        in_time(deadline, turn).await?;
-        pour_out(config, link, management, deadline, name, &through).await?;
+        in_time(*deadline, turn).await?;
+        self.pour_out(name).await?;
+        Ok(())
     }
-    topology_in_time(deadline, establish_queue(&link.connection, plan, queue)).await?;
 
-    let turn = async {
-        unbind_like(&channel, plan, name, &moving).await?;
-        bind(&channel, &moving, name).await?;
-        unbind(&channel, &moving, &moving).await
-    };
-    in_time(deadline, turn).await?;
-    let moved = pour_out(config, link, management, deadline, &moving, &through).await?;
-    in_time(deadline, remove(&channel, &moving)).await?;
-    Ok(moved)
-}
-
-async fn topology_in_time(
-    deadline: Duration,
-    answer: impl Future<Output = Result<(), TopologyError>>,
-) -> Result<(), RecreateError> {
-    Ok(timeout(deadline, answer).await.map_err(|_| TransferError::Silent(deadline))??)
-}
-
-/// The new queue would not take back more than its limit.
-async fn has_room(link: &Link, deadline: Duration, queue: &Queue, moving: &str) -> Result<(), RecreateError> {
-    let Some(limit) = queue.max_length() else { return Ok(()) };
-    let mut count = 0;
-    for part in [queue.name.as_str(), moving] {
-        count += look(link, deadline, part).await?.map_or(0, |there| u64::from(there.message_count()));
+    /// Events go to the new queue, and then what came in meanwhile. How much that was.
+    async fn bring_back(&self) -> Result<u64, RecreateError> {
+        let Self { plan, channel, deadline, moving, queue, .. } = self;
+        let name = &queue.name;
+        self.topology_in_time(establish_queue(&self.link.connection, plan, queue)).await?;
+        let turn = async {
+            for binding in plan.bindings_of(name) {
+                unbind_queue(channel, moving, binding).await?;
+            }
+            bind(channel, moving, name).await?;
+            unbind(channel, moving, moving).await
+        };
+        in_time(*deadline, turn).await?;
+        let moved = self.pour_out(moving).await.map_err(|error| match error {
+            RecreateError::Transfer(TransferError::NotTaken { reason, .. }) => {
+                RecreateError::Full { queue: name.clone(), moving: moving.clone(), reason }
+            }
+            error => error,
+        })?;
+        in_time(*deadline, remove(channel, moving)).await?;
+        Ok(moved)
     }
-    if count > limit {
-        return Err(RecreateError::TooMany { queue: queue.name.clone(), moving: moving.to_owned(), count, limit });
+
+    /// The new queue would not take back more than its limit.
+    async fn has_room(&self) -> Result<(), RecreateError> {
+        let Queue { name, .. } = self.queue;
+        let Some(limit) = self.queue.max_length() else { return Ok(()) };
+        let count = self.look(name).await?.map_or(0, |there| u64::from(there.message_count()));
+        if count > limit {
+            return Err(RecreateError::TooMany { queue: name.clone(), count, limit });
+        }
+        Ok(())
     }
-    Ok(())
+
+    /// Moves everything out of a queue to which events are not routed any more, and deletes it. Meanwhile what was routed before
+    /// may still come in, and what is published straight to it. How much was moved.
+    async fn pour_out(&self, queue: &str) -> Result<u64, RecreateError> {
+        let through = Destination::Exchange(self.moving.clone());
+        let mut moved = 0;
+        for _ in 0..ROUNDS {
+            move_all(self.config, self.link, queue, &through, &mut moved).await?;
+            self.is_unused(queue).await?;
+            if self.has_let_go_of_everything(queue).await? {
+                let deleting = self.channel.queue_delete(short(queue), QueueDeleteOptions::default());
+                in_time(self.deadline, deleting).await?;
+                return Ok(moved);
+            }
+        }
+        Err(RecreateError::NotEmpty(queue.to_owned()))
+    }
+
+    /// Whether nothing is in the queue, and nothing on its way out of it; false if something has come in meanwhile. AMQP counts
+    /// what could be delivered, at once. What is on its way to the dead letters only the API tells, some seconds later. Quorum
+    /// queues cannot be asked to be deleted only if they are empty and unused, so both are asked right before.
+    async fn has_let_go_of_everything(&self, queue: &str) -> Result<bool, RecreateError> {
+        let begun = Instant::now();
+        loop {
+            sleep(PAUSE).await;
+            let messages = live(self.management).await?.messages(queue);
+            let now = self.look(queue).await?;
+            let (ready, count) = now.map_or((0, 0), |queue| (queue.message_count(), queue.consumer_count()));
+            match (messages, begun.elapsed()) {
+                _ if count > 0 => return Err(RecreateError::InUse { queue: queue.to_owned(), count }),
+                _ if ready > 0 => return Ok(false),
+                (Some(0), waited) if waited >= STATISTICS => return Ok(true),
+                (Some(count), waited) if waited >= STATISTICS + STATISTICS / 2 => {
+                    return Err(RecreateError::OnTheirWay { queue: queue.to_owned(), count });
+                }
+                (None, waited) if waited >= STATISTICS + STATISTICS / 2 => {
+                    return Err(RecreateError::Unknown(queue.to_owned()));
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// What is known of consumers is a moment old: our own may still count.
+    async fn is_unused(&self, queue: &str) -> Result<(), RecreateError> {
+        let patient_until = Instant::now() + PATIENCE;
+        loop {
+            match self.look(queue).await?.map_or(0, |queue| queue.consumer_count()) {
+                0 => return Ok(()),
+                count if Instant::now() > patient_until => {
+                    return Err(RecreateError::InUse { queue: queue.to_owned(), count });
+                }
+                _ => sleep(PATIENCE / 20).await,
+            }
+        }
+    }
+
+    /// On a channel of its own, because the broker closes it if there is no such queue.
+    async fn look(&self, queue: &str) -> Result<Option<lapin::Queue>, TransferError> {
+        let looking = async {
+            let channel = self.link.connection.create_channel().await?;
+            let passive = QueueDeclareOptions { passive: true, ..Default::default() };
+            match channel.queue_declare(short(queue), passive, FieldTable::default()).await {
+                Ok(queue) => {
+                    channel.close(200, "done".into()).await?;
+                    Ok(Some(queue))
+                }
+                Err(error) if reply_code(&error) == Some(404) => Ok(None),
+                Err(error) => Err(error),
+            }
+        };
+        in_time(self.deadline, looking).await
+    }
+
+    async fn topology_in_time(
+        &self,
+        answer: impl Future<Output = Result<(), TopologyError>>,
+    ) -> Result<(), RecreateError> {
+        Ok(timeout(self.deadline, answer).await.map_err(|_| TransferError::Silent(self.deadline))??)
+    }
 }
 
 /// The exchange and the queue that hold the messages meanwhile.
@@ -198,97 +359,13 @@ async fn keeps_everything(management: &Management, queue: &str) -> Result<(), Re
                 return Err(RecreateError::CutByPolicy { moving: queue.to_owned(), keys: keys.join(", ") });
             }
             None if begun.elapsed() >= STATISTICS => return Err(RecreateError::Unknown(queue.to_owned())),
-            None => sleep(LOOK).await,
-        }
-    }
-}
-
-/// Moves everything out of a queue to which events are not routed any more, and deletes it. Meanwhile what was routed before
-/// may still come in, and what is published straight to it. How much was moved.
-async fn pour_out(
-    config: &Config,
-    link: &Link,
-    management: &Management,
-    deadline: Duration,
-    queue: &str,
-    to: &Destination,
-) -> Result<u64, RecreateError> {
-    let mut moved = 0;
-    for _ in 0..ROUNDS {
-        moved += move_all(config, link, queue, to).await?;
-        is_unused(link, deadline, queue).await?;
-        if has_let_go_of_everything(management, link, deadline, queue).await? {
-            let channel = in_time(deadline, link.connection.create_channel()).await?;
-            in_time(deadline, channel.queue_delete(short(queue), QueueDeleteOptions::default())).await?;
-            return Ok(moved);
-        }
-    }
-    Err(RecreateError::NotEmpty(queue.to_owned()))
-}
-
-/// Whether nothing is in the queue, and nothing on its way out of it; false if something has come in meanwhile. AMQP counts
-/// what could be delivered, at once. What is on its way to the dead letters only the API tells, some seconds later. Quorum
-/// queues cannot be asked to be deleted only if they are empty and unused, so AMQP has the last word, right before.
-async fn has_let_go_of_everything(
-    management: &Management,
-    link: &Link,
-    deadline: Duration,
-    queue: &str,
-) -> Result<bool, RecreateError> {
-    let begun = Instant::now();
-    loop {
-        sleep(LOOK).await;
-        let messages = live(management).await?.messages(queue);
-        let now = look(link, deadline, queue).await?;
-        let (ready, count) = now.map_or((0, 0), |queue| (queue.message_count(), queue.consumer_count()));
-        match (messages, begun.elapsed()) {
-            _ if count > 0 => return Err(RecreateError::InUse { queue: queue.to_owned(), count }),
-            _ if ready > 0 => return Ok(false),
-            (Some(0), waited) if waited >= STATISTICS => return Ok(true),
-            (Some(count), waited) if waited >= STATISTICS + STATISTICS / 2 => {
-                return Err(RecreateError::OnTheirWay { queue: queue.to_owned(), count });
-            }
-            (None, waited) if waited >= STATISTICS + STATISTICS / 2 => {
-                return Err(RecreateError::Unknown(queue.to_owned()));
-            }
-            _ => {}
+            None => sleep(PAUSE).await,
         }
     }
 }
 
 async fn live(management: &Management) -> Result<Live, RecreateError> {
     management.look().await.map_err(|error| RecreateError::NoManagement(chain(&error)))
-}
-
-/// What is known of consumers is a moment old: our own may still count.
-async fn is_unused(link: &Link, deadline: Duration, queue: &str) -> Result<(), RecreateError> {
-    let patient_until = Instant::now() + PATIENCE;
-    loop {
-        match look(link, deadline, queue).await?.map_or(0, |queue| queue.consumer_count()) {
-            0 => return Ok(()),
-            count if Instant::now() > patient_until => {
-                return Err(RecreateError::InUse { queue: queue.to_owned(), count });
-            }
-            _ => sleep(PATIENCE / 20).await,
-        }
-    }
-}
-
-async fn bind_like(channel: &Channel, plan: &Plan, like: &str, queue: &str) -> Result<(), lapin::Error> {
-    for binding in plan.bindings_of(like) {
-        let (exchange, key) = (short(&binding.exchange), short(&binding.key));
-        let arguments = binding.arguments.clone();
-        channel.queue_bind(short(queue), exchange, key, QueueBindOptions::default(), arguments).await?;
-    }
-    Ok(())
-}
-
-async fn unbind_like(channel: &Channel, plan: &Plan, like: &str, queue: &str) -> Result<(), lapin::Error> {
-    for binding in plan.bindings_of(like) {
-        let (exchange, key) = (short(&binding.exchange), short(&binding.key));
-        channel.queue_unbind(short(queue), exchange, key, binding.arguments.clone()).await?;
-    }
-    Ok(())
 }
 
 /// To a fanout exchange, where keys mean nothing.
@@ -300,21 +377,4 @@ async fn bind(channel: &Channel, exchange: &str, queue: &str) -> Result<(), lapi
 /// Nothing happens if it was not bound.
 async fn unbind(channel: &Channel, exchange: &str, queue: &str) -> Result<(), lapin::Error> {
     channel.queue_unbind(short(queue), short(exchange), short(""), FieldTable::default()).await
-}
-
-/// On a channel of its own, because the broker closes it if there is no such queue.
-async fn look(link: &Link, deadline: Duration, queue: &str) -> Result<Option<lapin::Queue>, TransferError> {
-    let looking = async {
-        let channel = link.connection.create_channel().await?;
-        let passive = QueueDeclareOptions { passive: true, ..Default::default() };
-        match channel.queue_declare(short(queue), passive, FieldTable::default()).await {
-            Ok(queue) => {
-                channel.close(200, "done".into()).await?;
-                Ok(Some(queue))
-            }
-            Err(error) if reply_code(&error) == Some(404) => Ok(None),
-            Err(error) => Err(error),
-        }
-    };
-    in_time(deadline, looking).await
 }

@@ -1,20 +1,18 @@
 //! `redrive`: publishes dead letters, or other messages, once more. Each is acknowledged only when the exchange has taken it, so
 //! that a run which ends half-way, however it ends, loses nothing.
 
+use std::io;
 use std::num::NonZeroU64;
+use std::pin::Pin;
 use std::time::Duration;
 
-use futures_util::StreamExt;
 use jiff::Timestamp;
+use lapin::Channel;
 use lapin::message::{BasicGetMessage, Delivery};
-use lapin::options::{
-    BasicCancelOptions, BasicConsumeOptions, BasicGetOptions, BasicQosOptions, ConfirmSelectOptions,
-    QueueDeclareOptions,
-};
+use lapin::options::{BasicGetOptions, ConfirmSelectOptions};
 use lapin::types::FieldTable;
-use lapin::{Channel, Consumer};
-use tokio::time::timeout;
 
+use super::intake::{Intake, count};
 use super::messages::{
     fresh, header, matches, number, original_key, print, put_back, queue_name, short, time_of, uncounted,
 };
@@ -27,11 +25,8 @@ use crate::topology::DEAD;
 /// RabbitMQ 4 drops a message when it has been taken and put back 20 times, if its queue has no other limit and no dead letters.
 /// Long before that a copy is put in its place, whose count begins anew.
 const RETURNS_MAX: u64 = 10;
-/// More than are under way at a time.
-const PREFETCH: u16 = 500;
-/// Whoever consumes and gets nothing for so long has got all that there was for it.
+/// A broker that delivers goes on at once.
 const QUIET: Duration = Duration::from_secs(5);
-const CONSUMER: &str = "prism-relay";
 
 #[derive(clap::Args)]
 pub struct Options {
@@ -59,9 +54,6 @@ pub struct Options {
     /// Print what would be moved, and move nothing; what was returned often is put back as a copy, so that it may be returned again
     #[arg(long)]
     dry_run: bool,
-    /// Not as a new publish.
-    #[arg(skip)]
-    as_it_is: bool,
 }
 
 /// How it went.
@@ -93,11 +85,25 @@ pub async fn run(config: &Config, options: Options) -> Result<(), Failure> {
     outcome.map_err(Failure::new)
 }
 
-/// Moves everything that is in a queue now, with its keys and its past as they are; how much it was.
-pub async fn move_all(config: &Config, link: &Link, from: &str, to: &Destination) -> Result<u64, TransferError> {
-    let mut tally = Tally::default();
-    redrive(config, &Options::all_of(from), to, link, &mut tally).await?;
-    Ok(tally.moved)
+/// Moves everything that is in a queue now, with its keys and its past as they are. `moved` grows as in a transfer.
+pub async fn move_all(
+    config: &Config,
+    link: &Link,
+    from: &str,
+    to: &Destination,
+    moved: &mut u64,
+) -> Result<(), TransferError> {
+    let mut taking = Taking::open(config, link, from, true).await?;
+    let mut transfer = Transfer::new(taking.channel.clone(), config);
+    let (progress, before) = (progress_bar(taking.left, "messages"), *moved);
+    while let Some(delivery) = taking.next().await? {
+        let (key, properties) = (delivery.routing_key.clone(), uncounted(&delivery.properties));
+        transfer.add(Parcel { to: to.clone(), key, properties, delivery }, moved).await?;
+        progress.set_position(*moved - before);
+    }
+    transfer.flush(moved).await?;
+    progress.finish_and_clear();
+    taking.close().await
 }
 
 async fn redrive(
@@ -107,132 +113,128 @@ async fn redrive(
     link: &Link,
     tally: &mut Tally,
 ) -> Result<(), TransferError> {
-    let deadline = config.broker.confirm_timeout;
-    let opening = async {
-        let channel = link.connection.create_channel().await?;
-        channel.confirm_select(ConfirmSelectOptions::default()).await?;
-        let passive = QueueDeclareOptions { passive: true, ..Default::default() };
-        let queue = channel.queue_declare(short(&options.from), passive, FieldTable::default()).await?;
-        Ok((channel, queue))
-    };
-    let (channel, queue) = in_time(deadline, opening).await?;
-    // Not more than there are now: what comes back to the queue meanwhile must not be moved round in circles.
-    let (mut left_to_see, now) = (u64::from(queue.message_count()), Timestamp::now());
-    if left_to_see == 0 {
-        return Ok(());
-    }
-    let mut source = in_time(deadline, Source::open(&channel, options)).await?;
-    let progress = progress_bar(options.count.map_or(left_to_see, |count| count.get().min(left_to_see)), "messages");
-    let (mut transfer, mut back) = (Transfer::new(channel.clone(), config), Transfer::new(channel.clone(), config));
-    let mut interrupt = Box::pin(tokio::signal::ctrl_c());
+    let mut taking = Taking::open(config, link, &options.from, options.takes_all()).await?;
+    let mut transfer = Transfer::new(taking.channel.clone(), config);
+    let most = options.count.map_or(taking.left, |count| count.get().min(taking.left));
+    let (progress, now) = (progress_bar(most, "messages"), Timestamp::now());
     let mut chosen = 0;
-    while left_to_see > 0 && options.count.is_none_or(|count| chosen < count.get()) {
-        let next = tokio::select! {
-            biased;
-            _ = &mut interrupt => return Err(TransferError::Interrupted),
-            next = timeout(source.patience(deadline), source.next()) => next,
-        };
-        let delivery = match next {
-            Ok(next) => next?,
-            // Somebody else has taken what was there.
-            Err(_) if source.patience(deadline) < deadline => None,
-            Err(_) => return Err(TransferError::Silent(deadline)),
-        };
-        let Some(delivery) = delivery else { break };
-        if !options.as_it_is && is_worn(&delivery) {
-            // Comes again at the end of the queue, with a new count.
-            back.add(Parcel {
-                to: Destination::Queue(options.from.clone()),
-                key: delivery.routing_key.clone(),
-                properties: put_back(&delivery),
-                delivery,
-            });
-            back.flush().await?;
+    while options.count.is_none_or(|count| chosen < count.get())
+        && let Some(delivery) = taking.next().await?
+    {
+        if is_worn(&delivery) {
+            taking.put_back(config, delivery).await?;
             continue;
         }
-        left_to_see -= 1;
         let wanted = wanted(options, &delivery, now);
         chosen += u64::from(wanted);
-        tally.left += u64::from(!wanted);
-        if wanted && options.dry_run {
+        if !wanted {
+            tally.left += 1;
+        } else if options.dry_run {
             print(&delivery, false)?;
             tally.moved += 1;
-        } else if wanted {
-            let (key, properties) = match options.as_it_is {
-                true => (delivery.routing_key.clone(), uncounted(&delivery.properties)),
-                false => (original_key(&delivery), fresh(&delivery.properties)),
-            };
-            transfer.add(Parcel { to: to.clone(), key, properties, delivery });
+        } else {
+            let (key, properties) = (original_key(&delivery), fresh(&delivery.properties));
+            transfer.add(Parcel { to: to.clone(), key, properties, delivery }, &mut tally.moved).await?;
         }
-        if transfer.is_full() {
-            tally.moved += transfer.flush().await?;
-            progress.set_position(tally.moved);
-        }
+        progress.set_position(tally.moved);
     }
-    tally.moved += transfer.flush().await?;
+    transfer.flush(&mut tally.moved).await?;
     progress.finish_and_clear();
-    let closing = async {
-        if matches!(source, Source::Consume(_)) {
-            channel.basic_cancel(CONSUMER.into(), BasicCancelOptions::default()).await?;
-        }
-        let passive = QueueDeclareOptions { passive: true, ..Default::default() };
-        let queue = channel.queue_declare(short(&options.from), passive, FieldTable::default()).await?;
-        // Gives back what was looked at and left, before what nobody has looked at yet. And it is answered, which an ack is not.
-        channel.close(200, "done".into()).await?;
-        Ok(queue.message_count())
-    };
-    let still_there = in_time(deadline, closing).await?;
-    if options.takes_all() && left_to_see > 0 && still_there > 0 {
-        return Err(TransferError::NotDelivered { from: options.from.clone(), left: still_there });
-    }
-    Ok(())
+    taking.close().await
+}
+
+/// Takes what is in a queue now, and no more: what comes back to it meanwhile must not be moved round in circles.
+struct Taking<'a> {
+    channel: Channel,
+    queue: &'a str,
+    source: Source,
+    /// How many are to come.
+    left: u64,
+    /// For an answer.
+    deadline: Duration,
+    interrupt: Pin<Box<dyn Future<Output = io::Result<()>> + Send>>,
 }
 
 /// How messages are taken.
-enum Source<'a> {
+enum Source {
     /// One by one. What is left over is held until the end, however much that is.
-    Get(&'a Channel, &'a str),
+    Get,
     /// As a worker does; the only way where a queue has a single active consumer.
-    Consume(Box<Consumer>),
+    Consume(Box<Intake>),
 }
 
-impl<'a> Source<'a> {
-    async fn open(channel: &'a Channel, options: &'a Options) -> Result<Self, lapin::Error> {
-        if !options.takes_all() {
-            return Ok(Self::Get(channel, &options.from));
-        }
-        channel.basic_qos(PREFETCH, BasicQosOptions::default()).await?;
-        let (options, queue) = (BasicConsumeOptions::default(), short(&options.from));
-        let consumer = channel.basic_consume(queue, CONSUMER.into(), options, FieldTable::default()).await?;
-        Ok(Self::Consume(Box::new(consumer)))
+impl<'a> Taking<'a> {
+    /// `whole`: everything is to be moved.
+    async fn open(config: &Config, link: &Link, queue: &'a str, whole: bool) -> Result<Self, TransferError> {
+        let deadline = config.broker.confirm_timeout;
+        let opening = async {
+            let channel = link.connection.create_channel().await?;
+            channel.confirm_select(ConfirmSelectOptions::default()).await?;
+            let left = count(&channel, queue).await?;
+            Ok((channel, u64::from(left)))
+        };
+        let (channel, left) = in_time(deadline, opening).await?;
+        let source = match whole && left > 0 {
+            true => Source::Consume(Box::new(Intake::open(&channel, queue, FieldTable::default(), deadline).await?)),
+            false => Source::Get,
+        };
+        Ok(Self { channel, queue, source, left, deadline, interrupt: Box::pin(tokio::signal::ctrl_c()) })
     }
 
-    /// A broker that delivers goes on at once; one that is asked has to answer.
-    fn patience(&self, deadline: Duration) -> Duration {
-        match self {
-            Self::Get(..) => deadline,
-            Self::Consume(_) => deadline.min(QUIET),
-        }
-    }
-
+    /// `None` at the end, or where somebody else has taken what was there.
     async fn next(&mut self) -> Result<Option<Delivery>, TransferError> {
-        match self {
-            Self::Get(channel, queue) => {
-                let got = channel.basic_get(short(queue), BasicGetOptions::default()).await?;
-                Ok(got.map(|BasicGetMessage { delivery, .. }| delivery))
-            }
-            Self::Consume(deliveries) => Ok(Some(deliveries.next().await.ok_or(TransferError::Lost)??)),
+        if self.left == 0 {
+            return Ok(None);
         }
+        let taking = async {
+            match &mut self.source {
+                Source::Get => {
+                    let got = self.channel.basic_get(short(self.queue), BasicGetOptions::default());
+                    Ok(in_time(self.deadline, got).await?.map(|BasicGetMessage { delivery, .. }| delivery))
+                }
+                Source::Consume(intake) => intake.next(QUIET).await,
+            }
+        };
+        let taken = tokio::select! {
+            biased;
+            _ = &mut self.interrupt => return Err(TransferError::Interrupted),
+            taken = taking => taken?,
+        };
+        self.left -= u64::from(taken.is_some());
+        Ok(taken)
+    }
+
+    /// A copy at the end of the queue takes its place, with a new count of returns, and will be looked at instead.
+    async fn put_back(&mut self, config: &Config, delivery: Delivery) -> Result<(), TransferError> {
+        let mut transfer = Transfer::new(self.channel.clone(), config);
+        let (key, properties) = (delivery.routing_key.clone(), put_back(&delivery));
+        let copy = Parcel { to: Destination::Queue(self.queue.to_owned()), key, properties, delivery };
+        transfer.add(copy, &mut 0).await?;
+        transfer.flush(&mut 0).await?;
+        self.left += 1;
+        Ok(())
+    }
+
+    /// Gives back what was taken and not let go of, and sees whether everything came that should have.
+    async fn close(mut self) -> Result<(), TransferError> {
+        if let Source::Consume(intake) = &mut self.source {
+            intake.cancel().await?;
+        }
+        let closing = async {
+            let still_there = count(&self.channel, self.queue).await?;
+            // Gives back what was looked at and left, before what nobody has looked at yet. And it is answered, which an ack is not.
+            self.channel.close(200, "done".into()).await?;
+            Ok(still_there)
+        };
+        let still_there = in_time(self.deadline, closing).await?;
+        if matches!(self.source, Source::Consume(_)) && self.left > 0 && still_there > 0 {
+            return Err(TransferError::NotDelivered { from: self.queue.to_owned(), left: still_there });
+        }
+        Ok(())
     }
 }
 
 impl Options {
-    fn all_of(from: &str) -> Self {
-        let (to, pattern, subject, older_than, newer_than, count) = (None, None, None, None, None, None);
-        let from = from.to_owned();
-        Self { from, to, pattern, subject, older_than, newer_than, count, dry_run: false, as_it_is: true }
-    }
-
     fn takes_all(&self) -> bool {
         let Self { pattern, subject, older_than, newer_than, count, dry_run, .. } = self;
         let filtered = pattern.is_some() || subject.is_some() || older_than.is_some() || newer_than.is_some();

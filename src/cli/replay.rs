@@ -2,24 +2,23 @@
 
 use std::time::Duration;
 
-use futures_util::StreamExt;
 use jiff::{SignedDuration, Timestamp};
-use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions, ConfirmSelectOptions};
+use lapin::Channel;
+use lapin::message::Delivery;
+use lapin::options::{BasicAckOptions, ConfirmSelectOptions};
 use lapin::types::{AMQPValue, FieldTable};
-use lapin::{Channel, Consumer};
 use thiserror::Error;
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::Instant;
 
-use super::messages::{REPLAYED_AT, header, matches, number, print, queue_name, replayed, short, time_of};
+use super::intake::{Intake, count};
+use super::messages::{REPLAYED_AT, header, matches, number, print, queue_name, replayed, time_of};
 use super::transfer::{Destination, Parcel, Transfer, TransferError, in_time, while_connected};
 use super::{Failure, progress_bar, say};
 use crate::config::Config;
 use crate::publisher::Link;
 use crate::topology::ARCHIVE;
 
-/// Deliveries on the way at a time. Streams give more as these are acknowledged.
-const PREFETCH: u16 = 500;
-/// A stream says nothing at its end. Its last part has been read in this time, and what comes after it is later than now.
+/// A stream says nothing at its end. Whoever has read so much of it and hears nothing for so long has read its last part.
 const LAST_PART: Duration = Duration::from_secs(2);
 /// The first message comes at once, if there is one.
 const FIRST: Duration = Duration::from_secs(5);
@@ -53,7 +52,7 @@ pub struct Options {
 enum ReplayError {
     #[error(transparent)]
     Transfer(#[from] TransferError),
-    #[error("the stream says no more, {0} messages before its end")]
+    #[error("the stream says no more before its end at offset {0}")]
     Stalled(u64),
     #[error("that is no stream: its messages have no offset")]
     NoStream,
@@ -99,37 +98,36 @@ async fn replay(
 ) -> Result<(), ReplayError> {
     let (now, until) = (Timestamp::now(), options.until.unwrap_or(Timestamp::MAX));
     let deadline = config.broker.confirm_timeout;
-    let Some(last) = last_offset(link, deadline, from).await? else { return Ok(()) };
+    let Some(end) = find_end(link, deadline, from, now).await? else { return Ok(()) };
     let start = options.since.checked_sub(CLOCKS_DIFFER).unwrap_or(Timestamp::UNIX_EPOCH).as_second();
     let start = AMQPValue::Timestamp(u64::try_from(start).unwrap_or(0));
-    let (channel, mut deliveries) = in_time(deadline, consume(link, from, start)).await?;
+    let (channel, mut intake, _) = read(link, deadline, from, start).await?;
     in_time(deadline, channel.confirm_select(ConfirmSelectOptions::default())).await?;
-    let mut transfer = Transfer::new(channel.clone(), config);
+    let mut transfer = Transfer::new(channel, config);
     let mut interrupt = Box::pin(tokio::signal::ctrl_c());
     let (mut progress, mut reached) = (None, None);
-    while reached.is_none_or(|reached| reached < last) {
-        let patience = if reached.is_none() { FIRST } else { deadline };
+    while reached.is_none_or(|reached| reached < end.offset) {
         let next = tokio::select! {
             biased;
             _ = &mut interrupt => return Err(ReplayError::Interrupted),
-            next = timeout(patience, deliveries.next()) => next,
+            next = intake.next(if reached.is_none() { FIRST } else { deadline }) => next?,
         };
         let delivery = match (next, reached) {
-            (Ok(delivery), _) => delivery.ok_or(TransferError::Lost)??,
-            // Where nothing was written since then, there is nothing to come.
-            (Err(_), None) => break,
-            (Err(_), Some(reached)) => return Err(ReplayError::Stalled(last - reached)),
+            (Some(delivery), _) => delivery,
+            // Nothing was written since then.
+            (None, None) if end.accepted < options.since => break,
+            (None, _) => return Err(ReplayError::Stalled(end.offset)),
         };
-        let offset = number(&delivery.properties, "x-stream-offset").ok_or(ReplayError::NoStream)?;
+        let offset = offset_of(&delivery)?;
         reached = Some(offset);
-        progress.get_or_insert_with(|| progress_bar((last + 1).saturating_sub(offset), "messages")).inc(1);
-        let accepted = time_of(&delivery.properties).unwrap_or(Timestamp::UNIX_EPOCH);
+        progress.get_or_insert_with(|| progress_bar((end.offset + 1).saturating_sub(offset), "messages")).inc(1);
+        let accepted = accepted(&delivery);
         let wanted = (options.since..until).contains(&accepted)
             && matches(&options.key, delivery.routing_key.as_str())
             && header(&delivery.properties, REPLAYED_AT).is_none();
         if wanted && !options.dry_run {
             let (key, properties) = (delivery.routing_key.clone(), replayed(&delivery.properties, now));
-            transfer.add(Parcel { to: to.clone(), key, properties, delivery });
+            transfer.add(Parcel { to: to.clone(), key, properties, delivery }, published).await?;
         } else {
             if wanted {
                 print(&delivery, false).map_err(TransferError::Print)?;
@@ -138,37 +136,63 @@ async fn replay(
             // Makes room for more.
             in_time(deadline, delivery.acker.ack(BasicAckOptions::default())).await?;
         }
-        if transfer.is_full() {
-            *published += transfer.flush().await?;
-        }
     }
-    *published += transfer.flush().await?;
+    transfer.flush(published).await?;
     if let Some(bar) = progress {
         bar.finish_and_clear();
     }
     Ok(())
 }
 
-async fn consume(link: &Link, stream: &str, offset: AMQPValue) -> Result<(Channel, Consumer), lapin::Error> {
-    let channel = link.connection.create_channel().await?;
-    // A stream gives nothing to a consumer without a prefetch.
-    channel.basic_qos(PREFETCH, BasicQosOptions::default()).await?;
+/// From an offset on; and about how many messages there are.
+async fn read(
+    link: &Link,
+    deadline: Duration,
+    stream: &str,
+    offset: AMQPValue,
+) -> Result<(Channel, Intake, u32), TransferError> {
+    let channel = in_time(deadline, link.connection.create_channel()).await?;
     let mut arguments = FieldTable::default();
     arguments.insert("x-stream-offset".into(), offset);
-    let consumer = channel.basic_consume(short(stream), "".into(), BasicConsumeOptions::default(), arguments).await?;
-    Ok((channel, consumer))
+    let intake = Intake::open(&channel, stream, arguments, deadline).await?;
+    // A channel answers in turn: the place has been found by then.
+    let count = in_time(deadline, count(&channel, stream)).await?;
+    Ok((channel, intake, count))
+}
+
+/// The last message of a stream.
+struct End {
+    offset: u64,
+    accepted: Timestamp,
 }
 
 /// Where the stream ends now; `None` if it is empty. What AMQP tells of its length is seconds old, so its last part is read.
-async fn last_offset(link: &Link, deadline: Duration, stream: &str) -> Result<Option<u64>, ReplayError> {
-    let offset = AMQPValue::LongString("last".into());
-    let (channel, mut deliveries) = in_time(deadline, consume(link, stream, offset)).await?;
-    let (mut last, until) = (None, Instant::now() + LAST_PART);
-    while let Ok(delivery) = timeout_at(until, deliveries.next()).await {
-        let delivery = delivery.ok_or(TransferError::Lost)??;
-        last = Some(number(&delivery.properties, "x-stream-offset").ok_or(ReplayError::NoStream)?);
+async fn find_end(link: &Link, deadline: Duration, stream: &str, now: Timestamp) -> Result<Option<End>, ReplayError> {
+    let (channel, mut intake, count) = read(link, deadline, stream, AMQPValue::LongString("last".into())).await?;
+    // Where there is something, it comes, sooner or later.
+    let patience = if count > 0 { deadline } else { LAST_PART };
+    let (mut end, mut first_at) = (None, None);
+    while let Some(delivery) = intake.next(if end.is_none() { patience } else { LAST_PART }).await? {
+        let (offset, accepted) = (offset_of(&delivery)?, accepted(&delivery));
+        end = Some(End { offset, accepted });
         in_time(deadline, delivery.acker.ack(BasicAckOptions::default())).await?;
+        // Where events come in all the time it is never silent: what comes from now on is later than this run.
+        let read_for = first_at.get_or_insert_with(Instant::now).elapsed();
+        if read_for > deadline || (read_for > LAST_PART && accepted >= now) {
+            break;
+        }
     }
     in_time(deadline, channel.close(200, "done".into())).await?;
-    Ok(last)
+    match end {
+        None if count > 0 => Err(TransferError::Silent(deadline).into()),
+        end => Ok(end),
+    }
+}
+
+fn offset_of(delivery: &Delivery) -> Result<u64, ReplayError> {
+    number(&delivery.properties, "x-stream-offset").ok_or(ReplayError::NoStream)
+}
+
+fn accepted(delivery: &Delivery) -> Timestamp {
+    time_of(&delivery.properties).unwrap_or(Timestamp::UNIX_EPOCH)
 }

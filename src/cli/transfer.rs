@@ -20,7 +20,7 @@ const BATCH_MAX: usize = 200;
 /// And their bodies.
 const BATCH_BYTES_MAX: usize = 16 * 1024 * 1024;
 
-/// How often the connection is looked at.
+/// Between two looks at the connection.
 const LOOK: Duration = Duration::from_millis(500);
 
 #[derive(Debug, Error)]
@@ -114,6 +114,12 @@ pub struct Parcel {
     pub delivery: Delivery,
 }
 
+impl Parcel {
+    fn not_taken(&self, reason: &str) -> TransferError {
+        TransferError::NotTaken { to: self.to.to_string(), reason: reason.to_owned() }
+    }
+}
+
 /// A channel in confirm mode and what is to be published on it next.
 pub struct Transfer {
     channel: Channel,
@@ -127,33 +133,41 @@ impl Transfer {
         Self { channel, deadline: config.broker.confirm_timeout, batch: Vec::new(), bytes: 0 }
     }
 
-    pub fn is_full(&self) -> bool {
-        self.batch.len() >= BATCH_MAX || self.bytes >= BATCH_BYTES_MAX
-    }
-
-    pub fn add(&mut self, parcel: Parcel) {
+    /// Passes a message on with the next batch, which is this one if it is full. `moved` grows by what has been moved, also
+    /// where there is an error.
+    pub async fn add(&mut self, parcel: Parcel, moved: &mut u64) -> Result<(), TransferError> {
         self.bytes += parcel.delivery.data.len();
         self.batch.push(parcel);
+        if self.batch.len() < BATCH_MAX && self.bytes < BATCH_BYTES_MAX {
+            return Ok(());
+        }
+        self.flush(moved).await
     }
 
-    /// Publishes the batch in its order, waits until all of it is confirmed and routed, and only then acknowledges what it came
-    /// from. Where anything goes wrong nothing of the batch is acknowledged: it may be there twice, but it is not lost.
-    /// How many have been moved.
-    pub async fn flush(&mut self) -> Result<u64, TransferError> {
+    /// Publishes the batch in its order, waits until all of it is confirmed or rejected, and only then acknowledges what the
+    /// confirmed ones came from. Where anything else goes wrong nothing of the batch is acknowledged: it may be there twice, but
+    /// it is not lost.
+    pub async fn flush(&mut self, moved: &mut u64) -> Result<(), TransferError> {
         let batch = std::mem::take(&mut self.batch);
         self.bytes = 0;
-        timeout(self.deadline, self.publish(&batch)).await.map_err(|_| TransferError::Silent(self.deadline))??;
+        let publishing = timeout(self.deadline, self.publish(&batch));
+        let confirmed = publishing.await.map_err(|_| TransferError::Silent(self.deadline))??;
         let acks = async {
-            for parcel in &batch {
+            for (parcel, _) in batch.iter().zip(&confirmed).filter(|(_, confirmed)| **confirmed) {
                 parcel.delivery.acker.ack(BasicAckOptions::default()).await?;
+                *moved += 1;
             }
             Ok(())
         };
         in_time(self.deadline, acks).await?;
-        Ok(batch.len() as u64)
+        match batch.iter().zip(&confirmed).find(|(_, confirmed)| !**confirmed) {
+            Some((parcel, _)) => Err(parcel.not_taken("a queue is full, or could not store it")),
+            None => Ok(()),
+        }
     }
 
-    async fn publish(&self, batch: &[Parcel]) -> Result<(), TransferError> {
+    /// Of each whether it is confirmed, or rejected.
+    async fn publish(&self, batch: &[Parcel]) -> Result<Vec<bool>, TransferError> {
         let mut confirms = Vec::with_capacity(batch.len());
         for Parcel { to, key, properties, delivery, .. } in batch {
             let (exchange, key) = to.address(key);
@@ -162,15 +176,15 @@ impl Transfer {
                 .push(self.channel.basic_publish(exchange, key, options, &delivery.data, properties.clone()).await?);
         }
         // A return comes before its own confirm, but lapin may hand it to another one: it counts for the whole batch.
-        for (confirmation, parcel) in try_join_all(confirms).await?.into_iter().zip(batch) {
-            let not_taken = |reason: String| TransferError::NotTaken { to: parcel.to.to_string(), reason };
-            match confirmation {
-                Confirmation::Ack(None) => {}
-                Confirmation::Ack(Some(returned)) => return Err(not_taken(returned.reply_text.to_string())),
-                Confirmation::Nack(_) => return Err(not_taken("a queue is full, or could not store it".to_owned())),
-                Confirmation::NotRequested => return Err(not_taken("it confirms nothing".to_owned())),
+        let confirmations = try_join_all(confirms).await?;
+        let confirmed = |(confirmation, parcel): (Confirmation, &Parcel)| match confirmation {
+            Confirmation::Ack(None) => Ok(true),
+            Confirmation::Nack(None) => Ok(false),
+            Confirmation::Ack(Some(returned)) | Confirmation::Nack(Some(returned)) => {
+                Err(parcel.not_taken(returned.reply_text.as_str()))
             }
-        }
-        Ok(())
+            Confirmation::NotRequested => Err(parcel.not_taken("it confirms nothing")),
+        };
+        confirmations.into_iter().zip(batch).map(confirmed).collect()
     }
 }

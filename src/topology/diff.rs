@@ -70,18 +70,20 @@ pub struct Difference {
     pub last: bool,
     /// Worth knowing, but as planned.
     pub advice: bool,
+    /// Whether it concerns a passive relay, too, which takes the properties of what exists as they are.
+    pub passive: bool,
 }
 
 impl Difference {
     /// Something that a command mends.
     fn new(entity: impl Display, what: impl Display, mend: String) -> Self {
         let (entity, what) = (entity.to_string(), what.to_string());
-        Self { entity, what, mend: Some(mend), declare: false, last: false, advice: false }
+        Self { entity, what, mend: Some(mend), declare: false, last: false, advice: false, passive: false }
     }
 
     /// Something that is not there.
     pub fn missing(entity: impl Display) -> Self {
-        Self { mend: None, declare: true, ..Self::new(entity, "does not exist", String::new()) }
+        Self { mend: None, declare: true, passive: true, ..Self::new(entity, "does not exist", String::new()) }
     }
 
     /// Something that is too much.
@@ -167,7 +169,7 @@ fn surplus(plan: &Plan, live: &Live, mending: &Mending) -> Vec<Difference> {
         found.push(match name.strip_suffix(MOVING) {
             Some(queue) if interrupted(name) => {
                 let what = format!("a topology recreate was interrupted, which has {count} messages here");
-                Difference::new(entity, what, mending.recreate(queue))
+                Difference { passive: true, ..Difference::new(entity, what, mending.recreate(queue)) }
             }
             _ => {
                 let what = format!("is left over, with {count} messages; once they are gone it can be deleted");
@@ -281,6 +283,12 @@ impl Live {
         let moving = format!("{queue}{MOVING}");
         let foreign = there.filter(|there| !["", &moving].contains(&there.source.as_str()) && !there.is_in(plan));
         foreign.map(|there| clean(&format!("{} ({})", there.source, there.routing_key))).collect()
+    }
+
+    /// Whether an exchange leads to a queue, by whatever key.
+    pub fn leads(&self, exchange: &str, queue: &str) -> bool {
+        let is = |there: &LiveBinding| there.destination == queue && there.destination_type == "queue";
+        self.bindings.iter().any(|there| there.source == exchange && is(there))
     }
 
     fn major(&self) -> u32 {

@@ -190,15 +190,25 @@ async fn declare_entity(channel: &Channel, entity: &Entity) -> Result<(), lapin:
 
 async fn bind(channel: &Channel, binding: &Binding) -> Result<(), lapin::Error> {
     let Binding { exchange, to, key, arguments } = binding;
-    let (exchange, key, arguments) = (name(exchange), name(key), arguments.clone());
     match to {
-        Target::Queue(queue) => {
-            channel.queue_bind(name(queue), exchange, key, QueueBindOptions::default(), arguments).await
-        }
+        Target::Queue(queue) => bind_queue(channel, queue, binding).await,
         Target::Exchange(to) => {
-            channel.exchange_bind(name(to), exchange, key, ExchangeBindOptions::default(), arguments).await
+            let (options, arguments) = (ExchangeBindOptions::default(), arguments.clone());
+            channel.exchange_bind(name(to), name(exchange), name(key), options, arguments).await
         }
     }
+}
+
+/// Binds a queue as a binding says, whichever queue that one is for.
+pub async fn bind_queue(channel: &Channel, queue: &str, binding: &Binding) -> Result<(), lapin::Error> {
+    let (options, arguments) = (QueueBindOptions::default(), binding.arguments.clone());
+    channel.queue_bind(name(queue), name(&binding.exchange), name(&binding.key), options, arguments).await
+}
+
+/// The opposite; nothing happens if it was not bound.
+pub async fn unbind_queue(channel: &Channel, queue: &str, binding: &Binding) -> Result<(), lapin::Error> {
+    let arguments = binding.arguments.clone();
+    channel.queue_unbind(name(queue), name(&binding.exchange), name(&binding.key), arguments).await
 }
 
 /// A channel that is left behind is closed with its connection at the latest.

@@ -255,6 +255,50 @@ async fn the_archive_has_everything_and_takes_nothing_from_the_unrouted() {
     vhost.assert_empty("prism.scan").await;
 }
 
+/// What is silent for seconds because it is slow is not taken for the end.
+#[tokio::test]
+async fn a_slow_line_makes_nothing_incomplete() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let relay = with_archive(&vhost).start().await;
+    let large = format!(r#"{{"eventType":"scan.a","payload":{{"filler":"{}"}}}}"#, "x".repeat(200_000));
+    relay.post(large.clone()).await.expect(200);
+    vhost.reject("prism.scan").await;
+    vhost.eventually_depth("prism.dead", 1).await;
+    let wire = Wire::new(vhost.address());
+    let setup = Setup::new(&vhost.url_through(&wire)).set("topology.archive", json!({ "max_age": "1d" }));
+    // Seven seconds for one message.
+    wire.set_bandwidth(Some(30_000));
+    let replayed = setup.run(&["replay", "--since", "1h", "--dry-run"]).await;
+    assert!(
+        replayed.code == Some(0) && replayed.stdout.contains("\n1 events of prism.archive would be"),
+        "{replayed:?}"
+    );
+    let moved = setup.run(&["redrive"]).await;
+    assert!(moved.code == Some(0) && moved.stdout.starts_with("1 moved from prism.dead"), "{moved:?}");
+    assert_eq!(vhost.messages("prism.scan", 1).await[0].text(), large);
+}
+
+/// What fits is moved, each once; the rest stays for the next time.
+#[tokio::test]
+async fn a_full_queue_takes_what_it_can() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let relay = dead(&vhost, 12).await;
+    vhost.create_queue("mine", json!({ "x-max-length": 5, "x-overflow": "reject-publish" })).await;
+    for (moved, left) in [(5, 7), (5, 2)] {
+        let full = relay.run(&["redrive", "--to", "mine"]).await;
+        assert!(
+            full.code == Some(1) && full.stderr.contains("mine did not take a message (a queue is full"),
+            "{full:?}"
+        );
+        assert!(full.stdout.starts_with(&format!("{moved} moved")), "{full:?}");
+        vhost.eventually_depth("prism.dead", left).await;
+        vhost.messages("mine", moved).await;
+        vhost.assert_empty("mine").await;
+    }
+    assert_eq!(relay.run(&["redrive", "--to", "mine"]).await.code, Some(0));
+    vhost.messages("mine", 2).await;
+}
+
 #[tokio::test]
 async fn replay_ends_while_events_come_in() {
     let vhost = Vhost::new(Node::shared().await).await;

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use futures_util::StreamExt;
 use serde_json::{Value, json};
 
 use crate::harness::eventually::eventually_within;
@@ -182,6 +183,15 @@ fn watched(node: &Node, vhost: &Vhost) -> Setup {
     Setup::new(&vhost.url()).set("broker.management_url", format!("http://127.0.0.1:{}", node.management().port))
 }
 
+/// Waits for a recreate to have turned events away from the queue that it replaces.
+async fn old_way_is_closed(vhost: &Vhost, queue: &str) {
+    eventually("the old way to be closed", async || match vhost.bindings().await {
+        bindings if bindings.iter().any(|(_, to, _)| to == queue) => Err(format!("{bindings:?}")),
+        _ => Ok(()),
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn each_difference_is_told_with_the_command_that_mends_it() {
     let node = Node::shared().await;
@@ -271,15 +281,12 @@ async fn what_goes_straight_into_a_queue_that_is_replaced_is_not_lost() {
     assert_eq!(setup.run(&["topology", "declare"]).await.code, Some(0));
     let mut running = setup.launch(&["topology", "recreate", "prism.scan"]);
     // From here on it waits for what the API tells.
-    let unbound = |(_, queue, key): &(String, String, String)| queue == "prism.scan" && key == "scan.#";
-    eventually("the old way to be closed", async || match vhost.bindings().await {
-        bindings if !bindings.iter().any(unbound) => Ok(()),
-        bindings => Err(format!("{bindings:?}")),
-    })
-    .await;
+    old_way_is_closed(&vhost, "prism.scan").await;
     for _ in 0..10 {
         vhost.publish("", "prism.scan", EVENT).await;
     }
+    let second = setup.run(&["topology", "recreate", "prism.scan"]).await;
+    assert!(second.code == Some(1) && second.stderr.contains("is being replaced by another run"), "{second:?}");
     // A worker that comes too early ends it.
     let ended = eventually_within(Duration::from_secs(90), "its end", async || running.exited().ok_or("it runs")).await;
     assert!(ended.success(), "{:?}", running.stderr());
@@ -287,11 +294,7 @@ async fn what_goes_straight_into_a_queue_that_is_replaced_is_not_lost() {
     let worker = vhost.connect().await;
     let channel = worker.create_channel().await.unwrap();
     let mut running = setup.launch(&["topology", "recreate", "prism.scan"]);
-    eventually("the old way to be closed", async || match vhost.bindings().await {
-        bindings if !bindings.iter().any(unbound) => Ok(()),
-        bindings => Err(format!("{bindings:?}")),
-    })
-    .await;
+    old_way_is_closed(&vhost, "prism.scan").await;
     let early = channel.basic_consume("prism.scan".into(), "".into(), Default::default(), Default::default()).await;
     let ended = running.wait().await;
     assert!(ended.code == Some(1) && ended.stderr.contains("1 workers"), "{ended:?}");
@@ -315,18 +318,16 @@ async fn an_interrupted_recreate_is_told_until_it_has_ended() {
     let node = Node::shared().await;
     let vhost = Vhost::new(node).await;
     let queues = json!([{ "name": "prism.scan", "bindings": ["scan.#"], "partitions": 2 }]);
-    let setup = watched(node, &vhost).set("topology.queues", queues);
+    let setup = watched(node, &vhost).set("topology.queues", queues.clone());
+    let passive = watched(node, &vhost).set("topology.queues", queues).set("topology.declare", "passive");
     assert_eq!(setup.run(&["topology", "declare"]).await.code, Some(0));
-    for queue in ["prism.scan.1", "prism.dead"] {
+    for (queue, signal) in [("prism.scan.1", "KILL"), ("prism.dead", "INT")] {
         let moving = format!("{queue}.moving");
         let mut interrupted = setup.launch(&["topology", "recreate", queue]);
-        eventually("the old way to be closed", async || match vhost.bindings().await {
-            bindings if bindings.iter().any(|(_, to, _)| to == queue) => Err(format!("{bindings:?}")),
-            _ => Ok(()),
-        })
-        .await;
-        interrupted.signal("KILL");
-        interrupted.wait().await;
+        old_way_is_closed(&vhost, queue).await;
+        interrupted.signal(signal);
+        let ended = interrupted.wait().await;
+        assert!(signal == "KILL" || (ended.code == Some(1) && ended.stderr.contains("interrupted")), "{ended:?}");
         assert_eq!(setup.run(&["topology", "declare"]).await.code, Some(0));
         eventually("what goes on", async || {
             let told = setup.run(&["topology", "diff"]).await;
@@ -335,12 +336,68 @@ async fn an_interrupted_recreate_is_told_until_it_has_ended() {
             if goes_on && told.code == Some(1) { Ok(()) } else { Err(told.stdout) }
         })
         .await;
-        let checked = setup.run(&["check"]).await;
-        assert!(checked.code == Some(1) && checked.stdout.contains("recreate was interrupted"), "{checked:?}");
+        for setup in [&setup, &passive] {
+            let checked = setup.run(&["check"]).await;
+            assert!(checked.code == Some(1) && checked.stdout.contains("recreate was interrupted"), "{checked:?}");
+        }
         let done = setup.run(&["topology", "recreate", queue]).await;
         assert_eq!(done.code, Some(0), "{done:?}");
         assert!(vhost.queue(&moving).await.is_none());
     }
+}
+
+/// With a lower limit, what came in meanwhile may not fit. It is kept, and goes on where it was, with the workers at it.
+#[tokio::test]
+async fn what_came_in_while_a_queue_was_replaced_waits_for_room() {
+    const COUNT: usize = 450;
+    let node = Node::shared().await;
+    let vhost = Vhost::new(node).await;
+    let queues = |limit: u64| json!([{ "name": "prism.scan", "bindings": ["scan.#"], "max_length": limit }]);
+    let before = watched(node, &vhost).set("topology.queues", queues(1000));
+    assert_eq!(before.run(&["topology", "declare"]).await.code, Some(0));
+    let setup = watched(node, &vhost).set("topology.queues", queues(5));
+    for number in 0..6 {
+        vhost.publish("prism.events", "scan.a", number.to_string()).await;
+    }
+    let too_many = setup.run(&["topology", "recreate", "prism.scan"]).await;
+    assert!(too_many.code == Some(1) && too_many.stderr.contains("6 messages, more than"), "{too_many:?}");
+    vhost.messages("prism.scan", 6).await;
+
+    let mut running = setup.launch(&["topology", "recreate", "prism.scan"]);
+    old_way_is_closed(&vhost, "prism.scan").await;
+    let connection = vhost.connect().await;
+    let channel = connection.create_channel().await.unwrap();
+    channel.confirm_select(Default::default()).await.unwrap();
+    for number in 0..COUNT {
+        let (exchange, key, body) = ("prism.events".into(), "scan.a".into(), number.to_string());
+        let sent = channel.basic_publish(exchange, key, Default::default(), body.as_bytes(), Default::default());
+        drop(sent.await.unwrap());
+    }
+    channel.wait_for_confirms().await.unwrap();
+    let full = running.wait().await;
+    assert!(full.code == Some(1) && full.stderr.contains("prism.scan.moving keeps the rest"), "{full:?}");
+    assert!(vhost.depth("prism.scan.moving").await > 0);
+
+    let mut work =
+        channel.basic_consume("prism.scan".into(), "".into(), Default::default(), Default::default()).await.unwrap();
+    let worker = tokio::spawn(async move {
+        let mut done = std::collections::BTreeSet::new();
+        while done.len() < COUNT
+            && let Some(Ok(delivery)) = work.next().await
+        {
+            done.insert(delivery.data.clone());
+            delivery.acker.ack(Default::default()).await.unwrap();
+        }
+        done.len()
+    });
+    eventually_within(Duration::from_secs(240), "everything to be back", async || {
+        let ended = setup.run(&["topology", "recreate", "prism.scan"]).await;
+        if ended.code == Some(0) { Ok(()) } else { Err(ended.stderr) }
+    })
+    .await;
+    assert_eq!(worker.await.unwrap(), COUNT);
+    assert!(vhost.queue("prism.scan.moving").await.is_none());
+    connection.close(200, "done".into()).await.unwrap();
 }
 
 /// What only waits meanwhile must not be cut off or expire there.
@@ -375,7 +432,7 @@ async fn dead_letters_on_their_way_keep_a_queue_from_being_replaced() {
     vhost.reject("prism.scan").await;
     vhost.assert_empty("prism.scan").await;
     let refused = setup.run(&["topology", "recreate", "prism.scan"]).await;
-    assert!(refused.code == Some(1) && refused.stderr.contains("1 messages on their way"), "{refused:?}");
+    assert!(refused.code == Some(1) && refused.stderr.contains("still has 1 messages: on their way"), "{refused:?}");
     assert_eq!(vhost.queue("prism.scan").await.unwrap()["messages"], 1);
     // What somebody else has bound is not dropped, either.
     vhost.create_exchange("theirs", "topic", json!({})).await;
