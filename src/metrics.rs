@@ -74,6 +74,7 @@ pub struct Webhooks {
 pub struct SpoolMetrics {
     pub events: Gauge,
     pub parked_events: Gauge,
+    pub lost_events: Gauge,
     pub bytes: Gauge,
     pub max_bytes: Gauge,
     pub oldest_age: Gauge,
@@ -255,6 +256,10 @@ impl SpoolMetrics {
         Self {
             events: gauge("prism_relay_spool_events", "Accepted events that wait for their confirm."),
             parked_events: gauge("prism_relay_spool_parked_events", "Events that the broker does not take."),
+            lost_events: gauge(
+                "prism_relay_spool_lost_events",
+                "Accepted events that could not be read any more after the file was damaged.",
+            ),
             bytes: gauge("prism_relay_spool_bytes", "What is counted against spool.max_bytes."),
             max_bytes: gauge(
                 "prism_relay_spool_max_bytes",

@@ -221,6 +221,7 @@ impl View {
         metrics.spool.bytes.set(ledger.bytes as f64);
         metrics.spool.max_bytes.set(self.parts.spool.max_bytes() as f64);
         metrics.spool.parked_events.set(ledger.parked as f64);
+        metrics.spool.lost_events.set(self.parts.spool.gauges().lost() as f64);
         // Metrics are needed most when the spool is sick.
         if let Ok(age) = self.oldest_age(now).await {
             metrics.spool.oldest_age.set(age.unwrap_or(0.0));

@@ -66,7 +66,8 @@ fn is_ordered(path: &Path) -> bool {
 /// Opens the file; if it is damaged, saves what can be saved and opens that. A file that no relay has used before is
 /// left alone, whatever it is.
 pub(super) fn open_or_mend(path: &Path, durability: Durability, lock: &Lock) -> Result<Store, OpenError> {
-    if beside(path, SAVED).exists() {
+    let is_saved = beside(path, SAVED).exists();
+    if is_saved {
         let aside = put_in_place(path).map_err(|source| OpenError::Io { path: path.to_owned(), source })?;
         warn!(
             path = %path.display(),
@@ -74,7 +75,7 @@ pub(super) fn open_or_mend(path: &Path, durability: Durability, lock: &Lock) -> 
             "the spool had been mended when the last start ended; the damaged file is kept"
         );
     }
-    if lock.crashed() && has_lost_its_log(path) {
+    if !is_saved && lock.crashed() && has_lost_its_log(path) {
         error!(
             path = %path.display(),
             "the write-ahead log of the spool is gone: what was accepted shortly before the last stop may be missing"
@@ -106,7 +107,7 @@ fn is_emptied(path: &Path) -> bool {
 }
 
 /// Saves what can be read of the file into a new one, puts that in its place, and opens it. It takes as much space again as
-/// there is to save. Where it fails, all is as it was before.
+/// there is to save. Where it fails, the old file is as it was, or the new one is whole and the next start goes on.
 pub(super) fn mend(path: &Path, durability: Durability, cause: &str) -> Result<Store, OpenError> {
     let io = |source| OpenError::Io { path: path.to_owned(), source };
     error!(path = %path.display(), cause, "the spool is damaged: saving what can be read");
@@ -122,16 +123,22 @@ pub(super) fn mend(path: &Path, durability: Durability, cause: &str) -> Result<S
         .and_then(|()| put_in_place(path))
         .map_err(io)?;
     warn!(
-        saved = saved.pending + saved.parked,
-        unreadable = saved.removed,
+        saved = saved.events,
+        unreadable = saved.unreadable,
         aside = %aside.display(),
         "the spool has been mended; unreadable events count as removed, and the damaged file is kept"
     );
     Store::open(path, durability)
 }
 
-/// Copies what can be read into one whole file. Returns its ledger.
-fn save(path: &Path, saving: &Path, durability: Durability) -> Result<Ledger, OpenError> {
+/// How many events there were.
+struct Saved {
+    events: u64,
+    unreadable: u64,
+}
+
+/// Copies what can be read into one whole file.
+fn save(path: &Path, saving: &Path, durability: Durability) -> Result<Saved, OpenError> {
     let sqlite = |source| OpenError::Sqlite { path: saving.to_owned(), source };
     let mut store = Store::open(saving, durability)?;
     // SQLite would throw the log of an empty file away.
@@ -198,8 +205,8 @@ fn open_damaged(path: &Path) -> Result<Connection> {
     Ok(connection)
 }
 
-/// Copies the readable events. Returns the new ledger.
-fn copy(old: Option<&Connection>, store: &mut Store) -> Result<Ledger> {
+/// Copies the readable events.
+fn copy(old: Option<&Connection>, store: &mut Store) -> Result<Saved> {
     let known = old.map_or(Ok(None), |old| readable(Ledger::read(old)))?;
     let mut ledger = Ledger::default();
     store.begin(false)?;
@@ -214,9 +221,10 @@ fn copy(old: Option<&Connection>, store: &mut Store) -> Result<Ledger> {
         let back = format!("SELECT {COLUMNS}, parked_reason FROM event ORDER BY seq DESC");
         copy_rows(old, &back, store, &mut ledger, |seq| seq > last)?;
     }
-    // Without the old totals the highest number stands for them, so that no number is given twice.
-    let highest = store.highest_seq()?;
-    let known = known.unwrap_or(Ledger { accepted: highest, ..Ledger::default() });
+    // Without the old totals the numbers stand for them: none is given twice, and what was before the oldest pending event has been
+    // delivered.
+    let (oldest, highest) = store.numbers()?;
+    let known = known.unwrap_or(Ledger { accepted: highest, confirmed: oldest.saturating_sub(1), ..Ledger::default() });
     ledger.accepted = known.accepted.max(highest);
     ledger.duplicates = known.duplicates;
     let here = ledger.pending + ledger.parked;
@@ -225,9 +233,10 @@ fn copy(old: Option<&Connection>, store: &mut Store) -> Result<Ledger> {
     store.write_ledger(&ledger)?;
     // The first format has no such number, and a damaged file may not give it.
     let lost_before = old.map_or(Ok(None), |old| readable(lost(old)))?.unwrap_or(0);
-    store.set_lost(lost_before + ledger.removed.saturating_sub(known.removed))?;
+    let unreadable = ledger.removed.saturating_sub(known.removed);
+    store.set_lost(lost_before + unreadable)?;
     store.commit()?;
-    Ok(ledger)
+    Ok(Saved { events: here, unreadable })
 }
 
 /// Copies rows until one cannot be read, or `wanted` says no.

@@ -246,9 +246,11 @@ impl Store {
         Ok(seen)
     }
 
-    /// 0 if there is no event.
-    pub fn highest_seq(&self) -> Result<u64> {
-        self.connection.query_row("SELECT coalesce(max(seq), 0) FROM event", [], |row| row.get(0))
+    /// Those of the oldest pending event and of the last one of all; 0 where there is none.
+    pub fn numbers(&self) -> Result<(u64, u64)> {
+        let sql = "SELECT coalesce((SELECT seq FROM event WHERE parked_reason IS NULL ORDER BY seq LIMIT 1), 0),
+                          coalesce(max(seq), 0) FROM event";
+        self.connection.query_row(sql, [], |row| Ok((row.get(0)?, row.get(1)?)))
     }
 
     fn run(&self, sql: &str) -> Result<()> {

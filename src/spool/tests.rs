@@ -504,6 +504,22 @@ async fn of_two_events_of_one_number_one_is_saved() {
     assert_eq!(Inspector::open(&path).unwrap().verify().unwrap().problems, [""; 0]);
 }
 
+#[tokio::test]
+async fn without_the_totals_what_was_delivered_is_not_taken_for_lost() {
+    let (_folder, path) = left_by_a_kill(20).await;
+    let opened = Opened::open(&path, u64::MAX, WINDOW);
+    opened.spool.settle((1..=10).map(Settlement::Confirmed).collect()).await;
+    opened.spool.settle(vec![Settlement::Parked { seq: 11, reason: "no queue".to_owned() }]).await;
+    opened.close().await;
+    rusqlite::Connection::open(&path).unwrap().execute_batch("DELETE FROM ledger").unwrap();
+    salvage::order(&path).unwrap();
+    let opened = Opened::open(&path, u64::MAX, WINDOW);
+    let ledger = opened.spool.gauges().ledger();
+    assert_eq!((ledger.accepted, ledger.confirmed, ledger.pending, ledger.parked), (20, 10, 9, 1));
+    assert_eq!((ledger.removed, opened.spool.gauges().lost()), (0, 0));
+    opened.close().await;
+}
+
 /// Somebody who has the file for himself must not make its events unreadable.
 #[tokio::test]
 async fn a_damaged_file_that_is_locked_is_not_taken_for_an_empty_one() {

@@ -172,7 +172,9 @@ fn overwrite(path: &Path, from: u64, length: usize) {
 async fn assert_mended(relay: &Relay, ids: &[String], vhost: &Vhost, wire: &mut Wire) -> usize {
     let line = relay.eventually_logs("the spool has been mended").await;
     let saved = line["saved"].as_u64().unwrap() as usize;
-    assert_eq!(saved + line["unreadable"].as_u64().unwrap() as usize, ids.len(), "{line}");
+    let unreadable = line["unreadable"].as_u64().unwrap() as usize;
+    assert_eq!(saved + unreadable, ids.len(), "{line}");
+    relay.eventually_metric("prism_relay_spool_lost_events", &[], unreadable as f64).await;
     assert!(Path::new(line["aside"].as_str().unwrap()).exists(), "{line}");
     wire.accept();
     if saved > 0 {
