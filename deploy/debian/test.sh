@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs, runs, upgrades and purges the package in a throw-away Debian 12: first as a mere tree, then booted, with systemd in
+# Installs, runs, upgrades and purges the package in a throw-away Debian: first as a mere tree, then booted, with systemd in
 # its own namespaces (systemd-nspawn) and a network of its own. Nothing is written to the tree that is kept, nor to this system.
 set -euo pipefail
 
@@ -10,12 +10,14 @@ Usage: ./deploy/debian/test.sh [PACKAGE.deb]
   PACKAGE.deb  the package to test; without it deploy/debian/build.sh makes it
   -h, --help   this text
 
-Needs Debian and root. The Debian 12 is made once, with debootstrap, and kept in ~/.cache/prism-relay/bookworm.
+Needs Debian and root. The Debian is made once, with debootstrap, and kept in ~/.cache/prism-relay: bookworm (12), or what
+DEBIAN_RELEASE names, such as trixie (13).
 EOT
 }
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-cached=${XDG_CACHE_HOME:-$HOME/.cache}/prism-relay/bookworm
+release=${DEBIAN_RELEASE:-bookworm}
+cached=${XDG_CACHE_HOME:-$HOME/.cache}/prism-relay/package-$release
 passed=0 boot=''
 
 main() {
@@ -27,7 +29,7 @@ main() {
   fi
   if [[ ! $package ]]; then package=$("$here/build.sh" | sed -n '/\.deb$/p'); fi
   package=$(realpath "$package")
-  need_bookworm
+  need_debian
   need_package systemd-nspawn systemd-container
   # All mounts below are seen by this process and its children only, and end with them.
   if [[ ! ${PRISM_TEST_MOUNTS-} ]]; then exec env PRISM_TEST_MOUNTS=ours unshare --mount "${BASH_SOURCE[0]}" "$package"; fi
@@ -212,11 +214,26 @@ remove_and_purge() {
   inside sh -c "umask 077; echo whsec_$(random_hex) >$secrets"
   ok 'and started' inside systemctl start prism-relay
   same 'with the old events' "$(accepted)" "$before"
-  inside sh -c "systemctl stop prism-relay 2>&1 && rm $state/spool.db*" >/dev/null
+  inside sh -c "systemctl stop 'prism-relay*' 2>&1 && mkdir $state/data && mv $state/spool.db $state/data/prism.db && mv $state/spool.db-wal $state/data/prism.db-wal && rm $state/spool.db*" >/dev/null
+  purged_with 'events in another spool' "$state/data/prism.db"
+  purged_with 'a damaged spool' "$state/spool.db.damaged-20261125T120000Z"
+
+  ok 'is installed once more' inside dpkg -i /2.deb
+  inside sh -c "umask 077; echo whsec_$(random_hex) >$secrets"
   ok 'starts with an empty spool' inside systemctl start prism-relay
   ok 'is purged with an empty spool' inside dpkg --purge prism-relay
   ok 'and leaves nothing' inside sh -c "! ls -d /etc/prism-relay $state"
   same 'and nothing has failed' "$(inside systemctl --failed --no-legend)" ''
+}
+
+# purged_with WHAT FILE: an empty spool beside it does not let it go.
+purged_with() {
+  ok 'is installed once more' inside dpkg -i /2.deb
+  inside sh -c "umask 077; echo whsec_$(random_hex) >$secrets; [ -e $2 ] || echo x >$2"
+  ok 'starts with an empty spool' inside systemctl start prism-relay
+  ends 0 "is purged with $1, and keeps it" "$state is kept" inside dpkg --purge prism-relay
+  ok 'where it was' inside test -s "$2"
+  inside sh -c "rm -r $state/*"
 }
 
 # ------------------------------------------------------------------------------------------------ how it is looked at
@@ -290,17 +307,17 @@ fail() {
 
 # ------------------------------------------------------------------------------------------------ the throw-away Debian
 
-need_bookworm() {
+need_debian() {
   local mirror
   # The tree gets its name only when it is complete.
   if [[ -d $cached ]]; then return; fi
   need_package debootstrap debootstrap
-  echo "Making a Debian 12 tree in $cached (once, a minute) ..."
+  echo "Making a tree of Debian $release in $cached (once, a minute) ..."
   rm -rf "$cached.partial" && mkdir -p "$cached.partial"
   # From the mirror that this system's own packages come from; debootstrap's default if apt names none.
   # shellcheck disable=SC2016 # apt expands it
   mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Component: main' 'Origin: Debian' 2>/dev/null | grep -v security | head -n 1 || true)
-  debootstrap --variant=minbase --include=systemd bookworm "$cached.partial" ${mirror:+"$mirror"} >"$cached.log" 2>&1 || {
+  debootstrap --variant=minbase --include=systemd "$release" "$cached.partial" ${mirror:+"$mirror"} >"$cached.log" 2>&1 || {
     tail -n 15 "$cached.log" >&2
     echo "debootstrap failed; the whole log is in $cached.log" >&2
     exit 1
