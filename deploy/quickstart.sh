@@ -275,7 +275,6 @@ write_config() {
   if [[ ! $broker_shared ]]; then ladder=', retry_delays = ["5s", "10s"]' management="management_url = \"$broker_ui\""; fi
   secrets=$(sed -n '/^secrets = /p' "$config" 2>/dev/null || true)
   if [[ ! $secrets ]]; then secrets="secrets = [\"whsec_$(random_hex 32)\"]"; fi
-  secret=${secrets#*\"} secret=${secret%%\"*}
   scan_queue=$prefix.scan future_me_queue=$prefix.future_me
 
   (umask 077 && cat >"$config.new") <<EOF
@@ -407,7 +406,8 @@ Prism signs with the secret of your account: put it into "secrets" in ${here}.qu
 ${bold}Send a signed test event${plain}
   body='{"eventType":"scan.processing.succeeded","payload":{"scanId":"test-'"\$RANDOM"'","state":"READY"}}'
   now=\$(date -u +%Y-%m-%dT%H:%M:%SZ)
-  curl -i $url -H 'content-type: application/json' -H "prism-timestamp: \$now" -H "prism-signature: \$(printf '%s.%s' "\$now" "\$body" | openssl dgst -sha256 -hmac '$secret' -r | cut -d' ' -f1)" --data-binary "\$body"
+  secret=\$(sed -n 's/^secrets = \["\([^"]*\)".*/\1/p' ${here}.quickstart/relay.toml)
+  curl -i $url -H 'content-type: application/json' -H "prism-timestamp: \$now" -H "prism-signature: \$(printf '%s.%s' "\$now" "\$body" | openssl dgst -sha256 -hmac "\$secret" -r | cut -d' ' -f1)" --data-binary "\$body"
 
 ${bold}Subscribe a worker${plain} to a queue; several share its events
   $worker_url
