@@ -90,6 +90,9 @@ fn check_signature(config: &Config, table: &Table) {
 fn check_spool(config: &Config, table: &mut Table) {
     let path = config.spool.path.display();
     let presence = presence(&config.spool.path);
+    if presence == Presence::Damaged {
+        return table.good("spool", &format!("{path} is damaged: it is mended when the relay starts"));
+    }
     if let Presence::Absent(folder) = presence {
         return match tempfile_in(&folder) {
             Ok(()) => table.good("spool", &format!("{path} will be created")),

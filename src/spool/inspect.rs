@@ -8,7 +8,7 @@ use uuid::Uuid;
 use super::files::Lock;
 use super::reader::{COLUMNS, open_read_only, stored};
 use super::store::{self, Deleted};
-use super::{EVENT_OVERHEAD_BYTES, Ledger, OpenError, Stored};
+use super::{EVENT_OVERHEAD_BYTES, Ledger, OpenError, Stored, salvage};
 
 /// The few parked events among the many: without the index SQLite would read the whole file.
 const PARKED: &str = "INDEXED BY parked WHERE parked_reason IS NOT NULL";
@@ -18,12 +18,17 @@ const PARKED: &str = "INDEXED BY parked WHERE parked_reason IS NOT NULL";
 pub enum Presence {
     /// No file yet. With the folder, or the nearest one above it that exists.
     Absent(PathBuf),
+    /// It is being mended, or will be at the next start.
+    Damaged,
     Idle,
     InUse,
 }
 
 /// Looks without changing anything.
 pub fn presence(path: &Path) -> Presence {
+    if salvage::is_due(path) {
+        return Presence::Damaged;
+    }
     if !path.exists() {
         let folder = path.ancestors().skip(1).find(|folder| folder.is_dir()).unwrap_or(Path::new("."));
         return Presence::Absent(folder.to_owned());
@@ -63,6 +68,10 @@ impl Inspector {
 
     /// Opens an existing spool for [`Self::remove`] and [`Self::retry`].
     pub fn open_for_change(path: &Path) -> Result<Self, OpenError> {
+        // The events are being copied.
+        if salvage::is_due(path) {
+            return Err(OpenError::Damaged { path: path.to_owned() });
+        }
         Self::with(path, |path| {
             let connection = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
             connection.busy_timeout(store::BUSY_TIMEOUT)?;

@@ -22,7 +22,8 @@ pub struct Ledger {
 
 impl Ledger {
     pub fn balances(&self) -> bool {
-        self.accepted == self.confirmed + self.pending + self.parked + self.removed
+        let parts = [self.confirmed, self.pending, self.parked, self.removed];
+        u128::from(self.accepted) == parts.map(u128::from).iter().sum()
     }
 
     pub(super) fn read(connection: &Connection) -> Result<Self> {

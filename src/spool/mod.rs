@@ -47,6 +47,8 @@ pub enum OpenError {
     Io { path: PathBuf, source: std::io::Error },
     #[error("{path} is in use by another relay (process {pid}); each relay needs a spool.path of its own")]
     Locked { path: PathBuf, pid: String },
+    #[error("{path} is damaged: the relay mends it when it starts; try again when it has")]
+    Damaged { path: PathBuf },
     #[error("{path} cannot be used as a spool")]
     Sqlite { path: PathBuf, source: rusqlite::Error },
     #[error("{path} is an SQLite file, but not a spool of prism-relay")]

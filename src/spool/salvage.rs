@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::{MetadataExt, chown};
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
@@ -25,17 +26,26 @@ pub(super) fn is_damage(error: &rusqlite::Error) -> bool {
     }
 }
 
-/// What a damaged file gives, `None` where it is damaged. One that cannot be read at the moment is another matter.
+/// What a damaged file gives, `None` where it is damaged. That it cannot be read at the moment is another matter.
 fn readable<T>(outcome: Result<T>) -> Result<Option<T>> {
-    use ErrorCode::{CannotOpen, DatabaseBusy, DatabaseLocked, OperationInterrupted, OutOfMemory, PermissionDenied};
+    use ErrorCode::{DatabaseCorrupt, NotADatabase, TooBig, Unknown};
     match outcome {
         Ok(value) => Ok(Some(value)),
         Err(error) => match error.sqlite_error_code() {
-            Some(
-                CannotOpen | DatabaseBusy | DatabaseLocked | OperationInterrupted | OutOfMemory | PermissionDenied,
-            ) => Err(error),
-            _ => Ok(None),
+            // Unknown: SQL makes no sense with this schema. None: a value is not what it should be.
+            Some(DatabaseCorrupt | NotADatabase | TooBig | Unknown) | None => Ok(None),
+            Some(_) => Err(error),
         },
+    }
+}
+
+/// The same where much is read: a sector may be lost without the disk being away.
+fn readable_part<T>(outcome: Result<T>) -> Result<Option<T>> {
+    use rusqlite::ffi::{SQLITE_IOERR_CORRUPTFS, SQLITE_IOERR_READ, SQLITE_IOERR_SHORT_READ};
+    let code = outcome.as_ref().err().and_then(rusqlite::Error::sqlite_error).map(|error| error.extended_code);
+    match code {
+        Some(SQLITE_IOERR_READ | SQLITE_IOERR_SHORT_READ | SQLITE_IOERR_CORRUPTFS) => Ok(None),
+        _ => readable(outcome),
     }
 }
 
@@ -51,6 +61,13 @@ const SAVED: &str = ".mended";
 /// SQLite's files of one database.
 const FILES: [&str; 3] = ["", "-wal", "-shm"];
 
+/// Looks in vain at damaged places. Each takes microseconds; more would be needed only where the numbers themselves are damaged.
+const LOOKS_MAX: u64 = 50_000_000;
+
+/// Further ahead than this of what is known to have been accepted, or ever, no number of an event can be.
+const AHEAD_MAX: u64 = 1_000_000;
+const NUMBER_MAX: u64 = 1 << 48;
+
 /// Copied between two commits, so that the log of the new file stays small beside it.
 const COMMIT_BYTES: u64 = 16 * 1024 * 1024;
 
@@ -63,23 +80,34 @@ fn is_ordered(path: &Path) -> bool {
     beside(path, ORDER).exists()
 }
 
+/// Whether the spool is being mended, or will be at the next start.
+pub(super) fn is_due(path: &Path) -> bool {
+    [ORDER, SAVING, SAVED].iter().any(|ending| beside(path, ending).exists())
+}
+
 /// Opens the file; if it is damaged, saves what can be saved and opens that. A file that no relay has used before is
 /// left alone, whatever it is.
 pub(super) fn open_or_mend(path: &Path, durability: Durability, lock: &Lock) -> Result<Store, OpenError> {
-    let is_saved = beside(path, SAVED).exists();
+    let io = |source| OpenError::Io { path: path.to_owned(), source };
+    let is_saved = beside(path, SAVED).try_exists().map_err(io)?;
     if is_saved {
-        let aside = put_in_place(path).map_err(|source| OpenError::Io { path: path.to_owned(), source })?;
+        let aside = put_in_place(path).map_err(io)?;
         warn!(
             path = %path.display(),
             aside = %aside.display(),
             "the spool had been mended when the last start ended; the damaged file is kept"
         );
     }
-    if !is_saved && lock.crashed() && has_lost_its_log(path) {
-        error!(
-            path = %path.display(),
-            "the write-ahead log of the spool is gone: what was accepted shortly before the last stop may be missing"
-        );
+    if !is_saved && lock.crashed() && !beside(path, "-wal").exists() {
+        // SQLite makes the log when it opens the file, and removes it only when it closes it.
+        if fs::metadata(path).is_ok_and(|metadata| metadata.len() > 0) {
+            error!(
+                path = %path.display(),
+                "the write-ahead log of the spool is gone: what was accepted shortly before the last stop may be missing"
+            );
+        } else {
+            error!(path = %path.display(), "the spool is gone: what waited in it at the last stop is missing");
+        }
     }
     let cause = if is_ordered(path) {
         "it was found damaged while the relay ran".to_owned()
@@ -94,12 +122,6 @@ pub(super) fn open_or_mend(path: &Path, durability: Durability, lock: &Lock) -> 
     mend(path, durability, &cause)
 }
 
-/// SQLite makes the log when it opens the file, and removes it only when it closes it.
-fn has_lost_its_log(path: &Path) -> bool {
-    let has_content = fs::metadata(path).is_ok_and(|metadata| metadata.len() > 0);
-    has_content && !beside(path, "-wal").exists()
-}
-
 /// SQLite would take an empty file for a new one, and throw the log away.
 fn is_emptied(path: &Path) -> bool {
     let length = |path: &Path| fs::metadata(path).map_or(0, |metadata| metadata.len());
@@ -112,8 +134,8 @@ pub(super) fn mend(path: &Path, durability: Durability, cause: &str) -> Result<S
     let io = |source| OpenError::Io { path: path.to_owned(), source };
     error!(path = %path.display(), cause, "the spool is damaged: saving what can be read");
     let saving = beside(path, SAVING);
-    // Of an earlier start, which was interrupted.
-    discard(&saving).map_err(io)?;
+    // Of an earlier start, which was interrupted; and the reserve is for times like this.
+    discard(&saving).and_then(|()| remove(&beside(path, RESERVE))).map_err(io)?;
     let saved = save(path, &saving, durability).inspect_err(|_| {
         // Room for whatever comes next; should it fail, the next try begins with it.
         let _ = discard(&saving);
@@ -122,6 +144,9 @@ pub(super) fn mend(path: &Path, durability: Durability, cause: &str) -> Result<S
         .and_then(|()| sync_folder(path))
         .and_then(|()| put_in_place(path))
         .map_err(io)?;
+    if !saved.all_known {
+        error!("the totals of the spool could not be read: it may have held more events than were found");
+    }
     warn!(
         saved = saved.events,
         unreadable = saved.unreadable,
@@ -135,24 +160,26 @@ pub(super) fn mend(path: &Path, durability: Durability, cause: &str) -> Result<S
 struct Saved {
     events: u64,
     unreadable: u64,
+    /// Whether these are all.
+    all_known: bool,
 }
 
-/// Copies what can be read into one whole file.
+/// Copies what can be read into one whole file, of the same owner.
 fn save(path: &Path, saving: &Path, durability: Durability) -> Result<Saved, OpenError> {
-    let sqlite = |source| OpenError::Sqlite { path: saving.to_owned(), source };
+    let io = |source| OpenError::Io { path: path.to_owned(), source };
+    let sqlite = |source| OpenError::Sqlite { path: path.to_owned(), source };
     let mut store = Store::open(saving, durability)?;
-    // SQLite would throw the log of an empty file away.
-    let old = match path.exists() && !is_emptied(path) {
-        true => readable(open_damaged(path)).map_err(sqlite)?,
-        false => None,
-    };
+    store.reserve().give_up();
+    let old = open_damaged(path)?;
     let saved = copy(old.as_ref(), &mut store).map_err(sqlite)?;
     store.start_log_anew().map_err(sqlite)?;
     drop(store);
-    // The log is empty now.
-    for ending in ["-wal", "-shm", RESERVE] {
-        remove(&beside(saving, ending)).map_err(|source| OpenError::Io { path: saving.to_owned(), source })?;
+    if let Ok(old) = fs::metadata(path) {
+        // It is another one only where root helps out. Whoever may not change it has no need to.
+        let _ = chown(saving, Some(old.uid()), Some(old.gid()));
     }
+    // The log is empty now.
+    ["-wal", "-shm"].into_iter().try_for_each(|ending| remove(&beside(saving, ending))).map_err(io)?;
     Ok(saved)
 }
 
@@ -198,79 +225,127 @@ fn if_there(outcome: io::Result<()>) -> io::Result<()> {
     }
 }
 
-fn open_damaged(path: &Path) -> Result<Connection> {
-    let connection = open_read_only(path)?;
-    // With it SQLite reads what there is of a file that is shorter than it should be.
-    connection.execute_batch("PRAGMA writable_schema = ON")?;
-    Ok(connection)
+/// `None` where there is nothing to read.
+fn open_damaged(path: &Path) -> Result<Option<Connection>, OpenError> {
+    // SQLite would throw the log of an empty file away.
+    if !path.try_exists().map_err(|source| OpenError::Io { path: path.to_owned(), source })? || is_emptied(path) {
+        return Ok(None);
+    }
+    let opening = || {
+        let connection = open_read_only(path)?;
+        // With it SQLite reads what there is of a file that is shorter than it should be. And all is read as of one moment.
+        connection.execute_batch("PRAGMA writable_schema = ON; BEGIN")?;
+        Ok(connection)
+    };
+    readable(opening()).map_err(|source| OpenError::Sqlite { path: path.to_owned(), source })
 }
 
 /// Copies the readable events.
 fn copy(old: Option<&Connection>, store: &mut Store) -> Result<Saved> {
-    let known = old.map_or(Ok(None), |old| readable(Ledger::read(old)))?;
-    let mut ledger = Ledger::default();
+    let known = match old {
+        // Once more, because an error of the disk may pass.
+        Some(old) => readable_part(Ledger::read(old).or_else(|_| Ledger::read(old)))?,
+        None => None,
+    };
+    let known = known.filter(|known| known.balances() && known.accepted <= NUMBER_MAX);
+    let mut found = Found::default();
     store.begin(false)?;
     if let Some(old) = old {
-        // From the front to the damage, and from the back to the damage.
-        let mut last = 0;
-        let front = format!("SELECT {COLUMNS}, parked_reason FROM event ORDER BY seq");
-        copy_rows(old, &front, store, &mut ledger, |seq| {
-            last = seq;
-            true
-        })?;
-        let back = format!("SELECT {COLUMNS}, parked_reason FROM event ORDER BY seq DESC");
-        copy_rows(old, &back, store, &mut ledger, |seq| seq > last)?;
+        copy_events(old, store, known.as_ref(), &mut found)?;
     }
-    // Without the old totals the numbers stand for them: none is given twice, and what was before the oldest pending event has been
-    // delivered.
     let (oldest, highest) = store.numbers()?;
-    let known = known.unwrap_or(Ledger { accepted: highest, confirmed: oldest.saturating_sub(1), ..Ledger::default() });
-    ledger.accepted = known.accepted.max(highest);
-    ledger.duplicates = known.duplicates;
-    let here = ledger.pending + ledger.parked;
-    ledger.confirmed = known.confirmed.min(ledger.accepted - here);
+    let (here, mut ledger) = (found.pending + found.parked, known.unwrap_or_default());
+    if known.is_none() {
+        // The numbers stand for the totals: none is given twice, and what was before the oldest pending event has probably been
+        // delivered. What nobody knows of is at least told of.
+        let unknown = u64::from(old.is_none() || found.damage || here == 0);
+        ledger.accepted = (highest + unknown).max(here + unknown);
+        ledger.confirmed = oldest.saturating_sub(1).min(ledger.accepted - here - unknown);
+    }
+    let removed_before = ledger.removed;
+    ledger.accepted = ledger.accepted.max(highest).max(here);
+    ledger.confirmed = ledger.confirmed.min(ledger.accepted - here);
     ledger.removed = ledger.accepted - here - ledger.confirmed;
+    (ledger.pending, ledger.parked, ledger.bytes) = (found.pending, found.parked, found.bytes);
     store.write_ledger(&ledger)?;
     // The first format has no such number, and a damaged file may not give it.
-    let lost_before = old.map_or(Ok(None), |old| readable(lost(old)))?.unwrap_or(0);
-    let unreadable = ledger.removed.saturating_sub(known.removed);
+    let lost_before = old.map_or(Ok(None), |old| readable_part(lost(old)))?.unwrap_or(0);
+    let unreadable = ledger.removed.saturating_sub(removed_before);
     store.set_lost(lost_before + unreadable)?;
     store.commit()?;
-    Ok(Saved { events: here, unreadable })
+    Ok(Saved { events: here, unreadable, all_known: known.is_some() })
 }
 
-/// Copies rows until one cannot be read, or `wanted` says no.
-fn copy_rows(
-    old: &Connection,
-    sql: &str,
-    store: &mut Store,
-    ledger: &mut Ledger,
-    mut wanted: impl FnMut(u64) -> bool,
-) -> Result<()> {
-    let Some(mut statement) = readable(old.prepare(sql))? else { return Ok(()) };
-    let Some(mut rows) = readable(statement.query([]))? else { return Ok(()) };
-    let mut committed = ledger.bytes;
-    while let Some(Some(row)) = readable(rows.next())? {
-        let (Ok(stored), Ok(parked_reason)) = (stored(row), row.get::<_, Option<String>>(8)) else { continue };
-        if !wanted(stored.seq) {
+/// What has been copied.
+#[derive(Default)]
+struct Found {
+    pending: u64,
+    parked: u64,
+    bytes: u64,
+    /// Whether something could not be read.
+    damage: bool,
+}
+
+/// Copies in the order of acceptance, and goes on behind each damaged place.
+fn copy_events(old: &Connection, store: &mut Store, known: Option<&Ledger>, found: &mut Found) -> Result<()> {
+    let sql = format!("SELECT {COLUMNS}, parked_reason FROM event WHERE seq >= ?1 ORDER BY seq");
+    // Not of a part: without the schema there is nothing.
+    let Some(mut statement) = readable(old.prepare(&sql))? else {
+        found.damage = true;
+        return Ok(());
+    };
+    let last = "SELECT seq FROM event ORDER BY seq DESC LIMIT 1";
+    let last: Option<u64> = readable_part(old.query_row(last, [], |row| row.get(0)))?;
+    let most = known.map_or(NUMBER_MAX, |known| known.accepted.saturating_add(AHEAD_MAX)).min(NUMBER_MAX);
+    let highest = known.map_or(0, |known| known.accepted).max(last.unwrap_or(NUMBER_MAX)).min(most);
+    let (mut next, mut looks, mut committed) = (0, 0, 0);
+    while next <= highest && looks < LOOKS_MAX {
+        let (before, mut ended) = (next, false);
+        let mut rows = statement.query([next])?;
+        while let Some(row) = readable_part(rows.next())? {
+            let Some(row) = row else {
+                ended = true;
+                break;
+            };
+            let (Ok(stored), Ok(parked_reason)) = (stored(row), row.get::<_, Option<String>>(8)) else {
+                found.damage = true;
+                continue;
+            };
+            if !(1..=most).contains(&stored.seq) {
+                found.damage = true;
+                continue;
+            }
+            next = next.max(stored.seq + 1);
+            match store.insert(stored.seq, &stored.event) {
+                // Two of one number: the damage has made one of them up.
+                Err(error) if error.sqlite_error_code() == Some(ErrorCode::ConstraintViolation) => {
+                    found.damage = true;
+                    continue;
+                }
+                outcome => outcome?,
+            }
+            found.bytes += stored.event.body.len() as u64 + EVENT_OVERHEAD_BYTES;
+            match parked_reason {
+                Some(reason) => {
+                    store.park(stored.seq, &reason, 0)?;
+                    found.parked += 1;
+                }
+                None => found.pending += 1,
+            }
+            if found.bytes - committed >= COMMIT_BYTES {
+                committed = found.bytes;
+                store.commit()?;
+                store.begin(false)?;
+            }
+        }
+        if ended {
             break;
         }
-        match store.insert(stored.seq, &stored.event) {
-            // Two of one number: the damage has made one of them up.
-            Err(error) if error.sqlite_error_code() == Some(ErrorCode::ConstraintViolation) => continue,
-            outcome => outcome?,
-        }
-        ledger.bytes += stored.event.body.len() as u64 + EVENT_OVERHEAD_BYTES;
-        ledger.pending += 1;
-        if let Some(reason) = parked_reason {
-            store.park(stored.seq, &reason, 0)?;
-            ledger.pending -= 1;
-            ledger.parked += 1;
-        }
-        if ledger.bytes - committed >= COMMIT_BYTES {
-            committed = ledger.bytes;
-            store.commit()?;
-            store.begin(false)?;
+        found.damage = true;
+        // First from the same place again, because an error of the disk may pass; then behind it.
+        if next == before {
+            next += 1;
+            looks += 1;
         }
     }
     Ok(())

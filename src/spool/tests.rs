@@ -504,6 +504,51 @@ async fn of_two_events_of_one_number_one_is_saved() {
     assert_eq!(Inspector::open(&path).unwrap().verify().unwrap().problems, [""; 0]);
 }
 
+/// Between two damaged places, too, all is saved that can be found.
+#[tokio::test]
+async fn everything_that_is_readable_is_saved() {
+    let (_folder, path) = left_by_a_kill(2000).await;
+    let damaged = rusqlite::Connection::open(&path).unwrap();
+    damaged.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())).unwrap();
+    drop(damaged);
+    let mut bytes = std::fs::read(&path).unwrap();
+    let pages = bytes.len() / 4096;
+    for page in [pages / 5, pages / 2, pages / 2 + 1, pages - pages / 5] {
+        bytes[page * 4096..(page + 1) * 4096].fill(0xa5);
+    }
+    std::fs::write(&path, bytes).unwrap();
+    let damaged = rusqlite::Connection::open(&path).unwrap();
+    let mut statement = damaged.prepare("SELECT count(body) FROM event WHERE seq = ?1").unwrap();
+    let readable = (1..=2000).filter(|seq| statement.query_row([seq], |row| row.get(0)) == Ok(1)).count() as u64;
+    assert!((1000..2000).contains(&readable), "{readable}");
+    drop(statement);
+    drop(damaged);
+    salvage::order(&path).unwrap();
+    let opened = Opened::open(&path, u64::MAX, WINDOW);
+    let ledger = opened.spool.gauges().ledger();
+    assert_eq!((ledger.pending, opened.spool.gauges().lost()), (readable, 2000 - readable));
+    opened.close().await;
+    assert_eq!(Inspector::open(&path).unwrap().verify().unwrap().problems, [""; 0]);
+}
+
+#[tokio::test]
+async fn numbers_that_cannot_be_are_passed_over() {
+    for (number, ledger) in [(i64::MAX, true), (0, true), (i64::MAX, false), (0, false)] {
+        let (_folder, path) = left_by_a_kill(20).await;
+        let damaged = rusqlite::Connection::open(&path).unwrap();
+        damaged.execute("UPDATE event SET seq = ?1 WHERE seq = 20", [number]).unwrap();
+        if !ledger {
+            damaged.execute("UPDATE ledger SET accepted = ?1, removed = ?1", [i64::MAX]).unwrap();
+        }
+        drop(damaged);
+        salvage::order(&path).unwrap();
+        let opened = Opened::open(&path, u64::MAX, WINDOW);
+        assert_eq!((opened.spool.gauges().ledger().pending, opened.spool.gauges().lost()), (19, 1), "{number}");
+        assert!(opened.spool.append(event("one more"), None).await.unwrap().seq < 100);
+        opened.close().await;
+    }
+}
+
 #[tokio::test]
 async fn without_the_totals_what_was_delivered_is_not_taken_for_lost() {
     let (_folder, path) = left_by_a_kill(20).await;
@@ -533,6 +578,10 @@ async fn a_damaged_file_that_is_locked_is_not_taken_for_an_empty_one() {
     owner.execute_batch("ROLLBACK").unwrap();
     drop(owner);
     assert_eq!(remains(&path), ["spool.db.mend"]);
+    // Nor is anything removed that is about to be copied.
+    assert_eq!(presence(&path), Presence::Damaged);
+    let refused = Inspector::open_for_change(&path).map(|_| ()).unwrap_err();
+    assert!(matches!(refused, OpenError::Damaged { .. }), "{refused}");
     let opened = Opened::open(&path, u64::MAX, WINDOW);
     assert_eq!(opened.spool.gauges().ledger().pending, 20);
     opened.close().await;
