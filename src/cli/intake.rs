@@ -1,8 +1,9 @@
 //! Consuming what is there, and knowing when that was all: AMQP has no word for the end of a queue.
 
+use std::pin::Pin;
 use std::time::Duration;
 
-use futures_util::StreamExt;
+use futures_util::{FutureExt, StreamExt};
 use lapin::message::Delivery;
 use lapin::options::{BasicCancelOptions, BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions};
 use lapin::types::FieldTable;
@@ -20,9 +21,12 @@ const CONSUMER: &str = "prism-relay";
 pub struct Intake {
     channel: Channel,
     deliveries: Consumer,
-    cancelled: bool,
-    /// For an answer.
+    /// The broker's answer to the end of this: an error, if it fails.
+    ending: Option<Pin<Box<dyn Future<Output = Option<lapin::Error>> + Send>>>,
+    /// For an answer, or the next delivery before it.
     deadline: Duration,
+    /// Whether the last one has been handed out.
+    ended: bool,
 }
 
 impl Intake {
@@ -38,30 +42,51 @@ impl Intake {
             channel.basic_consume(short(queue), CONSUMER.into(), BasicConsumeOptions::default(), arguments).await
         };
         let deliveries = in_time(deadline, opening).await?;
-        Ok(Self { channel: channel.clone(), deliveries, cancelled: false, deadline })
+        Ok(Self { channel: channel.clone(), deliveries, ending: None, deadline, ended: false })
     }
 
     /// The next message; `None` ends it: none has come for so long, and none is on its way, however slow that may be, because the
     /// broker confirms the end of a consumer after all that it has sent to it.
     pub async fn next(&mut self, quiet: Duration) -> Result<Option<Delivery>, TransferError> {
-        if !self.cancelled {
-            match timeout(quiet, self.deliveries.next()).await {
-                Ok(delivery) => return Ok(Some(delivery.ok_or(TransferError::Lost)??)),
-                Err(_) => self.cancel().await?,
-            }
+        if self.ending.is_none()
+            && let Ok(delivery) = timeout(quiet, self.deliveries.next()).await
+        {
+            return Ok(Some(delivery.ok_or(TransferError::Lost)??));
         }
-        in_time(self.deadline, async { self.deliveries.next().await.transpose() }).await
+        self.rest().await
     }
 
-    /// What is not acknowledged by now stays with this channel until it is closed.
-    pub async fn cancel(&mut self) -> Result<(), TransferError> {
-        if self.cancelled {
-            return Ok(());
-        }
-        let cancelling = self.channel.basic_cancel(CONSUMER.into(), BasicCancelOptions::default());
-        in_time(self.deadline, cancelling).await?;
-        self.cancelled = true;
+    /// Takes no more. What is not acknowledged by now stays with the channel until it is closed.
+    pub async fn end(&mut self) -> Result<(), TransferError> {
+        while self.rest().await?.is_some() {}
         Ok(())
+    }
+
+    /// What was under way when this was ended; `None` after the last one.
+    async fn rest(&mut self) -> Result<Option<Delivery>, TransferError> {
+        if self.ended {
+            return Ok(None);
+        }
+        let channel = &self.channel;
+        let ending = self.ending.get_or_insert_with(|| {
+            let channel = channel.clone();
+            let ending =
+                async move { channel.basic_cancel(CONSUMER.into(), BasicCancelOptions::default()).await.err() };
+            Box::pin(ending.fuse())
+        });
+        let next = async {
+            loop {
+                tokio::select! {
+                    biased;
+                    delivery = self.deliveries.next() => return delivery.transpose(),
+                    // With the answer the deliveries end as well.
+                    failed = &mut *ending => if let Some(error) = failed { return Err(error) },
+                }
+            }
+        };
+        let next = in_time(self.deadline, next).await?;
+        self.ended = next.is_none();
+        Ok(next)
     }
 }
 

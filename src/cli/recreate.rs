@@ -25,7 +25,8 @@ use crate::topology::{
     establish_queue, reply_code, unbind_queue,
 };
 
-/// After which what the management API tells of a queue is new: 6 to 9 s were seen.
+/// After which what the management API tells of a queue is new: 6 to 9 s were seen, with RabbitMQ's collect_statistics_interval of
+/// 5 s.
 const STATISTICS: Duration = Duration::from_secs(15);
 
 /// Between two looks at what the broker has.
@@ -217,6 +218,11 @@ impl Run<'_> {
         let Self { plan, channel, deadline, moving, queue, .. } = self;
         let name = &queue.name;
         self.topology_in_time(establish_queue(&self.link.connection, plan, queue)).await?;
+        if self.look(moving).await?.is_none() {
+            // An earlier run ended right before the end.
+            in_time(*deadline, remove(channel, moving)).await?;
+            return Ok(0);
+        }
         let turn = async {
             for binding in plan.bindings_of(name) {
                 unbind_queue(channel, moving, binding).await?;
@@ -270,7 +276,12 @@ impl Run<'_> {
         let begun = Instant::now();
         loop {
             sleep(PAUSE).await;
-            let messages = live(self.management).await?.messages(queue);
+            let live = live(self.management).await?;
+            let (messages, cut) = (live.messages(queue), live.cut_by_policy(&self.moving).unwrap_or_default());
+            // Set since the beginning. It must not keep what is there from being poured out.
+            if !cut.is_empty() && queue != self.moving {
+                return Err(RecreateError::CutByPolicy { moving: self.moving.clone(), keys: cut.join(", ") });
+            }
             let now = self.look(queue).await?;
             let (ready, count) = now.map_or((0, 0), |queue| (queue.message_count(), queue.consumer_count()));
             match (messages, begun.elapsed()) {

@@ -145,6 +145,7 @@ async fn redrive(
 
 /// Takes what is in a queue now, and no more: what comes back to it meanwhile must not be moved round in circles.
 struct Taking<'a> {
+    link: &'a Link,
     channel: Channel,
     queue: &'a str,
     source: Source,
@@ -165,7 +166,7 @@ enum Source {
 
 impl<'a> Taking<'a> {
     /// `whole`: everything is to be moved.
-    async fn open(config: &Config, link: &Link, queue: &'a str, whole: bool) -> Result<Self, TransferError> {
+    async fn open(config: &Config, link: &'a Link, queue: &'a str, whole: bool) -> Result<Self, TransferError> {
         let deadline = config.broker.confirm_timeout;
         let opening = async {
             let channel = link.connection.create_channel().await?;
@@ -178,7 +179,7 @@ impl<'a> Taking<'a> {
             true => Source::Consume(Box::new(Intake::open(&channel, queue, FieldTable::default(), deadline).await?)),
             false => Source::Get,
         };
-        Ok(Self { channel, queue, source, left, deadline, interrupt: Box::pin(tokio::signal::ctrl_c()) })
+        Ok(Self { link, channel, queue, source, left, deadline, interrupt: Box::pin(tokio::signal::ctrl_c()) })
     }
 
     /// `None` at the end, or where somebody else has taken what was there.
@@ -218,19 +219,22 @@ impl<'a> Taking<'a> {
     /// Gives back what was taken and not let go of, and sees whether everything came that should have.
     async fn close(mut self) -> Result<(), TransferError> {
         if let Source::Consume(intake) = &mut self.source {
-            intake.cancel().await?;
+            intake.end().await?;
         }
         let closing = async {
-            let still_there = count(&self.channel, self.queue).await?;
             // Gives back what was looked at and left, before what nobody has looked at yet. And it is answered, which an ack is not.
             self.channel.close(200, "done".into()).await?;
-            Ok(still_there)
+            match self.source {
+                Source::Consume(_) if self.left > 0 => {
+                    count(&self.link.connection.create_channel().await?, self.queue).await
+                }
+                _ => Ok(0),
+            }
         };
-        let still_there = in_time(self.deadline, closing).await?;
-        if matches!(self.source, Source::Consume(_)) && self.left > 0 && still_there > 0 {
-            return Err(TransferError::NotDelivered { from: self.queue.to_owned(), left: still_there });
+        match in_time(self.deadline, closing).await? {
+            0 => Ok(()),
+            left => Err(TransferError::NotDelivered { from: self.queue.to_owned(), left }),
         }
-        Ok(())
     }
 }
 

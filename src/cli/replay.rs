@@ -101,21 +101,26 @@ async fn replay(
     let Some(end) = find_end(link, deadline, from, now).await? else { return Ok(()) };
     let start = options.since.checked_sub(CLOCKS_DIFFER).unwrap_or(Timestamp::UNIX_EPOCH).as_second();
     let start = AMQPValue::Timestamp(u64::try_from(start).unwrap_or(0));
-    let (channel, mut intake, _) = read(link, deadline, from, start).await?;
-    in_time(deadline, channel.confirm_select(ConfirmSelectOptions::default())).await?;
+    let opening = async {
+        let channel = link.connection.create_channel().await?;
+        channel.confirm_select(ConfirmSelectOptions::default()).await?;
+        Ok(channel)
+    };
+    let channel = in_time(deadline, opening).await?;
+    let mut intake = read(&channel, deadline, from, start).await?;
     let mut transfer = Transfer::new(channel, config);
     let mut interrupt = Box::pin(tokio::signal::ctrl_c());
     let (mut progress, mut reached) = (None, None);
+    let maybe_nothing = end.accepted < options.since;
     while reached.is_none_or(|reached| reached < end.offset) {
         let next = tokio::select! {
             biased;
             _ = &mut interrupt => return Err(ReplayError::Interrupted),
-            next = intake.next(if reached.is_none() { FIRST } else { deadline }) => next?,
+            next = intake.next(if reached.is_none() && maybe_nothing { FIRST } else { deadline }) => next?,
         };
         let delivery = match (next, reached) {
             (Some(delivery), _) => delivery,
-            // Nothing was written since then.
-            (None, None) if end.accepted < options.since => break,
+            (None, None) if maybe_nothing => break,
             (None, _) => return Err(ReplayError::Stalled(end.offset)),
         };
         let offset = offset_of(&delivery)?;
@@ -144,20 +149,11 @@ async fn replay(
     Ok(())
 }
 
-/// From an offset on; and about how many messages there are.
-async fn read(
-    link: &Link,
-    deadline: Duration,
-    stream: &str,
-    offset: AMQPValue,
-) -> Result<(Channel, Intake, u32), TransferError> {
-    let channel = in_time(deadline, link.connection.create_channel()).await?;
+/// From an offset on. What else the channel is asked is answered after what comes, so it is asked before.
+async fn read(channel: &Channel, deadline: Duration, stream: &str, offset: AMQPValue) -> Result<Intake, TransferError> {
     let mut arguments = FieldTable::default();
     arguments.insert("x-stream-offset".into(), offset);
-    let intake = Intake::open(&channel, stream, arguments, deadline).await?;
-    // A channel answers in turn: the place has been found by then.
-    let count = in_time(deadline, count(&channel, stream)).await?;
-    Ok((channel, intake, count))
+    Intake::open(channel, stream, arguments, deadline).await
 }
 
 /// The last message of a stream.
@@ -168,7 +164,13 @@ struct End {
 
 /// Where the stream ends now; `None` if it is empty. What AMQP tells of its length is seconds old, so its last part is read.
 async fn find_end(link: &Link, deadline: Duration, stream: &str, now: Timestamp) -> Result<Option<End>, ReplayError> {
-    let (channel, mut intake, count) = read(link, deadline, stream, AMQPValue::LongString("last".into())).await?;
+    let opening = async {
+        let channel = link.connection.create_channel().await?;
+        let count = count(&channel, stream).await?;
+        Ok((channel, count))
+    };
+    let (channel, count) = in_time(deadline, opening).await?;
+    let mut intake = read(&channel, deadline, stream, AMQPValue::LongString("last".into())).await?;
     // Where there is something, it comes, sooner or later.
     let patience = if count > 0 { deadline } else { LAST_PART };
     let (mut end, mut first_at) = (None, None);
@@ -182,6 +184,7 @@ async fn find_end(link: &Link, deadline: Duration, stream: &str, now: Timestamp)
             break;
         }
     }
+    intake.end().await?;
     in_time(deadline, channel.close(200, "done".into())).await?;
     match end {
         None if count > 0 => Err(TransferError::Silent(deadline).into()),

@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use futures_util::future::try_join_all;
 use lapin::message::Delivery;
 use lapin::options::{BasicAckOptions, BasicPublishOptions};
 use lapin::types::ShortString;
@@ -150,8 +149,7 @@ impl Transfer {
     pub async fn flush(&mut self, moved: &mut u64) -> Result<(), TransferError> {
         let batch = std::mem::take(&mut self.batch);
         self.bytes = 0;
-        let publishing = timeout(self.deadline, self.publish(&batch));
-        let confirmed = publishing.await.map_err(|_| TransferError::Silent(self.deadline))??;
+        let confirmed = self.publish(&batch).await?;
         let acks = async {
             for (parcel, _) in batch.iter().zip(&confirmed).filter(|(_, confirmed)| **confirmed) {
                 parcel.delivery.acker.ack(BasicAckOptions::default()).await?;
@@ -172,19 +170,22 @@ impl Transfer {
         for Parcel { to, key, properties, delivery, .. } in batch {
             let (exchange, key) = to.address(key);
             let options = BasicPublishOptions { mandatory: true, immediate: false };
-            confirms
-                .push(self.channel.basic_publish(exchange, key, options, &delivery.data, properties.clone()).await?);
+            let sending = self.channel.basic_publish(exchange, key, options, &delivery.data, properties.clone());
+            confirms.push(in_time(self.deadline, sending).await?);
         }
-        // A return comes before its own confirm, but lapin may hand it to another one: it counts for the whole batch.
-        let confirmations = try_join_all(confirms).await?;
-        let confirmed = |(confirmation, parcel): (Confirmation, &Parcel)| match confirmation {
-            Confirmation::Ack(None) => Ok(true),
-            Confirmation::Nack(None) => Ok(false),
-            Confirmation::Ack(Some(returned)) | Confirmation::Nack(Some(returned)) => {
-                Err(parcel.not_taken(returned.reply_text.as_str()))
-            }
-            Confirmation::NotRequested => Err(parcel.not_taken("it confirms nothing")),
-        };
-        confirmations.into_iter().zip(batch).map(confirmed).collect()
+        let mut confirmed = Vec::with_capacity(batch.len());
+        for (confirm, parcel) in confirms.into_iter().zip(batch) {
+            // Each has its time: a slow line takes long for all of them.
+            confirmed.push(match in_time(self.deadline, confirm).await? {
+                Confirmation::Ack(None) => true,
+                Confirmation::Nack(None) => false,
+                // A return comes before its own confirm, but lapin may hand it to another one: it counts for the whole batch.
+                Confirmation::Ack(Some(returned)) | Confirmation::Nack(Some(returned)) => {
+                    return Err(parcel.not_taken(returned.reply_text.as_str()));
+                }
+                Confirmation::NotRequested => return Err(parcel.not_taken("it confirms nothing")),
+            });
+        }
+        Ok(confirmed)
     }
 }

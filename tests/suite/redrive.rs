@@ -255,27 +255,34 @@ async fn the_archive_has_everything_and_takes_nothing_from_the_unrouted() {
     vhost.assert_empty("prism.scan").await;
 }
 
-/// What is silent for seconds because it is slow is not taken for the end.
+/// What is silent for seconds because it is slow is not taken for the end, and each message has its time.
 #[tokio::test]
 async fn a_slow_line_makes_nothing_incomplete() {
     let vhost = Vhost::new(Node::shared().await).await;
     let relay = with_archive(&vhost).start().await;
-    let large = format!(r#"{{"eventType":"scan.a","payload":{{"filler":"{}"}}}}"#, "x".repeat(200_000));
-    relay.post(large.clone()).await.expect(200);
-    vhost.reject("prism.scan").await;
-    vhost.eventually_depth("prism.dead", 1).await;
+    let large = |number: u32| {
+        format!(r#"{{"eventType":"scan.a","payload":{{"number":{number},"filler":"{}"}}}}"#, "x".repeat(200_000))
+    };
+    for number in 0..2 {
+        relay.post(large(number)).await.expect(200);
+        vhost.reject("prism.scan").await;
+    }
+    vhost.eventually_depth("prism.dead", 2).await;
     let wire = Wire::new(vhost.address());
     let setup = Setup::new(&vhost.url_through(&wire)).set("topology.archive", json!({ "max_age": "1d" }));
-    // Seven seconds for one message.
-    wire.set_bandwidth(Some(30_000));
+    let setup = setup.set("broker.confirm_timeout", "8s").set("broker.heartbeat", "5s");
+    // Six seconds for one message.
+    wire.set_bandwidth(Some(35_000));
     let replayed = setup.run(&["replay", "--since", "1h", "--dry-run"]).await;
     assert!(
-        replayed.code == Some(0) && replayed.stdout.contains("\n1 events of prism.archive would be"),
+        replayed.code == Some(0) && replayed.stdout.contains("\n2 events of prism.archive would be"),
         "{replayed:?}"
     );
     let moved = setup.run(&["redrive"]).await;
-    assert!(moved.code == Some(0) && moved.stdout.starts_with("1 moved from prism.dead"), "{moved:?}");
-    assert_eq!(vhost.messages("prism.scan", 1).await[0].text(), large);
+    assert!(moved.code == Some(0) && moved.stdout.starts_with("2 moved from prism.dead"), "{moved:?}");
+    for (number, message) in (0..).zip(vhost.messages("prism.scan", 2).await) {
+        assert_eq!(message.text(), large(number));
+    }
 }
 
 /// What fits is moved, each once; the rest stays for the next time.

@@ -344,6 +344,17 @@ async fn an_interrupted_recreate_is_told_until_it_has_ended() {
         assert_eq!(done.code, Some(0), "{done:?}");
         assert!(vhost.queue(&moving).await.is_none());
     }
+    // Right before the end only the exchange is left.
+    vhost.create_exchange("prism.dead.moving", "fanout", json!({})).await;
+    vhost.bind("prism.dead.moving", "prism.dead", "").await;
+    let told = setup.run(&["topology", "diff"]).await;
+    assert!(
+        told.code == Some(1) && told.stdout.contains("exchange prism.dead.moving: a topology recreate"),
+        "{told:?}"
+    );
+    let done = setup.run(&["topology", "recreate", "prism.dead"]).await;
+    assert_eq!(done.code, Some(0), "{done:?}");
+    assert_eq!(setup.run(&["topology", "diff"]).await.code, Some(0));
 }
 
 /// With a lower limit, what came in meanwhile may not fit. It is kept, and goes on where it was, with the workers at it.
@@ -418,6 +429,23 @@ async fn a_queue_is_not_replaced_where_a_policy_would_cost_messages() {
     assert_eq!(vhost.bindings().await, before);
     assert!(vhost.queue("prism.scan.moving").await.is_none() && vhost.exchange("prism.scan.moving").await.is_none());
     vhost.eventually_depth("prism.scan", 1).await;
+    // Nor is the old one deleted where somebody sets one meanwhile.
+    vhost.delete_policy("theirs").await;
+    eventually("the policy to be gone", async || match vhost.queue("prism.scan").await.unwrap_or_default() {
+        queue if queue["policy"].is_null() => Ok(()),
+        queue => Err(queue),
+    })
+    .await;
+    let mut running = setup.launch(&["topology", "recreate", "prism.scan"]);
+    old_way_is_closed(&vhost, "prism.scan").await;
+    vhost.set_policy("theirs", r"^prism\.scan\.moving", json!({ "max-length": 150 })).await;
+    let ended = running.wait().await;
+    assert!(
+        ended.code == Some(1) && ended.stderr.contains("a policy sets max-length for prism.scan.moving"),
+        "{ended:?}"
+    );
+    assert!(vhost.queue("prism.scan").await.is_some());
+    vhost.eventually_depth("prism.scan.moving", 1).await;
 }
 
 /// They are not counted as messages of the queue, and would be gone with it.
