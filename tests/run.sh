@@ -34,6 +34,8 @@ main() {
   need_node
   need_promtool
   need_nginx
+  # Most of a test is waiting: for what RabbitMQ tells late, for retries. So cores are not what limits it.
+  if [[ ! ${RUST_TEST_THREADS-} && $(nproc) -lt 4 ]]; then export RUST_TEST_THREADS=4; fi
   # Some tests mount small file systems. Where the system lets us be root in a namespace of our own, that is enough.
   if [[ $EUID != 0 ]] && unshare --user --map-root-user --mount true 2>/dev/null; then
     exec unshare --user --map-root-user --mount cargo test --locked "$@"
