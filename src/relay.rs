@@ -287,10 +287,7 @@ impl Tasks {
         if let PublisherError::Spool(cause) = &error
             && cause.is_damage()
         {
-            match self.spool.mend_at_next_start() {
-                Ok(()) => warn!("the spool is damaged: it will be mended at the next start"),
-                Err(error) => warn!(%error, "the spool is damaged, and cannot be marked for mending"),
-            }
+            self.spool.mend_at_next_start();
         }
         RelayError::Publisher(error)
     }

@@ -27,7 +27,7 @@ pub use inspect::{Entry, Inspector, Presence, Verdict, presence};
 pub use ledger::Ledger;
 use reader::Reader;
 use store::Store;
-use writer::{Command, Writer};
+use writer::{Command, End, Writer};
 
 use crate::config;
 use crate::event::Event;
@@ -193,15 +193,18 @@ impl Spool {
         let (gauges, reader, committed, writer) = prepared.map_err(sqlite)?;
         let (inbox, commands) = mpsc::channel(INBOX_CAPACITY);
         let (ended, end) = oneshot::channel();
+        let path = spool.path.clone();
         let runtime = tokio::runtime::Handle::current();
         std::thread::Builder::new()
             .name("spool-writer".to_owned())
-            .spawn(move || {
-                if writer.run(commands, &runtime) {
+            .spawn(move || match writer.run(commands, &runtime) {
+                End::Closed => {
                     lock.release();
                     // Nobody listens any more if the process is on its way out.
                     let _ = ended.send(());
                 }
+                End::Damaged => salvage::order(&path),
+                End::Gone => {}
             })
             .map_err(|source| OpenError::Io { path: spool.path.clone(), source })?;
         let closed = Arc::new(AtomicBool::new(false));
@@ -239,8 +242,8 @@ impl Spool {
     }
 
     /// Has the file mended at the next start: it has turned out to be damaged.
-    pub fn mend_at_next_start(&self) -> std::io::Result<()> {
-        salvage::order(&self.path)
+    pub fn mend_at_next_start(&self) {
+        salvage::order(&self.path);
     }
 
     /// Why an event would not be taken right now; `None` if it would.

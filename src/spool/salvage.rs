@@ -19,9 +19,11 @@ use crate::config::Durability;
 
 /// Whether SQLite says that the file is not what it should be, as opposed to a disk that is full or away.
 pub(super) fn is_damage(error: &rusqlite::Error) -> bool {
-    use rusqlite::Error::{FromSqlConversionFailure, IntegralValueOutOfRange, InvalidColumnType};
+    use rusqlite::Error::{FromSqlConversionFailure, IntegralValueOutOfRange, InvalidColumnType, QueryReturnedNoRows};
     match error {
-        FromSqlConversionFailure(..) | IntegralValueOutOfRange(..) | InvalidColumnType(..) => true,
+        FromSqlConversionFailure(..) | IntegralValueOutOfRange(..) | InvalidColumnType(..) | QueryReturnedNoRows => {
+            true
+        }
         error => matches!(error.sqlite_error_code(), Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase)),
     }
 }
@@ -61,8 +63,8 @@ const SAVED: &str = ".mended";
 /// SQLite's files of one database.
 const FILES: [&str; 3] = ["", "-wal", "-shm"];
 
-/// Looks in vain at damaged places. Each takes microseconds; more would be needed only where the numbers themselves are damaged.
-const LOOKS_MAX: u64 = 50_000_000;
+/// Numbers that are tried one by one behind a damaged place. Each takes a microsecond or two.
+const LOOKS_MAX: u64 = 1_000_000;
 
 /// Further ahead than this of what is known to have been accepted, or ever, no number of an event can be.
 const AHEAD_MAX: u64 = 1_000_000;
@@ -72,8 +74,11 @@ const NUMBER_MAX: u64 = 1 << 48;
 const COMMIT_BYTES: u64 = 16 * 1024 * 1024;
 
 /// Asks the next start to mend the spool.
-pub(super) fn order(path: &Path) -> io::Result<()> {
-    fs::write(beside(path, ORDER), b"")
+pub(super) fn order(path: &Path) {
+    match fs::write(beside(path, ORDER), b"") {
+        Ok(()) => warn!("the spool is damaged: it will be mended at the next start"),
+        Err(error) => warn!(%error, "the spool is damaged, and cannot be marked for mending"),
+    }
 }
 
 fn is_ordered(path: &Path) -> bool {
@@ -299,7 +304,7 @@ fn copy_events(old: &Connection, store: &mut Store, known: Option<&Ledger>, foun
     let most = known.map_or(NUMBER_MAX, |known| known.accepted.saturating_add(AHEAD_MAX)).min(NUMBER_MAX);
     let highest = known.map_or(0, |known| known.accepted).max(last.unwrap_or(NUMBER_MAX)).min(most);
     let (mut next, mut looks, mut committed) = (0, 0, 0);
-    while next <= highest && looks < LOOKS_MAX {
+    while next <= highest {
         let (before, mut ended) = (next, false);
         let mut rows = statement.query([next])?;
         while let Some(row) = readable_part(rows.next())? {
@@ -343,10 +348,39 @@ fn copy_events(old: &Connection, store: &mut Store, known: Option<&Ledger>, foun
         }
         found.damage = true;
         // First from the same place again, because an error of the disk may pass; then behind it.
-        if next == before {
+        looks = if next == before { looks + 1 } else { 0 };
+        if looks >= LOOKS_MAX {
+            looks = 0;
+            let Some(behind) = behind(old, next, highest.min(last.unwrap_or(highest)))? else { break };
+            next = behind;
+        } else if looks > 0 {
             next += 1;
-            looks += 1;
         }
     }
     Ok(())
+}
+
+/// Where something can be read again after a long damage, if there is anything up to the highest number: one further, two, four, and
+/// then from the first such place back to the damage.
+fn behind(old: &Connection, damaged: u64, highest: u64) -> Result<Option<u64>> {
+    let sql = "SELECT seq FROM event WHERE seq >= ?1 ORDER BY seq LIMIT 1";
+    let mut look = old.prepare(sql)?;
+    let mut is_there = |number: u64| -> Result<bool> {
+        let found: Option<u64> = readable_part(look.query_row([number], |row| row.get(0)))?;
+        Ok(found.is_some())
+    };
+    let mut steps = (0..48).map(|step| damaged + (1 << step)).take_while(|number| *number < highest).chain([highest]);
+    let mut there = loop {
+        match steps.next() {
+            None => return Ok(None),
+            Some(number) if is_there(number)? => break number,
+            Some(_) => {}
+        }
+    };
+    let mut not_there = damaged;
+    while there - not_there > 1 {
+        let middle = not_there + (there - not_there) / 2;
+        *(if is_there(middle)? { &mut there } else { &mut not_there }) = middle;
+    }
+    Ok(Some(there))
 }

@@ -3,6 +3,8 @@
 use std::path::Path;
 use std::time::Duration;
 
+use rusqlite::Error::FromSqlConversionFailure;
+use rusqlite::types::Type;
 use rusqlite::{Connection, Result};
 use uuid::Uuid;
 
@@ -112,8 +114,11 @@ impl Store {
         self.files.holds()
     }
 
+    /// An error if the totals do not add up: they are counted on with.
     pub fn ledger(&self) -> Result<Ledger> {
-        Ledger::read(&self.connection)
+        let ledger = Ledger::read(&self.connection)?;
+        let wrong = || FromSqlConversionFailure(0, Type::Integer, "the totals do not add up".into());
+        ledger.balances().then_some(ledger).ok_or_else(wrong)
     }
 
     /// `durable`: whether this transaction has to survive a power loss once it is committed. A deletion need not: if

@@ -408,7 +408,7 @@ fn events_in(path: &Path) -> u64 {
 #[tokio::test]
 async fn what_an_interrupted_mend_has_saved_is_not_taken_for_the_spool() {
     let (_folder, path) = left_by_a_kill(20).await;
-    salvage::order(&path).unwrap();
+    salvage::order(&path);
     for ending in [".mending", ".mending-wal"] {
         std::fs::write(files::beside(&path, ending), "half of it").unwrap();
     }
@@ -424,7 +424,7 @@ async fn what_an_interrupted_mend_has_saved_is_not_taken_for_the_spool() {
 async fn a_mended_file_takes_its_place_wherever_that_was_interrupted() {
     for moved in 0..=3 {
         let (folder, path) = left_by_a_kill(20).await;
-        salvage::order(&path).unwrap();
+        salvage::order(&path);
         let (whole, saved) = (folder.path().join("whole"), files::beside(&path, ".mended"));
         std::fs::copy(&path, &whole).unwrap();
         std::fs::copy(files::beside(&path, "-wal"), files::beside(&whole, "-wal")).unwrap();
@@ -452,7 +452,7 @@ async fn a_mended_file_takes_its_place_wherever_that_was_interrupted() {
 async fn no_damaged_file_takes_the_place_of_another() {
     let (_folder, path) = left_by_a_kill(20).await;
     for mends in 1..=3 {
-        salvage::order(&path).unwrap();
+        salvage::order(&path);
         let opened = Opened::open(&path, u64::MAX, WINDOW);
         assert_eq!(opened.spool.gauges().ledger().pending, 20);
         opened.close().await;
@@ -466,14 +466,14 @@ async fn no_damaged_file_takes_the_place_of_another() {
 
 #[tokio::test]
 async fn damage_that_the_first_look_does_not_find_is_mended() {
-    let (_folder, path) = left_by_a_kill(20).await;
-    let damaged = rusqlite::Connection::open(&path).unwrap();
-    damaged.execute_batch("UPDATE seen SET fingerprint = x'00' WHERE seq = 7").unwrap();
-    drop(damaged);
-    let opened = Opened::open(&path, u64::MAX, WINDOW);
-    let ledger = opened.spool.gauges().ledger();
-    assert_eq!((ledger.pending, ledger.removed), (20, 0));
-    opened.close().await;
+    for damage in ["UPDATE seen SET fingerprint = x'00' WHERE seq = 7", "UPDATE ledger SET pending = 7"] {
+        let (_folder, path) = left_by_a_kill(20).await;
+        rusqlite::Connection::open(&path).unwrap().execute_batch(damage).unwrap();
+        let opened = Opened::open(&path, u64::MAX, WINDOW);
+        let ledger = opened.spool.gauges().ledger();
+        assert_eq!((ledger.pending, ledger.removed), (20, 0), "{damage}");
+        opened.close().await;
+    }
 }
 
 #[tokio::test]
@@ -496,7 +496,7 @@ async fn of_two_events_of_one_number_one_is_saved() {
     assert_eq!((number, bytes[eighth]), (7, 8));
     bytes[eighth] = number;
     std::fs::write(&path, bytes).unwrap();
-    salvage::order(&path).unwrap();
+    salvage::order(&path);
     let opened = Opened::open(&path, u64::MAX, WINDOW);
     let ledger = opened.spool.gauges().ledger();
     assert_eq!((ledger.pending, ledger.removed, opened.spool.gauges().lost()), (9, 1, 1));
@@ -523,12 +523,39 @@ async fn everything_that_is_readable_is_saved() {
     assert!((1000..2000).contains(&readable), "{readable}");
     drop(statement);
     drop(damaged);
-    salvage::order(&path).unwrap();
+    salvage::order(&path);
     let opened = Opened::open(&path, u64::MAX, WINDOW);
     let ledger = opened.spool.gauges().ledger();
     assert_eq!((ledger.pending, opened.spool.gauges().lost()), (readable, 2000 - readable));
     opened.close().await;
     assert_eq!(Inspector::open(&path).unwrap().verify().unwrap().problems, [""; 0]);
+}
+
+/// Of a relay that has delivered millions, and without the totals: nothing says where the numbers begin.
+#[tokio::test]
+async fn what_is_readable_is_found_however_far_away_its_numbers_are() {
+    let (_folder, path) = left_by_a_kill(1000).await;
+    let damaged = rusqlite::Connection::open(&path).unwrap();
+    damaged
+        .execute_batch("UPDATE event SET seq = -seq; UPDATE event SET seq = 5001001 + seq; DELETE FROM ledger")
+        .unwrap();
+    damaged.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())).unwrap();
+    let root = damaged.query_row("SELECT rootpage FROM sqlite_schema WHERE name = 'event'", [], |row| row.get(0));
+    let page = (root.unwrap_or(0_usize) - 1) * 4096;
+    drop(damaged);
+    // An inner page (https://www.sqlite.org/fileformat2.html, 1.6): a header of 12 bytes, where each cell begins, the cells: the
+    // page of the child, and a number.
+    let mut bytes = std::fs::read(&path).unwrap();
+    assert_eq!(bytes[page], 5);
+    let cell = page + usize::from(u16::from_be_bytes([bytes[page + 12], bytes[page + 13]]));
+    let first = usize::from_be_bytes([0, 0, 0, 0, bytes[cell], bytes[cell + 1], bytes[cell + 2], bytes[cell + 3]]);
+    bytes[(first - 1) * 4096..first * 4096].fill(0xa5);
+    std::fs::write(&path, bytes).unwrap();
+    salvage::order(&path);
+    let opened = Opened::open(&path, u64::MAX, WINDOW);
+    let pending = opened.spool.gauges().ledger().pending;
+    assert!((900..1000).contains(&pending) && opened.spool.gauges().lost() > 0, "{pending}");
+    opened.close().await;
 }
 
 #[tokio::test]
@@ -541,7 +568,7 @@ async fn numbers_that_cannot_be_are_passed_over() {
             damaged.execute("UPDATE ledger SET accepted = ?1, removed = ?1", [i64::MAX]).unwrap();
         }
         drop(damaged);
-        salvage::order(&path).unwrap();
+        salvage::order(&path);
         let opened = Opened::open(&path, u64::MAX, WINDOW);
         assert_eq!((opened.spool.gauges().ledger().pending, opened.spool.gauges().lost()), (19, 1), "{number}");
         assert!(opened.spool.append(event("one more"), None).await.unwrap().seq < 100);
@@ -557,7 +584,7 @@ async fn without_the_totals_what_was_delivered_is_not_taken_for_lost() {
     opened.spool.settle(vec![Settlement::Parked { seq: 11, reason: "no queue".to_owned() }]).await;
     opened.close().await;
     rusqlite::Connection::open(&path).unwrap().execute_batch("DELETE FROM ledger").unwrap();
-    salvage::order(&path).unwrap();
+    salvage::order(&path);
     let opened = Opened::open(&path, u64::MAX, WINDOW);
     let ledger = opened.spool.gauges().ledger();
     assert_eq!((ledger.accepted, ledger.confirmed, ledger.pending, ledger.parked), (20, 10, 9, 1));
@@ -569,7 +596,7 @@ async fn without_the_totals_what_was_delivered_is_not_taken_for_lost() {
 #[tokio::test]
 async fn a_damaged_file_that_is_locked_is_not_taken_for_an_empty_one() {
     let (_folder, path) = left_by_a_kill(20).await;
-    salvage::order(&path).unwrap();
+    salvage::order(&path);
     let owner = rusqlite::Connection::open(&path).unwrap();
     owner.execute_batch("PRAGMA locking_mode = EXCLUSIVE; BEGIN EXCLUSIVE").unwrap();
     let metrics = Arc::new(Metrics::new());

@@ -14,6 +14,7 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use tracing::{error, info, warn};
 
 use super::dedupe::{Now, Window};
+use super::salvage::is_damage;
 use super::store::{Deleted, Store};
 use super::{AppendError, EVENT_OVERHEAD_BYTES, Gauges, Ledger, Receipt, Settlement};
 use crate::config;
@@ -50,10 +51,22 @@ pub(super) struct Writer {
     suspect: bool,
     /// The files have been deleted or unmounted under us: what is in them can still be delivered, and that is all.
     gone: bool,
+    /// No later try can do better.
+    damaged: bool,
     gauges: Arc<Gauges>,
     committed: Arc<Notify>,
     metrics: Arc<Metrics>,
     notices: Notices,
+}
+
+/// Why a writer has ended.
+pub(super) enum End {
+    /// There is nothing more to do.
+    Closed,
+    /// The files are gone, and what was in them is delivered.
+    Gone,
+    /// The file has turned out to be damaged.
+    Damaged,
 }
 
 /// What one transaction did, to be told once it is committed.
@@ -84,6 +97,7 @@ impl Writer {
             settlements: Vec::new(),
             suspect: false,
             gone: false,
+            damaged: false,
             gauges,
             committed,
             metrics,
@@ -91,9 +105,9 @@ impl Writer {
         })
     }
 
-    /// Runs until every sender of commands is gone; `false` if it had to end before.
-    pub fn run(mut self, mut commands: mpsc::Receiver<Command>, runtime: &Handle) -> bool {
-        loop {
+    /// Runs until every sender of commands is gone, if nothing ends it before.
+    pub fn run(mut self, mut commands: mpsc::Receiver<Command>, runtime: &Handle) -> End {
+        while !self.damaged {
             let first = if self.gauges.writable() {
                 commands.blocking_recv()
             } else {
@@ -105,7 +119,7 @@ impl Writer {
                     }
                 }
             };
-            let Some(first) = first else { return true };
+            let Some(first) = first else { return End::Closed };
             let mut batch = vec![first];
             while batch.len() < BATCH_MAX
                 && let Ok(next) = commands.try_recv()
@@ -114,9 +128,10 @@ impl Writer {
             }
             self.process(batch);
             if self.gone && self.gauges.ledger().pending == 0 {
-                return false;
+                return End::Gone;
             }
         }
+        End::Damaged
     }
 
     fn process(&mut self, batch: Vec<Command>) {
@@ -309,6 +324,7 @@ impl Writer {
     /// Says so once, not with each commit.
     fn failed(&mut self, cause: &rusqlite::Error) {
         self.suspect = true;
+        self.damaged |= is_damage(cause);
         if is_full(cause) && self.store.reserve().give_up() {
             warn!("the disk of the spool is full: its reserve is given up, so that deliveries can go on");
         }

@@ -312,6 +312,30 @@ async fn a_disk_without_room_for_mending_loses_nothing() {
     assert_eq!(relay.status().await["spool"]["pending"], 50_001);
 }
 
+/// With the broker away nobody else reads that part of the file.
+#[tokio::test]
+async fn damage_that_only_a_webhook_finds_is_mended_as_well() {
+    let mut relay = Setup::new(NO_BROKER).set("dedupe.window", "0s").start().await;
+    for number in 0..30 {
+        relay.post(scan(number)).await.expect(200);
+    }
+    relay.kill9().await;
+    let path = relay.setup().spool();
+    checkpoint(&path);
+    // The last page, where the next event goes.
+    overwrite(&path, fs::metadata(&path).unwrap().len() - 4096, 4096);
+    relay.start_again().await;
+    // 503, or cut off when the relay ends: Prism tries again in both cases.
+    let refused = relay.try_post(scan(1_000_000)).await;
+    assert!(!refused.is_ok_and(|answer| answer.status == 200));
+    let ended = relay.wait().await;
+    assert!(ended.code == Some(1) && ended.stderr.contains("it will be mended at the next start"), "{}", ended.stderr);
+    relay.start_again().await;
+    relay.post(scan(1_000_000)).await.expect(200);
+    let spool = relay.status().await["spool"].clone();
+    assert!(spool["pending"].as_u64().unwrap() > 20, "{spool}");
+}
+
 #[tokio::test]
 async fn a_body_with_a_flipped_bit_is_not_published() {
     let (relay, ids, vhost, mut wire) = after(3, |path| {
