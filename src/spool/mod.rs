@@ -177,7 +177,7 @@ impl Spool {
         let sqlite = |source| OpenError::Sqlite { path: spool.path.clone(), source };
         // Only now all of the file that is needed is read.
         let prepare = |store: Store| {
-            let gauges = Arc::new(Gauges::new(store.ledger()?, store.lost()?));
+            let gauges = Arc::new(Gauges::new(store.ledger_of_events()?, store.lost()?));
             let reader = Reader::open(&spool.path)?;
             let (committed, metrics) = (Arc::new(Notify::new()), Arc::clone(&metrics));
             let writer =

@@ -104,10 +104,22 @@ fn collect(mut rows: rusqlite::Rows<'_>) -> Result<(Vec<Stored>, bool)> {
 }
 
 pub(super) fn stored(row: &Row<'_>) -> Result<Stored> {
-    let trace = match row.get::<_, Option<String>>(4)? {
+    with_trace(row, trace(row)?)
+}
+
+/// Where the trace cannot be read, without it.
+pub(super) fn stored_at_least(row: &Row<'_>) -> Result<Stored> {
+    with_trace(row, trace(row).unwrap_or(None))
+}
+
+fn trace(row: &Row<'_>) -> Result<Option<TraceContext>> {
+    Ok(match row.get::<_, Option<String>>(4)? {
         Some(traceparent) => Some(TraceContext { traceparent, tracestate: row.get(5)? }),
         None => None,
-    };
+    })
+}
+
+fn with_trace(row: &Row<'_>, trace: Option<TraceContext>) -> Result<Stored> {
     let event = Event {
         id: Uuid::from_bytes(row.get(1)?),
         accepted_ms: row.get(2)?,

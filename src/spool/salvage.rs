@@ -4,17 +4,18 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::{MetadataExt, chown};
+use std::os::unix::fs::{FileExt, MetadataExt, chown};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use jiff::Timestamp;
-use rusqlite::{Connection, ErrorCode, Result};
+use rusqlite::{Connection, ErrorCode, Result, Row};
 use tracing::{error, warn};
 
 use super::files::{Lock, RESERVE, beside, sync_folder};
-use super::reader::{COLUMNS, open_read_only, stored};
+use super::reader::{COLUMNS, open_read_only, stored_at_least};
 use super::store::{Store, lost};
-use super::{EVENT_OVERHEAD_BYTES, Ledger, OpenError};
+use super::{EVENT_OVERHEAD_BYTES, Ledger, OpenError, Stored};
 use crate::config::Durability;
 
 /// Whether SQLite says that the file is not what it should be, as opposed to a disk that is full or away.
@@ -28,26 +29,20 @@ pub(super) fn is_damage(error: &rusqlite::Error) -> bool {
     }
 }
 
-/// What a damaged file gives, `None` where it is damaged. That it cannot be read at the moment is another matter.
+/// What a damaged file gives, `None` where it is damaged. That it cannot be read at the moment is another matter; whether the disk
+/// is there [`is_there`] tells.
 fn readable<T>(outcome: Result<T>) -> Result<Option<T>> {
-    use ErrorCode::{DatabaseCorrupt, NotADatabase, TooBig, Unknown};
+    use ErrorCode::{DatabaseCorrupt, NotADatabase, SystemIoFailure, TooBig, Unknown};
+    use rusqlite::ffi::{SQLITE_IOERR_READ, SQLITE_IOERR_SHORT_READ};
     match outcome {
         Ok(value) => Ok(Some(value)),
-        Err(error) => match error.sqlite_error_code() {
+        Err(error) => match error.sqlite_error().map(|error| (error.code, error.extended_code)) {
             // Unknown: SQL makes no sense with this schema. None: a value is not what it should be.
-            Some(DatabaseCorrupt | NotADatabase | TooBig | Unknown) | None => Ok(None),
+            Some((DatabaseCorrupt | NotADatabase | TooBig | Unknown, _)) | None => Ok(None),
+            // A sector is lost, or the file ends too early.
+            Some((SystemIoFailure, SQLITE_IOERR_READ | SQLITE_IOERR_SHORT_READ)) => Ok(None),
             Some(_) => Err(error),
         },
-    }
-}
-
-/// The same where much is read: a sector may be lost without the disk being away.
-fn readable_part<T>(outcome: Result<T>) -> Result<Option<T>> {
-    use rusqlite::ffi::{SQLITE_IOERR_CORRUPTFS, SQLITE_IOERR_READ, SQLITE_IOERR_SHORT_READ};
-    let code = outcome.as_ref().err().and_then(rusqlite::Error::sqlite_error).map(|error| error.extended_code);
-    match code {
-        Some(SQLITE_IOERR_READ | SQLITE_IOERR_SHORT_READ | SQLITE_IOERR_CORRUPTFS) => Ok(None),
-        _ => readable(outcome),
     }
 }
 
@@ -63,12 +58,26 @@ const SAVED: &str = ".mended";
 /// SQLite's files of one database.
 const FILES: [&str; 3] = ["", "-wal", "-shm"];
 
-/// Numbers that are tried one by one behind a damaged place. Each takes a microsecond or two.
-const LOOKS_MAX: u64 = 1_000_000;
+/// Looks in vain at single numbers. Each takes a microsecond or two.
+const LOOKS_MAX: u64 = 3_000_000;
+
+/// So far from the events that were found others are looked for, where nothing tells how many there were.
+const AROUND: u64 = 200_000;
 
 /// Further ahead than this of what is known to have been accepted, or ever, no number of an event can be.
 const AHEAD_MAX: u64 = 1_000_000;
 const NUMBER_MAX: u64 = 1 << 48;
+
+/// Numbers that are kept in mind, because the damage may have given their events other ones.
+const FREE_MAX: usize = 1000;
+
+/// What cannot be read is read again, so often and after so long, as long as that finds more.
+const ROUNDS: u32 = 5;
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// A disk with more bad places than this, each of so many bytes, is away or near its end: nothing is set aside then.
+const BAD_MAX: u32 = 64;
+const PLACE_BYTES: u64 = 64 * 1024;
 
 /// Copied between two commits, so that the log of the new file stays small beside it.
 const COMMIT_BYTES: u64 = 16 * 1024 * 1024;
@@ -120,7 +129,12 @@ pub(super) fn open_or_mend(path: &Path, durability: Durability, lock: &Lock) -> 
         "it is empty, but its write-ahead log is not".to_owned()
     } else {
         match Store::open(path, durability) {
-            Err(OpenError::Sqlite { source, .. }) if lock.is_old() && is_damage(&source) => source.to_string(),
+            // That SQL makes no sense with the schema is damage, where a relay has used the file before.
+            Err(OpenError::Sqlite { source, .. })
+                if lock.is_old() && (is_damage(&source) || source.sqlite_error_code() == Some(ErrorCode::Unknown)) =>
+            {
+                source.to_string()
+            }
             outcome => return outcome,
         }
     };
@@ -141,7 +155,7 @@ pub(super) fn mend(path: &Path, durability: Durability, cause: &str) -> Result<S
     let saving = beside(path, SAVING);
     // Of an earlier start, which was interrupted; and the reserve is for times like this.
     discard(&saving).and_then(|()| remove(&beside(path, RESERVE))).map_err(io)?;
-    let saved = save(path, &saving, durability).inspect_err(|_| {
+    let saved = save_patiently(path, &saving, durability).inspect_err(|_| {
         // Room for whatever comes next; should it fail, the next try begins with it.
         let _ = discard(&saving);
     })?;
@@ -167,6 +181,45 @@ struct Saved {
     unreadable: u64,
     /// Whether these are all.
     all_known: bool,
+    /// Whether something could not be read.
+    damage: bool,
+}
+
+/// An error of the disk may pass, and SQLite tells it as damage. So what seems to be damaged is read again.
+fn save_patiently(path: &Path, saving: &Path, durability: Durability) -> Result<Saved, OpenError> {
+    let io = |source| OpenError::Io { path: path.to_owned(), source };
+    let mut saved = save(path, saving, durability)?;
+    for _ in 0..ROUNDS {
+        if !saved.damage {
+            break;
+        }
+        is_there(path).map_err(io)?;
+        std::thread::sleep(PAUSE);
+        let before = saved.events;
+        discard(saving).map_err(io)?;
+        saved = save(path, saving, durability)?;
+        if saved.events <= before {
+            break;
+        }
+    }
+    Ok(saved)
+}
+
+/// Reads the whole file past SQLite: an error if it has many bad places.
+fn is_there(path: &Path) -> io::Result<()> {
+    let Ok(length) = fs::metadata(path).map(|metadata| metadata.len()) else { return Ok(()) };
+    let (file, mut bad) = (fs::File::open(path)?, 0);
+    let mut place = vec![0; PLACE_BYTES as usize];
+    for at in (0..length).step_by(PLACE_BYTES as usize) {
+        if let Err(error) = file.read_at(&mut place, at) {
+            bad += 1;
+            // The first place has what everything else hangs on.
+            if at == 0 || bad > BAD_MAX {
+                return Err(error);
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Copies what can be read into one whole file, of the same owner.
@@ -249,11 +302,12 @@ fn open_damaged(path: &Path) -> Result<Option<Connection>, OpenError> {
 fn copy(old: Option<&Connection>, store: &mut Store) -> Result<Saved> {
     let known = match old {
         // Once more, because an error of the disk may pass.
-        Some(old) => readable_part(Ledger::read(old).or_else(|_| Ledger::read(old)))?,
+        Some(old) => readable(Ledger::read(old).or_else(|_| Ledger::read(old)))?,
         None => None,
     };
     let known = known.filter(|known| known.balances() && known.accepted <= NUMBER_MAX);
-    let mut found = Found::default();
+    let most = known.map_or(NUMBER_MAX, |known| known.accepted.saturating_add(AHEAD_MAX)).min(NUMBER_MAX);
+    let mut found = Found { most, ..Found::default() };
     store.begin(false)?;
     if let Some(old) = old {
         copy_events(old, store, known.as_ref(), &mut found)?;
@@ -274,11 +328,12 @@ fn copy(old: Option<&Connection>, store: &mut Store) -> Result<Saved> {
     (ledger.pending, ledger.parked, ledger.bytes) = (found.pending, found.parked, found.bytes);
     store.write_ledger(&ledger)?;
     // The first format has no such number, and a damaged file may not give it.
-    let lost_before = old.map_or(Ok(None), |old| readable_part(lost(old)))?.unwrap_or(0);
+    let lost_before = old.map_or(Ok(None), |old| readable(lost(old)))?.unwrap_or(0).min(removed_before);
     let unreadable = ledger.removed.saturating_sub(removed_before);
     store.set_lost(lost_before + unreadable)?;
     store.commit()?;
-    Ok(Saved { events: here, unreadable, all_known: known.is_some() })
+    let damage = found.damage || known.is_none();
+    Ok(Saved { events: here, unreadable, all_known: known.is_some(), damage })
 }
 
 /// What has been copied.
@@ -289,98 +344,120 @@ struct Found {
     bytes: u64,
     /// Whether something could not be read.
     damage: bool,
+    /// No number can be higher.
+    most: u64,
+    committed: u64,
+    /// Events whose number another one has: the damage has made one of the two up.
+    homeless: Vec<(Stored, Option<String>)>,
 }
 
-/// Copies in the order of acceptance, and goes on behind each damaged place.
+impl Found {
+    /// Copies the event of a row. Returns its number, if it is one.
+    fn take(&mut self, row: &Row<'_>, store: &mut Store) -> Result<Option<u64>> {
+        let (Ok(stored), parked_reason) = (stored_at_least(row), row.get(8).unwrap_or(None)) else {
+            self.damage = true;
+            return Ok(None);
+        };
+        let seq = stored.seq;
+        if !(1..=self.most).contains(&seq) {
+            self.damage = true;
+            return Ok(None);
+        }
+        match self.keep(&stored, parked_reason.as_deref(), store) {
+            Err(error) if error.sqlite_error_code() == Some(ErrorCode::ConstraintViolation) => {
+                // It may have been seen before.
+                if store.id(seq)? != Some(stored.event.id) {
+                    self.homeless.push((stored, parked_reason));
+                }
+            }
+            outcome => outcome?,
+        }
+        Ok(Some(seq))
+    }
+
+    fn keep(&mut self, stored: &Stored, parked_reason: Option<&str>, store: &mut Store) -> Result<()> {
+        let Stored { seq, event } = stored;
+        store.insert(*seq, event)?;
+        self.bytes += event.body.len() as u64 + EVENT_OVERHEAD_BYTES;
+        match parked_reason {
+            Some(reason) => {
+                store.park(*seq, reason, 0)?;
+                self.parked += 1;
+            }
+            None => self.pending += 1,
+        }
+        if self.bytes - self.committed >= COMMIT_BYTES {
+            self.committed = self.bytes;
+            store.commit()?;
+            store.begin(false)?;
+        }
+        Ok(())
+    }
+}
+
+/// Copies from the front to the damage, from the back to the damage, and what can be found in between by its number.
 fn copy_events(old: &Connection, store: &mut Store, known: Option<&Ledger>, found: &mut Found) -> Result<()> {
-    let sql = format!("SELECT {COLUMNS}, parked_reason FROM event WHERE seq >= ?1 ORDER BY seq");
-    // Not of a part: without the schema there is nothing.
-    let Some(mut statement) = readable(old.prepare(&sql))? else {
-        found.damage = true;
+    let columns = format!("SELECT {COLUMNS}, parked_reason FROM event");
+    let (front, back) = (format!("{columns} ORDER BY seq"), format!("{columns} ORDER BY seq DESC"));
+    if copy_rows(old, &front, 0, store, found)? && !found.damage && found.homeless.is_empty() {
         return Ok(());
-    };
-    let last = "SELECT seq FROM event ORDER BY seq DESC LIMIT 1";
-    let last: Option<u64> = readable_part(old.query_row(last, [], |row| row.get(0)))?;
-    let most = known.map_or(NUMBER_MAX, |known| known.accepted.saturating_add(AHEAD_MAX)).min(NUMBER_MAX);
-    let highest = known.map_or(0, |known| known.accepted).max(last.unwrap_or(NUMBER_MAX)).min(most);
-    let (mut next, mut looks, mut committed) = (0, 0, 0);
-    while next <= highest {
-        let (before, mut ended) = (next, false);
-        let mut rows = statement.query([next])?;
-        while let Some(row) = readable_part(rows.next())? {
-            let Some(row) = row else {
-                ended = true;
+    }
+    found.damage = true;
+    // What the front has given comes again, unless it is the whole of it.
+    let (_, reached) = store.numbers()?;
+    copy_rows(old, &back, reached, store, found)?;
+
+    // Not of a part: without the schema there is nothing.
+    let Some(mut one) = readable(old.prepare(&format!("{columns} WHERE seq = ?1")))? else { return Ok(()) };
+    let (first, last) = store.range()?.unwrap_or_else(|| {
+        let end = known.map_or(1, |known| known.accepted.max(1));
+        (end + 1, end)
+    });
+    let last = known.map_or(last.saturating_add(AROUND), |known| known.accepted.max(last)).min(found.most);
+    let (mut free, mut in_vain) = (Vec::new(), 0);
+    let mut gaps = store.gaps(first.saturating_sub(AROUND).max(1), last)?;
+    // A long one is more likely none: a number that the damage has made up lies at one of its ends.
+    gaps.sort_by_key(|(from, to)| to - from);
+    for (from, to) in gaps {
+        for seq in from..=to {
+            match one.query_one([seq], |row| Ok(found.take(row, store))) {
+                Ok(taken) if taken.as_ref().is_ok_and(Option::is_some) => continue,
+                Ok(taken) => _ = taken?,
+                Err(error) => _ = readable(Err::<(), _>(error))?,
+            }
+            in_vain += 1;
+            if free.len() < FREE_MAX {
+                free.push(seq);
+            }
+            if in_vain >= LOOKS_MAX {
                 break;
-            };
-            let (Ok(stored), Ok(parked_reason)) = (stored(row), row.get::<_, Option<String>>(8)) else {
-                found.damage = true;
-                continue;
-            };
-            if !(1..=most).contains(&stored.seq) {
-                found.damage = true;
-                continue;
-            }
-            next = next.max(stored.seq + 1);
-            match store.insert(stored.seq, &stored.event) {
-                // Two of one number: the damage has made one of them up.
-                Err(error) if error.sqlite_error_code() == Some(ErrorCode::ConstraintViolation) => {
-                    found.damage = true;
-                    continue;
-                }
-                outcome => outcome?,
-            }
-            found.bytes += stored.event.body.len() as u64 + EVENT_OVERHEAD_BYTES;
-            match parked_reason {
-                Some(reason) => {
-                    store.park(stored.seq, &reason, 0)?;
-                    found.parked += 1;
-                }
-                None => found.pending += 1,
-            }
-            if found.bytes - committed >= COMMIT_BYTES {
-                committed = found.bytes;
-                store.commit()?;
-                store.begin(false)?;
             }
         }
-        if ended {
-            break;
+    }
+    let mut free = free.into_iter();
+    for (mut stored, parked_reason) in std::mem::take(&mut found.homeless) {
+        // One of the numbers that nothing was found under was its own.
+        let mut own = free.next();
+        while let Some(seq) = own
+            && store.id(seq)?.is_some()
+        {
+            own = free.next();
         }
-        found.damage = true;
-        // First from the same place again, because an error of the disk may pass; then behind it.
-        looks = if next == before { looks + 1 } else { 0 };
-        if looks >= LOOKS_MAX {
-            looks = 0;
-            let Some(behind) = behind(old, next, highest.min(last.unwrap_or(highest)))? else { break };
-            next = behind;
-        } else if looks > 0 {
-            next += 1;
-        }
+        stored.seq = own.map_or_else(|| store.numbers().map(|(_, highest)| highest + 1), Ok)?;
+        found.keep(&stored, parked_reason.as_deref(), store)?;
     }
     Ok(())
 }
 
-/// Where something can be read again after a long damage, if there is anything up to the highest number: one further, two, four, and
-/// then from the first such place back to the damage.
-fn behind(old: &Connection, damaged: u64, highest: u64) -> Result<Option<u64>> {
-    let sql = "SELECT seq FROM event WHERE seq >= ?1 ORDER BY seq LIMIT 1";
-    let mut look = old.prepare(sql)?;
-    let mut is_there = |number: u64| -> Result<bool> {
-        let found: Option<u64> = readable_part(look.query_row([number], |row| row.get(0)))?;
-        Ok(found.is_some())
-    };
-    let mut steps = (0..48).map(|step| damaged + (1 << step)).take_while(|number| *number < highest).chain([highest]);
-    let mut there = loop {
-        match steps.next() {
-            None => return Ok(None),
-            Some(number) if is_there(number)? => break number,
-            Some(_) => {}
+/// Copies rows down to a number until one cannot be read. Returns whether that was all.
+fn copy_rows(old: &Connection, sql: &str, down_to: u64, store: &mut Store, found: &mut Found) -> Result<bool> {
+    let Some(mut statement) = readable(old.prepare(sql))? else { return Ok(false) };
+    let mut rows = statement.query([])?;
+    while let Some(row) = readable(rows.next())? {
+        let Some(row) = row else { return Ok(true) };
+        if found.take(row, store)?.is_some_and(|seq| seq <= down_to) {
+            break;
         }
-    };
-    let mut not_there = damaged;
-    while there - not_there > 1 {
-        let middle = not_there + (there - not_there) / 2;
-        *(if is_there(middle)? { &mut there } else { &mut not_there }) = middle;
     }
-    Ok(Some(there))
+    Ok(false)
 }

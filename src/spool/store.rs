@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use rusqlite::Error::FromSqlConversionFailure;
 use rusqlite::types::Type;
-use rusqlite::{Connection, Result};
+use rusqlite::{Connection, OptionalExtension, Result};
 use uuid::Uuid;
 
 use super::dedupe::{Seen, Signatures};
@@ -117,8 +117,13 @@ impl Store {
     /// An error if the totals do not add up: they are counted on with.
     pub fn ledger(&self) -> Result<Ledger> {
         let ledger = Ledger::read(&self.connection)?;
-        let wrong = || FromSqlConversionFailure(0, Type::Integer, "the totals do not add up".into());
-        ledger.balances().then_some(ledger).ok_or_else(wrong)
+        if ledger.balances() { Ok(ledger) } else { Err(wrong_totals()) }
+    }
+
+    /// The same, and an error if they lag behind the events.
+    pub fn ledger_of_events(&self) -> Result<Ledger> {
+        let (ledger, (_, highest)) = (self.ledger()?, self.numbers()?);
+        if ledger.accepted >= highest { Ok(ledger) } else { Err(wrong_totals()) }
     }
 
     /// `durable`: whether this transaction has to survive a power loss once it is committed. A deletion need not: if
@@ -251,6 +256,36 @@ impl Store {
         Ok(seen)
     }
 
+    /// The id of the event of a number.
+    pub fn id(&self, seq: u64) -> Result<Option<Uuid>> {
+        let mut statement = self.connection.prepare_cached("SELECT id FROM event WHERE seq = ?1")?;
+        statement.query_row([seq], |row| Ok(Uuid::from_bytes(row.get(0)?))).optional()
+    }
+
+    /// The first and the last number of all events.
+    pub fn range(&self) -> Result<Option<(u64, u64)>> {
+        let sql = "SELECT min(seq), max(seq) FROM event";
+        self.connection.query_row(sql, [], |row| Ok(row.get::<_, Option<u64>>(0)?.zip(row.get(1)?)))
+    }
+
+    /// The numbers from `first` to `last` that no event has, as ranges with both ends included.
+    pub fn gaps(&self, first: u64, last: u64) -> Result<Vec<(u64, u64)>> {
+        let mut statement =
+            self.connection.prepare("SELECT seq FROM event WHERE seq BETWEEN ?1 AND ?2 ORDER BY seq")?;
+        let (mut gaps, mut next) = (Vec::new(), first);
+        for seq in statement.query_map([first, last], |row| row.get::<_, u64>(0))? {
+            let seq = seq?;
+            if seq > next {
+                gaps.push((next, seq - 1));
+            }
+            next = seq + 1;
+        }
+        if next <= last {
+            gaps.push((next, last));
+        }
+        Ok(gaps)
+    }
+
     /// Those of the oldest pending event and of the last one of all; 0 where there is none.
     pub fn numbers(&self) -> Result<(u64, u64)> {
         let sql = "SELECT coalesce((SELECT seq FROM event WHERE parked_reason IS NULL ORDER BY seq LIMIT 1), 0),
@@ -276,6 +311,10 @@ impl Store {
         }
         Ok(())
     }
+}
+
+fn wrong_totals() -> rusqlite::Error {
+    FromSqlConversionFailure(0, Type::Integer, "the totals do not add up".into())
 }
 
 pub(super) fn lost(connection: &Connection) -> Result<u64> {

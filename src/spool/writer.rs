@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use rusqlite::Result;
+use rusqlite::ffi::SQLITE_CONSTRAINT_PRIMARYKEY;
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tracing::{error, info, warn};
@@ -324,7 +325,9 @@ impl Writer {
     /// Says so once, not with each commit.
     fn failed(&mut self, cause: &rusqlite::Error) {
         self.suspect = true;
-        self.damaged |= is_damage(cause);
+        // That a number has been given already means that the totals lag behind the events.
+        let given = cause.sqlite_error().map(|error| error.extended_code) == Some(SQLITE_CONSTRAINT_PRIMARYKEY);
+        self.damaged |= is_damage(cause) || given;
         if is_full(cause) && self.store.reserve().give_up() {
             warn!("the disk of the spool is full: its reserve is given up, so that deliveries can go on");
         }

@@ -312,19 +312,17 @@ async fn a_disk_without_room_for_mending_loses_nothing() {
     assert_eq!(relay.status().await["spool"]["pending"], 50_001);
 }
 
-/// With the broker away nobody else reads that part of the file.
+/// With the broker away nobody else asks for a mend.
 #[tokio::test]
 async fn damage_that_only_a_webhook_finds_is_mended_as_well() {
-    let mut relay = Setup::new(NO_BROKER).set("dedupe.window", "0s").start().await;
+    let mut relay = Setup::new(NO_BROKER).start().await;
     for number in 0..30 {
         relay.post(scan(number)).await.expect(200);
     }
-    relay.kill9().await;
-    let path = relay.setup().spool();
-    checkpoint(&path);
-    // The last page, where the next event goes.
-    overwrite(&path, fs::metadata(&path).unwrap().len() - 4096, 4096);
-    relay.start_again().await;
+    // The totals lag behind the events, as after a lost write: the next number has been given already.
+    let meddler = rusqlite::Connection::open(relay.setup().spool()).unwrap();
+    meddler.execute_batch("UPDATE ledger SET accepted = 29, pending = 29").unwrap();
+    drop(meddler);
     // 503, or cut off when the relay ends: Prism tries again in both cases.
     let refused = relay.try_post(scan(1_000_000)).await;
     assert!(!refused.is_ok_and(|answer| answer.status == 200));
@@ -332,8 +330,22 @@ async fn damage_that_only_a_webhook_finds_is_mended_as_well() {
     assert!(ended.code == Some(1) && ended.stderr.contains("it will be mended at the next start"), "{}", ended.stderr);
     relay.start_again().await;
     relay.post(scan(1_000_000)).await.expect(200);
-    let spool = relay.status().await["spool"].clone();
-    assert!(spool["pending"].as_u64().unwrap() > 20, "{spool}");
+    assert_eq!(relay.status().await["spool"]["pending"], 31);
+}
+
+/// The next event would go to the last page.
+#[tokio::test]
+async fn a_damaged_end_is_found_at_the_start() {
+    let (relay, ids, vhost, mut wire) = after(30, |path| {
+        checkpoint(path);
+        let connection = rusqlite::Connection::open(path).unwrap();
+        connection.execute_batch("DELETE FROM seen").unwrap();
+        drop(connection);
+        checkpoint(path);
+        overwrite(path, fs::metadata(path).unwrap().len() - 4096, 4096);
+    })
+    .await;
+    assert!(assert_mended(&relay, &ids, &vhost, &mut wire).await > 20);
 }
 
 #[tokio::test]

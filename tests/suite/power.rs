@@ -211,6 +211,26 @@ async fn a_disk_that_fails_or_turns_read_only_takes_no_200_back() {
     }
 }
 
+/// SQLite tells an error of the disk as damage. What cannot be read at the moment is not given up.
+#[tokio::test]
+async fn a_disk_that_is_away_is_not_taken_for_a_damaged_spool() {
+    let mut relay = with_library(Setup::new(NO_BROKER)).start().await;
+    for number in 0..50 {
+        relay.post(scan(number)).await.expect(200);
+    }
+    relay.kill9().await;
+    let (faults, spool) = (relay.folder().join("faults"), relay.setup().spool());
+    fs::write(spool.with_extension("db.mend"), "").unwrap();
+    fs::write(&faults, "read").unwrap();
+    for _ in 0..2 {
+        let ended = relay.run(&["serve"]).await;
+        assert!(ended.code == Some(1) && ended.stderr.contains("I/O error"), "{ended:?}");
+    }
+    fs::remove_file(&faults).unwrap();
+    relay.start_again().await;
+    assert_eq!(relay.status().await["spool"]["pending"], 50);
+}
+
 #[tokio::test]
 async fn deliveries_are_not_repeated_because_the_disk_was_sick() {
     let vhost = Vhost::new(Node::shared().await).await;

@@ -2,7 +2,7 @@
  * so that a test can work out what a power loss would have left; and makes calls fail while a test asks for it.
  *
  * PRISM_DISK_JOURNAL  the journal: records of { kind, file, offset, length } and the bytes of a write
- * PRISM_DISK_FAULTS   a file; while it holds "fsync" or "write", these calls fail with EIO; while it holds "read-only", all
+ * PRISM_DISK_FAULTS   a file; while it holds "fsync", "write" or "read", these calls fail with EIO; while it holds "read-only", all
  *                     that change something fail with EROFS, as on an ext4 that was made read-only because of an error
  */
 #define _GNU_SOURCE
@@ -89,6 +89,19 @@ ssize_t pwrite(int fd, const void *bytes, size_t length, off_t offset) {
 
 ssize_t pwrite64(int fd, const void *bytes, size_t length, off64_t offset) {
     return pwrite_by("pwrite64", fd, bytes, length, offset);
+}
+
+static ssize_t pread_by(const char *symbol, int fd, void *bytes, size_t length, off64_t offset) {
+    ssize_t (*next)(int, void *, size_t, off64_t) = dlsym(RTLD_NEXT, symbol);
+    int fault = file_of(fd) == OTHER ? 0 : fault_of("read");
+    if (fault == EIO) return errno = fault, -1;
+    return next(fd, bytes, length, offset);
+}
+
+ssize_t pread(int fd, void *bytes, size_t length, off_t offset) { return pread_by("pread", fd, bytes, length, offset); }
+
+ssize_t pread64(int fd, void *bytes, size_t length, off64_t offset) {
+    return pread_by("pread64", fd, bytes, length, offset);
 }
 
 static int cut_by(const char *symbol, int fd, off64_t length) {
