@@ -9,6 +9,7 @@ mod files;
 mod inspect;
 mod ledger;
 mod reader;
+mod rescue;
 mod salvage;
 mod store;
 mod writer;

@@ -481,25 +481,42 @@ async fn damage_that_the_first_look_does_not_find_is_mended() {
     }
 }
 
+/// The bytes of a spool, all of it in the file, and where in them the root of the table of events begins.
+fn table_of_events(path: &Path) -> (Vec<u8>, usize) {
+    let connection = rusqlite::Connection::open(path).unwrap();
+    connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())).unwrap();
+    let sql = "SELECT rootpage FROM sqlite_schema WHERE name = 'event'";
+    let root: usize = connection.query_row(sql, [], |row| row.get(0)).unwrap();
+    drop(connection);
+    (std::fs::read(path).unwrap(), (root - 1) * 4096)
+}
+
+/// Where a cell of a page begins (<https://www.sqlite.org/fileformat2.html>, 1.6): after a header stands where each one is.
+fn cell_in(bytes: &[u8], page: usize, header: usize, cell: usize) -> usize {
+    let pointer = page + header + 2 * cell;
+    page + usize::from(u16::from_be_bytes([bytes[pointer], bytes[pointer + 1]]))
+}
+
+/// Where the number of an event stands in a leaf: after the length of the row, which takes one byte here.
+fn number_in(bytes: &[u8], page: usize, cell: usize) -> usize {
+    assert_eq!(bytes[page], 13, "a leaf");
+    cell_in(bytes, page, 8, cell) + 1
+}
+
+/// Where a child of an inner page begins.
+fn child_in(bytes: &[u8], page: usize, cell: usize) -> usize {
+    assert_eq!(bytes[page], 5, "an inner page");
+    let cell = cell_in(bytes, page, 12, cell);
+    (u32::from_be_bytes(bytes[cell..cell + 4].try_into().unwrap()) as usize - 1) * 4096
+}
+
 #[tokio::test]
 async fn of_two_events_of_one_number_both_are_saved() {
     let (_folder, path) = left_by_a_kill(10).await;
-    let damaged = rusqlite::Connection::open(&path).unwrap();
-    damaged.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())).unwrap();
-    let root = damaged.query_row("SELECT rootpage FROM sqlite_schema WHERE name = 'event'", [], |row| row.get(0));
-    let page = (root.unwrap_or(0_usize) - 1) * 4096;
-    drop(damaged);
-    // A leaf of a table (https://www.sqlite.org/fileformat2.html, 1.6): a header of 8 bytes, where each cell begins, the cells: the
-    // length of the row in one byte, here, and its number.
-    let mut bytes = std::fs::read(&path).unwrap();
-    assert_eq!(bytes[page], 13);
-    let number_of = |cell: usize| {
-        let pointer = page + 8 + 2 * cell;
-        page + usize::from(u16::from_be_bytes([bytes[pointer], bytes[pointer + 1]])) + 1
-    };
-    let (eighth, number) = (number_of(7), bytes[number_of(6)]);
-    assert_eq!((number, bytes[eighth]), (7, 8));
-    bytes[eighth] = number;
+    let (mut bytes, page) = table_of_events(&path);
+    let eighth = number_in(&bytes, page, 7);
+    assert_eq!((bytes[number_in(&bytes, page, 6)], bytes[eighth]), (7, 8));
+    bytes[eighth] = 7;
     std::fs::write(&path, bytes).unwrap();
     salvage::order(&path);
     let opened = Opened::open(&path, u64::MAX, WINDOW);
@@ -513,10 +530,7 @@ async fn of_two_events_of_one_number_both_are_saved() {
 #[tokio::test]
 async fn everything_that_is_readable_is_saved() {
     let (_folder, path) = left_by_a_kill(2000).await;
-    let damaged = rusqlite::Connection::open(&path).unwrap();
-    damaged.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())).unwrap();
-    drop(damaged);
-    let mut bytes = std::fs::read(&path).unwrap();
+    let (mut bytes, _) = table_of_events(&path);
     let pages = bytes.len() / 4096;
     for page in [pages / 5, pages / 2, pages / 2 + 1, pages - pages / 5] {
         bytes[page * 4096..(page + 1) * 4096].fill(0xa5);
@@ -544,22 +558,34 @@ async fn what_is_readable_is_found_however_far_away_its_numbers_are() {
     damaged
         .execute_batch("UPDATE event SET seq = -seq; UPDATE event SET seq = 5001001 + seq; DELETE FROM ledger")
         .unwrap();
-    damaged.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())).unwrap();
-    let root = damaged.query_row("SELECT rootpage FROM sqlite_schema WHERE name = 'event'", [], |row| row.get(0));
-    let page = (root.unwrap_or(0_usize) - 1) * 4096;
     drop(damaged);
-    // An inner page (https://www.sqlite.org/fileformat2.html, 1.6): a header of 12 bytes, where each cell begins, the cells: the
-    // page of the child, and a number.
-    let mut bytes = std::fs::read(&path).unwrap();
-    assert_eq!(bytes[page], 5);
-    let cell = page + usize::from(u16::from_be_bytes([bytes[page + 12], bytes[page + 13]]));
-    let first = usize::from_be_bytes([0, 0, 0, 0, bytes[cell], bytes[cell + 1], bytes[cell + 2], bytes[cell + 3]]);
-    bytes[(first - 1) * 4096..first * 4096].fill(0xa5);
+    let (mut bytes, page) = table_of_events(&path);
+    let first = child_in(&bytes, page, 0);
+    bytes[first..first + 4096].fill(0xa5);
     std::fs::write(&path, bytes).unwrap();
     salvage::order(&path);
     let opened = Opened::open(&path, u64::MAX, WINDOW);
     let pending = opened.spool.gauges().ledger().pending;
     assert!((900..1000).contains(&pending) && opened.spool.gauges().lost() > 0, "{pending}");
+    opened.close().await;
+}
+
+/// A number that the damage has made up hides neither what lies behind it nor the event whose number it is.
+#[tokio::test]
+async fn a_made_up_number_costs_no_event() {
+    let (_folder, path) = left_by_a_kill(300).await;
+    let (mut bytes, page) = table_of_events(&path);
+    let (first, second) = (child_in(&bytes, page, 0), child_in(&bytes, page, 1));
+    let number = number_in(&bytes, first, 5);
+    assert_eq!(bytes[number], 6);
+    bytes[number] = 127;
+    let destroyed = u64::from(u16::from_be_bytes([bytes[second + 3], bytes[second + 4]]));
+    bytes[second..second + 4096].fill(0xa5);
+    std::fs::write(&path, bytes).unwrap();
+    salvage::order(&path);
+    let opened = Opened::open(&path, u64::MAX, WINDOW);
+    let gauges = opened.spool.gauges();
+    assert_eq!((gauges.ledger().pending, gauges.lost()), (300 - destroyed, destroyed));
     opened.close().await;
 }
 

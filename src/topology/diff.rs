@@ -179,9 +179,8 @@ fn surplus(plan: &Plan, live: &Live, mending: &Mending) -> Vec<Difference> {
     }
     let alone = |there: &&LiveEntity| !live.queues.iter().any(|queue| queue.name == there.name);
     for there in live.exchanges.iter().filter(|there| interrupted(&there.name)).filter(alone) {
-        let queue = there.name.trim_end_matches(MOVING);
         let what = "a topology recreate was interrupted right before its end";
-        let mend = mending.recreate(queue);
+        let mend = mending.recreate(there.name.strip_suffix(MOVING).unwrap_or_default());
         found.push(Difference { passive: true, ..Difference::new(format!("exchange {}", there.name), what, mend) });
     }
     found

@@ -2,8 +2,9 @@
  * so that a test can work out what a power loss would have left; and makes calls fail while a test asks for it.
  *
  * PRISM_DISK_JOURNAL  the journal: records of { kind, file, offset, length } and the bytes of a write
- * PRISM_DISK_FAULTS   a file; while it holds "fsync", "write" or "read", these calls fail with EIO; while it holds "read-only", all
- *                     that change something fail with EROFS, as on an ext4 that was made read-only because of an error
+ * PRISM_DISK_FAULTS   a file; while it holds "fsync", "write" or "read", these calls fail with EIO (a read only behind the first
+ *                     page); while it holds "read-only", all that change something fail with EROFS, as on an ext4 that was
+ *                     made read-only because of an error
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -93,7 +94,7 @@ ssize_t pwrite64(int fd, const void *bytes, size_t length, off64_t offset) {
 
 static ssize_t pread_by(const char *symbol, int fd, void *bytes, size_t length, off64_t offset) {
     ssize_t (*next)(int, void *, size_t, off64_t) = dlsym(RTLD_NEXT, symbol);
-    int fault = file_of(fd) == OTHER ? 0 : fault_of("read");
+    int fault = offset == 0 || file_of(fd) == OTHER ? 0 : fault_of("read");
     if (fault == EIO) return errno = fault, -1;
     return next(fd, bytes, length, offset);
 }
