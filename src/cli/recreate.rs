@@ -12,6 +12,7 @@ use lapin::{Channel, ExchangeKind};
 use thiserror::Error;
 use tokio::time::{Instant, sleep, timeout};
 
+use super::intake;
 use super::management::Management;
 use super::messages::short;
 use super::redrive::move_all;
@@ -317,8 +318,7 @@ impl Run<'_> {
     async fn look(&self, queue: &str) -> Result<Option<lapin::Queue>, TransferError> {
         let looking = async {
             let channel = self.link.connection.create_channel().await?;
-            let passive = QueueDeclareOptions { passive: true, ..Default::default() };
-            match channel.queue_declare(short(queue), passive, FieldTable::default()).await {
+            match intake::look(&channel, queue).await {
                 Ok(queue) => {
                     channel.close(200, "done".into()).await?;
                     Ok(Some(queue))
@@ -369,7 +369,7 @@ async fn keeps_everything(management: &Management, queue: &str) -> Result<(), Re
             Some(keys) => {
                 return Err(RecreateError::CutByPolicy { moving: queue.to_owned(), keys: keys.join(", ") });
             }
-            None if begun.elapsed() >= STATISTICS => return Err(RecreateError::Unknown(queue.to_owned())),
+            None if begun.elapsed() >= 2 * STATISTICS => return Err(RecreateError::Unknown(queue.to_owned())),
             None => sleep(PAUSE).await,
         }
     }

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use lapin::BasicProperties;
 use serde_json::json;
 
-use crate::harness::{Delivery, Node, Relay, Setup, Traffic, Vhost, Wire, eventually};
+use crate::harness::{Delivery, Node, Relay, Setup, Traffic, Vhost, Wire, eventually, eventually_equal};
 
 fn scan(scan: u32, kind: &str) -> String {
     let scan = uuid::Uuid::from_u128(scan.into());
@@ -138,6 +138,32 @@ async fn straight_into_one_queue_and_not_into_one_that_is_not_there() {
     }
 }
 
+/// Of such a queue RabbitMQ says that it is empty.
+#[tokio::test]
+async fn a_queue_that_does_not_answer_at_once_is_not_taken_for_an_empty_one() {
+    let node = Node::shared().await;
+    let vhost = Vhost::new(node).await;
+    let relay = dead(&vhost, 1).await;
+    // Its leader is held until it has been asked twice.
+    let expression = format!(
+        r#"{{ok, Queue}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<"{}">>, queue, <<"prism.dead">>)),
+        {{Leader, _}} = amqqueue:get_pid(Queue),
+        Questions = fun() ->
+            {{messages, Messages}} = process_info(whereis(Leader), messages),
+            length([Query || {{'$gen_call', _, Query}} <- Messages, element(1, Query) == local_query])
+        end,
+        Hold = fun Hold(0) -> sys:resume(Leader);
+                   Hold(Looks) -> timer:sleep(10), Hold(case Questions() of Few when Few < 2 -> Looks - 1; _ -> 0 end)
+        end,
+        ok = sys:suspend(Leader), spawn(fun() -> Hold(3000) end), held."#,
+        vhost.name()
+    );
+    assert_eq!(node.ctl(&["eval", &expression]).await, "held");
+    let done = relay.run(&["redrive"]).await;
+    assert!(done.code == Some(0) && done.stdout.starts_with("1 moved"), "{done:?}");
+    vhost.messages("prism.scan", 1).await;
+}
+
 /// RabbitMQ 4 drops a message of such a queue when it is put back for the twenty-first time.
 #[tokio::test]
 async fn looking_often_loses_nothing() {
@@ -184,12 +210,15 @@ async fn an_interrupted_redrive_loses_nothing() {
     vhost.eventually_depth("prism.dead", COUNT).await;
     let setup = Setup::new(&vhost.url_through(&wire));
     // Slow enough to be caught in the middle.
-    wire.set_latency(std::time::Duration::from_millis(20));
+    wire.set_latency(std::time::Duration::from_millis(200));
     for kill in [true, false] {
+        // What an earlier one has sent may still come in.
+        eventually_equal("the earlier one to be gone", 0, async || wire.connections()).await;
         let mut running = setup.launch(&["redrive"]);
+        eventually_equal("this one to be there", 1, async || wire.connections()).await;
         let before = vhost.depth("prism.scan").await;
         eventually("some to be moved", async || {
-            let moved = vhost.depth("prism.scan").await - before;
+            let moved = vhost.depth("prism.scan").await.saturating_sub(before);
             if moved > 100 { Ok(()) } else { Err(moved) }
         })
         .await;
@@ -223,7 +252,8 @@ fn with_archive(vhost: &Vhost) -> Setup {
 async fn the_archive_has_everything_and_takes_nothing_from_the_unrouted() {
     let vhost = Vhost::new(Node::shared().await).await;
     let relay = with_archive(&vhost).start().await;
-    let started = jiff::Timestamp::now();
+    // The headers tell milliseconds.
+    let started = jiff::Timestamp::now() - jiff::SignedDuration::from_secs(1);
     for body in [scan(1, "started").as_str(), r#"{"eventType":"unknown.a","payload":{}}"#, scan(2, "failed").as_str()] {
         relay.post(body).await.expect(200);
     }
@@ -270,7 +300,7 @@ async fn a_slow_line_makes_nothing_incomplete() {
     vhost.eventually_depth("prism.dead", 2).await;
     let wire = Wire::new(vhost.address());
     let setup = Setup::new(&vhost.url_through(&wire)).set("topology.archive", json!({ "max_age": "1d" }));
-    let setup = setup.set("broker.confirm_timeout", "8s").set("broker.heartbeat", "5s");
+    let setup = setup.set("broker.confirm_timeout", "11s").set("broker.heartbeat", "5s");
     // Six seconds for one message.
     wire.set_bandwidth(Some(35_000));
     let replayed = setup.run(&["replay", "--since", "1h", "--dry-run"]).await;
@@ -312,6 +342,12 @@ async fn replay_ends_while_events_come_in() {
     let relay = with_archive(&vhost).start().await;
     let traffic = Traffic::start(&relay);
     traffic.more(20).await;
+    // The archive is there, and has them.
+    eventually("more than 20 to be confirmed", async || {
+        let confirmed = relay.metric("prism_relay_publish_total", &[("outcome", "confirmed")]).await;
+        if confirmed > 20.0 { Ok(()) } else { Err(confirmed) }
+    })
+    .await;
     let ended = relay.run(&["replay", "--since", "1h", "--dry-run"]).await;
     assert_eq!(ended.code, Some(0), "{ended:?}");
     assert!(ended.stdout.lines().count() > 20, "{ended:?}");

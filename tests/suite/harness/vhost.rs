@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
 use lapin::options::{
@@ -86,7 +86,9 @@ impl Vhost {
         channel.basic_qos(1, BasicQosOptions::default()).await.expect("qos");
         let (options, arguments) = (BasicConsumeOptions::default(), FieldTable::default());
         let consumer = channel.basic_consume(queue.into(), "".into(), options, arguments).await;
-        let message = consumer.expect("a consumer").next().await.expect("a message").expect("a message");
+        let mut consumer = consumer.expect("a consumer");
+        let message = timeout(DEADLINE, consumer.next()).await.expect("a message in time");
+        let message = message.expect("a message").expect("a message");
         message.acker.reject(Default::default()).await.expect("reject");
         // Nothing answers a rejection, and a close of the connection may overtake it.
         channel.close(200, "done".into()).await.expect("close the channel");
@@ -177,8 +179,15 @@ impl Vhost {
     async fn look_at(&self, queue: &str) -> Result<lapin::Queue, String> {
         let connection = self.connect().await;
         let looking = async {
-            let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-            connection.create_channel().await?.queue_declare(queue.into(), options, FieldTable::default()).await
+            let channel = connection.create_channel().await?;
+            loop {
+                let (options, asked) = (QueueDeclareOptions { passive: true, ..Default::default() }, Instant::now());
+                let seen = channel.queue_declare(queue.into(), options, FieldTable::default()).await?;
+                // Of a quorum queue whose leader does not answer within 250 ms RabbitMQ says that it is empty.
+                if seen.message_count() > 0 || asked.elapsed() < Duration::from_millis(200) {
+                    return Ok::<_, lapin::Error>(seen);
+                }
+            }
         };
         let queue = timeout(DEADLINE, looking).await.expect("an answer to queue.declare in time");
         close(&connection).await;
