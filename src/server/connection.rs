@@ -276,12 +276,15 @@ impl Protocol {
         let stream = with_timeouts(stream, self.silence_timeout);
         let mut connection = pin!(self.builder.serve_connection(TokioIo::new(stream), service));
         let begun = Instant::now();
+        // What has come by now is looked at first: it is a request, and the connection not idle.
         tokio::select! {
+            biased;
             ended = connection.as_mut() => return activity.end(ended),
             () = shutdown.cancelled() => {
                 // A request may be on its way just now, and a close would cost it: it is answered, and the answer says that it
                 // was the last one.
                 tokio::select! {
+                    biased;
                     ended = connection.as_mut() => return activity.end(ended),
                     () = activity.busy_or_after(LAST_REQUEST) => {}
                 }
