@@ -304,10 +304,10 @@ impl Tasks {
         let patience = (deadline - begun) / 2;
         let patience = if is_handed_over { patience.min(HANDOVER_REQUESTS) } else { patience };
         let served = timeout_at(begun + patience, &mut ingress).await;
+        spool.close();
         if served.is_err() {
             warn!(?patience, "requests that are still under way are answered 503, or cut");
         }
-        spool.close();
         stops.publisher.cancel();
         // Webhooks that wait for the next relay are worth more than deliveries that the next one can make.
         let until = if is_handed_over { deadline.min(Instant::now() + HANDOVER) } else { deadline };
