@@ -112,6 +112,7 @@ fn every_test_that_the_docs_name_exists() {
 fn no_dependency_wants_a_newer_rust() {
     let arguments = ["metadata", "--locked", "--format-version", "1"];
     let output = std::process::Command::new(env!("CARGO")).args(arguments).current_dir(root()).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let metadata: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     let parts = |version: &str| version.split('.').take(2).map(|part| part.parse().unwrap()).collect::<Vec<u32>>();
     let ours = parts(env!("CARGO_PKG_RUST_VERSION"));

@@ -28,7 +28,7 @@ fn event(scan: u128, number: u64) -> String {
 #[tokio::test]
 async fn a_rejected_message_climbs_the_ladder_and_then_dies() {
     let vhost = Vhost::new(Node::shared().await).await;
-    let relay = relay_with(&vhost, json!({ "retry_delays": ["300ms", "500ms"] })).await;
+    let relay = relay_with(&vhost, json!({ "retry_delays": ["5s", "500ms"] })).await;
     let id = relay.post(EVENT).await.id();
     vhost.reject("prism.scan").await;
     vhost.eventually_depth("prism.scan.retry.1", 1).await;
@@ -84,7 +84,8 @@ async fn what_nobody_has_taken_in_time_dies_on_any_step() {
     for (rejections, more) in [
         (0, json!({ "ttl": "1s" })),
         (0, json!({ "ttl": "1s", "retry_delays": ["100ms"] })),
-        (1, json!({ "ttl": "1s", "retry_delays": ["100ms"] })),
+        // It has to be rejected before.
+        (1, json!({ "ttl": "10s", "retry_delays": ["100ms"] })),
     ] {
         let relay = relay_with(&vhost, more).await;
         let id = relay.post(EVENT).await.id();

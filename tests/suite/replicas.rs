@@ -8,7 +8,7 @@ use crate::harness::marks::PASSWORD;
 use crate::harness::program::Program;
 use crate::harness::{Authority, Cluster, Relay, Setup, Vhost, Wire, eventually, leash, ports, scratch::Scratch};
 
-const COUNT: usize = 900;
+const COUNT: usize = 1800;
 
 /// nginx with the file that is for people to take. Dropping it kills it.
 struct Nginx {
@@ -76,8 +76,11 @@ async fn a_relay_dies_with_a_backlog_and_its_volume_comes_back() {
     let cluster = Cluster::turn().await;
     let vhost = Vhost::new(cluster.node(0)).await;
     let urls: Vec<_> = [0, 1, 2].map(|index| vhost.url_for("guest", PASSWORD, cluster.node(index).address())).into();
-    let setup =
-        |urls| Setup::new("unused").set("broker.urls", json!(urls)).set("http.trusted_proxies", json!(["127.0.0.1"]));
+    let setup = |urls| {
+        // A port that no other relay gets when this one is dead.
+        let setup = Setup::new("unused").set("http.listen", format!("127.0.0.1:{}", ports::free()));
+        setup.set("broker.urls", json!(urls)).set("http.trusted_proxies", json!(["127.0.0.1"]))
+    };
     let first = setup(urls.clone()).start().await;
     // This one reaches the cluster by a wire that can be held.
     let wire = Wire::new(cluster.node(0).address());
@@ -106,7 +109,12 @@ async fn a_relay_dies_with_a_backlog_and_its_volume_comes_back() {
     for relay in [&first, &second] {
         relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
     }
-    let depth = vhost.depth("prism.scan").await as usize;
+    // A node that has missed a change of the leader says 0 at first.
+    let depth = eventually("all of them in the queue", async || {
+        let depth = vhost.depth("prism.scan").await as usize;
+        if depth >= COUNT { Ok(depth) } else { Err(depth) }
+    })
+    .await;
     let messages = vhost.messages("prism.scan", depth).await;
     let subjects: BTreeSet<_> = messages.iter().map(|message| message.header("prism-subject")).collect();
     assert_eq!(subjects.len(), COUNT, "of {depth}");

@@ -15,7 +15,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::harness::eventually::poll;
-use crate::harness::{Node, Setup, Vhost, Wire};
+use crate::harness::{Node, Setup, Vhost, Wire, ports};
 use book::Book;
 use faults::Stage;
 
@@ -65,7 +65,9 @@ async fn pace(time: Duration) {
 }
 
 fn setup(vhost: &Vhost, wire: &Wire) -> Setup {
+    // Those who send to it while it is dead must not meet another one.
     Setup::new(&vhost.url_through(wire))
+        .set("http.listen", format!("127.0.0.1:{}", ports::free()))
         .set("broker.heartbeat", "1s")
         .set("broker.confirm_timeout", "3s")
         .set("broker.connect_timeout", "3s")

@@ -108,7 +108,8 @@ async fn clients_show_a_certificate_where_the_relay_asks_for_one() {
 #[tokio::test]
 async fn a_new_certificate_is_taken_up_and_open_connections_stay() {
     let authority = Authority::new();
-    let mut relay = with_tls(&authority.issue("old", 10)).start().await;
+    // The open connection is idle for some seconds.
+    let mut relay = with_tls(&authority.issue("old", 10)).set("http.header_timeout", "60s").start().await;
     let days = relay.metric("prism_relay_tls_certificate_days_left", &[]).await;
     assert!((9.9..=10.0).contains(&days), "{days}");
     relay.eventually_logs("about to expire").await;
@@ -136,19 +137,15 @@ async fn a_new_certificate_is_taken_up_and_open_connections_stay() {
 
     // What cannot be used changes nothing, but for a warning.
     let new = shown(&relay, &authority).await;
-    let failed = [("outcome", "failed")];
-    for (number, bad) in
-        [authority.issue("expired", -1), Issued { private_key: String::new(), ..authority.issue("x", 1) }]
-            .iter()
-            .enumerate()
-    {
-        install(relay.setup(), bad);
+    let keyless = Issued { private_key: String::new(), ..authority.issue("x", 1) };
+    for (bad, expected) in [(authority.issue("expired", -1), "expired on"), (keyless, "holds no private key")] {
+        install(relay.setup(), &bad);
         relay.signal("HUP");
-        relay.eventually_metric("prism_relay_reloads_total", &failed, number as f64 + 1.0).await;
+        let warning = relay.eventually_logs(expected).await;
+        assert_eq!((&warning["level"], &warning["key"]), (&json!("WARN"), &json!("http.tls")), "{warning}");
     }
-    let warning = relay.eventually_logs("expired on").await;
-    assert_eq!((&warning["level"], &warning["key"]), (&json!("WARN"), &json!("http.tls")), "{warning}");
-    relay.eventually_logs("holds no private key").await;
+    // It may have looked by itself as well.
+    assert!(relay.metric("prism_relay_reloads_total", &[("outcome", "failed")]).await >= 2.0);
     assert_eq!(shown(&relay, &authority).await, new);
 }
 

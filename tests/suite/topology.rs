@@ -97,6 +97,7 @@ async fn passive_creates_nothing_and_names_what_is_missing() {
     assert!(vhost.exchange("prism.unrouted").await.is_none());
     // Another relay, or an operator, creates it. AMQP cannot tell whether the bindings are there yet, so this one waits.
     wire.refuse().await;
+    wire.cut();
     let active = Relay::start(&vhost).await;
     active.eventually_metric("prism_relay_broker_connected", &[], 1.0).await;
     wire.accept();
@@ -106,7 +107,9 @@ async fn passive_creates_nothing_and_names_what_is_missing() {
 #[tokio::test]
 async fn off_without_an_exchange_keeps_the_event_and_says_why() {
     let vhost = Vhost::new(Node::shared().await).await;
-    let relay = Setup::new(&vhost.url()).set("topology.declare", "off").start().await;
+    // Between exchange and binding it may be parked.
+    let setup = Setup::new(&vhost.url()).set("topology.declare", "off").set("broker.parked_retry", "1s");
+    let relay = setup.start().await;
     relay.post(EVENT).await.expect(200);
     relay.eventually_logs("no exchange 'prism.events'").await;
     assert_eq!(relay.status().await["spool"]["parked"], 0);
@@ -387,7 +390,11 @@ async fn what_came_in_while_a_queue_was_replaced_waits_for_room() {
     channel.wait_for_confirms().await.unwrap();
     let full = running.wait().await;
     assert!(full.code == Some(1) && full.stderr.contains("prism.scan.moving keeps the rest"), "{full:?}");
-    assert!(vhost.depth("prism.scan.moving").await > 0);
+    eventually("what is left to be back in its queue", async || match vhost.depth("prism.scan.moving").await {
+        0 => Err("it is empty"),
+        _ => Ok(()),
+    })
+    .await;
 
     let mut work =
         channel.basic_consume("prism.scan".into(), "".into(), Default::default(), Default::default()).await.unwrap();

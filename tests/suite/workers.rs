@@ -136,6 +136,11 @@ async fn stopped_in_the_middle_of_its_work(worker: &mut Worker, relay: &Relay, v
     for number in 2..202 {
         ids.insert(post(relay, number).await);
         if number == 100 {
+            eventually("the worker to be at it", async || {
+                let done = worker.program.stdout().iter().filter(|line| line.starts_with(DONE)).count();
+                if done > 2 { Ok(()) } else { Err(done) }
+            })
+            .await;
             worker.program.signal("TERM");
         }
     }

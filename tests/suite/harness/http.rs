@@ -53,7 +53,9 @@ impl Client {
         } else {
             builder.enable_http1().wrap_connector(connector)
         };
-        Self(legacy::Client::builder(TokioExecutor::new()).http2_only(http2).build(connector))
+        // The relay closes idle connections after ten seconds: what is sent right then gets no answer.
+        let mut builder = legacy::Client::builder(TokioExecutor::new());
+        Self(builder.pool_idle_timeout(Duration::from_secs(5)).http2_only(http2).build(connector))
     }
 
     /// One exchange. The error is a text for humans; it covers a refused connection, a reset and a missing answer.

@@ -322,7 +322,7 @@ impl Node {
                  listeners.tcp.default = 127.0.0.1:{}\n\
                  management.tcp.ip = 127.0.0.1\n\
                  management.tcp.port = {}\n\
-                 # What the API tells of connections and rates is half a second old at most.\n\
+                 # What the API tells of rates is half a second old at most; of new connections, and of policies, some seconds.\n\
                  collect_statistics_interval = 500\n\
                  listeners.ssl.default = 127.0.0.1:{}\n\
                  ssl_options.cacertfile = {tls}/ca.pem\n\

@@ -83,10 +83,11 @@ impl Setup {
         self.folder.path()
     }
 
-    /// A file in the folder, written now. For secrets, certificates and the like.
+    /// A file in the folder, written now. For secrets, certificates and the like. Whoever reads it meanwhile sees the old one.
     pub fn file(&self, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
-        let path = self.folder().join(name);
-        std::fs::write(&path, content).unwrap_or_else(|error| panic!("write {}: {error}", path.display()));
+        let (path, new) = (self.folder().join(name), self.folder().join(format!("{name}.new")));
+        let written = std::fs::write(&new, content).and_then(|()| std::fs::rename(&new, &path));
+        written.unwrap_or_else(|error| panic!("write {}: {error}", path.display()));
         path
     }
 
@@ -108,9 +109,7 @@ impl Setup {
 
     /// Starts `prism-relay --config <file> <arguments>`, whatever that does.
     pub fn launch(&self, arguments: &[&str]) -> Program {
-        // In one step: another program with this configuration may be reading it.
-        let (new, file) = (self.file("relay.toml.new", self.toml()), self.folder().join("relay.toml"));
-        std::fs::rename(&new, &file).unwrap_or_else(|error| panic!("rename {}: {error}", new.display()));
+        let file = self.file("relay.toml", self.toml());
         let relay = env!("CARGO_BIN_EXE_prism-relay");
         let mut command: Command = match self.sockets[..] {
             [] => leash::command(relay),
