@@ -1,5 +1,7 @@
 //! The broker and its moods: restarted, replaced, blocked, refusing, nacking. None of it reaches Prism.
 
+use std::collections::HashSet;
+
 use serde_json::json;
 
 use crate::harness::{Node, Relay, Setup, Vhost, Wire, eventually};
@@ -13,7 +15,7 @@ fn scan(number: u32) -> String {
 async fn a_node_that_is_killed_restarted_frozen_and_blocked() {
     let node = Node::start().await;
     let vhost = Vhost::new(&node).await;
-    let setup = Setup::new(&vhost.url()).set("broker.heartbeat", "1s").set("broker.confirm_timeout", "3s");
+    let setup = Setup::new(&vhost.url()).set("broker.heartbeat", "5s").set("broker.confirm_timeout", "5s");
     let mut relay = setup.start().await;
     relay.post(scan(0)).await.expect(200);
     assert_eq!(vhost.messages("prism.scan", 1).await[0].text(), scan(0));
@@ -27,8 +29,9 @@ async fn a_node_that_is_killed_restarted_frozen_and_blocked() {
     // The broker may have forgotten that we had taken the first one.
     let depth = vhost.depth("prism.scan").await as usize;
     let mut texts: Vec<_> = vhost.messages("prism.scan", depth).await.iter().map(|delivery| delivery.text()).collect();
-    texts.retain(|text| *text != scan(0));
-    texts.dedup();
+    // Each may have come twice, and both in turn.
+    let mut seen = HashSet::from([scan(0)]);
+    texts.retain(|text| seen.insert(text.clone()));
     assert_eq!(texts, [scan(1), scan(2)]);
 
     // Frozen: the heartbeat or the deadline finds out, and nothing is lost.
@@ -62,11 +65,11 @@ async fn a_node_that_is_killed_restarted_frozen_and_blocked() {
     .await;
     assert_eq!(relay.metric("prism_relay_broker_blocked", &[]).await, 1.0);
     let connects = relay.status().await["broker"]["connects"].clone();
-    // The deadline of 3 s passes in the time that an alarm takes.
+    // The deadline of 5 s passes in the time that an alarm takes.
     let blocked_at = std::time::Instant::now();
     eventually("the confirm deadline to pass", async || {
         let elapsed = blocked_at.elapsed();
-        if elapsed.as_secs() >= 4 { Ok(()) } else { Err(format!("{elapsed:?}")) }
+        if elapsed.as_secs() >= 6 { Ok(()) } else { Err(format!("{elapsed:?}")) }
     })
     .await;
     node.memory_alarm(false).await;
@@ -145,6 +148,8 @@ async fn without_its_queue_an_event_goes_to_unrouted_until_the_queue_is_declared
 async fn a_connection_that_an_operator_closes_comes_back() {
     let vhost = Vhost::new(Node::shared().await).await;
     let relay = Relay::start(&vhost).await;
+    // One that is closed before it is of any use is no reconnect.
+    relay.eventually_metric("prism_relay_broker_connected", &[], 1.0).await;
     eventually("the connection to be listed and closed", async || match vhost.close_connections().await {
         0 => Err("none listed yet"),
         _ => Ok(()),
@@ -159,7 +164,8 @@ async fn a_connection_that_an_operator_closes_comes_back() {
 #[tokio::test]
 async fn nacks_keep_the_event_until_the_queue_has_room() {
     let vhost = Vhost::new(Node::shared().await).await;
-    let relay = Setup::new(&vhost.url()).set("broker.reconnect_max", "500ms").start().await;
+    // A connection that lives for shorter than that says nothing again.
+    let relay = Setup::new(&vhost.url()).set("broker.reconnect_max", "100ms").start().await;
     let warnings = || relay.log_text().lines().filter(|line| line.contains("(nack)") && line.contains("WARN")).count();
     let policy_is = async |expected: serde_json::Value| {
         eventually("the policy", async || {

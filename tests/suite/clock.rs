@@ -151,7 +151,7 @@ async fn a_resend_is_recognised_just_after_a_jump() {
 #[tokio::test]
 async fn a_restart_after_a_jump_back_does_not_stretch_the_dedupe_window_without_end() {
     let vhost = Vhost::new(Node::shared().await).await;
-    let (mut clock, setup) = Clock::new(Setup::new(&vhost.url()).set("dedupe.window", "3s"));
+    let (mut clock, setup) = Clock::new(Setup::new(&vhost.url()).set("dedupe.window", "10s"));
     clock.jump(HOUR);
     let mut relay = setup.start().await;
     let id = clock.post(&relay, &scan(0)).await.id();
@@ -171,7 +171,7 @@ async fn a_restart_after_a_jump_back_does_not_stretch_the_dedupe_window_without_
 async fn a_confirm_deadline_and_reconnects_hold_through_a_jump_back() {
     let vhost = Vhost::new(Node::shared().await).await;
     let mut wire = Wire::new(vhost.address());
-    let setup = Setup::new(&vhost.url_through(&wire)).set("broker.heartbeat", "1s").set("broker.confirm_timeout", "2s");
+    let setup = Setup::new(&vhost.url_through(&wire)).set("broker.heartbeat", "5s").set("broker.confirm_timeout", "5s");
     let (mut clock, setup) = Clock::new(setup);
     let relay = setup.start().await;
     let mut sent = 0;

@@ -227,10 +227,17 @@ async fn tail_can_work_like_a_worker_and_says_what_is_missing() {
 #[tokio::test]
 async fn health_is_what_readyz_says() {
     let relay = Setup::new(NO_BROKER).start().await;
-    let well = relay.run(&["health", "--url", relay.ops()]).await;
-    assert_eq!((well.code, well.stdout.as_str()), (Some(0), "ready"), "{well:?}");
-    let wrong = relay.run(&["health", "--url", &format!("http://{}", relay.address())]).await;
-    assert!(wrong.code == Some(1) && wrong.stderr.contains("answers 404"), "{wrong:?}");
+    // It has three seconds.
+    eventually("the relay's answer in time", async || {
+        let well = relay.run(&["health", "--url", relay.ops()]).await;
+        if (well.code, well.stdout.as_str()) == (Some(0), "ready") { Ok(()) } else { Err(format!("{well:?}")) }
+    })
+    .await;
+    eventually("an answer of somebody else in time", async || {
+        let wrong = relay.run(&["health", "--url", &format!("http://{}", relay.address())]).await;
+        if wrong.code == Some(1) && wrong.stderr.contains("answers 404") { Ok(()) } else { Err(format!("{wrong:?}")) }
+    })
+    .await;
     let nobody = relay.run(&["health", "--url", "http://127.0.0.1:1"]).await;
     assert!(nobody.code == Some(1) && nobody.stderr.contains("no answer from http://127.0.0.1:1/readyz"), "{nobody:?}");
     // By the configuration, which here leaves the port to the system.

@@ -77,10 +77,11 @@ async fn a_publish_without_its_confirm_is_repeated_under_the_same_id() {
 async fn a_confirm_that_does_not_come_leads_to_a_new_connection() {
     let vhost = Vhost::new(Node::shared().await).await;
     let wire = Wire::new(vhost.address());
-    let setup = Setup::new(&vhost.url_through(&wire)).set("broker.heartbeat", "1s").set("broker.confirm_timeout", "1s");
+    let setup = Setup::new(&vhost.url_through(&wire)).set("broker.heartbeat", "5s").set("broker.confirm_timeout", "5s");
     let relay = setup.start().await;
     relay.post(scan(1, 0)).await.expect(200);
     vhost.messages("prism.scan", 1).await;
+    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
     wire.stall();
     let id = relay.post(scan(1, 1)).await.id();
     relay.eventually_logs("not delivering").await;
@@ -184,6 +185,7 @@ async fn the_grace_ends_a_drain_and_the_rest_stays_on_disk() {
     let mut relay = Setup::new(&vhost.url_through(&wire)).set("shutdown.grace", "500ms").start().await;
     relay.post(scan(1, 0)).await.expect(200);
     vhost.messages("prism.scan", 1).await;
+    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
     wire.stall();
     let id = relay.post(scan(1, 1)).await.id();
     relay.sigterm();

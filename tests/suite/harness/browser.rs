@@ -84,7 +84,12 @@ impl Browser {
     /// Runs the body of a function in the page, and returns what it returns.
     pub async fn run(&self, script: &str) -> Value {
         let body = json!({ "script": script, "args": [] });
-        self.call(Method::POST, "execute/sync", body).await.expect(200).json()["value"].take()
+        // One page may just be giving way to the next.
+        eventually(&format!("the page to run {script:?}"), async || {
+            let answer = self.call(Method::POST, "execute/sync", body.clone()).await;
+            if answer.status == 200 { Ok(answer.json()["value"].take()) } else { Err(answer) }
+        })
+        .await
     }
 
     /// The text of the first element that matches, as it is seen; empty if there is none, or it is hidden.

@@ -32,7 +32,7 @@ const BOOT_DEADLINE: Duration = Duration::from_secs(120);
 /// A clean stop takes 6 s on RabbitMQ 3.10.
 const STOP_DEADLINE: Duration = Duration::from_secs(60);
 
-const EPMD_DEADLINE: Duration = Duration::from_secs(10);
+const EPMD_DEADLINE: Duration = Duration::from_secs(60);
 
 /// What epmd and the node's start-up say, in its folder. RabbitMQ's own log is below `log/`.
 const OUTPUT: &str = "output.log";
