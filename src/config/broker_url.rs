@@ -7,6 +7,10 @@ use lapin::uri::{AMQPScheme, AMQPUri, SASLMechanism};
 
 use crate::secret::Secret;
 
+/// RabbitMQ's default, in bytes. lapin takes what the broker offers if we ask for nothing, and makes buffers of 64 such frames: for
+/// 0, which means no limit, until the memory is used up.
+const FRAME_MAX: u32 = 131_072;
+
 /// An `amqp://` or `amqps://` URI whose `Display` and `Debug` leave the password out.
 #[derive(Clone)]
 pub struct BrokerUrl(AMQPUri);
@@ -29,6 +33,8 @@ impl BrokerUrl {
             let address: Ipv6Addr = literal.parse().map_err(|_| "has an invalid IPv6 address".to_owned())?;
             uri.authority.host = address.to_string();
         }
+        let asked = uri.query.frame_max.filter(|asked| *asked > 0);
+        uri.query.frame_max = Some(asked.map_or(FRAME_MAX, |asked| asked.min(FRAME_MAX)));
         Ok(Self(uri))
     }
 
@@ -102,6 +108,16 @@ mod tests {
         url.set_password(&Secret::new("hunter3"));
         assert_eq!(format!("{url} {url:?}"), "amqp://me@broker:5673/%2f amqp://me@broker:5673/%2f");
         assert_eq!(url.expose().authority.userinfo.password, "hunter3");
+    }
+
+    #[test]
+    fn frames_are_bounded_whatever_is_asked_for() {
+        for (asked, expected) in
+            [("", FRAME_MAX), ("?frame_max=0", FRAME_MAX), ("?frame_max=1048576", FRAME_MAX), ("?frame_max=8192", 8192)]
+        {
+            let url = BrokerUrl::parse(&format!("amqp://broker/v{asked}")).unwrap();
+            assert_eq!(url.expose().query.frame_max, Some(expected), "{asked}");
+        }
     }
 
     #[test]
