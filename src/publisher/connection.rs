@@ -4,7 +4,8 @@
 //! or one that blocks publishers, would keep it for ever. So the socket is ours, and letting go of a [`Link`] shuts it
 //! down.
 
-use std::net::Shutdown;
+use std::io;
+use std::net::{Shutdown, SocketAddr};
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -14,7 +15,7 @@ use async_rs::util::RuntimeParts;
 use lapin::{AsyncTcpStream, Connection, ConnectionProperties, ErrorKind};
 use socket2::{SockRef, TcpKeepalive};
 use thiserror::Error;
-use tokio::net::TcpStream;
+use tokio::net::{TcpStream, lookup_host};
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::rustls::ClientConfig;
@@ -60,6 +61,21 @@ impl Drop for Wire {
     }
 }
 
+/// Tries one address after the other. Each but the last has its share of the time, because one that is cut off may never answer.
+async fn reach(addresses: Vec<SocketAddr>, deadline: Duration) -> io::Result<TcpStream> {
+    let count = u32::try_from(addresses.len()).unwrap_or(u32::MAX);
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    for (index, address) in (1..).zip(addresses) {
+        let share = if index < count { deadline / count } else { deadline };
+        match timeout(share, TcpStream::connect(address)).await {
+            Ok(Ok(stream)) => return Ok(stream),
+            Ok(Err(error)) => last = error,
+            Err(_) => last = io::ErrorKind::TimedOut.into(),
+        }
+    }
+    Err(last)
+}
+
 /// How to speak TLS with the broker.
 #[derive(Clone)]
 pub(super) struct Tls {
@@ -76,14 +92,15 @@ impl Link {
         name: &str,
         deadline: Duration,
     ) -> Result<Self, ConnectError> {
-        timeout(deadline, Self::connect(url, tls, name))
+        timeout(deadline, Self::connect(url, tls, name, deadline))
             .await
             .unwrap_or_else(|_| Err(ConnectError::Timeout { url: url.to_string(), timeout: deadline }))
     }
 
-    async fn connect(url: &BrokerUrl, tls: Option<Tls>, name: &str) -> Result<Self, ConnectError> {
+    async fn connect(url: &BrokerUrl, tls: Option<Tls>, name: &str, deadline: Duration) -> Result<Self, ConnectError> {
         let tcp = |source| ConnectError::Tcp { host: url.host().to_owned(), port: url.port(), source };
-        let stream = TcpStream::connect((url.host(), url.port())).await.map_err(tcp)?;
+        let addresses = lookup_host((url.host(), url.port())).await.map_err(tcp)?.collect();
+        let stream = reach(addresses, deadline).await.map_err(tcp)?;
         stream.set_nodelay(true).map_err(tcp)?;
         // The heartbeat finds a dead peer sooner; this is for the time before the login and while blocked.
         SockRef::from(&stream)
@@ -149,4 +166,30 @@ fn explain(url: &BrokerUrl, source: lapin::Error) -> ConnectError {
     let url = url.to_string();
     let refused = matches!(crate::topology::reply_code(&source), Some(403 | 530));
     if refused { ConnectError::Refused { url, source } } else { ConnectError::Handshake { url, source } }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn an_address_that_does_not_answer_keeps_nobody_from_the_next_one() {
+        // Linux drops what comes to a listener whose queue is full.
+        let silent = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+        silent.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into()).unwrap();
+        silent.listen(0).unwrap();
+        let hole = silent.local_addr().unwrap().as_socket().unwrap();
+        let _queued = TcpStream::connect(hole).await.unwrap();
+        let broker = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let healthy = broker.local_addr().unwrap();
+        assert!(timeout(Duration::from_millis(300), TcpStream::connect(hole)).await.is_err(), "it is a black hole");
+        let stream = reach(vec![hole, healthy], Duration::from_secs(1)).await.unwrap();
+        assert_eq!(stream.peer_addr().unwrap(), healthy);
+        let stream = reach(vec![healthy, hole], Duration::from_secs(1)).await.unwrap();
+        assert_eq!(stream.peer_addr().unwrap(), healthy);
+        let error = reach(Vec::new(), Duration::from_secs(1)).await.unwrap_err();
+        assert!(error.to_string().contains("no address"), "{error}");
+    }
 }
