@@ -52,7 +52,7 @@ impl Memory {
         arriving.next_id += 1;
         let displaced = CancellationToken::new();
         arriving.bodies.insert(id, displaced.clone());
-        Arrival { memory: self, id, displaced, waits: AtomicBool::new(false) }
+        Arrival { memory: self, id, displaced, waited: AtomicBool::new(false) }
     }
 
     fn arriving(&self) -> MutexGuard<'_, Arriving> {
@@ -65,24 +65,25 @@ struct Arrival<'a> {
     memory: &'a Memory,
     id: u64,
     displaced: CancellationToken,
-    /// For memory, at the moment.
-    waits: AtomicBool,
+    /// It had to wait for memory.
+    waited: AtomicBool,
 }
 
 impl Arrival<'_> {
     /// Takes more memory for the body, if need be that of an older one.
     async fn grow(&self, share: &mut Share, bytes: usize) {
         let bytes = permits(bytes);
-        self.waits.store(true, Ordering::Relaxed);
         let more = loop {
             let more = Arc::clone(&self.memory.free).acquire_many_owned(bytes);
             match timeout(CROWDED_PATIENCE, more).await {
                 // The semaphore is never closed.
                 Ok(more) => break more.ok(),
-                Err(_) => self.displace_an_older_one(),
+                Err(_) => {
+                    self.waited.store(true, Ordering::Relaxed);
+                    self.displace_an_older_one();
+                }
             }
         };
-        self.waits.store(false, Ordering::Relaxed);
         match (&mut share.0, more) {
             (Some(share), Some(more)) => share.merge(more),
             (none, more) => *none = more,
@@ -139,7 +140,7 @@ impl Inbound {
         tokio::select! {
             body = timeout_at(deadline, read_on(&mut self.body, first, limit, &arrival)) => body.unwrap_or_else(|_| {
                 // A sender that had to wait for us was not slow.
-                Err(if arrival.waits.load(Ordering::Relaxed) { Refusal::Overloaded } else { Refusal::TimedOut })
+                Err(if arrival.waited.load(Ordering::Relaxed) { Refusal::Overloaded } else { Refusal::TimedOut })
             }),
             () = arrival.displaced.cancelled() => Err(Refusal::Overloaded),
         }
