@@ -21,11 +21,14 @@ pub(super) struct Ahead {
     cursor: u64,
     reading: Option<JoinHandle<Result<Batch, ReadError>>>,
     exhausted: bool,
+    /// Something was committed while this was reading.
+    more_came: bool,
 }
 
 impl Ahead {
     pub fn new(spool: Spool, batch: usize) -> Self {
-        Self { spool, batch, events: VecDeque::new(), bytes: 0, cursor: 0, reading: None, exhausted: false }
+        let events = VecDeque::new();
+        Self { spool, batch, events, bytes: 0, cursor: 0, reading: None, exhausted: false, more_came: false }
     }
 
     pub fn next_seq(&self) -> Option<u64> {
@@ -67,7 +70,8 @@ impl Ahead {
         };
         self.reading = None;
         let Batch { events, more } = batch?;
-        self.exhausted = !more;
+        let more_came = std::mem::take(&mut self.more_came);
+        self.exhausted = !more && !more_came;
         self.cursor = events.last().map_or(self.cursor, |last| last.seq);
         self.bytes += events.iter().map(|stored| stored.event.body.len()).sum::<usize>();
         self.events.extend(events);
@@ -82,6 +86,8 @@ impl Ahead {
     /// There may be more.
     pub fn look_again(&mut self) {
         self.exhausted = false;
+        // A reading that is under way may have begun before.
+        self.more_came = self.reading.is_some();
     }
 
     /// Whether there is nothing left and nothing under way.
