@@ -29,7 +29,7 @@ use super::careful::{Careful, Lesson};
 use super::flight::{self, Completion, Confirmed, Flight, OnItsWay};
 use super::outcome::{Outcome, Return, classify};
 use super::{Link, Publisher, PublisherError};
-use crate::spool::{ReadError, Settlement, Stored};
+use crate::spool::{Batch, ReadError, Settlement, Stored};
 
 /// How often deadlines and parked events are looked at.
 const TICK: Duration = Duration::from_millis(250);
@@ -169,8 +169,9 @@ impl<'a> Session<'a> {
     /// Publishes what may be published now, and reads ahead.
     async fn fill(&mut self) -> Result<(), ReadError> {
         if self.may_publish() && !self.parked.is_empty() {
-            // Alone, because such an event may take the channel down with it: what is in flight is awaited first.
-            if self.completions.is_empty()
+            // Alone, because such an event may take the channel down with it: what is in flight is awaited first. One that is
+            // damaged, or was removed, puts nothing in flight.
+            while self.completions.is_empty()
                 && let Some(stored) = self.parked.pop_front()
             {
                 // Noted before the try: should the connection break, the others are not held up by it again at once.
@@ -372,7 +373,9 @@ impl<'a> Session<'a> {
 
     async fn look_at_parked(&mut self) -> Result<(), ReadError> {
         let retry = self.publisher.broker.parked_retry;
-        if !self.parked.is_empty() || self.publisher.spool.gauges().ledger().parked == 0 {
+        let gauges = self.publisher.spool.gauges();
+        // What cannot be noted as tried, or as delivered, would be tried without end.
+        if !self.parked.is_empty() || gauges.ledger().parked == 0 || !gauges.writable() {
             return Ok(());
         }
         if !self.publisher.status.is_retry_asked() && !self.careful.parked_are_due(retry) {
@@ -382,11 +385,11 @@ impl<'a> Session<'a> {
         self.publisher.spool.flush().await;
         let (now_ms, retry_ms) =
             (Timestamp::now().as_millisecond(), i64::try_from(retry.as_millis()).unwrap_or(i64::MAX));
-        let parked = self.publisher.spool.parked_due(now_ms, retry_ms, PARKED_AT_A_TIME).await?;
-        if parked.len() < PARKED_AT_A_TIME {
+        let Batch { events, more } = self.publisher.spool.parked_due(now_ms, retry_ms, PARKED_AT_A_TIME).await?;
+        if !more {
             self.careful.parked_were_tried(Instant::now());
         }
-        self.parked.extend(parked);
+        self.parked.extend(events);
         Ok(())
     }
 

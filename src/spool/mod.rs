@@ -100,7 +100,7 @@ pub struct Stored {
     pub event: Event,
 }
 
-/// Pending events in the order of acceptance.
+/// Some of the events that are asked for, in order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Batch {
     pub events: Vec<Stored>,
@@ -280,8 +280,9 @@ impl Spool {
         self.reader.run(move |connection| reader::pending_after(connection, seq, limit)).await
     }
 
-    /// Parked events that were not tried within the last `retry_ms`, the longest waiting first.
-    pub async fn parked_due(&self, now_ms: i64, retry_ms: i64, limit: usize) -> Result<Vec<Stored>, ReadError> {
+    /// Parked events that were not tried within the last `retry_ms`, the longest waiting first: at most `limit`, and about 4 MiB of
+    /// bodies.
+    pub async fn parked_due(&self, now_ms: i64, retry_ms: i64, limit: usize) -> Result<Batch, ReadError> {
         self.reader.run(move |connection| reader::parked_due(connection, now_ms, retry_ms, limit)).await
     }
 

@@ -60,19 +60,17 @@ pub(super) fn open_read_only(path: &Path) -> Result<Connection> {
 pub(super) fn pending_after(connection: &Connection, seq: u64, limit: usize) -> Result<Batch> {
     let sql = format!("SELECT {COLUMNS} FROM event WHERE seq > ?1 AND parked_reason IS NULL ORDER BY seq LIMIT ?2");
     let mut statement = connection.prepare_cached(&sql)?;
-    let (events, cut_short) = collect(statement.query((seq, limit as i64))?)?;
-    let more = cut_short || events.len() == limit;
-    Ok(Batch { events, more })
+    batch(statement.query((seq, limit as i64))?, limit)
 }
 
 /// A try that seems to lie in the future was made before the clock was set back.
-pub(super) fn parked_due(connection: &Connection, now_ms: i64, retry_ms: i64, limit: usize) -> Result<Vec<Stored>> {
+pub(super) fn parked_due(connection: &Connection, now_ms: i64, retry_ms: i64, limit: usize) -> Result<Batch> {
     let sql = format!(
         "SELECT {COLUMNS} FROM event WHERE parked_reason IS NOT NULL AND tried_ms NOT BETWEEN ?1 AND ?2
          ORDER BY tried_ms, seq LIMIT ?3"
     );
     let mut statement = connection.prepare_cached(&sql)?;
-    Ok(collect(statement.query((now_ms.saturating_sub(retry_ms), now_ms, limit as i64))?)?.0)
+    batch(statement.query((now_ms.saturating_sub(retry_ms), now_ms, limit as i64))?, limit)
 }
 
 /// Of these events, those that are still there, and whether they are parked.
@@ -89,18 +87,18 @@ pub(super) fn oldest_pending_ms(connection: &Connection) -> Result<Option<i64>> 
     statement.query_row([], |row| row.get(0)).optional()
 }
 
-/// The flag tells whether the bodies became too many to go on.
-fn collect(mut rows: rusqlite::Rows<'_>) -> Result<(Vec<Stored>, bool)> {
+/// Of at most `limit` rows, as many as may be in memory.
+fn batch(mut rows: rusqlite::Rows<'_>, limit: usize) -> Result<Batch> {
     let (mut events, mut bytes) = (Vec::new(), 0);
-    while let Some(row) = rows.next()? {
+    while bytes < READ_BYTES
+        && let Some(row) = rows.next()?
+    {
         let stored = stored(row)?;
         bytes += stored.event.body.len();
         events.push(stored);
-        if bytes >= READ_BYTES {
-            return Ok((events, true));
-        }
     }
-    Ok((events, false))
+    let more = bytes >= READ_BYTES || events.len() == limit;
+    Ok(Batch { events, more })
 }
 
 pub(super) fn stored(row: &Row<'_>) -> Result<Stored> {
