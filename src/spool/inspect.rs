@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use super::files::Lock;
 use super::reader::{COLUMNS, open_read_only, stored};
-use super::store::{self, Deleted};
+use super::store;
 use super::{EVENT_OVERHEAD_BYTES, Ledger, OpenError, Stored, salvage};
 
 /// The few parked events among the many: without the index SQLite would read the whole file.
@@ -182,15 +182,13 @@ impl Inspector {
     /// The same by its number.
     pub fn remove_seq(&mut self, seq: u64) -> Result<bool> {
         let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        let Deleted { pending, parked, bytes } = store::delete(&transaction, seq, seq)?;
+        let deleted = store::delete(&transaction, seq, seq)?;
         let mut ledger = Ledger::read(&transaction)?;
-        ledger.pending -= pending;
-        ledger.parked -= parked;
-        ledger.removed += pending + parked;
-        ledger.bytes -= bytes;
+        ledger.take_out(&deleted)?;
+        ledger.removed += deleted.events();
         ledger.write(&transaction)?;
         transaction.commit()?;
-        Ok(pending + parked > 0)
+        Ok(deleted.events() > 0)
     }
 }
 

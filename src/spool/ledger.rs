@@ -2,6 +2,8 @@
 
 use rusqlite::{Connection, Result, Row};
 
+use super::store::{Deleted, wrong_totals};
+
 /// `accepted = confirmed + pending + parked + removed`, always.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Ledger {
@@ -24,6 +26,22 @@ impl Ledger {
     pub fn balances(&self) -> bool {
         let parts = [self.confirmed, self.pending, self.parked, self.removed];
         u128::from(self.accepted) == parts.map(u128::from).iter().sum()
+    }
+
+    /// Takes events out that waited. An error if there were fewer of them than is asked for: the totals are wrong.
+    pub(super) fn take_out(&mut self, deleted: &Deleted) -> Result<()> {
+        let left = |total: u64, by: u64| total.checked_sub(by).ok_or_else(wrong_totals);
+        self.pending = left(self.pending, deleted.pending)?;
+        self.parked = left(self.parked, deleted.parked)?;
+        self.bytes = left(self.bytes, deleted.bytes)?;
+        Ok(())
+    }
+
+    /// Sets one of those that are pending aside.
+    pub(super) fn park(&mut self) -> Result<()> {
+        self.pending = self.pending.checked_sub(1).ok_or_else(wrong_totals)?;
+        self.parked += 1;
+        Ok(())
     }
 
     pub(super) fn read(connection: &Connection) -> Result<Self> {

@@ -313,7 +313,7 @@ impl Store {
     }
 }
 
-fn wrong_totals() -> rusqlite::Error {
+pub(super) fn wrong_totals() -> rusqlite::Error {
     FromSqlConversionFailure(0, Type::Integer, "the totals do not add up".into())
 }
 
@@ -343,6 +343,12 @@ pub(super) struct Deleted {
     pub pending: u64,
     pub parked: u64,
     pub bytes: u64,
+}
+
+impl Deleted {
+    pub fn events(&self) -> u64 {
+        self.pending + self.parked
+    }
 }
 
 /// Counted first: a DELETE with RETURNING would keep a journal of its own, in memory that it takes and gives back each time.

@@ -138,7 +138,7 @@ async fn check(spool: &Spool, model: &Model) {
         events.iter().map(|(seq, event)| Stored { seq: *seq, event: event.clone() }).collect()
     };
     assert_eq!(spool.pending_after(0, 10_000).await.unwrap().events, expect(&model.pending));
-    let mut parked = spool.parked_due(i64::MAX, 0, 10_000).await.unwrap();
+    let mut parked = spool.parked_due(i64::MAX, 0, 10_000).await.unwrap().events;
     parked.sort_by_key(|stored| stored.seq);
     assert_eq!(parked, expect(&model.parked));
     let oldest = model.pending.values().next().map(|event| event.accepted_ms);
@@ -258,6 +258,11 @@ async fn reading_is_bounded_by_number_and_by_bytes() {
     assert_eq!((cut.events.len(), cut.more), (4, true));
     let rest = opened.spool.pending_after(8, 100).await.unwrap();
     assert_eq!((rest.events.len(), rest.more), (2, false));
+    let parked = (1..=10).map(|seq| Settlement::Parked { seq, reason: "no queue".to_owned() });
+    opened.spool.settle(parked.collect()).await;
+    opened.spool.flush().await;
+    let cut = opened.spool.parked_due(i64::MAX, 0, 100).await.unwrap();
+    assert_eq!((cut.events.len(), cut.more), (4, true));
     opened.close().await;
 }
 
@@ -479,6 +484,20 @@ async fn damage_that_the_first_look_does_not_find_is_mended() {
         assert_eq!((ledger.pending, ledger.removed), (20, 0), "{damage}");
         opened.close().await;
     }
+}
+
+#[tokio::test]
+async fn totals_that_turn_out_to_be_too_small_are_counted_anew() {
+    let (_folder, path) = left_by_a_kill(20).await;
+    rusqlite::Connection::open(&path).unwrap().execute_batch("UPDATE ledger SET bytes = 100").unwrap();
+    let opened = Opened::open(&path, u64::MAX, WINDOW);
+    opened.spool.settle(vec![Settlement::Confirmed(1)]).await;
+    assert!(opened.end.await.is_err(), "the writer ends, and with it the relay");
+    drop(opened.spool);
+    let opened = Opened::open(&path, u64::MAX, WINDOW);
+    let ledger = opened.spool.gauges().ledger();
+    assert_eq!((ledger.pending, ledger.bytes), (20, 20 * EVENT_OVERHEAD_BYTES + 30));
+    opened.close().await;
 }
 
 /// The bytes of a spool, all of it in the file, and where in them the root of the table of events begins.

@@ -8,15 +8,15 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
-use rusqlite::Result;
 use rusqlite::ffi::SQLITE_CONSTRAINT_PRIMARYKEY;
+use rusqlite::{ErrorCode, Result};
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tracing::{error, info, warn};
 
 use super::dedupe::{Now, Window};
 use super::salvage::is_damage;
-use super::store::{Deleted, Store};
+use super::store::Store;
 use super::{AppendError, EVENT_OVERHEAD_BYTES, Gauges, Ledger, Receipt, Settlement};
 use crate::config;
 use crate::event::Event;
@@ -25,6 +25,8 @@ use crate::notices::Notices;
 
 /// Commands in one transaction at most: enough to share the fsync, few enough that the first does not wait long.
 const BATCH_MAX: usize = 1024;
+/// And bodies: the log has to fit into the reserve when it is carried over.
+const BATCH_BYTES_MAX: usize = 2 * 1024 * 1024;
 
 /// While the disk does not take writes, how often it is tried without a webhook asking.
 const PROBE_EVERY: Duration = Duration::from_secs(1);
@@ -38,6 +40,16 @@ pub(super) enum Command {
     Settle(Vec<Settlement>),
     /// Answered after the commit.
     Flush(oneshot::Sender<()>),
+}
+
+impl Command {
+    /// Of the body.
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Append { event, .. } => event.body.len(),
+            Self::Settle(_) | Self::Flush(_) => 0,
+        }
+    }
 }
 
 type Reply = oneshot::Sender<Result<Receipt, AppendError>>;
@@ -121,10 +133,12 @@ impl Writer {
                 }
             };
             let Some(first) = first else { return End::Closed };
-            let mut batch = vec![first];
+            let (mut bytes, mut batch) = (first.bytes(), vec![first]);
             while batch.len() < BATCH_MAX
+                && bytes < BATCH_BYTES_MAX
                 && let Ok(next) = commands.try_recv()
             {
+                bytes += next.bytes();
                 batch.push(next);
             }
             self.process(batch);
@@ -328,8 +342,8 @@ impl Writer {
         // That a number has been given already means that the totals lag behind the events.
         let given = cause.sqlite_error().map(|error| error.extended_code) == Some(SQLITE_CONSTRAINT_PRIMARYKEY);
         self.damaged |= is_damage(cause) || given;
-        if is_full(cause) && self.store.reserve().give_up() {
-            warn!("the disk of the spool is full: its reserve is given up, so that deliveries can go on");
+        if may_lack_space(cause) && self.store.reserve().give_up() {
+            warn!(error = %cause, "the reserve of the spool is given up, so that deliveries can go on");
         }
         if self.gauges.writable.swap(false, Ordering::Relaxed) {
             error!(error = %cause, "the spool cannot be written: webhooks are answered 503 until it can");
@@ -337,8 +351,9 @@ impl Writer {
     }
 }
 
-fn is_full(cause: &rusqlite::Error) -> bool {
-    cause.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull)
+/// SQLite tells a quota that is used up as an error of the disk.
+fn may_lack_space(cause: &rusqlite::Error) -> bool {
+    matches!(cause.sqlite_error_code(), Some(ErrorCode::DiskFull | ErrorCode::SystemIoFailure))
 }
 
 fn settle(store: &Store, ledger: &mut Ledger, settlements: &[Settlement]) -> Result<()> {
@@ -348,8 +363,7 @@ fn settle(store: &Store, ledger: &mut Ledger, settlements: &[Settlement]) -> Res
             Settlement::Confirmed(seq) => confirmed.push(*seq),
             Settlement::Parked { seq, reason } => {
                 if store.park(*seq, reason, Timestamp::now().as_millisecond())? {
-                    ledger.pending -= 1;
-                    ledger.parked += 1;
+                    ledger.park()?;
                 }
             }
             Settlement::Tried(seq) => store.tried(*seq, Timestamp::now().as_millisecond())?,
@@ -358,11 +372,9 @@ fn settle(store: &Store, ledger: &mut Ledger, settlements: &[Settlement]) -> Res
     // Events are confirmed in long runs.
     confirmed.sort_unstable();
     for run in confirmed.chunk_by(|before, after| after - before <= 1) {
-        let Deleted { pending, parked, bytes } = store.delete(run[0], run[run.len() - 1])?;
-        ledger.pending -= pending;
-        ledger.parked -= parked;
-        ledger.confirmed += pending + parked;
-        ledger.bytes -= bytes;
+        let deleted = store.delete(run[0], run[run.len() - 1])?;
+        ledger.take_out(&deleted)?;
+        ledger.confirmed += deleted.events();
     }
     Ok(())
 }
