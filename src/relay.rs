@@ -9,7 +9,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use crate::config::{self, Config, Durability};
 use crate::ingress::{self, Ingress};
@@ -21,7 +21,7 @@ use crate::reload::{self, Watched};
 use crate::server::{self, BindError};
 use crate::service_manager;
 use crate::signature::Verifier;
-use crate::spool::{OpenError, Spool, WriterEnd};
+use crate::spool::{Gauges, OpenError, Spool, WriterEnd};
 use crate::telemetry::chain;
 use crate::tls::{self, TlsError};
 use crate::traces::Traces;
@@ -172,14 +172,14 @@ async fn start(config: Config, hangup: Signal, stops: &Stops) -> Result<Tasks, R
         "accepting webhooks"
     );
     service_manager::ready();
-    let exported = Arc::clone(&traces);
+    let (exported, gauges) = (Arc::clone(&traces), Arc::clone(spool.gauges()));
     Ok(Tasks {
         ingress: tokio::spawn(ingress.run()),
         publisher: tokio::spawn(publisher.run(stops.publisher.clone())),
         ops: tokio::spawn(ops.run(CancellationToken::new())),
         reload: tokio::spawn(reload::run(watched, hangup, Arc::clone(&metrics))),
         upkeep: tokio::spawn(async move {
-            tokio::join!(upkeep(metrics, tls), service_manager::watchdog(), exported.export());
+            tokio::join!(upkeep(metrics, tls, gauges), service_manager::watchdog(), exported.export());
         }),
         traces,
         spool,
@@ -326,6 +326,9 @@ impl Tasks {
         drop(spool);
         // The writer ends once nobody can send to it any more, and leaves a closed file. A sick disk is not waited for.
         let written = timeout_at(deadline + WRITER_PATIENCE, spool_writer).await;
+        if written.is_err() {
+            warn!("the disk of the spool does not answer: stopping without it");
+        }
         let left = (deadline + WRITER_PATIENCE).saturating_duration_since(Instant::now());
         traces.flush(left.min(if is_handed_over { HANDOVER } else { TRACES_PATIENCE })).await;
         upkeep.abort();
@@ -340,12 +343,17 @@ impl Tasks {
     }
 }
 
-async fn upkeep(metrics: Arc<Metrics>, tls: Option<Arc<tls::Server>>) {
+async fn upkeep(metrics: Arc<Metrics>, tls: Option<Arc<tls::Server>>, spool: Arc<Gauges>) {
     let mut ticks = tokio::time::interval(METRICS_UPKEEP);
-    let mut warned = None;
+    let (mut warned, mut stalled) = (None, false);
     loop {
         ticks.tick().await;
         metrics.upkeep();
+        match (std::mem::replace(&mut stalled, spool.is_stalled()), stalled) {
+            (false, true) => error!("the disk of the spool does not answer: webhooks are answered 503 until it does"),
+            (true, false) => info!("the disk of the spool answers again"),
+            _ => {}
+        }
         let expires_at = tls.as_ref().map(|tls| tls.identity().expires_at);
         if let Some(expires_at) = expires_at
             && Timestamp::now() + CERTIFICATE_NOTICE > expires_at

@@ -17,6 +17,7 @@ mod writer;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use thiserror::Error;
@@ -119,17 +120,22 @@ pub enum Settlement {
     Tried(u64),
 }
 
+/// A disk that has not answered for so long is taken for one that cannot be written.
+const STALL: Duration = Duration::from_secs(5);
+
 /// What the last commit left behind, readable at any time without waiting for the disk.
 #[derive(Debug)]
 pub struct Gauges {
     ledger: Mutex<Ledger>,
     writable: AtomicBool,
+    /// Since when the writer has been at work on what it works on.
+    busy_since: Mutex<Option<Instant>>,
     lost: u64,
 }
 
 impl Gauges {
     fn new(ledger: Ledger, lost: u64) -> Self {
-        Self { ledger: Mutex::new(ledger), writable: AtomicBool::new(true), lost }
+        Self { ledger: Mutex::new(ledger), writable: AtomicBool::new(true), busy_since: Mutex::default(), lost }
     }
 
     /// Accepted events that could not be read any more after the file was damaged; among the removed ones.
@@ -148,7 +154,17 @@ impl Gauges {
 
     /// Whether the disk takes writes, as far as is known.
     pub fn writable(&self) -> bool {
-        self.writable.load(Ordering::Relaxed)
+        self.writable.load(Ordering::Relaxed) && !self.is_stalled()
+    }
+
+    /// Whether the disk neither takes writes nor refuses them.
+    pub fn is_stalled(&self) -> bool {
+        let since = *self.busy_since.lock().unwrap_or_else(PoisonError::into_inner);
+        since.is_some_and(|since| since.elapsed() > STALL)
+    }
+
+    fn set_busy(&self, since: Option<Instant>) {
+        *self.busy_since.lock().unwrap_or_else(PoisonError::into_inner) = since;
     }
 }
 
@@ -230,6 +246,10 @@ impl Spool {
         if self.closed.load(Ordering::Relaxed) {
             return Err(AppendError::Closed);
         }
+        // Whatever waited for that disk as well would take memory, and be told no in the end.
+        if self.gauges.is_stalled() {
+            return Err(AppendError::Unavailable);
+        }
         let (reply, answer) = oneshot::channel();
         let replayable_until_ms = replayable_until.map(Timestamp::as_millisecond);
         let command = Command::Append { event, replayable_until_ms, reply };
@@ -306,7 +326,7 @@ impl Spool {
         &self.committed
     }
 
-    pub fn gauges(&self) -> &Gauges {
+    pub fn gauges(&self) -> &Arc<Gauges> {
         &self.gauges
     }
 

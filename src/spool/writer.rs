@@ -60,8 +60,8 @@ pub(super) struct Writer {
     window: Window,
     /// What a failed commit still owes to the file.
     settlements: Vec<Settlement>,
-    /// A commit has failed, and the file has not been mended since.
-    suspect: bool,
+    /// Why a commit has failed; the file has not been mended since.
+    suspect: Option<Failure>,
     /// The files have been deleted or unmounted under us: what is in them can still be delivered, and that is all.
     gone: bool,
     /// No later try can do better.
@@ -70,6 +70,26 @@ pub(super) struct Writer {
     committed: Arc<Notify>,
     metrics: Arc<Metrics>,
     notices: Notices,
+}
+
+/// Why a commit has failed, the worst last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Failure {
+    /// Somebody else writes: nothing has been written.
+    Held,
+    Full,
+    /// Nobody knows what has reached the disk.
+    Unknown,
+}
+
+impl Failure {
+    fn of(cause: &rusqlite::Error) -> Self {
+        match cause.sqlite_error_code() {
+            Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => Self::Held,
+            Some(ErrorCode::DiskFull) => Self::Full,
+            _ => Self::Unknown,
+        }
+    }
 }
 
 /// Why a writer has ended.
@@ -108,7 +128,7 @@ impl Writer {
             max_bytes,
             window,
             settlements: Vec::new(),
-            suspect: false,
+            suspect: None,
             gone: false,
             damaged: false,
             gauges,
@@ -141,7 +161,9 @@ impl Writer {
                 bytes += next.bytes();
                 batch.push(next);
             }
+            self.gauges.set_busy(Some(Instant::now()));
             self.process(batch);
+            self.gauges.set_busy(None);
             if self.gone && self.gauges.ledger().pending == 0 {
                 return End::Gone;
             }
@@ -191,10 +213,12 @@ impl Writer {
                 self.failed(&cause);
                 // Before the answers: what the failed commit has left in the log must not come back in a crash, so
                 // something else is written over it, synced or not.
-                if let Ok(outcome) = self.transact(Vec::new(), false) {
-                    self.succeeded(&outcome.ledger);
+                if self.suspect > Some(Failure::Held) {
+                    if let Ok(outcome) = self.transact(Vec::new(), false) {
+                        self.succeeded(&outcome.ledger);
+                    }
+                    self.mend();
                 }
-                self.mend();
                 for reply in replies {
                     let _ = reply.send(Err(AppendError::Unavailable));
                 }
@@ -231,7 +255,7 @@ impl Writer {
                 outcome.replies.last_mut().expect("just pushed").1 = answer;
             }
             self.store.write_ledger(&outcome.ledger)?;
-            if self.suspect {
+            if self.suspect.is_some() {
                 self.store.touch()?;
             }
             self.store.commit()
@@ -300,7 +324,7 @@ impl Writer {
 
     /// Whether events can be taken: the files are there, the last failure has been mended, and there is space in reserve.
     fn may_append(&mut self) -> bool {
-        if self.gone || (self.suspect && !self.mend()) {
+        if self.gone || (self.suspect.is_some() && !self.mend()) {
             return false;
         }
         let held = self.store.reserve().is_held();
@@ -313,15 +337,32 @@ impl Writer {
         held
     }
 
-    /// After a failed commit nobody knows which pages of the write-ahead log have reached the disk: Linux forgets a
+    /// After an error of the disk nobody knows which pages of the write-ahead log have reached it: Linux forgets a
     /// failed fsync once it has told of it. So the log is carried over into the file and begun anew, and only then are
     /// events taken again. Returns whether that worked.
     fn mend(&mut self) -> bool {
-        let mended = self.store.start_log_anew().map_err(|cause| (Vec::new(), cause));
-        match mended.and_then(|()| self.transact(Vec::new(), true)) {
+        let anew = match self.suspect {
+            Some(Failure::Held) | None => Ok(()),
+            // It makes room, where there is some, and nobody reads the file.
+            Some(Failure::Full) => self.store.start_log_anew().or_else(|cause| match cause {
+                rusqlite::Error::ExecuteReturnedResults => Ok(()),
+                cause if Failure::of(&cause) < Failure::Unknown => Ok(()),
+                cause => Err(cause),
+            }),
+            Some(Failure::Unknown) => self.store.start_log_anew(),
+        };
+        if matches!(anew, Err(rusqlite::Error::ExecuteReturnedResults))
+            && let Some(unreported) = self.notices.due("log-is-read", Instant::now())
+        {
+            warn!(
+                unreported,
+                "no events are taken until nobody reads the file of the spool (spool verify, a backup, sqlite3)"
+            );
+        }
+        match anew.map_err(|cause| (Vec::new(), cause)).and_then(|()| self.transact(Vec::new(), true)) {
             Ok(outcome) => {
                 self.succeeded(&outcome.ledger);
-                self.suspect = false;
+                self.suspect = None;
                 true
             }
             Err((_, cause)) => {
@@ -338,7 +379,7 @@ impl Writer {
 
     /// Says so once, not with each commit.
     fn failed(&mut self, cause: &rusqlite::Error) {
-        self.suspect = true;
+        self.suspect = self.suspect.max(Some(Failure::of(cause)));
         // That a number has been given already means that the totals lag behind the events.
         let given = cause.sqlite_error().map(|error| error.extended_code) == Some(SQLITE_CONSTRAINT_PRIMARYKEY);
         self.damaged |= is_damage(cause) || given;

@@ -420,9 +420,12 @@ async fn a_spool_of_a_newer_relay_is_left_alone() {
 }
 
 #[tokio::test]
-async fn a_disk_that_hangs_is_not_waited_for_without_end() {
+async fn a_file_that_somebody_holds_is_not_waited_for_without_end() {
     let relay = Setup::new(NO_BROKER).start().await;
     let id = relay.post(scan(0)).await.id();
+    // Whoever reads, however long, is in nobody's way.
+    let reader = rusqlite::Connection::open(relay.setup().spool()).unwrap();
+    reader.execute_batch("BEGIN; SELECT count(*) FROM event").unwrap();
     // Somebody holds the file: commits wait for SQLite's busy timeout, and then fail.
     let holder = rusqlite::Connection::open(relay.setup().spool()).unwrap();
     holder.execute_batch("BEGIN IMMEDIATE").unwrap();
@@ -433,6 +436,7 @@ async fn a_disk_that_hangs_is_not_waited_for_without_end() {
         if answer.status == 200 { Ok(()) } else { Err(answer) }
     })
     .await;
+    reader.execute_batch("ROLLBACK").unwrap();
     assert_eq!(relay.post(scan(0)).await.expect(200).json()["id"], json!(id));
     assert_eq!(relay.status().await["spool"]["accepted"], 2);
 }

@@ -12,7 +12,7 @@ use std::process::Command;
 
 use serde_json::json;
 
-use crate::harness::{Node, Relay, Setup, Vhost, Wire, eventually};
+use crate::harness::{Node, Relay, Setup, Vhost, Wire, eventually, eventually_equal};
 
 const NO_BROKER: &str = "amqp://guest:guest@127.0.0.1:1/%2f";
 
@@ -209,6 +209,54 @@ async fn a_disk_that_fails_or_turns_read_only_takes_no_200_back() {
         .await;
         assert_eq!(relay.run(&["spool", "verify"]).await.code, Some(0));
     }
+}
+
+/// Neither done nor failed: nobody waits for it for long, and everybody is told.
+#[tokio::test]
+async fn a_disk_that_does_not_answer_is_told_and_not_waited_for() {
+    let mut relay = with_library(Setup::new(NO_BROKER).set("shutdown.grace", "2s")).start().await;
+    let faults = relay.folder().join("faults");
+    relay.post(scan(0)).await.expect(200);
+    fs::write(&faults, "hang").unwrap();
+    assert_eq!(relay.post(scan(1)).await.expect(503).json()["code"], "spool-unavailable");
+    assert_eq!(relay.ops_get("/readyz").await.status, 503);
+    assert_eq!(relay.status().await["spool"]["writable"], false);
+    relay.eventually_logs("the disk of the spool does not answer: webhooks are answered 503").await;
+    // From now on at once: what waited as well would take memory.
+    for number in 2..200 {
+        relay.post(scan(number)).await.expect(503);
+    }
+    fs::remove_file(&faults).unwrap();
+    eventually_equal("/readyz", 200, async || relay.ops_get("/readyz").await.status).await;
+    relay.eventually_logs("the disk of the spool answers again").await;
+    // What hung was written in the end, and is recognised.
+    assert_eq!(relay.post(scan(1)).await.expect(200).json()["duplicate"], true);
+    assert_eq!(relay.status().await["spool"]["accepted"], 2);
+
+    fs::write(&faults, "hang").unwrap();
+    relay.post(scan(2)).await.expect(503);
+    relay.sigterm();
+    let ended = relay.wait().await;
+    assert!(ended.code == Some(0) && ended.stderr.contains("stopping without it"), "{ended:?}");
+}
+
+/// SQLite tells it as an error of the disk.
+#[tokio::test]
+async fn deliveries_go_on_where_a_quota_is_used_up() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let mut wire = Wire::new(vhost.address());
+    wire.refuse().await;
+    let relay = with_library(Setup::new(&vhost.url_through(&wire))).start().await;
+    for number in 0..20 {
+        relay.post(scan(number)).await.expect(200);
+    }
+    fs::write(relay.folder().join("faults"), "quota").unwrap();
+    relay.post(scan(20)).await.expect(503);
+    relay.eventually_logs("the reserve of the spool is given up").await;
+    wire.accept();
+    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    vhost.messages("prism.scan", 20).await;
+    vhost.assert_empty("prism.scan").await;
 }
 
 /// SQLite tells an error of the disk as damage. What cannot be read at the moment is not given up.

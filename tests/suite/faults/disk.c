@@ -4,7 +4,8 @@
  * PRISM_DISK_JOURNAL  the journal: records of { kind, file, offset, length } and the bytes of a write
  * PRISM_DISK_FAULTS   a file; while it holds "fsync", "write" or "read", these calls fail with EIO (a read only behind the first
  *                     page); while it holds "read-only", all that change something fail with EROFS, as on an ext4 that was
- *                     made read-only because of an error
+ *                     made read-only because of an error; while it holds "quota", writes fail with EDQUOT unless the reserve
+ *                     is given up; while it holds "hang", syncs do not return
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -42,6 +43,13 @@ static enum file file_of(int fd) {
     return OTHER;
 }
 
+/* Whether the spool in the folder of this file holds its reserve. */
+static int has_reserve(const char *beside) {
+    char path[4096];
+    snprintf(path, sizeof path, "%.*s/spool.db.reserve", (int)(strrchr(beside, '/') - beside), beside);
+    return !access(path, F_OK);
+}
+
 /* The error that a call is to fail with, 0 if it is to succeed. */
 static int fault_of(const char *call) {
     const char *path = getenv("PRISM_DISK_FAULTS");
@@ -53,6 +61,7 @@ static int fault_of(const char *call) {
     close(fd);
     if (length <= 0) return 0;
     if (!strcmp(text, "read-only")) return EROFS;
+    if (!strcmp(text, "quota")) return !strcmp(call, "write") && has_reserve(path) ? EDQUOT : 0;
     return strcmp(text, call) ? 0 : EIO;
 }
 
@@ -125,6 +134,7 @@ static int sync_by(const char *symbol, int fd) {
     int (*next)(int) = dlsym(RTLD_NEXT, symbol);
     enum file file = file_of(fd);
     if (file == OTHER) return next(fd);
+    while (fault_of("hang") == EIO) usleep(10000);
     int fault = fault_of("fsync");
     if (fault) return errno = fault, -1;
     /* Noted before it is done: what is written meanwhile by others is not covered by it. */
