@@ -94,7 +94,13 @@ pub async fn serve(config: Config) -> Result<(), RelayError> {
     let stops = Stops::default();
     // From now on SIGHUP asks for new secrets; until now it would have ended the process.
     let hangup = signal(SignalKind::hangup())?;
-    let mut tasks = start(config, hangup, &stops).await?;
+    let mut tasks = tokio::select! {
+        started = start(config, hangup, &stops) => started?,
+        () = signals.any() => {
+            info!("stopped before it had started");
+            return Ok(());
+        }
+    };
     tokio::select! {
         () = signals.any() => {}
         died = tasks.death() => return Err(died),
@@ -111,11 +117,19 @@ pub async fn serve(config: Config) -> Result<(), RelayError> {
     }
 }
 
+/// Beside the signals: a large file may have to be mended, or the disk may not answer. Whatever is under way can be interrupted.
+async fn open_spool(config: &Config, metrics: Arc<Metrics>) -> Result<(Spool, WriterEnd), RelayError> {
+    info!(path = %config.spool.path.display(), "opening the spool");
+    let (spool, dedupe) = (config.spool.clone(), config.dedupe.clone());
+    let opened = tokio::task::spawn_blocking(move || Spool::open(&spool, &dedupe, metrics)).await;
+    Ok(opened.unwrap_or_else(|ended| std::panic::resume_unwind(ended.into_panic()))?)
+}
+
 /// Locks and binds first, then announces, then runs.
 async fn start(config: Config, hangup: Signal, stops: &Stops) -> Result<Tasks, RelayError> {
     raise_descriptor_limit(config.http.connections_max);
     let metrics = Arc::new(Metrics::new());
-    let (spool, spool_writer) = Spool::open(&config.spool, &config.dedupe, Arc::clone(&metrics))?;
+    let (spool, spool_writer) = open_spool(&config, Arc::clone(&metrics)).await?;
     let handed_over = service_manager::listeners()?;
     let is_handed_over = handed_over.http.is_some();
     let listener = server::listen(config.http.listen, "http.listen", handed_over.http).await?;

@@ -238,6 +238,17 @@ async fn a_disk_that_does_not_answer_is_told_and_not_waited_for() {
     relay.sigterm();
     let ended = relay.wait().await;
     assert!(ended.code == Some(0) && ended.stderr.contains("stopping without it"), "{ended:?}");
+
+    // Nor does a start keep a signal waiting.
+    fs::write(relay.setup().spool().with_extension("db.mend"), "").unwrap();
+    let mut starting = relay.setup().launch(&["serve"]);
+    eventually("the start to say what it does", async || {
+        let lines = starting.stderr();
+        if lines.iter().any(|line| line.contains("saving what can be read")) { Ok(()) } else { Err(lines.join("\n")) }
+    })
+    .await;
+    starting.signal("TERM");
+    assert_eq!(starting.wait().await.code, Some(0));
 }
 
 /// SQLite tells it as an error of the disk.
