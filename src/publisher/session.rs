@@ -375,7 +375,7 @@ impl<'a> Session<'a> {
         let retry = self.publisher.broker.parked_retry;
         let gauges = self.publisher.spool.gauges();
         // What cannot be noted as tried, or as delivered, would be tried without end.
-        if !self.parked.is_empty() || gauges.ledger().parked == 0 || !gauges.writable() {
+        if !self.parked.is_empty() || gauges.ledger().parked == 0 || !gauges.takes_settlements() {
             return Ok(());
         }
         if !self.publisher.status.is_retry_asked() && !self.careful.parked_are_due(retry) {

@@ -128,6 +128,8 @@ const STALL: Duration = Duration::from_secs(5);
 pub struct Gauges {
     ledger: Mutex<Ledger>,
     writable: AtomicBool,
+    /// The last commit has failed, whatever was in it.
+    failing: AtomicBool,
     /// Since when the writer has been at work on what it works on.
     busy_since: Mutex<Option<Instant>>,
     lost: u64,
@@ -135,7 +137,8 @@ pub struct Gauges {
 
 impl Gauges {
     fn new(ledger: Ledger, lost: u64) -> Self {
-        Self { ledger: Mutex::new(ledger), writable: AtomicBool::new(true), busy_since: Mutex::default(), lost }
+        let (writable, failing) = (AtomicBool::new(true), AtomicBool::new(false));
+        Self { ledger: Mutex::new(ledger), writable, failing, busy_since: Mutex::default(), lost }
     }
 
     /// Accepted events that could not be read any more after the file was damaged; among the removed ones.
@@ -155,6 +158,11 @@ impl Gauges {
     /// Whether the disk takes writes, as far as is known.
     pub fn writable(&self) -> bool {
         self.writable.load(Ordering::Relaxed) && !self.is_stalled()
+    }
+
+    /// Whether the disk takes what became of events. It still may when it is too full for new ones.
+    pub fn takes_settlements(&self) -> bool {
+        !self.failing.load(Ordering::Relaxed) && !self.is_stalled()
     }
 
     /// Whether the disk neither takes writes nor refuses them.

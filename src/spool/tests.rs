@@ -302,9 +302,10 @@ async fn settlements_survive_a_failed_commit() {
     opened.spool.settle(vec![Settlement::Confirmed(1)]).await;
     opened.spool.flush().await;
     assert_eq!(opened.spool.gauges().ledger().pending, 1);
-    assert!(!opened.spool.gauges().writable());
+    assert!(!opened.spool.gauges().writable() && !opened.spool.gauges().takes_settlements());
     meddler.execute_batch("DROP TRIGGER keep").unwrap();
     opened.spool.flush().await;
+    assert!(opened.spool.gauges().takes_settlements());
     assert_eq!(opened.spool.gauges().ledger().confirmed, 1);
     assert!(opened.spool.gauges().writable());
     opened.close().await;

@@ -374,11 +374,13 @@ impl Writer {
 
     fn succeeded(&mut self, ledger: &Ledger) {
         self.settlements.clear();
+        self.gauges.failing.store(false, Ordering::Relaxed);
         self.gauges.publish(ledger);
     }
 
     /// Says so once, not with each commit.
     fn failed(&mut self, cause: &rusqlite::Error) {
+        self.gauges.failing.store(true, Ordering::Relaxed);
         self.suspect = self.suspect.max(Some(Failure::of(cause)));
         // That a number has been given already means that the totals lag behind the events.
         let given = cause.sqlite_error().map(|error| error.extended_code) == Some(SQLITE_CONSTRAINT_PRIMARYKEY);

@@ -9,6 +9,7 @@ use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Instant;
 
 use serde_json::json;
 
@@ -308,6 +309,34 @@ async fn deliveries_are_not_repeated_because_the_disk_was_sick() {
     fs::remove_file(relay.folder().join("faults")).unwrap();
     relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
     vhost.assert_empty("prism.scan").await;
+}
+
+/// What cannot be noted as tried is not tried again and again.
+#[tokio::test]
+async fn parked_events_are_not_repeated_because_the_disk_is_sick() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    vhost.create_exchange("prism.events", "topic", json!({})).await;
+    let setup = Setup::new(&vhost.url()).set("topology.declare", "off").set("broker.parked_retry", "100ms");
+    let relay = with_library(setup).start().await;
+    for number in 0..5 {
+        relay.post(scan(number)).await.expect(200);
+    }
+    relay.eventually_metric("prism_relay_spool_parked_events", &[], 5.0).await;
+    let faults = relay.folder().join("faults");
+    fs::write(&faults, "write").unwrap();
+    relay.post(scan(5)).await.expect(503);
+    vhost.create_queue("rest", json!({})).await;
+    vhost.bind("prism.events", "rest", "#").await;
+    let begun = Instant::now();
+    eventually("the time of many tries", async || {
+        let elapsed = begun.elapsed();
+        if elapsed.as_secs() >= 2 { Ok(()) } else { Err(format!("{elapsed:?}")) }
+    })
+    .await;
+    fs::remove_file(&faults).unwrap();
+    relay.eventually_metric("prism_relay_spool_parked_events", &[], 0.0).await;
+    vhost.messages("rest", 5).await;
+    vhost.assert_empty("rest").await;
 }
 
 #[tokio::test]
