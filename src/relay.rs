@@ -341,7 +341,7 @@ impl Tasks {
         // The writer ends once nobody can send to it any more, and leaves a closed file. A sick disk is not waited for.
         let written = timeout_at(deadline + WRITER_PATIENCE, spool_writer).await;
         if written.is_err() {
-            warn!("the disk of the spool does not answer: stopping without it");
+            warn!("the spool could not be closed in time: is its disk well?");
         }
         let left = (deadline + WRITER_PATIENCE).saturating_duration_since(Instant::now());
         traces.flush(left.min(if is_handed_over { HANDOVER } else { TRACES_PATIENCE })).await;

@@ -184,7 +184,6 @@ mod tests {
         let _queued = TcpStream::connect(hole).await.unwrap();
         let broker = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let healthy = broker.local_addr().unwrap();
-        assert!(timeout(Duration::from_millis(300), TcpStream::connect(hole)).await.is_err(), "it is a black hole");
         let stream = reach(vec![hole, healthy], Duration::from_secs(1)).await.unwrap();
         assert_eq!(stream.peer_addr().unwrap(), healthy);
         let stream = reach(vec![healthy, hole], Duration::from_secs(1)).await.unwrap();

@@ -120,8 +120,8 @@ pub enum Settlement {
     Tried(u64),
 }
 
-/// A disk that has not answered for so long is taken for one that cannot be written.
-const STALL: Duration = Duration::from_secs(5);
+/// A disk that has not answered for so long is taken for one that cannot be written. Longer than SQLite waits for somebody else.
+const STALL: Duration = Duration::from_secs(8);
 
 /// What the last commit left behind, readable at any time without waiting for the disk.
 #[derive(Debug)]

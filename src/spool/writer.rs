@@ -147,7 +147,7 @@ impl Writer {
                 match runtime.block_on(async { tokio::time::timeout(PROBE_EVERY, commands.recv()).await }) {
                     Ok(first) => first,
                     Err(_) => {
-                        self.may_append();
+                        self.busy(Self::may_append);
                         continue;
                     }
                 }
@@ -161,14 +161,20 @@ impl Writer {
                 bytes += next.bytes();
                 batch.push(next);
             }
-            self.gauges.set_busy(Some(Instant::now()));
-            self.process(batch);
-            self.gauges.set_busy(None);
+            self.busy(|writer| writer.process(batch));
             if self.gone && self.gauges.ledger().pending == 0 {
                 return End::Gone;
             }
         }
         End::Damaged
+    }
+
+    /// Does what the disk may not answer to.
+    fn busy<T>(&mut self, work: impl FnOnce(&mut Self) -> T) -> T {
+        self.gauges.set_busy(Some(Instant::now()));
+        let done = work(self);
+        self.gauges.set_busy(None);
+        done
     }
 
     fn process(&mut self, batch: Vec<Command>) {

@@ -238,7 +238,7 @@ async fn a_disk_that_does_not_answer_is_told_and_not_waited_for() {
     relay.post(scan(2)).await.expect(503);
     relay.sigterm();
     let ended = relay.wait().await;
-    assert!(ended.code == Some(0) && ended.stderr.contains("stopping without it"), "{ended:?}");
+    assert!(ended.code == Some(0) && ended.stderr.contains("the spool could not be closed in time"), "{ended:?}");
 
     // Nor does a start keep a signal waiting.
     fs::write(relay.setup().spool().with_extension("db.mend"), "").unwrap();
