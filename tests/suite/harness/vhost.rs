@@ -164,6 +164,11 @@ impl Vhost {
         self.look_at(queue).await.unwrap_or_else(|error| panic!("the depth of {queue}: {error}")).message_count()
     }
 
+    /// How many consumers a queue has.
+    pub async fn consumers(&self, queue: &str) -> u32 {
+        self.look_at(queue).await.unwrap_or_else(|error| panic!("the consumers of {queue}: {error}")).consumer_count()
+    }
+
     /// Waits until a queue holds `expected` messages.
     pub async fn eventually_depth(&self, queue: &str, expected: u32) {
         let what = format!("{expected} messages in {queue}");
