@@ -252,16 +252,22 @@ async fn a_disk_that_does_not_answer_is_told_and_not_waited_for() {
     assert_eq!(starting.wait().await.code, Some(0));
 }
 
-/// SQLite tells it as an error of the disk.
-#[tokio::test]
-async fn deliveries_go_on_where_a_quota_is_used_up() {
-    let vhost = Vhost::new(Node::shared().await).await;
+/// A relay that has accepted 20 events and does not reach the broker, whose wire refuses.
+async fn with_a_backlog(vhost: &Vhost) -> (Relay, Wire) {
     let mut wire = Wire::new(vhost.address());
     wire.refuse().await;
     let relay = with_library(Setup::new(&vhost.url_through(&wire))).start().await;
     for number in 0..20 {
         relay.post(scan(number)).await.expect(200);
     }
+    (relay, wire)
+}
+
+/// SQLite tells it as an error of the disk.
+#[tokio::test]
+async fn deliveries_go_on_where_a_quota_is_used_up() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let (relay, mut wire) = with_a_backlog(&vhost).await;
     fs::write(relay.folder().join("faults"), "quota").unwrap();
     relay.post(scan(20)).await.expect(503);
     relay.eventually_logs("the reserve of the spool is given up").await;
@@ -297,12 +303,7 @@ async fn a_disk_that_is_away_is_not_taken_for_a_damaged_spool() {
 #[tokio::test]
 async fn deliveries_are_not_repeated_because_the_disk_was_sick() {
     let vhost = Vhost::new(Node::shared().await).await;
-    let mut wire = Wire::new(vhost.address());
-    wire.refuse().await;
-    let relay = with_library(Setup::new(&vhost.url_through(&wire))).start().await;
-    for number in 0..20 {
-        relay.post(scan(number)).await.expect(200);
-    }
+    let (relay, mut wire) = with_a_backlog(&vhost).await;
     fs::write(relay.folder().join("faults"), "write").unwrap();
     wire.accept();
     vhost.messages("prism.scan", 20).await;
