@@ -14,7 +14,8 @@ use sha2::{Digest, Sha256};
 use thiserror::Error;
 use uuid::Uuid;
 
-use crate::signature::{Accepted, hex};
+use crate::signature::Accepted;
+use crate::text::hex;
 
 /// The six event types that Prism documents for scans and Future Me. Others come too, and are relayed as well.
 pub const DOCUMENTED_TYPES: [&str; 6] = [

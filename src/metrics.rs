@@ -4,15 +4,12 @@
 //! the same process counts for itself.
 
 use std::collections::HashSet;
-use std::sync::OnceLock;
+use std::sync::{OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
 use jiff::Timestamp;
 use metrics::{Counter, Gauge, Histogram, Key, KeyName, Label, Level, Metadata, Recorder, Unit};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
-
-use crate::config;
-use crate::event::DOCUMENTED_TYPES;
 
 /// From a tenth of a millisecond to ten seconds: an answer or a commit outside of it is a fault.
 const FAST_SECONDS: [f64; 16] =
@@ -49,8 +46,8 @@ pub struct Metrics {
     pub broker: BrokerMetrics,
     pub connections: Connections,
     pub reloads: Reloads,
-    /// By the position of the secret. Those that are not configured have no counter.
-    verified: [OnceLock<Counter>; config::SECRETS_MAX],
+    /// By the position of the secret in the list.
+    verified: RwLock<Vec<Counter>>,
 }
 
 /// Of the public listener.
@@ -155,12 +152,19 @@ impl Metrics {
         }
     }
 
-    /// The same for so many secrets.
+    /// Registers a counter for each event type that is counted by name. Only the first call counts.
+    pub fn expect_event_types(&self, types: &[&'static str]) {
+        self.events
+            .documented
+            .get_or_init(|| types.iter().map(|name| (*name, event_counter(&self.recorder, name))).collect());
+    }
+
+    /// Registers a counter for each position in the list of secrets. Counters are never taken back.
     pub fn expect_secrets(&self, count: usize) {
-        for position in 0..count {
-            if let Some(counter) = self.signatures_verified(position) {
-                counter.increment(0);
-            }
+        let mut verified = self.verified.write().unwrap_or_else(PoisonError::into_inner);
+        for position in verified.len()..count {
+            let key = Key::from_parts(VERIFIED, vec![Label::new("secret", (position + 1).to_string())]);
+            verified.push(self.recorder.register_counter(&key, &METADATA));
         }
     }
 
@@ -172,14 +176,6 @@ impl Metrics {
         self.recorder.register_counter(&key(REFUSED, &[("listener", listener), ("reason", reason)]), &METADATA)
     }
 
-    fn signatures_verified(&self, position: usize) -> Option<&Counter> {
-        let register = || {
-            let key = Key::from_parts(VERIFIED, vec![Label::new("secret", (position + 1).to_string())]);
-            self.recorder.register_counter(&key, &METADATA)
-        };
-        Some(self.verified.get(position)?.get_or_init(register))
-    }
-
     /// Counts a webhook that was not accepted. `reason` is the `code` of the answer.
     pub fn webhook_refused(&self, reason: &'static str) {
         self.refusals(reason).increment(1);
@@ -187,15 +183,16 @@ impl Metrics {
 
     /// Counts a signature by the secret that made it: its position in the list, from 0.
     pub fn signature_verified(&self, position: usize) {
-        if let Some(counter) = self.signatures_verified(position) {
+        if let Some(counter) = self.verified.read().unwrap_or_else(PoisonError::into_inner).get(position) {
             counter.increment(1);
         }
     }
 
     /// Counts an accepted event by its type, which is `None` for a signed body that is no event.
     pub fn event(&self, event_type: Option<&str>) {
-        let known = event_type.and_then(|name| DOCUMENTED_TYPES.iter().position(|documented| *documented == name));
-        known.map_or(&self.events.other, |known| &self.events.documented[known]).increment(1);
+        let mut documented = self.events.documented.get().into_iter().flatten();
+        let known = event_type.and_then(|name| documented.find(|(documented, _)| *documented == name));
+        known.map_or(&self.events.other, |(_, counter)| counter).increment(1);
     }
 
     /// Counts a connection that was cut or refused. `listener` is `http` or `ops`.
@@ -237,16 +234,20 @@ impl Webhooks {
 }
 
 struct Events {
-    documented: [Counter; DOCUMENTED_TYPES.len()],
+    /// By event type.
+    documented: OnceLock<Vec<(&'static str, Counter)>>,
     other: Counter,
 }
 
 impl Events {
     fn new(recorder: &PrometheusRecorder) -> Self {
-        let help = "Accepted events by type; other: a type that Prism does not document.";
-        let count = |name| counter(recorder, "prism_relay_events_total", help, &[("type", name)]);
-        Self { documented: DOCUMENTED_TYPES.map(count), other: count("other") }
+        Self { documented: OnceLock::new(), other: event_counter(recorder, "other") }
     }
+}
+
+fn event_counter(recorder: &PrometheusRecorder, name: &'static str) -> Counter {
+    let help = "Accepted events by type; other: a type that Prism does not document.";
+    counter(recorder, "prism_relay_events_total", help, &[("type", name)])
 }
 
 impl SpoolMetrics {

@@ -11,18 +11,20 @@ use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
+use crate::broker::{self, BrokerAccess, BrokerUrl};
 use crate::config::{self, Config, Durability};
+use crate::health::Health;
 use crate::ingress::{self, Ingress};
-use crate::journal::Journal;
 use crate::metrics::Metrics;
 use crate::ops::{self, Gate, Ops};
-use crate::publisher::{Access, Publisher, PublisherError};
+use crate::publisher::{Publisher, PublisherError};
+use crate::recent::Recent;
 use crate::reload::{self, Watched};
 use crate::server::{self, BindError};
 use crate::service_manager;
-use crate::signature::Verifier;
+use crate::signature::{self, Verifier};
 use crate::spool::{Gauges, OpenError, Spool, WriterEnd};
-use crate::telemetry::chain;
+use crate::text::chain;
 use crate::tls::{self, TlsError};
 use crate::traces::Traces;
 
@@ -139,13 +141,13 @@ async fn start(config: Config, hangup: Signal, stops: &Stops) -> Result<Tasks, R
     let Config { http, signature, broker, .. } = config;
     let verifier = Arc::new(Verifier::new(&signature.secrets, signature.required, signature.tolerance));
     let tls = http.tls.clone().map(tls::Server::load).transpose()?.map(Arc::new);
-    let access = Arc::new(Access::new(&broker)?);
+    let access = Arc::new(BrokerAccess::new(&broker)?);
     let gate = Arc::new(Gate::new(config.ops.token.clone(), private));
-    let journal = Arc::new(Journal::default());
+    let recent = Arc::new(Recent::default());
     let traces = Arc::new(Traces::new(&config.traces).map_err(RelayError::Traces)?);
     let watched = Replaceable {
         verifier: Arc::clone(&verifier),
-        journal: Arc::clone(&journal),
+        recent: Arc::clone(&recent),
         access: Arc::clone(&access),
         tls: tls.clone(),
         gate: Arc::clone(&gate),
@@ -156,26 +158,34 @@ async fn start(config: Config, hangup: Signal, stops: &Stops) -> Result<Tasks, R
     let scheme = if tls.is_some() { "https" } else { "http" };
     let path = http.path.clone();
     let draining = stops.ingress.clone();
+    let health = Health::new(spool.clone(), draining.clone());
     let parts = ingress::Parts {
         verifier: Arc::clone(&verifier),
         spool: spool.clone(),
-        journal: Arc::clone(&journal),
+        recent: Arc::clone(&recent),
         traces: Arc::clone(&traces),
         metrics: Arc::clone(&metrics),
     };
-    let ingress = Ingress::new(http, listener, tls.clone(), parts, draining.clone());
-    let publisher =
-        Publisher::new(spool.clone(), broker, access, &config.topology, Arc::clone(&traces), Arc::clone(&metrics));
+    let ingress = Ingress::new(http, listener, tls.clone(), parts, draining);
+    let publisher = Publisher::new(
+        spool.clone(),
+        config.publisher,
+        access,
+        &config.topology,
+        Arc::clone(&traces),
+        Arc::clone(&metrics),
+    );
     let parts = ops::Parts {
         spool: spool.clone(),
+        health,
         broker: publisher.status(),
-        journal,
+        recent,
         verifier,
         connections: ingress.admission(),
         tls: tls.clone(),
         metrics: Arc::clone(&metrics),
     };
-    let ops = Ops::new(ops_listener, gate, parts, draining);
+    let ops = Ops::new(ops_listener, gate, parts);
 
     info!(
         url = format!("{scheme}://{}{path}", ingress.address()?),
@@ -205,8 +215,8 @@ async fn start(config: Config, hangup: Signal, stops: &Stops) -> Result<Tasks, R
 /// The parts that take up new secrets and certificates while the relay runs.
 struct Replaceable {
     verifier: Arc<Verifier>,
-    journal: Arc<Journal>,
-    access: Arc<Access>,
+    recent: Arc<Recent>,
+    access: Arc<BrokerAccess>,
     tls: Option<Arc<tls::Server>>,
     gate: Arc<Gate>,
     metrics: Arc<Metrics>,
@@ -214,15 +224,15 @@ struct Replaceable {
 
 impl Replaceable {
     /// The files that they come from.
-    fn watched(self, signature: &config::Signature, broker: &config::Broker, ops: &config::Ops) -> Vec<Watched> {
-        let Self { verifier, journal, access, tls, gate, metrics } = self;
+    fn watched(self, signature: &signature::Settings, broker: &broker::Settings, ops: &ops::Settings) -> Vec<Watched> {
+        let Self { verifier, recent, access, tls, gate, metrics } = self;
         let mut watched = Vec::new();
         if let Some(file) = signature.secrets_file.clone() {
             watched.push(Watched::new("signature.secrets_file", vec![file.clone()], move || {
                 let secrets = config::read_secret(&file, config::secrets_in)?;
                 verifier.replace(&secrets);
                 metrics.expect_secrets(secrets.len());
-                journal.secrets_replaced();
+                recent.secrets_replaced();
                 Ok(())
             }));
         }
@@ -241,7 +251,7 @@ impl Replaceable {
             let files = tls.files().paths();
             watched.push(Watched::new("http.tls", files, move || tls.reload().map_err(|error| chain(&error))));
         }
-        if broker.urls.iter().any(config::BrokerUrl::wants_tls) {
+        if broker.urls.iter().any(BrokerUrl::uses_tls) {
             let reload = move || access.reload_tls().map_err(|error| chain(&error));
             watched.push(Watched::new("broker.tls", broker.tls.paths(), reload));
         }
@@ -415,7 +425,7 @@ mod tests {
             ops: idle(),
             reload: idle(),
             upkeep: idle(),
-            traces: Arc::new(Traces::new(&crate::config::Traces { endpoint: None, sample_ratio: 1.0 }).unwrap()),
+            traces: Arc::new(Traces::new(&crate::traces::Settings { endpoint: None, sample_ratio: 1.0 }).unwrap()),
             publisher: tokio::spawn(std::future::pending()),
             spool,
             spool_writer,

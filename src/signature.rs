@@ -5,6 +5,7 @@
 //! exactly as it was received.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -15,11 +16,28 @@ use subtle::{ConditionallySelectable, ConstantTimeEq};
 use thiserror::Error;
 
 use crate::secret::Secret;
+use crate::text::hex;
 
 /// The header that carries the time of signing, ISO 8601.
 pub const TIMESTAMP_HEADER: &str = "prism-timestamp";
 /// The header that carries the signature.
 pub const SIGNATURE_HEADER: &str = "prism-signature";
+
+/// Enough for any rotation, and few enough to try each of them for every request.
+pub const SECRETS_MAX: usize = 8;
+
+/// The section `[signature]`.
+#[derive(Debug)]
+pub struct Settings {
+    /// `false`: requests without a signature are accepted.
+    pub required: bool,
+    /// At most [`SECRETS_MAX`]; any of them may match.
+    pub secrets: Vec<Secret>,
+    /// The file that holds the secrets; it is reloaded when it changes.
+    pub secrets_file: Option<PathBuf>,
+    /// How far the time of signing may be from now, either way.
+    pub tolerance: Duration,
+}
 
 /// Why a request is not believed to come from Prism.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -165,12 +183,6 @@ fn digest(key: &Hmac<Sha256>, timestamp: &[u8], body: &[u8]) -> String {
     mac.update(b".");
     mac.update(body);
     hex(&mac.finalize().into_bytes())
-}
-
-/// Lower-case hex digits.
-pub fn hex(bytes: &[u8]) -> String {
-    let digit = |nibble: u8| char::from(b"0123456789abcdef"[usize::from(nibble)]);
-    bytes.iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 15)]).collect()
 }
 
 #[cfg(test)]

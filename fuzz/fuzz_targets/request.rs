@@ -70,7 +70,7 @@ impl Relay {
         // Without a secret, so that bodies get through to the spool.
         let verifier = Arc::new(Verifier::new(&[], false, Duration::from_secs(300)));
         let traces = Arc::new(Traces::new(&config.traces).unwrap());
-        let parts = Parts { verifier, spool: spool.clone(), journal: Arc::default(), traces, metrics };
+        let parts = Parts { verifier, spool: spool.clone(), recent: Arc::default(), traces, metrics };
         let listener = runtime.block_on(tokio::net::TcpListener::bind(config.http.listen)).unwrap();
         let ingress = Arc::new(Ingress::new(config.http, listener, None, parts, CancellationToken::new()));
         drop(guard);

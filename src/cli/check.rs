@@ -4,10 +4,10 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::{Failure, say, topology};
-use crate::config::{BrokerUrl, Config, Declare};
-use crate::publisher::{Access, Link};
+use crate::broker::{BrokerAccess, BrokerConnection, BrokerUrl};
+use crate::config::{Config, Declare};
 use crate::spool::{Inspector, Presence, presence};
-use crate::telemetry::chain;
+use crate::text::chain;
 use crate::topology::{Comparison, Plan, compare};
 
 /// For one answer of the broker.
@@ -58,7 +58,7 @@ pub async fn run(config: &Config, file: Option<&Path>, options: Options) -> Resu
 
 async fn check_brokers(config: &Config, file: Option<&Path>, table: &mut Table) -> Result<(), Failure> {
     let mut compared = false;
-    let access = Access::new(&config.broker).map_err(Failure::new)?;
+    let access = BrokerAccess::new(&config.broker).map_err(Failure::new)?;
     for (index, url) in config.broker.urls.iter().enumerate() {
         let what = format!("broker {}:{}", url.host(), url.port());
         match access.open(index, "prism-relay check").await {
@@ -121,12 +121,18 @@ fn tempfile_in(folder: &std::path::Path) -> std::io::Result<()> {
     std::fs::remove_file(&path)
 }
 
-async fn check_topology(config: &Config, file: Option<&Path>, link: &Link, url: &BrokerUrl, table: &mut Table) {
+async fn check_topology(
+    config: &Config,
+    file: Option<&Path>,
+    link: &BrokerConnection,
+    url: &BrokerUrl,
+    table: &mut Table,
+) {
     if config.topology.declare == Declare::Off {
         table.good("topology", "not looked at: topology.declare is off");
         return;
     }
-    let plan = Plan::new(&config.topology, &config.broker.exchange);
+    let plan = Plan::new(&config.topology, &config.publisher.exchange);
     let mut said = Vec::new();
     for entity in plan.entities() {
         let what = entity.to_string();

@@ -13,7 +13,7 @@ use tokio::time::timeout;
 
 use super::{Failure, clean, say};
 use crate::config::Config;
-use crate::telemetry::chain;
+use crate::text::chain;
 
 /// Less than the patience of who asks, so that there is an answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(3);

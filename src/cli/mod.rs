@@ -3,7 +3,6 @@
 mod check;
 mod health;
 mod intake;
-mod management;
 mod manual;
 mod messages;
 mod recreate;
@@ -27,10 +26,10 @@ use hyper::Uri;
 use indicatif::{ProgressBar, ProgressStyle};
 use thiserror::Error;
 
+use crate::broker::{BrokerAccess, BrokerConnection, ConnectError};
 use crate::config::{Config, ConfigError, Purpose};
-use crate::publisher::{Access, ConnectError, Link};
-use crate::telemetry::{chain, clean};
-use crate::{relay, telemetry};
+use crate::text::{chain, clean};
+use crate::{logging, relay};
 
 /// Such as `0.1.0 (3f2a9c01b7de)`; the commit is build.rs's word.
 const LONG_VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (", env!("PRISM_RELAY_COMMIT"), ")");
@@ -140,8 +139,8 @@ fn progress_bar(count: u64, what: &str) -> ProgressBar {
 struct Unreachable(#[source] ConnectError);
 
 /// To the first broker that can be reached.
-async fn connect(config: &Config, name: &str) -> Result<Link, Failure> {
-    let access = Access::new(&config.broker).map_err(Failure::new)?;
+async fn connect(config: &Config, name: &str) -> Result<BrokerConnection, Failure> {
+    let access = BrokerAccess::new(&config.broker).map_err(Failure::new)?;
     let mut failure = Failure::Usage("broker.urls names no broker".to_owned());
     for index in 0..config.broker.urls.len() {
         match access.open(index, name).await {
@@ -209,7 +208,7 @@ fn execute(arguments: Arguments) -> Result<(), Failure> {
     let outcome = runtime.block_on(async {
         match command {
             Command::Serve => {
-                telemetry::init(&config.log);
+                logging::init(&config.log);
                 relay::serve(config).await.map_err(Failure::new)
             }
             Command::Check(options) => check::run(&config, file, options).await,

@@ -13,17 +13,16 @@ use thiserror::Error;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::intake;
-use super::management::Management;
 use super::messages::short;
 use super::redrive::move_all;
 use super::transfer::{Destination, TransferError, in_time, while_connected};
 use super::{Failure, say};
+use crate::broker::{BrokerConnection, Management, reply_code};
 use crate::config::{Config, Declare};
-use crate::publisher::Link;
-use crate::telemetry::chain;
+use crate::text::chain;
 use crate::topology::{
     Comparison, Entity, Live, MOVING, Plan, Queue, TopologyError, bind_queue, compare, establish_around,
-    establish_queue, reply_code, unbind_queue,
+    establish_queue, unbind_queue,
 };
 
 /// After which what the management API tells of a queue is new: 6 to 9 s were seen, with RabbitMQ's collect_statistics_interval of
@@ -107,14 +106,14 @@ async fn recreate(
     config: &Config,
     plan: &Plan,
     queue: &Queue,
-    link: &Link,
+    link: &BrokerConnection,
     management: &Management,
 ) -> Result<u64, RecreateError> {
     let name = &queue.name;
     // An exchange and a queue of this name hold the messages meanwhile: the exchange, so that they keep their keys.
     let moving = format!("{name}{MOVING}");
     // For the answers to a step of many.
-    let deadline = config.broker.confirm_timeout + config.broker.connect_timeout * plan.steps();
+    let deadline = config.publisher.confirm_timeout + config.broker.connect_timeout * plan.steps();
     lock(link, deadline, name, &moving).await?;
     let channel = in_time(deadline, link.connection.create_channel()).await?;
     let run = Run { config, plan, link, management, channel, deadline, queue, moving };
@@ -126,7 +125,7 @@ async fn recreate(
 
 /// As long as there is this connection, no other run of this can touch the queue. One that was killed a moment ago may
 /// still count.
-async fn lock(link: &Link, deadline: Duration, queue: &str, moving: &str) -> Result<(), RecreateError> {
+async fn lock(link: &BrokerConnection, deadline: Duration, queue: &str, moving: &str) -> Result<(), RecreateError> {
     let (lock, patient_until) = (format!("{moving}.lock"), Instant::now() + PATIENCE);
     loop {
         // The broker closes the channel of what it refuses.
@@ -151,7 +150,7 @@ async fn lock(link: &Link, deadline: Duration, queue: &str, moving: &str) -> Res
 struct Run<'a> {
     config: &'a Config,
     plan: &'a Plan,
-    link: &'a Link,
+    link: &'a BrokerConnection,
     management: &'a Management,
     channel: Channel,
     deadline: Duration,
@@ -376,7 +375,7 @@ async fn keeps_everything(management: &Management, queue: &str) -> Result<(), Re
 }
 
 async fn live(management: &Management) -> Result<Live, RecreateError> {
-    management.look().await.map_err(|error| RecreateError::NoManagement(chain(&error)))
+    Live::read(management).await.map_err(|error| RecreateError::NoManagement(chain(&error)))
 }
 
 /// To a fanout exchange, where keys mean nothing.

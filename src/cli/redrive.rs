@@ -18,8 +18,8 @@ use super::messages::{
 };
 use super::transfer::{Destination, Parcel, Transfer, TransferError, in_time, while_connected};
 use super::{Failure, progress_bar, say};
+use crate::broker::BrokerConnection;
 use crate::config::Config;
-use crate::publisher::Link;
 use crate::topology::DEAD;
 
 /// RabbitMQ 4 drops a message when it has been taken and put back 20 times, if its queue has no other limit and no dead letters.
@@ -88,7 +88,7 @@ pub async fn run(config: &Config, options: Options) -> Result<(), Failure> {
 /// Moves everything that is in a queue now, with its keys and its past as they are. `moved` grows as in a transfer.
 pub async fn move_all(
     config: &Config,
-    link: &Link,
+    link: &BrokerConnection,
     from: &str,
     to: &Destination,
     moved: &mut u64,
@@ -110,7 +110,7 @@ async fn redrive(
     config: &Config,
     options: &Options,
     to: &Destination,
-    link: &Link,
+    link: &BrokerConnection,
     tally: &mut Tally,
 ) -> Result<(), TransferError> {
     let mut taking = Taking::open(config, link, &options.from, options.takes_all()).await?;
@@ -145,7 +145,7 @@ async fn redrive(
 
 /// Takes what is in a queue now, and no more: what comes back to it meanwhile must not be moved round in circles.
 struct Taking<'a> {
-    link: &'a Link,
+    link: &'a BrokerConnection,
     channel: Channel,
     queue: &'a str,
     source: Source,
@@ -166,8 +166,13 @@ enum Source {
 
 impl<'a> Taking<'a> {
     /// `whole`: everything is to be moved.
-    async fn open(config: &Config, link: &'a Link, queue: &'a str, whole: bool) -> Result<Self, TransferError> {
-        let deadline = config.broker.confirm_timeout;
+    async fn open(
+        config: &Config,
+        link: &'a BrokerConnection,
+        queue: &'a str,
+        whole: bool,
+    ) -> Result<Self, TransferError> {
+        let deadline = config.publisher.confirm_timeout;
         let opening = async {
             let channel = link.connection.create_channel().await?;
             channel.confirm_select(ConfirmSelectOptions::default()).await?;

@@ -14,8 +14,8 @@ use super::intake::{Intake, count};
 use super::messages::{REPLAYED_AT, header, matches, number, print, queue_name, replayed, time_of};
 use super::transfer::{Destination, Parcel, Transfer, TransferError, in_time, while_connected};
 use super::{Failure, progress_bar, say};
+use crate::broker::BrokerConnection;
 use crate::config::Config;
-use crate::publisher::Link;
 use crate::topology::ARCHIVE;
 
 /// A stream says nothing at its end. Whoever has read so much of it and hears nothing for so long has read its last part.
@@ -93,11 +93,11 @@ async fn replay(
     options: &Options,
     from: &str,
     to: &Destination,
-    link: &Link,
+    link: &BrokerConnection,
     published: &mut u64,
 ) -> Result<(), ReplayError> {
     let (now, until) = (Timestamp::now(), options.until.unwrap_or(Timestamp::MAX));
-    let deadline = config.broker.confirm_timeout;
+    let deadline = config.publisher.confirm_timeout;
     let Some(end) = find_end(link, deadline, from, now).await? else { return Ok(()) };
     let start = options.since.checked_sub(CLOCKS_DIFFER).unwrap_or(Timestamp::UNIX_EPOCH).as_second();
     let start = AMQPValue::Timestamp(u64::try_from(start).unwrap_or(0));
@@ -163,7 +163,12 @@ struct End {
 }
 
 /// Where the stream ends now; `None` if it is empty. What AMQP tells of its length is seconds old, so its last part is read.
-async fn find_end(link: &Link, deadline: Duration, stream: &str, now: Timestamp) -> Result<Option<End>, ReplayError> {
+async fn find_end(
+    link: &BrokerConnection,
+    deadline: Duration,
+    stream: &str,
+    now: Timestamp,
+) -> Result<Option<End>, ReplayError> {
     let opening = async {
         let channel = link.connection.create_channel().await?;
         let count = count(&channel, stream).await?;

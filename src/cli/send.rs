@@ -26,7 +26,7 @@ use crate::config::Config;
 use crate::event::DOCUMENTED_TYPES;
 use crate::secret::Secret;
 use crate::signature::{SIGNATURE_HEADER, TIMESTAMP_HEADER, sign};
-use crate::telemetry::chain;
+use crate::text::chain;
 use crate::tls::{self, ClientFiles};
 
 /// The pauses before Prism's second, third and fourth try. After the fourth it gives up.

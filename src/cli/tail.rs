@@ -11,9 +11,9 @@ use thiserror::Error;
 
 use super::Failure;
 use super::messages::{matches, print, queue_name, short};
+use crate::broker::{BrokerConnection, reply_text};
 use crate::config::Config;
-use crate::publisher::Link;
-use crate::topology::{UNROUTED, reply_text};
+use crate::topology::UNROUTED;
 
 /// Events that the throw-away queue keeps for a slow terminal; the oldest go first.
 const BACKLOG_MAX: i32 = 10_000;
@@ -67,7 +67,7 @@ pub async fn run(config: &Config, options: Options) -> Result<(), Failure> {
     }
 }
 
-async fn print_events(config: &Config, options: &Options, link: &Link) -> Result<(), TailError> {
+async fn print_events(config: &Config, options: &Options, link: &BrokerConnection) -> Result<(), TailError> {
     let channel = link.connection.create_channel().await?;
     let mut deliveries = match &options.queue {
         Some(queue) => work(&channel, queue).await?,
@@ -97,7 +97,7 @@ async fn listen(config: &Config, channel: &Channel) -> Result<Consumer, lapin::E
     let options = QueueDeclareOptions { exclusive: true, auto_delete: true, ..Default::default() };
     let queue = channel.queue_declare("".into(), options, arguments).await?;
     let bindings = config.topology.queues.iter().flat_map(|queue| &queue.bindings);
-    let bindings = bindings.map(|key| (config.broker.exchange.as_str(), key.as_str())).chain([(UNROUTED, "")]);
+    let bindings = bindings.map(|key| (config.publisher.exchange.as_str(), key.as_str())).chain([(UNROUTED, "")]);
     for (exchange, key) in bindings {
         let (exchange, key) = (short(exchange), short(key));
         channel

@@ -18,8 +18,8 @@ use tokio::time::{interval, timeout};
 
 use super::{Failure, clean};
 use crate::config::Config;
-use crate::ops::span;
-use crate::telemetry::chain;
+use crate::text::chain;
+use crate::text::span;
 
 /// The relay is near.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);

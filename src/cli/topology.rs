@@ -5,15 +5,14 @@ use std::path::Path;
 use thiserror::Error;
 use tokio::time::timeout;
 
-use super::management::Management;
 use super::messages::queue_name;
 use super::{Failure, Printed, recreate, say};
-use crate::config::{BrokerUrl, Config, Declare};
-use crate::publisher::Link;
-use crate::telemetry::chain;
+use crate::broker::{BrokerConnection, BrokerUrl, Management};
+use crate::config::{Config, Declare};
+use crate::text::chain;
 use crate::topology::{
-    self, Comparison, Difference, Entity, Mending, Plan, TopologyError, compare, definitions, differences, kind, plain,
-    quote,
+    self, Comparison, Difference, Entity, Live, Mending, Plan, TopologyError, compare, definitions, differences, kind,
+    plain, quote,
 };
 
 #[derive(clap::Subcommand)]
@@ -43,7 +42,7 @@ enum BrokerError {
 }
 
 pub async fn run(config: &Config, file: Option<&Path>, action: Action) -> Result<(), Failure> {
-    let plan = Plan::new(&config.topology, &config.broker.exchange);
+    let plan = Plan::new(&config.topology, &config.publisher.exchange);
     match action {
         Action::Show => show(&plan),
         Action::Declare => declare(config, &plan).await,
@@ -141,13 +140,13 @@ pub(super) async fn look(
     url: &BrokerUrl,
 ) -> Result<Vec<Difference>, String> {
     let management = Management::new(&config.broker, url).map_err(|error| chain(&error))?;
-    let live = management.look().await.map_err(|error| chain(&error))?;
+    let live = Live::read(&management).await.map_err(|error| chain(&error))?;
     Ok(differences(plan, &live, &mending(config, file, url)))
 }
 
 async fn compare_over_amqp(
     config: &Config,
-    link: &Link,
+    link: &BrokerConnection,
     plan: &Plan,
     mending: &Mending,
 ) -> Result<Vec<Difference>, lapin::Error> {

@@ -10,9 +10,8 @@ use thiserror::Error;
 use tokio::time::{sleep, timeout};
 
 use super::messages::short;
+use crate::broker::{BrokerConnection, reply_code, reply_text};
 use crate::config::Config;
-use crate::publisher::Link;
-use crate::topology::{reply_code, reply_text};
 
 /// Messages between two waits for the broker.
 const BATCH_MAX: usize = 200;
@@ -59,7 +58,7 @@ pub async fn in_time<T>(
 
 /// Does something for as long as there is a connection: lapin may leave somebody waiting who asks just when it ends.
 pub async fn while_connected<T, E: From<TransferError>>(
-    link: &Link,
+    link: &BrokerConnection,
     doing: impl Future<Output = Result<T, E>>,
 ) -> Result<T, E> {
     let lost = async {
@@ -86,7 +85,7 @@ pub enum Destination {
 impl Destination {
     /// The exchange of the configuration, or a queue if one was asked for.
     pub fn new(config: &Config, queue: Option<&str>) -> Self {
-        queue.map_or_else(|| Self::Exchange(config.broker.exchange.clone()), |queue| Self::Queue(queue.to_owned()))
+        queue.map_or_else(|| Self::Exchange(config.publisher.exchange.clone()), |queue| Self::Queue(queue.to_owned()))
     }
 
     fn address(&self, key: &ShortString) -> (ShortString, ShortString) {
@@ -129,7 +128,7 @@ pub struct Transfer {
 
 impl Transfer {
     pub fn new(channel: Channel, config: &Config) -> Self {
-        Self { channel, deadline: config.broker.confirm_timeout, batch: Vec::new(), bytes: 0 }
+        Self { channel, deadline: config.publisher.confirm_timeout, batch: Vec::new(), bytes: 0 }
     }
 
     /// Passes a message on with the next batch, which is this one if it is full. `moved` grows by what has been moved, also

@@ -3,76 +3,37 @@
 //! [`Config::load`] merges the layers (in `raw`), reads every key, and reports all mistakes at once, each with its
 //! key. Nobody else reads a file or the environment.
 
-mod broker_url;
 mod raw;
 mod secrets;
 mod sections;
 
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use hyper::Uri;
-use ipnet::IpNet;
 use thiserror::Error;
 
-pub use broker_url::BrokerUrl;
 use raw::Raw;
 pub use secrets::{password_in, read_secret, secrets_in, token_in};
 use sections::{HOUR, MILLISECOND};
 
-use crate::secret::Secret;
-use crate::tls::{ClientFiles, ServerFiles};
+use crate::{broker, ingress, logging, ops, publisher, signature, traces};
 
 /// The defaults, which are also the documentation of every key.
 pub const DEFAULT_TOML: &str = include_str!("../../config/default.toml");
 
 #[derive(Debug)]
 pub struct Config {
-    pub http: Http,
-    pub signature: Signature,
+    pub http: ingress::Settings,
+    pub signature: signature::Settings,
     pub spool: Spool,
     pub dedupe: Dedupe,
-    pub broker: Broker,
+    pub broker: broker::Settings,
+    pub publisher: publisher::Settings,
     pub topology: Topology,
-    pub ops: Ops,
-    pub log: Log,
-    pub traces: Traces,
+    pub ops: ops::Settings,
+    pub log: logging::Settings,
+    pub traces: traces::Settings,
     pub shutdown: Shutdown,
-}
-
-#[derive(Clone, Debug)]
-pub struct Http {
-    pub listen: SocketAddr,
-    /// Starts with `/`.
-    pub path: String,
-    pub body_bytes_max: usize,
-    /// Not below `body_bytes_max`.
-    pub buffer_bytes_max: usize,
-    pub header_timeout: Duration,
-    pub body_timeout: Duration,
-    /// At least 1.
-    pub connections_max: usize,
-    /// At least 1.
-    pub connections_per_source_max: usize,
-    pub headers_max: usize,
-    pub header_bytes_max: usize,
-    pub streams_max: u32,
-    /// `None`: without TLS.
-    pub tls: Option<ServerFiles>,
-    /// Empty: everyone.
-    pub allowed_sources: Vec<IpNet>,
-    pub trusted_proxies: Vec<IpNet>,
-}
-
-#[derive(Debug)]
-pub struct Signature {
-    pub required: bool,
-    /// At most [`SECRETS_MAX`].
-    pub secrets: Vec<Secret>,
-    /// Where the secrets come from, if it is a file that may change.
-    pub secrets_file: Option<PathBuf>,
-    pub tolerance: Duration,
 }
 
 #[derive(Clone, Debug)]
@@ -96,29 +57,6 @@ pub struct Dedupe {
     /// Zero: off.
     pub window: Duration,
     pub entries_max: usize,
-}
-
-#[derive(Clone, Debug)]
-pub struct Broker {
-    /// At least one.
-    pub urls: Vec<BrokerUrl>,
-    /// Where the password in the urls comes from, if it is a file that may change.
-    pub password_file: Option<PathBuf>,
-    /// For the urls that want TLS.
-    pub tls: ClientFiles,
-    /// The name in the broker's certificate; `None`: the host of the url.
-    pub server_name: Option<String>,
-    pub exchange: String,
-    /// At least 1.
-    pub window: usize,
-    /// Not below the heartbeat, which is in the urls.
-    pub confirm_timeout: Duration,
-    pub connect_timeout: Duration,
-    pub reconnect_min: Duration,
-    pub reconnect_max: Duration,
-    pub parked_retry: Duration,
-    /// Of the management API; `None`: on the host of the url, at the port that RabbitMQ gives it.
-    pub management_url: Option<Uri>,
 }
 
 #[derive(Clone, Debug)]
@@ -167,36 +105,6 @@ pub struct Archive {
 }
 
 #[derive(Debug)]
-pub struct Ops {
-    pub listen: SocketAddr,
-    /// For the console and `/api`.
-    pub token: Option<Secret>,
-    /// Where the token comes from, if it is a file that may change.
-    pub token_file: Option<PathBuf>,
-}
-
-#[derive(Debug)]
-pub struct Log {
-    pub format: LogFormat,
-    pub filter: tracing_subscriber::filter::Targets,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LogFormat {
-    Auto,
-    Pretty,
-    Json,
-}
-
-#[derive(Debug)]
-pub struct Traces {
-    /// Of a collector that speaks OTLP over HTTP; `None`: nobody is told.
-    pub endpoint: Option<Uri>,
-    /// Of the traces that begin here, 0 to 1.
-    pub sample_ratio: f64,
-}
-
-#[derive(Debug)]
 pub struct Shutdown {
     pub grace: Duration,
 }
@@ -225,9 +133,6 @@ pub enum Purpose {
     Client,
 }
 
-/// Enough for any rotation, and few enough to try each of them for every request.
-pub const SECRETS_MAX: usize = 8;
-
 impl Config {
     /// Reads the defaults, then `file`, then the variables in `environment` that start with `PRISM_RELAY__`.
     pub fn load(
@@ -237,17 +142,17 @@ impl Config {
     ) -> Result<Self, ConfigError> {
         let mut raw = Raw::merge(file, environment).map_err(|mistake| ConfigError { mistakes: vec![mistake] })?;
         // In the order of the file, in which mistakes are listed.
-        let http = Http::read(&mut raw, purpose);
-        let signature = Signature::read(&mut raw, purpose);
+        let http = sections::http(&mut raw, purpose);
+        let signature = sections::signature(&mut raw, purpose);
         let spool = Spool::read(&mut raw);
         let dedupe = Dedupe::read(&mut raw);
-        let broker = Broker::read(&mut raw);
-        let topology = Topology::read(&mut raw, &broker);
-        let ops = Ops::read(&mut raw);
-        let log = Log::read(&mut raw);
-        let traces = Traces::read(&mut raw);
+        let (broker, publisher) = sections::broker(&mut raw);
+        let topology = Topology::read(&mut raw, &publisher.exchange);
+        let ops = sections::ops(&mut raw);
+        let log = sections::log(&mut raw);
+        let traces = sections::traces(&mut raw);
         let shutdown = Shutdown { grace: raw.duration("shutdown.grace", MILLISECOND..=HOUR) };
-        let config = Self { http, signature, spool, dedupe, broker, topology, ops, log, traces, shutdown };
+        let config = Self { http, signature, spool, dedupe, broker, publisher, topology, ops, log, traces, shutdown };
         match raw.finish() {
             mistakes if mistakes.is_empty() => Ok(config),
             mistakes => Err(ConfigError { mistakes }),

@@ -3,8 +3,8 @@
 
 use std::path::Path;
 
-use super::SECRETS_MAX;
 use crate::secret::Secret;
+use crate::signature::SECRETS_MAX;
 
 /// With 16 random letters and digits nobody gets in by trying.
 const TOKEN_CHARS_MIN: usize = 16;

@@ -10,14 +10,16 @@ use jiff::Timestamp;
 
 use super::raw::Raw;
 use super::secrets::{password_in, secrets_in, token_in};
-use super::{
-    Archive, Broker, BrokerUrl, Declare, Dedupe, Durability, Http, Log, LogFormat, Ops, Purpose, Queue, SECRETS_MAX,
-    Signature, Spool, Topology, Traces,
-};
+use super::{Archive, Declare, Dedupe, Durability, Purpose, Queue, Spool, Topology};
+use crate::broker::{self, BrokerUrl, SHORT_STRING_BYTES_MAX};
+use crate::ingress::{self, HEALTH_PATH};
+use crate::logging::{self, Format};
 use crate::secret::Secret;
-use crate::telemetry::chain;
+use crate::signature::{self, SECRETS_MAX};
+use crate::text::chain;
 use crate::tls::{self, ClientFiles, ServerFiles};
 use crate::topology::{ARCHIVE, DEAD, Plan, UNROUTED};
+use crate::{ops, publisher, traces};
 
 const KIB: u64 = 1024;
 const MIB: u64 = 1024 * KIB;
@@ -36,62 +38,57 @@ const PARTITIONS_MAX: usize = 256;
 /// Left for what the relay appends, such as `.retry.16`.
 const SUFFIX_BYTES: usize = 16;
 
-/// What AMQP calls a short string, for the names of exchanges and queues and for binding keys.
-const SHORT_STRING_BYTES_MAX: usize = 255;
-
-impl Http {
-    pub(super) fn read(raw: &mut Raw, purpose: Purpose) -> Self {
-        let body_bytes_max = raw.bytes("http.body_bytes_max", 1..=128 * MIB);
-        let buffer_bytes_max = raw.bytes("http.buffer_bytes_max", 1..=MIB * MIB);
-        if buffer_bytes_max < body_bytes_max {
-            raw.mistake("http.buffer_bytes_max", "is below http.body_bytes_max, so the largest body would never fit");
-        }
-        Self {
-            listen: raw.read("http.listen", address).unwrap_or(UNSPECIFIED),
-            path: raw.read("http.path", webhook_path).unwrap_or_default(),
-            body_bytes_max: body_bytes_max as usize,
-            buffer_bytes_max: buffer_bytes_max as usize,
-            header_timeout: raw.duration("http.header_timeout", MILLISECOND..=HOUR),
-            body_timeout: raw.duration("http.body_timeout", MILLISECOND..=HOUR),
-            connections_max: raw.number("http.connections_max", 1..=1_000_000),
-            connections_per_source_max: raw.number("http.connections_per_source_max", 1..=1_000_000),
-            headers_max: raw.number("http.headers_max", 1..=1000),
-            // 8 KiB is the least that hyper takes.
-            header_bytes_max: raw.bytes("http.header_bytes_max", 8 * KIB..=MIB) as usize,
-            streams_max: raw.number("http.streams_max", 1..=10_000) as u32,
-            tls: server_files(raw, purpose),
-            allowed_sources: raw.list("http.allowed_sources", network),
-            trusted_proxies: raw.list("http.trusted_proxies", network),
-        }
+pub(super) fn http(raw: &mut Raw, purpose: Purpose) -> ingress::Settings {
+    let body_bytes_max = raw.bytes("http.body_bytes_max", 1..=128 * MIB);
+    let buffer_bytes_max = raw.bytes("http.buffer_bytes_max", 1..=MIB * MIB);
+    if buffer_bytes_max < body_bytes_max {
+        raw.mistake("http.buffer_bytes_max", "is below http.body_bytes_max, so the largest body would never fit");
+    }
+    ingress::Settings {
+        listen: raw.read("http.listen", address).unwrap_or(UNSPECIFIED),
+        path: raw.read("http.path", webhook_path).unwrap_or_default(),
+        body_bytes_max: body_bytes_max as usize,
+        buffer_bytes_max: buffer_bytes_max as usize,
+        header_timeout: raw.duration("http.header_timeout", MILLISECOND..=HOUR),
+        body_timeout: raw.duration("http.body_timeout", MILLISECOND..=HOUR),
+        connections_max: raw.number("http.connections_max", 1..=1_000_000),
+        connections_per_source_max: raw.number("http.connections_per_source_max", 1..=1_000_000),
+        headers_max: raw.number("http.headers_max", 1..=1000),
+        // 8 KiB is the least that hyper takes.
+        header_bytes_max: raw.bytes("http.header_bytes_max", 8 * KIB..=MIB) as usize,
+        streams_max: raw.number("http.streams_max", 1..=10_000) as u32,
+        tls: server_files(raw, purpose),
+        allowed_sources: raw.list("http.allowed_sources", network),
+        trusted_proxies: raw.list("http.trusted_proxies", network),
     }
 }
 
-impl Signature {
-    pub(super) fn read(raw: &mut Raw, purpose: Purpose) -> Self {
-        let required = raw.one_of("signature.required", &[("true", true), ("false", false)]);
-        let mut secrets = raw.list("signature.secrets", |text| Ok(Secret::new(text)));
-        let file = raw.file("signature.secrets_file", secrets_in);
-        let secrets_file = file.map(|(path, from_file)| {
-            if !secrets.is_empty() {
-                raw.mistake("signature.secrets_file", "is set together with signature.secrets; set one of them");
-            }
-            secrets = from_file;
-            path
-        });
-        if secrets.len() > SECRETS_MAX {
-            raw.mistake(
-                "signature.secrets",
-                format_args!("holds {} secrets; {SECRETS_MAX} are allowed", secrets.len()),
-            );
+pub(super) fn signature(raw: &mut Raw, purpose: Purpose) -> signature::Settings {
+    let required = raw.one_of("signature.required", &[("true", true), ("false", false)]);
+    let mut secrets = raw.list("signature.secrets", |text| Ok(Secret::new(text)));
+    let file = raw.file("signature.secrets_file", secrets_in);
+    let secrets_file = file.map(|(path, from_file)| {
+        if !secrets.is_empty() {
+            raw.mistake("signature.secrets_file", "is set together with signature.secrets; set one of them");
         }
-        if required && secrets.is_empty() && purpose == Purpose::Serve {
-            raw.mistake(
-                "signature.secrets",
-                "is empty, so nothing could be accepted; set it (or signature.secrets_file) to the secret of the \
-                 Prism account, or set signature.required to false if the account does not sign",
-            );
-        }
-        Self { required, secrets, secrets_file, tolerance: raw.duration("signature.tolerance", SECOND..=DAY) }
+        secrets = from_file;
+        path
+    });
+    if secrets.len() > SECRETS_MAX {
+        raw.mistake("signature.secrets", format_args!("holds {} secrets; {SECRETS_MAX} are allowed", secrets.len()));
+    }
+    if required && secrets.is_empty() && purpose == Purpose::Serve {
+        raw.mistake(
+            "signature.secrets",
+            "is empty, so nothing could be accepted; set it (or signature.secrets_file) to the secret of the \
+             Prism account, or set signature.required to false if the account does not sign",
+        );
+    }
+    signature::Settings {
+        required,
+        secrets,
+        secrets_file,
+        tolerance: raw.duration("signature.tolerance", SECOND..=DAY),
     }
 }
 
@@ -115,71 +112,69 @@ impl Dedupe {
     }
 }
 
-impl Broker {
-    pub(super) fn read(raw: &mut Raw) -> Self {
-        let mut urls = raw.list("broker.urls", BrokerUrl::parse);
-        if urls.is_empty() && !raw.has_mistake("broker.urls") {
-            raw.mistake("broker.urls", "names no broker");
-        }
-        let password = raw.read("broker.password", |text| Ok(Secret::new(text)));
-        let from_file = raw.file("broker.password_file", password_in);
-        if password.is_some() && from_file.is_some() {
-            raw.mistake("broker.password_file", "is set together with broker.password; set one of them");
-        }
-        let (password_file, password) = match from_file {
-            Some((path, from_file)) => (Some(path), Some(from_file)),
-            None => (None, password),
-        };
-        let heartbeat = raw.duration("broker.heartbeat", SECOND..=HOUR);
-        if heartbeat.subsec_nanos() != 0 {
-            raw.mistake("broker.heartbeat", "AMQP counts it in whole seconds");
-        }
-        let heartbeat_seconds = heartbeat.as_secs() as u16;
-        for url in &mut urls {
-            if let Some(password) = &password {
-                url.set_password(password);
-            }
-            url.set_heartbeat(heartbeat_seconds);
-        }
-        let confirm_timeout = raw.duration("broker.confirm_timeout", SECOND..=HOUR);
-        if confirm_timeout < heartbeat {
-            raw.mistake(
-                "broker.confirm_timeout",
-                "is below broker.heartbeat, so a slow broker would be taken for dead",
-            );
-        }
-        let reconnect_min = raw.duration("broker.reconnect_min", MILLISECOND..=HOUR);
-        let reconnect_max = raw.duration("broker.reconnect_max", MILLISECOND..=HOUR);
-        if reconnect_max < reconnect_min {
-            raw.mistake("broker.reconnect_max", "is below broker.reconnect_min");
-        }
-        let (tls, server_name) = client_files(raw, &urls);
-        Self {
-            urls,
-            password_file,
-            tls,
-            server_name,
-            exchange: raw.read("broker.exchange", exchange_name).unwrap_or_default(),
-            window: raw.number("broker.window", 1..=65_535),
-            confirm_timeout,
-            connect_timeout: raw.duration("broker.connect_timeout", MILLISECOND..=HOUR),
-            reconnect_min,
-            reconnect_max,
-            parked_retry: raw.duration("broker.parked_retry", MILLISECOND..=DAY),
-            management_url: raw.read("broker.management_url", management_url),
-        }
+pub(super) fn broker(raw: &mut Raw) -> (broker::Settings, publisher::Settings) {
+    let mut urls = raw.list("broker.urls", BrokerUrl::parse);
+    if urls.is_empty() && !raw.has_mistake("broker.urls") {
+        raw.mistake("broker.urls", "names no broker");
     }
+    let password = raw.read("broker.password", |text| Ok(Secret::new(text)));
+    let from_file = raw.file("broker.password_file", password_in);
+    if password.is_some() && from_file.is_some() {
+        raw.mistake("broker.password_file", "is set together with broker.password; set one of them");
+    }
+    let (password_file, password) = match from_file {
+        Some((path, from_file)) => (Some(path), Some(from_file)),
+        None => (None, password),
+    };
+    let heartbeat = raw.duration("broker.heartbeat", SECOND..=HOUR);
+    if heartbeat.subsec_nanos() != 0 {
+        raw.mistake("broker.heartbeat", "AMQP counts it in whole seconds");
+    }
+    let heartbeat_seconds = heartbeat.as_secs() as u16;
+    for url in &mut urls {
+        if let Some(password) = &password {
+            url.set_password(password);
+        }
+        url.set_heartbeat(heartbeat_seconds);
+    }
+    let confirm_timeout = raw.duration("broker.confirm_timeout", SECOND..=HOUR);
+    if confirm_timeout < heartbeat {
+        raw.mistake("broker.confirm_timeout", "is below broker.heartbeat, so a slow broker would be taken for dead");
+    }
+    let reconnect_min = raw.duration("broker.reconnect_min", MILLISECOND..=HOUR);
+    let reconnect_max = raw.duration("broker.reconnect_max", MILLISECOND..=HOUR);
+    if reconnect_max < reconnect_min {
+        raw.mistake("broker.reconnect_max", "is below broker.reconnect_min");
+    }
+    let (tls, server_name) = client_files(raw, &urls);
+    let publisher = publisher::Settings {
+        exchange: raw.read("broker.exchange", exchange_name).unwrap_or_default(),
+        window: raw.number("broker.window", 1..=65_535),
+        confirm_timeout,
+        reconnect_min,
+        reconnect_max,
+        parked_retry: raw.duration("broker.parked_retry", MILLISECOND..=DAY),
+    };
+    let broker = broker::Settings {
+        urls,
+        password_file,
+        tls,
+        server_name,
+        connect_timeout: raw.duration("broker.connect_timeout", MILLISECOND..=HOUR),
+        management_url: raw.read("broker.management_url", management_url),
+    };
+    (broker, publisher)
 }
 
 impl Topology {
-    pub(super) fn read(raw: &mut Raw, broker: &Broker) -> Self {
+    pub(super) fn read(raw: &mut Raw, exchange: &str) -> Self {
         let choices = [("active", Declare::Active), ("passive", Declare::Passive), ("off", Declare::Off)];
         let declare = raw.one_of("topology.declare", &choices);
         let queues: Vec<_> =
             (0..raw.tables("topology.queues")).map(|index| queue(raw, &format!("topology.queues[{index}]"))).collect();
         let topology = Self { declare, queues, archive: archive(raw) };
         // Some come with names of their own, which must not be the others'.
-        for clash in Plan::new(&topology, &broker.exchange).clashes() {
+        for clash in Plan::new(&topology, exchange).clashes() {
             raw.mistake("topology", format_args!("there are two of the same name: {clash}"));
         }
         topology
@@ -223,47 +218,44 @@ fn archive(raw: &mut Raw) -> Option<Archive> {
     Some(Archive { name: name.unwrap_or_else(|| ARCHIVE.to_owned()), max_age: max_age?, max_bytes })
 }
 
-impl Ops {
-    pub(super) fn read(raw: &mut Raw) -> Self {
-        let token = raw.read("ops.token", token_in);
-        let from_file = raw.file("ops.token_file", token_in);
-        if token.is_some() && from_file.is_some() {
-            raw.mistake("ops.token_file", "is set together with ops.token; set one of them");
-        }
-        let (token_file, token) = match from_file {
-            Some((path, from_file)) => (Some(path), Some(from_file)),
-            None => (None, token),
-        };
-        Self { listen: raw.read("ops.listen", address).unwrap_or(UNSPECIFIED), token, token_file }
+pub(super) fn ops(raw: &mut Raw) -> ops::Settings {
+    let token = raw.read("ops.token", token_in);
+    let from_file = raw.file("ops.token_file", token_in);
+    if token.is_some() && from_file.is_some() {
+        raw.mistake("ops.token_file", "is set together with ops.token; set one of them");
+    }
+    let (token_file, token) = match from_file {
+        Some((path, from_file)) => (Some(path), Some(from_file)),
+        None => (None, token),
+    };
+    ops::Settings { listen: raw.read("ops.listen", address).unwrap_or(UNSPECIFIED), token, token_file }
+}
+
+pub(super) fn log(raw: &mut Raw) -> logging::Settings {
+    let formats = [("auto", Format::Auto), ("pretty", Format::Pretty), ("json", Format::Json)];
+    let filter = |text: &str| text.parse().map_err(|_| "is no filter such as info or info,lapin=debug".to_owned());
+    logging::Settings {
+        format: raw.one_of("log.format", &formats),
+        filter: raw.read("log.filter", filter).unwrap_or_default(),
     }
 }
 
-impl Log {
-    pub(super) fn read(raw: &mut Raw) -> Self {
-        let formats = [("auto", LogFormat::Auto), ("pretty", LogFormat::Pretty), ("json", LogFormat::Json)];
-        let filter = |text: &str| text.parse().map_err(|_| "is no filter such as info or info,lapin=debug".to_owned());
-        Self { format: raw.one_of("log.format", &formats), filter: raw.read("log.filter", filter).unwrap_or_default() }
-    }
-}
-
-impl Traces {
-    pub(super) fn read(raw: &mut Raw) -> Self {
-        let endpoint = |text: &str| match text.parse::<Uri>() {
-            // Errors of the exporter quote it, so there is no place for a password in it.
-            Ok(uri) if uri.authority().is_some_and(|authority| authority.as_str().contains('@')) => {
-                Err("has a login in it; give the collector's headers in OTEL_EXPORTER_OTLP_HEADERS".to_owned())
-            }
-            Ok(uri) if matches!(uri.scheme_str(), Some("http" | "https")) && uri.query().is_none() => Ok(uri),
-            _ => Err("is not the address of a collector, such as http://127.0.0.1:4318".to_owned()),
-        };
-        let ratio = |text: &str| match text.parse() {
-            Ok(ratio) if (0.0..=1.0).contains(&ratio) => Ok(ratio),
-            _ => Err("is not a number from 0 to 1".to_owned()),
-        };
-        Self {
-            endpoint: raw.read("traces.endpoint", endpoint),
-            sample_ratio: raw.read("traces.sample_ratio", ratio).unwrap_or_default(),
+pub(super) fn traces(raw: &mut Raw) -> traces::Settings {
+    let endpoint = |text: &str| match text.parse::<Uri>() {
+        // Errors of the exporter quote it, so there is no place for a password in it.
+        Ok(uri) if uri.authority().is_some_and(|authority| authority.as_str().contains('@')) => {
+            Err("has a login in it; give the collector's headers in OTEL_EXPORTER_OTLP_HEADERS".to_owned())
         }
+        Ok(uri) if matches!(uri.scheme_str(), Some("http" | "https")) && uri.query().is_none() => Ok(uri),
+        _ => Err("is not the address of a collector, such as http://127.0.0.1:4318".to_owned()),
+    };
+    let ratio = |text: &str| match text.parse() {
+        Ok(ratio) if (0.0..=1.0).contains(&ratio) => Ok(ratio),
+        _ => Err("is not a number from 0 to 1".to_owned()),
+    };
+    traces::Settings {
+        endpoint: raw.read("traces.endpoint", endpoint),
+        sample_ratio: raw.read("traces.sample_ratio", ratio).unwrap_or_default(),
     }
 }
 
@@ -302,11 +294,11 @@ fn client_files(raw: &mut Raw, urls: &[BrokerUrl]) -> (ClientFiles, Option<Strin
         (Some(_), None) => missing(raw, "broker.tls.private_key"),
     };
     let external = urls.iter().find(|url| url.logs_in_by_certificate());
-    if external.is_some_and(|url| identity.is_none() || !url.wants_tls()) {
+    if external.is_some_and(|url| identity.is_none() || !url.uses_tls()) {
         raw.mistake("broker.urls", "auth_mechanism=external needs an amqps url and broker.tls.certificate");
     }
     let files = ClientFiles { ca, identity };
-    if urls.iter().any(BrokerUrl::wants_tls) {
+    if urls.iter().any(BrokerUrl::uses_tls) {
         if let Err(error) = files.load() {
             raw.mistake("broker.tls", chain(&error));
         }
@@ -355,7 +347,7 @@ fn webhook_path(text: &str) -> Result<String, String> {
     if !text.starts_with('/') || text.contains(['?', '#', ' ']) {
         return Err("is not a path such as /webhooks/prism".to_owned());
     }
-    if text == crate::ingress::HEALTH_PATH {
+    if text == HEALTH_PATH {
         return Err("is taken: it is where load balancers ask for the relay's health".to_owned());
     }
     Ok(text.to_owned())

@@ -4,6 +4,8 @@ use std::io::Write;
 
 use super::sections::SECOND;
 use super::*;
+use crate::logging::Format;
+use crate::secret::Secret;
 
 const EXAMPLE: &str = include_str!("../../config/production.example.toml");
 
@@ -35,16 +37,16 @@ fn the_defaults_are_those_of_the_contract() {
     assert_eq!((config.spool.max_bytes, config.spool.durability), (1 << 30, Durability::Disk));
     assert_eq!((config.dedupe.window, config.dedupe.entries_max), (120 * SECOND, 100_000));
     assert_eq!(config.broker.urls[0].to_string(), "amqp://guest@127.0.0.1:5672/%2f");
-    assert_eq!((config.broker.exchange.as_str(), config.broker.window), ("prism.events", 1000));
+    assert_eq!((config.publisher.exchange.as_str(), config.publisher.window), ("prism.events", 1000));
     assert_eq!(
-        (config.broker.confirm_timeout, config.broker.urls[0].expose().query.heartbeat),
+        (config.publisher.confirm_timeout, config.broker.urls[0].expose().query.heartbeat),
         (30 * SECOND, Some(10))
     );
-    assert_eq!((config.broker.reconnect_min, config.broker.reconnect_max), (100 * MILLISECOND, 15 * SECOND));
+    assert_eq!((config.publisher.reconnect_min, config.publisher.reconnect_max), (100 * MILLISECOND, 15 * SECOND));
     assert_eq!(config.topology.declare, Declare::Active);
     assert_eq!(config.topology.queues[1].bindings, ["body_shape_prediction.#"]);
     assert_eq!(config.ops.listen.to_string(), "127.0.0.1:9090");
-    assert_eq!(config.log.format, LogFormat::Auto);
+    assert_eq!(config.log.format, Format::Auto);
     assert_eq!(config.shutdown.grace, 25 * SECOND);
 }
 

@@ -5,12 +5,12 @@ use http_body_util::Full;
 use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
 use hyper::{Response, StatusCode};
 use serde::Serialize;
-use tokio_util::sync::CancellationToken;
 
 use crate::event::NotAnEnvelope;
+use crate::health::Health;
 use crate::server::Vouched;
 use crate::signature::Rejection;
-use crate::spool::{AppendError, Receipt, Spool};
+use crate::spool::{AppendError, Receipt};
 
 /// Seconds after which a sender may try again. Prism's own retries come after 0, 5 and 30 s.
 const RETRY_AFTER_SECONDS: HeaderValue = HeaderValue::from_static("5");
@@ -161,15 +161,9 @@ pub fn accepted(receipt: &Receipt) -> Response<Full<Bytes>> {
     response
 }
 
-/// Why a webhook could not be answered 200 right now. A relay on its way out still takes what is under way, but sends
-/// newcomers elsewhere.
-pub fn blocker(spool: &Spool, draining: &CancellationToken) -> Option<AppendError> {
-    if draining.is_cancelled() { Some(AppendError::Closed) } else { spool.blocker() }
-}
-
-/// The same for load balancers and orchestrators.
-pub fn readiness(spool: &Spool, draining: &CancellationToken) -> Response<Full<Bytes>> {
-    match blocker(spool, draining) {
+/// The answer to `GET /healthz`.
+pub fn readiness(health: &Health) -> Response<Full<Bytes>> {
+    match health.blocker() {
         None => json(StatusCode::OK, "application/json", &serde_json::json!({ "ready": true })),
         Some(reason) => Refusal::NotStored(reason).response(),
     }

@@ -3,6 +3,7 @@
 
 mod answer;
 mod body;
+mod settings;
 pub mod source;
 
 use std::net::{IpAddr, SocketAddr};
@@ -21,23 +22,20 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
-use answer::{CODES, Refusal, accepted};
-pub use answer::{blocker, readiness};
+use answer::{CODES, Refusal, accepted, readiness};
 use body::{Inbound, Memory};
+pub use settings::{HEALTH_PATH, Settings};
 
-use crate::config;
-use crate::event::{Envelope, Event, TraceContext};
-use crate::journal::Journal;
+use crate::event::{DOCUMENTED_TYPES, Envelope, Event, TraceContext};
+use crate::health::Health;
+use crate::log_limiter::LogLimiter;
 use crate::metrics::Metrics;
-use crate::notices::Notices;
+use crate::recent::Recent;
 use crate::server::{Admission, Limits, Server};
 use crate::signature::{Accepted, SIGNATURE_HEADER, TIMESTAMP_HEADER, Verifier};
 use crate::spool::{AppendError, Receipt, Spool};
 use crate::tls;
 use crate::traces::Traces;
-
-/// Answers like `/readyz`, on the public listener, for load balancers.
-pub const HEALTH_PATH: &str = "/healthz";
 
 /// How long a disk may take. Prism's own patience is not documented; a sender that is told to come back is better off
 /// than one that hears nothing.
@@ -47,7 +45,7 @@ const APPEND_PATIENCE: Duration = Duration::from_secs(10);
 pub struct Parts {
     pub verifier: Arc<Verifier>,
     pub spool: Spool,
-    pub journal: Arc<Journal>,
+    pub recent: Arc<Recent>,
     pub traces: Arc<Traces>,
     pub metrics: Arc<Metrics>,
 }
@@ -61,7 +59,7 @@ pub struct Ingress {
 impl Ingress {
     /// `draining` is cancelled when the relay begins to stop.
     pub fn new(
-        http: config::Http,
+        http: Settings,
         listener: TcpListener,
         tls: Option<Arc<tls::Server>>,
         parts: Parts,
@@ -69,11 +67,23 @@ impl Ingress {
     ) -> Self {
         let server = Server::new(listener, "http", limits(&http), tls, Arc::clone(&parts.metrics));
         parts.metrics.expect_refusals(&CODES);
+        parts.metrics.expect_event_types(&DOCUMENTED_TYPES);
         parts.metrics.expect_secrets(parts.verifier.secrets());
         let memory = Memory::new(http.buffer_bytes_max);
-        let Parts { verifier, spool, journal, traces, metrics } = parts;
-        let desk =
-            Desk { http, verifier, spool, journal, traces, metrics, memory, draining, notices: Notices::default() };
+        let health = Health::new(parts.spool.clone(), draining.clone());
+        let Parts { verifier, spool, recent, traces, metrics } = parts;
+        let desk = Desk {
+            http,
+            verifier,
+            spool,
+            health,
+            recent,
+            traces,
+            metrics,
+            memory,
+            draining,
+            log_limiter: LogLimiter::default(),
+        };
         Self { server, desk: Arc::new(desk) }
     }
 
@@ -103,7 +113,7 @@ impl Ingress {
     }
 }
 
-fn limits(http: &config::Http) -> Limits {
+fn limits(http: &Settings) -> Limits {
     Limits {
         connections_max: http.connections_max,
         connections_per_source_max: http.connections_per_source_max,
@@ -120,15 +130,16 @@ fn limits(http: &config::Http) -> Limits {
 
 /// Everything that is needed to answer one request.
 struct Desk {
-    http: config::Http,
+    http: Settings,
     verifier: Arc<Verifier>,
     spool: Spool,
-    journal: Arc<Journal>,
+    health: Health,
+    recent: Arc<Recent>,
     traces: Arc<Traces>,
     metrics: Arc<Metrics>,
     memory: Memory,
     draining: CancellationToken,
-    notices: Notices,
+    log_limiter: LogLimiter,
 }
 
 impl Desk {
@@ -138,7 +149,7 @@ impl Desk {
         let mut body = Inbound::new(body, &parts.headers, self.http.body_timeout);
         if parts.uri.path() == HEALTH_PATH {
             return match parts.method {
-                Method::GET | Method::HEAD => readiness(&self.spool, &self.draining),
+                Method::GET | Method::HEAD => readiness(&self.health),
                 _ => Refusal::MethodNotAllowed("GET, HEAD").response(),
             };
         }
@@ -161,9 +172,9 @@ impl Desk {
     fn tell(&self, refusal: &Refusal, client: IpAddr) {
         let (code, detail) = (refusal.code(), refusal.detail());
         self.metrics.webhook_refused(code);
-        self.journal.refused(code, Timestamp::now());
+        self.recent.refused(code, Timestamp::now());
         debug!(%client, code, detail, "webhook refused");
-        if let Some(unreported) = self.notices.due(code, Instant::now()) {
+        if let Some(unreported) = self.log_limiter.due(code, Instant::now()) {
             warn!(%client, code, detail, unreported, "webhook refused; further ones of this kind are counted for a minute");
         }
     }
@@ -188,7 +199,7 @@ impl Desk {
         let signed = verified.signed();
         if let Some(signed) = signed {
             self.metrics.signature_verified(signed.secret);
-            self.journal.verified(signed.secret, now);
+            self.recent.verified(signed.secret, now);
         }
 
         let sent = TraceContext::from_headers(header(headers, "traceparent"), header(headers, "tracestate"));
@@ -214,11 +225,11 @@ impl Desk {
     /// For the operators.
     fn note(&self, receipt: &Receipt, body: &[u8], now: Timestamp) {
         if receipt.duplicate {
-            return self.journal.duplicate(now);
+            return self.recent.duplicate(now);
         }
         let envelope = Envelope::parse(body).ok();
         self.metrics.event(envelope.as_ref().map(|envelope| &*envelope.event_type));
-        self.journal.accepted(receipt.seq, receipt.id, envelope.as_ref(), now);
+        self.recent.accepted(receipt.seq, receipt.id, envelope.as_ref(), now);
     }
 
     /// Who is asking, behind the proxies that we trust.

@@ -11,7 +11,7 @@ use hyper::header::{AUTHORIZATION, COOKIE, HOST, ORIGIN};
 use subtle::ConstantTimeEq;
 
 use crate::secret::Secret;
-use crate::signature::hex;
+use crate::text::hex;
 use crate::tls;
 
 const COOKIE_NAME: &str = "prism-relay";

@@ -5,6 +5,7 @@ mod console;
 mod gate;
 mod history;
 mod report;
+mod settings;
 mod summary;
 mod view;
 
@@ -30,14 +31,15 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 use uuid::Uuid;
 
-use crate::ingress::readiness;
+use crate::health::Health;
+use crate::log_limiter::LogLimiter;
 use crate::metrics;
-use crate::notices::Notices;
 use crate::server::{Limits, Server};
-use crate::telemetry::chain;
+use crate::spool::AppendError;
+use crate::text::chain;
 use gate::Denied;
 pub use gate::Gate;
-pub use summary::span;
+pub use settings::Settings;
 pub use view::Parts;
 use view::{Action, View, ViewError};
 
@@ -78,15 +80,15 @@ struct Desk {
     view: Arc<View>,
     gate: Arc<Gate>,
     feed: broadcast::Sender<Bytes>,
-    notices: Arc<Notices>,
+    log_limiter: Arc<LogLimiter>,
 }
 
 impl Ops {
-    /// `draining` is cancelled when the relay begins to stop.
-    pub fn new(listener: TcpListener, gate: Arc<Gate>, parts: Parts, draining: CancellationToken) -> Self {
+    /// An operators' listener on a socket that is already bound.
+    pub fn new(listener: TcpListener, gate: Arc<Gate>, parts: Parts) -> Self {
         let server = Server::new(listener, "ops", LIMITS, None, Arc::clone(&parts.metrics));
         let (feed, _) = broadcast::channel(FEED_CAPACITY);
-        Self { server, desk: Desk { view: Arc::new(View::new(parts, draining)), gate, feed, notices: Arc::default() } }
+        Self { server, desk: Desk { view: Arc::new(View::new(parts)), gate, feed, log_limiter: Arc::default() } }
     }
 
     pub fn address(&self) -> std::io::Result<SocketAddr> {
@@ -138,7 +140,7 @@ impl Desk {
         let looking = matches!(*request.method(), Method::GET | Method::HEAD);
         match (looking, path.as_str()) {
             (true, "/livez") => text(StatusCode::OK, "alive\n"),
-            (true, "/readyz") => readiness(&self.view.parts().spool, self.view.draining()).map(Either::Left),
+            (true, "/readyz") => readiness(self.view.health()),
             (true, "/metrics") => self.metrics(&request).await,
             (true, "/login") => console::login(),
             (false, "/login") if request.method() == Method::POST => self.log_in(request, peer).await,
@@ -151,7 +153,7 @@ impl Desk {
             (looking, path) if path.starts_with("/api/") => {
                 let answer = if looking { self.tell(&request).await } else { self.act(&request).await };
                 answer.unwrap_or_else(|error| {
-                    if let Some(unreported) = self.notices.due("answer", Instant::now()) {
+                    if let Some(unreported) = self.log_limiter.due("answer", Instant::now()) {
                         error!(error = chain(&error), path, unreported, "cannot answer an operator");
                     }
                     problem(StatusCode::INTERNAL_SERVER_ERROR, "the spool cannot be read or changed at the moment")
@@ -252,7 +254,7 @@ impl Desk {
                 response
             }
             Some(Err(_)) | None => {
-                if let Some(unreported) = self.notices.due("login", Instant::now()) {
+                if let Some(unreported) = self.log_limiter.due("login", Instant::now()) {
                     warn!(%peer, unreported, "somebody tries to log in to the console with a wrong token");
                 }
                 see_other("/login?wrong")
@@ -297,6 +299,22 @@ fn method_not_allowed(allowed: &'static str) -> Response<Answer> {
     let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "this path does not take that method\n");
     response.headers_mut().insert(ALLOW, HeaderValue::from_static(allowed));
     response
+}
+
+/// The answer to `GET /readyz`.
+fn readiness(health: &Health) -> Response<Answer> {
+    let Some(reason) = health.blocker() else { return json(StatusCode::OK, &json!({ "ready": true })) };
+    let code = match reason {
+        AppendError::Full => "spool-full",
+        AppendError::Unavailable => "spool-unavailable",
+        AppendError::Closed => "shutting-down",
+    };
+    let status = StatusCode::SERVICE_UNAVAILABLE;
+    let title = status.canonical_reason().unwrap_or_default();
+    let problem = json!({
+        "type": "about:blank", "title": title, "status": status.as_u16(), "detail": reason.to_string(), "code": code,
+    });
+    response(status, "application/problem+json", problem.to_string())
 }
 
 /// RFC 9457.

@@ -7,8 +7,8 @@ use uuid::Uuid;
 
 use super::summary::{Refusing, Summary};
 use crate::event::{Envelope, subject};
-use crate::journal::{Arrival, Counts, Tally};
 use crate::publisher::{BrokerState, Turn};
+use crate::recent::{Arrival, Counts, Tally};
 use crate::spool::{Entry, Ledger};
 
 /// `/api/status`.

@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use crate::text::span;
+
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Summary {
     pub level: Level,
@@ -260,21 +262,6 @@ fn grouped(number: u64) -> String {
     groups.collect::<Vec<_>>().join(",")
 }
 
-/// Two units at most: `3 s`, `3 min 50 s`, `2 h 5 min`, `4 d`.
-pub fn span(duration: Duration) -> String {
-    let seconds = duration.as_secs();
-    let two = |large: u64, large_unit, small: u64, small_unit| match small {
-        0 => format!("{large} {large_unit}"),
-        small => format!("{large} {large_unit} {small} {small_unit}"),
-    };
-    match seconds {
-        0..60 => format!("{seconds} s"),
-        60..3600 => two(seconds / 60, "min", seconds % 60, "s"),
-        3600..86_400 => two(seconds / 3600, "h", seconds % 3600 / 60, "min"),
-        _ => two(seconds / 86_400, "d", seconds % 86_400 / 3600, "h"),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -378,14 +365,5 @@ mod tests {
         says(&damaged, Level::Warning, text);
         let draining = Facts { draining: true, pending: 1, ..well() };
         says(&draining, Level::Warning, "The relay is stopping; what is not delivered (1 event) stays on disk.");
-    }
-
-    #[test]
-    fn spans_have_two_units_at_most() {
-        for (seconds, text) in
-            [(0, "0 s"), (59, "59 s"), (60, "1 min"), (230, "3 min 50 s"), (7500, "2 h 5 min"), (90_000, "1 d 1 h")]
-        {
-            assert_eq!(span(Duration::from_secs(seconds)), text);
-        }
     }
 }

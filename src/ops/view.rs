@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use thiserror::Error;
-use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::history::{History, Point, Totals};
@@ -15,10 +14,10 @@ use super::report::{
     SecretReport, SpoolReport, TypeReport, WebhookReport, matches,
 };
 use super::summary::Facts;
-use crate::ingress::blocker;
-use crate::journal::{Arrival, Counts, Journal};
+use crate::health::Health;
 use crate::metrics::Metrics;
 use crate::publisher::{BrokerState, Status};
+use crate::recent::{Arrival, Counts, Recent};
 use crate::server::Admission;
 use crate::signature::Verifier;
 use crate::spool::{Inspector, OpenError, ReadError, Spool};
@@ -34,8 +33,9 @@ const PARKED_MAX: u64 = 100;
 #[derive(Clone)]
 pub struct Parts {
     pub spool: Spool,
+    pub health: Health,
     pub broker: Arc<Status>,
-    pub journal: Arc<Journal>,
+    pub recent: Arc<Recent>,
     pub verifier: Arc<Verifier>,
     /// Connections to the public listener.
     pub connections: Arc<Admission>,
@@ -46,7 +46,6 @@ pub struct Parts {
 
 pub struct View {
     parts: Parts,
-    draining: CancellationToken,
     started: (Instant, Timestamp),
     history: Mutex<History>,
 }
@@ -72,25 +71,21 @@ pub enum Action {
 }
 
 impl View {
-    pub fn new(parts: Parts, draining: CancellationToken) -> Self {
-        let view = Self { parts, draining, started: (Instant::now(), Timestamp::now()), history: Mutex::default() };
+    pub fn new(parts: Parts) -> Self {
+        let view = Self { parts, started: (Instant::now(), Timestamp::now()), history: Mutex::default() };
         // The first point learns where the counters stand.
         view.sample();
         view
     }
 
-    pub fn parts(&self) -> &Parts {
-        &self.parts
-    }
-
-    pub fn draining(&self) -> &CancellationToken {
-        &self.draining
+    pub fn health(&self) -> &Health {
+        &self.parts.health
     }
 
     /// Adds a point to the charts.
     pub fn sample(&self) -> Option<Point> {
         let ledger = self.parts.spool.gauges().ledger();
-        let totals = totals(&self.parts.journal.counts(), ledger.confirmed);
+        let totals = totals(&self.parts.recent.counts(), ledger.confirmed);
         let lags = self.parts.broker.take_lags();
         self.history().add(totals, ledger.pending, &lags, Timestamp::now(), Instant::now())
     }
@@ -101,7 +96,7 @@ impl View {
 
     pub async fn report(&self) -> Report {
         let (gauges, broker, counts) =
-            (self.parts.spool.gauges(), self.parts.broker.snapshot(), self.parts.journal.counts());
+            (self.parts.spool.gauges(), self.parts.broker.snapshot(), self.parts.recent.counts());
         let now = Timestamp::now();
         // The rest is needed most when the spool is sick.
         let oldest = self.oldest_age(now).await.unwrap_or(None);
@@ -114,8 +109,8 @@ impl View {
             now,
             started_at,
             uptime_seconds: started.elapsed().as_secs(),
-            ready: blocker(&self.parts.spool, &self.draining).is_none(),
-            draining: self.draining.is_cancelled(),
+            ready: self.parts.health.blocker().is_none(),
+            draining: self.parts.health.is_draining(),
             summary: facts.sum_up(),
             refusing: facts.refusing(),
             webhooks: WebhookReport::new(&counts),
@@ -133,7 +128,7 @@ impl View {
         let age = |at: Timestamp| now.duration_since(at).unsigned_abs();
         let lately = self.history().lately(LATELY, &totals(counts, spool.confirmed));
         Facts {
-            draining: self.draining.is_cancelled(),
+            draining: self.parts.health.is_draining(),
             writable: spool.writable,
             pending: spool.pending,
             parked: spool.parked,
@@ -160,7 +155,7 @@ impl View {
 
     /// The latest events that match, the newest first.
     pub async fn events(&self, find: &str) -> Result<Vec<EventReport>, ReadError> {
-        let found = self.parts.journal.latest(EVENTS_MAX, |arrival| matches(arrival, find));
+        let found = self.parts.recent.latest(EVENTS_MAX, |arrival| matches(arrival, find));
         let seqs = found.iter().map(|arrival| arrival.seq).collect();
         let undelivered: HashMap<u64, bool> = self.parts.spool.states(seqs).await?.into_iter().collect();
         let confirms: HashMap<u64, Timestamp> = self.parts.broker.confirms().into_iter().collect();
@@ -171,7 +166,7 @@ impl View {
                 (Some(_), _) => EventState::Confirmed,
                 (None, Some(true)) => EventState::Parked,
                 (None, Some(false)) => EventState::Pending,
-                (None, None) if self.parts.journal.was_removed(arrival.id) => EventState::Removed,
+                (None, None) if self.parts.recent.was_removed(arrival.id) => EventState::Removed,
                 (None, None) => EventState::Gone,
             };
             EventReport::new(arrival, state, settled_at)
@@ -204,7 +199,7 @@ impl View {
         .await?;
         match action {
             Action::Retry if done => self.parts.broker.retry_parked(),
-            Action::Remove if done => self.parts.journal.removed(id),
+            Action::Remove if done => self.parts.recent.removed(id),
             Action::Retry | Action::Remove => {}
         }
         // So that the next look sees it.
@@ -216,7 +211,7 @@ impl View {
         let (ledger, broker) = (self.parts.spool.gauges().ledger(), self.parts.broker.snapshot());
         let (metrics, now) = (&self.parts.metrics, Timestamp::now());
         let flag = |flag: bool| f64::from(u8::from(flag));
-        metrics.ready.set(flag(blocker(&self.parts.spool, &self.draining).is_none()));
+        metrics.ready.set(flag(self.parts.health.blocker().is_none()));
         metrics.spool.events.set(ledger.pending as f64);
         metrics.spool.bytes.set(ledger.bytes as f64);
         metrics.spool.max_bytes.set(self.parts.spool.max_bytes() as f64);

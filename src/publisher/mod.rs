@@ -5,16 +5,14 @@
 //! and starts again from the oldest unconfirmed event; what the broker had already taken is then published twice, under
 //! the same `message_id`.
 
-mod access;
 mod ahead;
 mod careful;
-mod connection;
 mod flight;
 mod lags;
 pub mod message;
 mod outcome;
-mod reactor;
 mod session;
+mod settings;
 mod status;
 
 use std::sync::Arc;
@@ -24,16 +22,16 @@ use thiserror::Error;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
-pub use access::Access;
-pub use connection::{ConnectError, Link};
 pub use lags::Lags;
+pub use settings::Settings;
 pub use status::{BrokerState, Status, Turn};
 
 use crate::backoff::Backoff;
+use crate::broker::{BrokerAccess, BrokerConnection, ConnectError, reply_text};
 use crate::config;
 use crate::metrics::Metrics;
 use crate::spool::{ReadError, Spool};
-use crate::telemetry::chain;
+use crate::text::chain;
 use crate::topology::{self, Plan, TopologyError};
 use crate::traces::Traces;
 use careful::Careful;
@@ -62,8 +60,8 @@ pub enum PublisherError {
 
 pub struct Publisher {
     spool: Spool,
-    broker: config::Broker,
-    access: Arc<Access>,
+    settings: Settings,
+    access: Arc<BrokerAccess>,
     plan: Plan,
     declare: config::Declare,
     status: Arc<Status>,
@@ -74,16 +72,16 @@ pub struct Publisher {
 impl Publisher {
     pub fn new(
         spool: Spool,
-        broker: config::Broker,
-        access: Arc<Access>,
+        settings: Settings,
+        access: Arc<BrokerAccess>,
         topology: &config::Topology,
         traces: Arc<Traces>,
         metrics: Arc<Metrics>,
     ) -> Self {
-        let plan = Plan::new(topology, &broker.exchange);
+        let plan = Plan::new(topology, &settings.exchange);
         Self {
             spool,
-            broker,
+            settings,
             access,
             plan,
             declare: topology.declare,
@@ -100,11 +98,11 @@ impl Publisher {
     /// Delivers until `drain` is cancelled, and then for as long as there is something to deliver and a broker that
     /// takes it. Ends before only if the spool cannot be read.
     pub async fn run(self, drain: CancellationToken) -> Result<(), PublisherError> {
-        let mut backoff = Backoff::new(self.broker.reconnect_min, self.broker.reconnect_max);
+        let mut backoff = Backoff::new(self.settings.reconnect_min, self.settings.reconnect_max);
         let mut careful = Careful::default();
         // Of each url: what was last said about it.
-        let mut told = vec![String::new(); self.broker.urls.len()];
-        for index in (0..self.broker.urls.len()).cycle() {
+        let mut told = vec![String::new(); self.access.count()];
+        for index in (0..self.access.count()).cycle() {
             let url = self.access.url(index);
             let begun = Instant::now();
             let error = match self.deliver_to(index, &mut careful, &drain).await {
@@ -113,7 +111,7 @@ impl Publisher {
                 (progress, Err(error)) => {
                     // Where a queue is full, a nack comes at once, however well the connection works.
                     let at_once =
-                        matches!(error, PublisherError::Nacked) && begun.elapsed() < self.broker.reconnect_max;
+                        matches!(error, PublisherError::Nacked) && begun.elapsed() < self.settings.reconnect_max;
                     if progress && !at_once {
                         backoff.reset();
                         told[index].clear();
@@ -150,7 +148,7 @@ impl Publisher {
         let connecting = async {
             let link = self.access.open(index, "prism-relay").await?;
             // Each declaration is a round trip, and may take as long as a login.
-            let limit = self.broker.connect_timeout * (self.plan.steps() + 2);
+            let limit = self.access.connect_timeout() * (self.plan.steps() + 2);
             let setup = tokio::time::timeout(limit, self.set_up(&link)).await;
             let channel = setup.map_err(|_| PublisherError::SetUpTimeout(limit))??;
             Ok((link, channel))
@@ -184,9 +182,9 @@ impl Publisher {
         }
     }
 
-    async fn set_up(&self, link: &Link) -> Result<lapin::Channel, PublisherError> {
+    async fn set_up(&self, link: &BrokerConnection) -> Result<lapin::Channel, PublisherError> {
         topology::establish(&link.connection, &self.plan, self.declare).await?;
-        let lost = |error: lapin::Error| PublisherError::Lost(topology::reply_text(&error));
+        let lost = |error: lapin::Error| PublisherError::Lost(reply_text(&error));
         let channel = link.connection.create_channel().await.map_err(lost)?;
         channel.confirm_select(lapin::options::ConfirmSelectOptions { nowait: false }).await.map_err(lost)?;
         Ok(channel)

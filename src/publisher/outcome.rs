@@ -5,7 +5,7 @@ use lapin::{Confirmation, ErrorKind};
 use uuid::Uuid;
 
 use super::PublisherError;
-use crate::topology::{reply_code, reply_text};
+use crate::broker::{reply_code, reply_text};
 
 /// The end of one publish.
 #[derive(Debug)]

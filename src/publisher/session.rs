@@ -28,7 +28,8 @@ use super::ahead::Ahead;
 use super::careful::{Careful, Lesson};
 use super::flight::{self, Completion, Confirmed, Flight, OnItsWay};
 use super::outcome::{Outcome, Return, classify};
-use super::{Link, Publisher, PublisherError};
+use super::{Publisher, PublisherError};
+use crate::broker::BrokerConnection;
 use crate::spool::{Batch, ReadError, Settlement, Stored};
 
 /// How often deadlines and parked events are looked at.
@@ -43,7 +44,7 @@ const PARKED_AT_A_TIME: usize = 100;
 /// One connection's worth of deliveries.
 pub(super) struct Session<'a> {
     publisher: &'a Publisher,
-    link: &'a Link,
+    link: &'a BrokerConnection,
     channel: Channel,
     careful: &'a mut Careful,
 
@@ -69,14 +70,19 @@ pub(super) struct Session<'a> {
 }
 
 impl<'a> Session<'a> {
-    pub fn new(publisher: &'a Publisher, link: &'a Link, channel: Channel, careful: &'a mut Careful) -> Self {
+    pub fn new(
+        publisher: &'a Publisher,
+        link: &'a BrokerConnection,
+        channel: Channel,
+        careful: &'a mut Careful,
+    ) -> Self {
         let now = Instant::now();
         Self {
             publisher,
             link,
             channel,
             careful,
-            ahead: Ahead::new(publisher.spool.clone(), publisher.broker.window),
+            ahead: Ahead::new(publisher.spool.clone(), publisher.settings.window),
             parked: VecDeque::new(),
             trying_parked: None,
             last_retried: None,
@@ -188,7 +194,7 @@ impl<'a> Session<'a> {
         }
         while self.may_publish()
             && let Some(seq) = self.ahead.next_seq()
-            && self.flights.len() < self.careful.window(seq, self.publisher.broker.window)
+            && self.flights.len() < self.careful.window(seq, self.publisher.settings.window)
             && let Some(stored) = self.ahead.pop()
         {
             self.publish(stored).await;
@@ -202,9 +208,9 @@ impl<'a> Session<'a> {
         if !stored.event.is_intact() {
             return self.park_damaged(stored).await;
         }
-        let trace = self.publisher.traces.publishing(&mut stored.event, &self.publisher.broker.exchange);
+        let trace = self.publisher.traces.publishing(&mut stored.event, &self.publisher.settings.exchange);
         self.flights.insert(stored.seq, Flight::of(&stored.event, trace));
-        let publishing = flight::publish(self.channel.clone(), &self.publisher.broker.exchange, stored).await;
+        let publishing = flight::publish(self.channel.clone(), &self.publisher.settings.exchange, stored).await;
         self.completions.push(publishing);
     }
 
@@ -360,7 +366,7 @@ impl<'a> Session<'a> {
         if let Some((_, oldest)) = self.flights.first_key_value()
             && !self.blocked
         {
-            let limit = self.publisher.broker.confirm_timeout;
+            let limit = self.publisher.settings.confirm_timeout;
             if oldest.published_at.max(self.patience_from).elapsed() > limit {
                 return Err(PublisherError::ConfirmTimeout(limit));
             }
@@ -372,7 +378,7 @@ impl<'a> Session<'a> {
     }
 
     async fn look_at_parked(&mut self) -> Result<(), ReadError> {
-        let retry = self.publisher.broker.parked_retry;
+        let retry = self.publisher.settings.parked_retry;
         let gauges = self.publisher.spool.gauges();
         // What cannot be noted as tried, or as delivered, would be tried without end.
         if !self.parked.is_empty() || gauges.ledger().parked == 0 || !gauges.takes_settlements() {

@@ -9,7 +9,7 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use super::lags::Lags;
-use crate::config::BrokerUrl;
+use crate::broker::BrokerUrl;
 
 /// Turns of the connection that are remembered.
 const TIMELINE_MAX: usize = 100;

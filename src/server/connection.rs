@@ -79,7 +79,7 @@ impl End {
 
     /// hyper tells some causes by methods, others only by what lies beneath.
     fn of(error: &(dyn Error + Send + Sync + 'static)) -> Self {
-        let text = crate::telemetry::chain(error);
+        let text = crate::text::chain(error);
         let mut next: Option<&(dyn Error + 'static)> = Some(error);
         while let Some(cause) = next {
             next = cause.source();

@@ -31,8 +31,8 @@ use admission::{Admitted, Place, Standing};
 use connection::REASONS;
 pub use connection::{Activity, End, Protocol};
 
+use crate::log_limiter::LogLimiter;
 use crate::metrics::Metrics;
-use crate::notices::Notices;
 use crate::tls;
 
 /// What an answer that goes on may break off with.
@@ -91,7 +91,7 @@ struct Context {
     protocol: Arc<Protocol>,
     tls: Option<Arc<tls::Server>>,
     metrics: Arc<Metrics>,
-    notices: Arc<Notices>,
+    log_limiter: Arc<LogLimiter>,
 }
 
 /// Binds an address, unless there is a socket already. `key` is the configuration's name of the address, for the error.
@@ -120,8 +120,8 @@ impl Server {
         let Limits { connections_max, connections_per_source_max, unlimited_sources, headers_max, .. } = limits;
         let admission = Admission::new(connections_max, connections_per_source_max, unlimited_sources);
         metrics.expect_connections_refused(name, &REASONS);
-        let notices = Arc::default();
-        Self { listener, context: Context { name, admission, headers_max, protocol, tls, metrics, notices } }
+        let log_limiter = Arc::default();
+        Self { listener, context: Context { name, admission, headers_max, protocol, tls, metrics, log_limiter } }
     }
 
     /// Where it listens: the port that was given if 0 was asked for.
@@ -227,7 +227,7 @@ impl Context {
         };
         self.metrics.connection_refused(self.name, reason);
         debug!(%peer, listener = self.name, reason, error = end.error(), "connection refused");
-        if let Some(unreported) = self.notices.due(reason, Instant::now()) {
+        if let Some(unreported) = self.log_limiter.due(reason, Instant::now()) {
             info!(%peer, listener = self.name, reason, error = end.error(), unreported, "connection refused; further ones of this kind are counted for a minute");
         }
     }
@@ -259,7 +259,7 @@ async fn accept(listener: &TcpListener, context: &Context) -> (TcpStream, Socket
             Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset) => {
             }
             Err(error) => {
-                if let Some(unreported) = context.notices.due("accept", Instant::now()) {
+                if let Some(unreported) = context.log_limiter.due("accept", Instant::now()) {
                     warn!(%error, unreported, "cannot accept connections");
                 }
                 // Most likely the process is out of file descriptors, which is as good as out of places.

@@ -20,8 +20,8 @@ use super::store::Store;
 use super::{AppendError, EVENT_OVERHEAD_BYTES, Gauges, Ledger, Receipt, Settlement};
 use crate::config;
 use crate::event::Event;
+use crate::log_limiter::LogLimiter;
 use crate::metrics::Metrics;
-use crate::notices::Notices;
 
 /// Commands in one transaction at most: enough to share the fsync, few enough that the first does not wait long.
 const BATCH_MAX: usize = 1024;
@@ -69,7 +69,7 @@ pub(super) struct Writer {
     gauges: Arc<Gauges>,
     committed: Arc<Notify>,
     metrics: Arc<Metrics>,
-    notices: Notices,
+    log_limiter: LogLimiter,
 }
 
 /// Why a commit has failed, the worst last.
@@ -134,7 +134,7 @@ impl Writer {
             gauges,
             committed,
             metrics,
-            notices: Notices::default(),
+            log_limiter: LogLimiter::default(),
         })
     }
 
@@ -320,7 +320,7 @@ impl Writer {
 
     /// More events come in than the window may hold, so re-sends and replays are recognised for less time than they should.
     fn tell_of_short_window(&self, early: bool) {
-        if early && let Some(unreported) = self.notices.due("short-window", Instant::now()) {
+        if early && let Some(unreported) = self.log_limiter.due("short-window", Instant::now()) {
             warn!(
                 unreported,
                 "dedupe.entries_max is too small for this traffic: re-sends, or requests that somebody has captured, may be published again"
@@ -358,7 +358,7 @@ impl Writer {
             Some(Failure::Unknown) => self.store.start_log_anew(),
         };
         if matches!(anew, Err(rusqlite::Error::ExecuteReturnedResults))
-            && let Some(unreported) = self.notices.due("log-is-read", Instant::now())
+            && let Some(unreported) = self.log_limiter.due("log-is-read", Instant::now())
         {
             warn!(
                 unreported,

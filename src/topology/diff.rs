@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 use super::definitions::{KEEPERS, kind, pattern, plain, policy_key, policy_name, target_kind};
 use super::mending::{COSTS_MESSAGES, Mending, TOUCHES_MESSAGES, quote};
 use super::{Binding, Entity, MOVING, Plan};
-use crate::telemetry::clean;
+use crate::text::clean;
 
 /// What the API tells of a virtual host.
 #[derive(Debug, Default)]

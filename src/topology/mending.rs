@@ -5,6 +5,7 @@ use serde_json::{Map, Value};
 use super::Entity;
 use super::definitions::{KEEPERS, KEEPERS_LIMIT, escaped, pattern, plain, policy_key, policy_name};
 use super::diff::LiveBinding;
+use crate::broker::encoded;
 
 /// What of a policy decides about messages. Others, such as where a queue's leader lives, are the operator's business.
 pub(super) const TOUCHES_MESSAGES: [&str; 11] = [
@@ -87,11 +88,6 @@ impl Mending {
         let url = format!("{}/api/{}", self.api, path.join("/"));
         format!("curl -fsS -u {} -X DELETE {}", quote(&self.user), quote(&url))
     }
-}
-
-/// As a segment of a path (RFC 3986).
-pub fn encoded(segment: &str) -> String {
-    percent_encoding::utf8_percent_encode(segment, percent_encoding::NON_ALPHANUMERIC).to_string()
 }
 
 /// As one word of a shell.

@@ -3,19 +3,21 @@
 
 mod definitions;
 mod diff;
+mod live;
 mod mending;
 mod plan;
 
 use lapin::options::{ExchangeBindOptions, ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions};
 use lapin::types::{FieldTable, ShortString};
-use lapin::{Channel, Connection, ErrorKind, ExchangeKind};
+use lapin::{Channel, Connection, ExchangeKind};
 use thiserror::Error;
 
 pub use definitions::{definitions, kind, plain};
 pub use diff::{Difference, Live, differences};
-pub use mending::{Mending, encoded, quote};
+pub use mending::{Mending, quote};
 pub use plan::{Binding, CONSISTENT_HASH, Entity, Exchange, Plan, Queue, Target};
 
+use crate::broker::{reply_code, reply_text};
 use crate::config::Declare;
 
 /// Fanout exchange and queue for what no work queue is bound to. Fixed, so that every tool finds it.
@@ -225,22 +227,6 @@ fn explain(entity: &impl std::fmt::Display, error: lapin::Error) -> TopologyErro
         Some(503) if reply.contains(CONSISTENT_HASH) => TopologyError::NoPlugin { entity, reply },
         Some(403 | 402 | 405 | 530 | 540) => TopologyError::Refused { entity, reply },
         _ => TopologyError::Connection(error),
-    }
-}
-
-/// The AMQP reply code of an error that the broker sent, such as 406.
-pub fn reply_code(error: &lapin::Error) -> Option<u16> {
-    match error.kind() {
-        ErrorKind::ProtocolError(error) => Some(error.get_id()),
-        _ => None,
-    }
-}
-
-/// What the broker said, without lapin's wrapping.
-pub fn reply_text(error: &lapin::Error) -> String {
-    match error.kind() {
-        ErrorKind::ProtocolError(error) => error.get_message().to_string(),
-        _ => error.to_string(),
     }
 }
 

@@ -9,7 +9,18 @@ mod otlp;
 #[cfg(not(feature = "otlp"))]
 mod off;
 
+use hyper::Uri;
+
 #[cfg(not(feature = "otlp"))]
 pub use off::{Publishing, Traces, Webhook};
 #[cfg(feature = "otlp")]
 pub use otlp::{Publishing, Traces, Webhook};
+
+/// The section `[traces]`.
+#[derive(Debug)]
+pub struct Settings {
+    /// A collector that accepts OTLP over HTTP; `None`: no spans are exported.
+    pub endpoint: Option<Uri>,
+    /// Share of the traces that begin in the relay to be exported, 0 to 1.
+    pub sample_ratio: f64,
+}

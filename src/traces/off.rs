@@ -4,7 +4,7 @@ use std::time::{Duration, SystemTime};
 
 use uuid::Uuid;
 
-use crate::config;
+use super::Settings;
 use crate::event::{Event, TraceContext};
 
 pub struct Traces;
@@ -13,8 +13,8 @@ pub struct Publishing;
 
 impl Traces {
     /// The error completes the sentence "traces.endpoint ...".
-    pub fn new(config: &config::Traces) -> Result<Self, String> {
-        match config.endpoint {
+    pub fn new(settings: &Settings) -> Result<Self, String> {
+        match settings.endpoint {
             None => Ok(Self),
             Some(_) => Err("is set, but this prism-relay was built without the feature otlp".to_owned()),
         }

@@ -23,9 +23,9 @@ use tokio::time::timeout;
 use tracing::warn;
 use uuid::Uuid;
 
-use crate::config;
+use super::Settings;
 use crate::event::{Envelope, Event, TraceContext};
-use crate::notices::Notices;
+use crate::log_limiter::LogLimiter;
 use crate::tls::ClientFiles;
 
 /// Spans that wait for the collector, with about 1 KiB each.
@@ -46,7 +46,7 @@ struct Telling {
     queue: mpsc::Sender<Item>,
     /// Taken by [`Traces::export`] for as long as that runs.
     items: AsyncMutex<mpsc::Receiver<Item>>,
-    notices: Notices,
+    log_limiter: LogLimiter,
 }
 
 enum Item {
@@ -104,8 +104,8 @@ impl SpanProcessor for Queue {
 
 impl Traces {
     /// The error completes the sentence "traces.endpoint ...".
-    pub fn new(config: &config::Traces) -> Result<Self, String> {
-        let Some(endpoint) = &config.endpoint else { return Ok(Self(None)) };
+    pub fn new(settings: &Settings) -> Result<Self, String> {
+        let Some(endpoint) = &settings.endpoint else { return Ok(Self(None)) };
         let secure = endpoint.scheme_str() == Some("https");
         let tls = if secure { ClientFiles::default().load() } else { crate::tls::client_without_authorities() };
         let tls = tls.map_err(|error| format!("needs TLS, and {error}"))?;
@@ -125,14 +125,20 @@ impl Traces {
         let (queue, items) = mpsc::channel(QUEUE_MAX);
         let processor = Queue { items: queue.clone(), dropped: AtomicU64::new(0), told: Mutex::new(None) };
         // Whether a sender's trace is kept is the sender's choice.
-        let sampler = Sampler::ParentBased(Box::new(Sampler::TraceIdRatioBased(config.sample_ratio)));
+        let sampler = Sampler::ParentBased(Box::new(Sampler::TraceIdRatioBased(settings.sample_ratio)));
         let provider = SdkTracerProvider::builder()
             .with_span_processor(processor)
             .with_sampler(sampler)
             .with_resource(resource)
             .build();
         let tracer = provider.tracer("prism-relay");
-        Ok(Self(Some(Telling { tracer, exporter, queue, items: AsyncMutex::new(items), notices: Notices::default() })))
+        Ok(Self(Some(Telling {
+            tracer,
+            exporter,
+            queue,
+            items: AsyncMutex::new(items),
+            log_limiter: LogLimiter::default(),
+        })))
     }
 
     /// `sent`: the sender's own context. `started`: when the request came.
@@ -196,7 +202,7 @@ impl Traces {
             let count = spans.len();
             if count > 0
                 && let Err(error) = telling.exporter.export(spans).await
-                && let Some(unreported) = telling.notices.due("export", Instant::now())
+                && let Some(unreported) = telling.log_limiter.due("export", Instant::now())
             {
                 warn!(%error, count, unreported, "spans could not be exported to traces.endpoint");
             }

@@ -19,7 +19,7 @@ const TEXT_CHARS_MAX: usize = 100;
 /// Codes of requests that whoever scans the internet makes: they tell nothing of Prism.
 const STRANGERS: [&str; 3] = ["not-found", "method-not-allowed", "source-not-allowed"];
 
-pub struct Journal {
+pub struct Recent {
     counts: Mutex<Counts>,
     /// The newest last.
     latest: Mutex<VecDeque<Arrival>>,
@@ -27,7 +27,7 @@ pub struct Journal {
     removed: Mutex<VecDeque<Uuid>>,
 }
 
-/// Everything that the journal counts.
+/// Everything that the recent counts.
 #[derive(Clone, Default)]
 pub struct Counts {
     pub types: BTreeMap<String, Tally>,
@@ -69,7 +69,7 @@ impl Tally {
     }
 }
 
-impl Default for Journal {
+impl Default for Recent {
     fn default() -> Self {
         // Those that Prism documents have their places, whatever strangers send first.
         let types = DOCUMENTED_TYPES.map(|name| (name.to_owned(), Tally::default())).into();
@@ -78,7 +78,7 @@ impl Default for Journal {
     }
 }
 
-impl Journal {
+impl Recent {
     pub fn accepted(&self, seq: u64, id: Uuid, envelope: Option<&Envelope<'_>>, now: Timestamp) {
         let text = |text: &str| match text.char_indices().nth(TEXT_CHARS_MAX) {
             Some((end, _)) => Box::from(&text[..end]),
@@ -177,14 +177,14 @@ mod tests {
 
     #[test]
     fn it_does_not_grow_and_cuts_what_is_long() {
-        let (journal, now) = (Journal::default(), Timestamp::now());
+        let (recent, now) = (Recent::default(), Timestamp::now());
         for number in 0..2 * LATEST_MAX as u64 {
             let envelope =
                 Envelope { event_type: format!("t{number}.{}", "ä".repeat(500)).into(), ..Envelope::default() };
-            journal.accepted(number, Uuid::nil(), Some(&envelope), now);
+            recent.accepted(number, Uuid::nil(), Some(&envelope), now);
         }
-        journal.accepted(0, Uuid::nil(), None, now);
-        let (counts, latest) = (journal.counts(), journal.latest(usize::MAX, |_| true));
+        recent.accepted(0, Uuid::nil(), None, now);
+        let (counts, latest) = (recent.counts(), recent.latest(usize::MAX, |_| true));
         assert_eq!((latest.len(), counts.types.len()), (LATEST_MAX, TYPES_MAX));
         let others = TYPES_MAX - DOCUMENTED_TYPES.len();
         assert_eq!(counts.other_types.count, (2 * LATEST_MAX + 1 - others) as u64);

@@ -1,5 +1,5 @@
-//! What RabbitMQ's management API tells of a virtual host, where there is one that answers: bindings and policies, of which AMQP
-//! says nothing (<https://www.rabbitmq.com/docs/management#http-api>).
+//! RabbitMQ's management API, which knows what AMQP cannot ask for: bindings and policies
+//! (<https://www.rabbitmq.com/docs/management#http-api>).
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,22 +19,21 @@ use serde_json::Value;
 use thiserror::Error;
 use tokio::time::timeout;
 
-use crate::config::{Broker, BrokerUrl};
-use crate::telemetry::chain;
+use super::{BrokerUrl, Settings};
+use crate::text::chain;
 use crate::tls;
-use crate::topology::{Live, encoded};
 
 /// For one answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
-/// A broker with ten thousand queues tells less.
+/// More than a broker with ten thousand queues answers.
 const ANSWER_BYTES_MAX: usize = 64 * 1024 * 1024;
 
-/// Why it tells nothing.
+/// Why the management API gave no answer.
 #[derive(Debug, Error)]
 pub enum ManagementError {
     #[error("no answer from {url}: {reason}")]
     NoAnswer { url: String, reason: String },
-    #[error("{url} is of another broker; set broker.management_url")]
+    #[error("{url} belongs to another broker; set broker.management_url")]
     OtherBroker { url: String },
     #[error("{url} answers {status}{}", self.hint())]
     Refused { url: String, status: u16 },
@@ -44,34 +43,33 @@ impl ManagementError {
     fn hint(&self) -> &'static str {
         match self {
             Self::Refused { status: 401, .. } => {
-                ": it lets in users with the tag monitoring, management or administrator, by password"
+                ": the user needs a password and the tag monitoring, management or administrator"
             }
             _ => "",
         }
     }
 }
 
-/// The API of a broker.
+/// A client for the management API of one broker.
 pub struct Management {
     client: Client<HttpsConnector<HttpConnector>, Empty<Bytes>>,
-    /// Without `/` at the end.
+    /// The address without `/` at the end.
     base: String,
     login: String,
     vhost: String,
-    /// The broker's port for AMQP, if the address is a guess: another broker may have its API there.
-    port: Option<u16>,
+    /// The broker's AMQP port, if the address is a guess: another broker may have its API there.
+    guessed_for: Option<u16>,
 }
 
 impl Management {
-    /// Where it is looked for, without `/` at the end: beside one of the broker's urls, unless the configuration tells another
-    /// place.
-    pub fn place(broker: &Broker, url: &BrokerUrl) -> String {
-        let base = broker.management_url.as_ref().map_or_else(|| beside(url), Uri::to_string);
+    /// The address without `/` at the end: `broker.management_url`, else the default port on the host of `url`.
+    pub fn place(broker: &Settings, url: &BrokerUrl) -> String {
+        let base = broker.management_url.as_ref().map_or_else(|| default_address(url), Uri::to_string);
         base.trim_end_matches('/').to_owned()
     }
 
-    /// With the login of that url.
-    pub fn new(broker: &Broker, url: &BrokerUrl) -> Result<Self, tls::TlsError> {
+    /// A client that logs in as `url` does.
+    pub fn new(broker: &Settings, url: &BrokerUrl) -> Result<Self, tls::TlsError> {
         let base = Self::place(broker, url);
         let tls = if base.starts_with("https") { broker.tls.load()? } else { tls::client_without_authorities()? };
         let connector = HttpsConnectorBuilder::new()
@@ -85,29 +83,29 @@ impl Management {
             base,
             login: format!("Basic {}", BASE64_STANDARD.encode(format!("{}:{}", login.username, login.password))),
             vhost: url.vhost().to_owned(),
-            port: broker.management_url.is_none().then(|| url.port()),
+            guessed_for: broker.management_url.is_none().then(|| url.port()),
         })
     }
 
-    pub async fn look(&self) -> Result<Live, ManagementError> {
-        let vhost = encoded(&self.vhost);
+    /// The virtual host of the broker's URL.
+    pub fn vhost(&self) -> &str {
+        &self.vhost
+    }
+
+    /// RabbitMQ's version, such as `4.0.5`. An error if the API belongs to another broker.
+    pub async fn version(&self) -> Result<String, ManagementError> {
         let overview: Value = self.get("overview").await?;
         let listens = |port| move |listener: &Value| listener["port"] == port;
-        if let (Some(port), Some(listeners)) = (self.port, overview["listeners"].as_array())
+        if let (Some(port), Some(listeners)) = (self.guessed_for, overview["listeners"].as_array())
             && !listeners.iter().any(listens(port))
         {
             return Err(ManagementError::OtherBroker { url: self.base.clone() });
         }
-        Ok(Live {
-            version: overview["rabbitmq_version"].as_str().unwrap_or_default().to_owned(),
-            exchanges: self.get(&format!("exchanges/{vhost}")).await?,
-            queues: self.get(&format!("queues/{vhost}")).await?,
-            bindings: self.get(&format!("bindings/{vhost}")).await?,
-            policies: self.get(&format!("policies/{vhost}")).await?,
-        })
+        Ok(overview["rabbitmq_version"].as_str().unwrap_or_default().to_owned())
     }
 
-    async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ManagementError> {
+    /// The JSON at this path below `/api/`.
+    pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ManagementError> {
         let url = format!("{}/api/{path}", self.base);
         let failed = |reason: String| ManagementError::NoAnswer { url: url.clone(), reason };
         let request = Request::get(&url).header(AUTHORIZATION, &self.login).body(Empty::new());
@@ -120,14 +118,19 @@ impl Management {
             }
             let body = Limited::new(response.into_body(), ANSWER_BYTES_MAX).collect().await;
             let body = body.map_err(|error| failed(error.to_string()))?.to_bytes();
-            serde_json::from_slice(&body).map_err(|error| failed(format!("that is not what was expected: {error}")))
+            serde_json::from_slice(&body).map_err(|error| failed(format!("unexpected answer: {error}")))
         };
         timeout(ANSWER_TIMEOUT, answer).await.unwrap_or_else(|_| Err(failed("not in time".to_owned())))
     }
 }
 
-/// Where RabbitMQ has it by default.
-fn beside(url: &BrokerUrl) -> String {
+/// RabbitMQ's default.
+fn default_address(url: &BrokerUrl) -> String {
     let host = if url.host().contains(':') { format!("[{}]", url.host()) } else { url.host().to_owned() };
-    if url.wants_tls() { format!("https://{host}:15671") } else { format!("http://{host}:15672") }
+    if url.uses_tls() { format!("https://{host}:15671") } else { format!("http://{host}:15672") }
+}
+
+/// Encodes a text as one segment of a path (RFC 3986).
+pub fn encoded(segment: &str) -> String {
+    percent_encoding::utf8_percent_encode(segment, percent_encoding::NON_ALPHANUMERIC).to_string()
 }

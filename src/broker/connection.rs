@@ -1,8 +1,8 @@
 //! One connection to the broker, with a deadline on everything and a wire that can be cut.
 //!
-//! lapin runs a thread for each connection, which ends only with its socket: a broker that accepts and says nothing,
-//! or one that blocks publishers, would keep it for ever. So the socket is ours, and letting go of a [`Link`] shuts it
-//! down.
+//! lapin runs a thread for each connection, which ends only with its socket. A broker that accepts and then says nothing,
+//! or one that blocks publishers, would keep that thread until the relay ends. So the relay owns the socket, and dropping
+//! a [`BrokerConnection`] shuts it down.
 
 use std::io;
 use std::net::{Shutdown, SocketAddr};
@@ -21,19 +21,20 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::rustls::ClientConfig;
 use tokio_util::either::Either;
 
-use super::reactor::{OwnReactor, Stream};
-use crate::config::BrokerUrl;
+use super::BrokerUrl;
+use super::reactor::{Stream, TlsReactor};
+use super::reply::reply_code;
 use crate::tls;
 
-/// How long a polite goodbye may take. A broker that blocks publishers does not answer it at all.
+/// For the reply to `connection.close`. A broker that blocks publishers does not send it.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// The broker could not be reached, or did not let us in.
+/// Why a connection to the broker could not be opened.
 #[derive(Debug, Error)]
 pub enum ConnectError {
     #[error("cannot reach {host}:{port}: {source}")]
     Tcp { host: String, port: u16, source: std::io::Error },
-    #[error("no TLS with {host}:{port} as {server_name}: {source}")]
+    #[error("the TLS handshake with {host}:{port} as {server_name} failed: {source}")]
     Tls { host: String, port: u16, server_name: String, source: std::io::Error },
     #[error("no answer from {url} within {timeout:?}")]
     Timeout { url: String, timeout: Duration },
@@ -43,28 +44,30 @@ pub enum ConnectError {
     Handshake { url: String, source: lapin::Error },
 }
 
-/// An open connection; dropping it cuts the wire.
-pub struct Link {
-    /// Where it leads.
+/// An open connection. Dropping it shuts the socket down.
+pub struct BrokerConnection {
+    /// The broker at the other end.
     pub url: BrokerUrl,
+    /// lapin's side of the connection.
     pub connection: Connection,
-    socket: Wire,
+    socket: Socket,
 }
 
 /// A second handle on the socket that lapin reads and writes.
-struct Wire(std::net::TcpStream);
+struct Socket(std::net::TcpStream);
 
-impl Drop for Wire {
+impl Drop for Socket {
     fn drop(&mut self) {
-        // An error means that it is down already.
+        // An error means that the socket is down already.
         let _ = self.0.shutdown(Shutdown::Both);
     }
 }
 
-/// Tries one address after the other. Each but the last has its share of the time, because one that is cut off may never answer.
-async fn reach(addresses: Vec<SocketAddr>, deadline: Duration) -> io::Result<TcpStream> {
+/// Tries the addresses in turn. Each but the last gets an equal share of the time, because an unreachable address may
+/// never answer.
+async fn connect_tcp(addresses: Vec<SocketAddr>, deadline: Duration) -> io::Result<TcpStream> {
     let count = u32::try_from(addresses.len()).unwrap_or(u32::MAX);
-    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the host name has no address");
     for (index, address) in (1..).zip(addresses) {
         let share = if index < count { deadline / count } else { deadline };
         match timeout(share, TcpStream::connect(address)).await {
@@ -76,15 +79,15 @@ async fn reach(addresses: Vec<SocketAddr>, deadline: Duration) -> io::Result<Tcp
     Err(last)
 }
 
-/// How to speak TLS with the broker.
+/// TLS towards the broker.
 #[derive(Clone)]
 pub(super) struct Tls {
     pub config: Arc<ClientConfig>,
-    /// What has to stand in the broker's certificate.
+    /// The name that the broker's certificate must show.
     pub server_name: String,
 }
 
-impl Link {
+impl BrokerConnection {
     /// Connects and logs in within `deadline`.
     pub(super) async fn open(
         url: &BrokerUrl,
@@ -100,18 +103,18 @@ impl Link {
     async fn connect(url: &BrokerUrl, tls: Option<Tls>, name: &str, deadline: Duration) -> Result<Self, ConnectError> {
         let tcp = |source| ConnectError::Tcp { host: url.host().to_owned(), port: url.port(), source };
         let addresses = lookup_host((url.host(), url.port())).await.map_err(tcp)?.collect();
-        let stream = reach(addresses, deadline).await.map_err(tcp)?;
+        let stream = connect_tcp(addresses, deadline).await.map_err(tcp)?;
         stream.set_nodelay(true).map_err(tcp)?;
-        // The heartbeat finds a dead peer sooner; this is for the time before the login and while blocked.
+        // Heartbeats find a dead peer sooner, but only after the login and not while the broker blocks.
         SockRef::from(&stream)
             .set_tcp_keepalive(&TcpKeepalive::new().with_time(Duration::from_secs(30)))
             .map_err(tcp)?;
-        let socket = Wire(stream.as_fd().try_clone_to_owned().map_err(tcp)?.into());
+        let socket = Socket(stream.as_fd().try_clone_to_owned().map_err(tcp)?.into());
 
-        let stream = match (url.wants_tls(), tls) {
+        let stream = match (url.uses_tls(), tls) {
             (false, _) => Either::Left(stream),
             (true, Some(tls)) => Either::Right(Box::new(handshake(stream, tls, url).await?)),
-            (true, None) => return Err(tcp(std::io::Error::other("there is no TLS configuration"))),
+            (true, None) => return Err(tcp(std::io::Error::other("no TLS settings for an amqps URL"))),
         };
         let stream: Mutex<Option<Stream>> = Mutex::new(Some(Compat::new(stream)));
         let connect = async move |_uri, _runtime| {
@@ -122,7 +125,7 @@ impl Link {
             Ok(AsyncTcpStream::Plain(stream))
         };
         let tokio = async_rs::Tokio::current();
-        let runtime = async_rs::Runtime::new(RuntimeParts::new(tokio.clone(), OwnReactor(tokio)));
+        let runtime = async_rs::Runtime::new(RuntimeParts::new(tokio.clone(), TlsReactor(tokio)));
         let properties = ConnectionProperties::default()
             .with_connection_name(name.into())
             .with_client_property("product".into(), "prism-relay".into())
@@ -133,15 +136,15 @@ impl Link {
         Ok(Self { url: url.clone(), connection, socket })
     }
 
-    /// Says goodbye if the broker listens, and cuts the wire.
+    /// Sends `connection.close`, waits briefly for the reply, and shuts the socket down.
     pub async fn close(self) {
-        let goodbye = self.connection.close(200, "OK".into());
-        if !matches!(timeout(CLOSE_TIMEOUT, goodbye).await, Ok(Ok(()))) {
+        let closing = self.connection.close(200, "OK".into());
+        if !matches!(timeout(CLOSE_TIMEOUT, closing).await, Ok(Ok(()))) {
             tracing::debug!("the broker did not answer the close");
         }
     }
 
-    /// Cuts the wire: whatever waits for the broker fails at once.
+    /// Shuts the socket down, so that everything that waits for the broker fails at once.
     pub fn cut(&self) {
         let _ = self.socket.0.shutdown(Shutdown::Both);
     }
@@ -157,14 +160,14 @@ async fn handshake(
         ConnectError::Tls { host, port, server_name, source }
     };
     let name = tls::server_name(&server_name)
-        .ok_or_else(|| failed(std::io::Error::new(std::io::ErrorKind::InvalidInput, "that is no host name")))?;
+        .ok_or_else(|| failed(std::io::Error::new(std::io::ErrorKind::InvalidInput, "not a host name")))?;
     TlsConnector::from(config).connect(name, stream).await.map_err(failed)
 }
 
-/// A broker that does not know the user or the virtual host says so, or just hangs up.
+/// Tells a refused login from a broken handshake. RabbitMQ replies 403 or 530 to a login that it refuses, or just closes.
 fn explain(url: &BrokerUrl, source: lapin::Error) -> ConnectError {
     let url = url.to_string();
-    let refused = matches!(crate::topology::reply_code(&source), Some(403 | 530));
+    let refused = matches!(reply_code(&source), Some(403 | 530));
     if refused { ConnectError::Refused { url, source } } else { ConnectError::Handshake { url, source } }
 }
 
@@ -175,8 +178,8 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn an_address_that_does_not_answer_keeps_nobody_from_the_next_one() {
-        // Linux drops what comes to a listener whose queue is full.
+    async fn an_address_that_does_not_answer_leaves_time_for_the_next_one() {
+        // Linux drops connection attempts to a listener whose queue is full.
         let silent = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
         silent.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into()).unwrap();
         silent.listen(0).unwrap();
@@ -184,11 +187,11 @@ mod tests {
         let _queued = TcpStream::connect(hole).await.unwrap();
         let broker = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let healthy = broker.local_addr().unwrap();
-        let stream = reach(vec![hole, healthy], Duration::from_secs(1)).await.unwrap();
+        let stream = connect_tcp(vec![hole, healthy], Duration::from_secs(1)).await.unwrap();
         assert_eq!(stream.peer_addr().unwrap(), healthy);
-        let stream = reach(vec![healthy, hole], Duration::from_secs(1)).await.unwrap();
+        let stream = connect_tcp(vec![healthy, hole], Duration::from_secs(1)).await.unwrap();
         assert_eq!(stream.peer_addr().unwrap(), healthy);
-        let error = reach(Vec::new(), Duration::from_secs(1)).await.unwrap_err();
+        let error = connect_tcp(Vec::new(), Duration::from_secs(1)).await.unwrap_err();
         assert!(error.to_string().contains("no address"), "{error}");
     }
 }

@@ -1,8 +1,6 @@
-//! What the relay says: logs, to standard error, for people on a terminal and as JSON elsewhere; and errors with their
-//! causes.
+//! The log on standard error: readable lines on a terminal, JSON elsewhere. No line quotes a body or a secret.
 
 use std::any::Any;
-use std::error::Error;
 use std::io::IsTerminal;
 
 use tracing::error;
@@ -13,14 +11,28 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, fmt, registry};
 
-use crate::config::{Log, LogFormat};
+/// The section `[log]`.
+#[derive(Debug)]
+pub struct Settings {
+    pub format: Format,
+    pub filter: Targets,
+}
+
+/// How log lines are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// Pretty on a terminal, else JSON.
+    Auto,
+    Pretty,
+    Json,
+}
 
 /// Installs the subscriber for the whole process. A second call does nothing.
-pub fn init(log: &Log) {
-    let json = match log.format {
-        LogFormat::Auto => !std::io::stderr().is_terminal(),
-        LogFormat::Pretty => false,
-        LogFormat::Json => true,
+pub fn init(settings: &Settings) {
+    let json = match settings.format {
+        Format::Auto => !std::io::stderr().is_terminal(),
+        Format::Pretty => false,
+        Format::Json => true,
     };
     let base = fmt::layer().with_writer(std::io::stderr);
     let layer = if json {
@@ -28,17 +40,12 @@ pub fn init(log: &Log) {
     } else {
         base.with_target(false).with_ansi(std::io::stderr().is_terminal()).boxed()
     };
-    let filter = quiet(log.filter.clone()).and(filter_fn(is_discreet));
+    let filter = quiet(settings.filter.clone()).and(filter_fn(is_discreet));
     let _ = registry().with(layer.with_filter(filter)).try_init();
     std::panic::set_hook(Box::new(|panic| {
         let place = panic.location().map(ToString::to_string);
         error!(place, reason = panic_reason(panic.payload()), "panicked");
     }));
-}
-
-/// What others wrote must not steer the terminal.
-pub fn clean(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
 }
 
 /// A panic's own words, if they were written in the source. Others may quote the data that led to it, a body for example.
@@ -61,20 +68,6 @@ fn quiet(filter: Targets) -> Targets {
 fn is_discreet(metadata: &Metadata<'_>) -> bool {
     let lapin = metadata.target().starts_with("lapin");
     !lapin || (*metadata.level() <= Level::DEBUG && metadata.target() != "lapin::returned_messages")
-}
-
-/// An error and all its causes in one line, each said once.
-pub fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text = format!("{text}: {cause_text}");
-        }
-        source = cause.source();
-    }
-    text
 }
 
 #[cfg(test)]

@@ -1,5 +1,5 @@
-//! What lapin runs on: tokio, but with a stream that may be TLS. lapin's own TLS would bring a second way to read
-//! certificates, and some ninety crates.
+//! lapin's runtime: tokio, with a stream that may be TLS. lapin's own TLS would add a second way to read certificates and
+//! about ninety crates.
 
 use std::future::Future;
 use std::io::{self, Read, Write};
@@ -16,14 +16,14 @@ use tokio::net::TcpStream;
 use tokio_rustls::client::TlsStream;
 use tokio_util::either::Either;
 
-/// To the broker, with or without TLS.
+/// A connection to the broker, with or without TLS.
 pub(super) type Stream = Compat<Either<TcpStream, Box<TlsStream<TcpStream>>>>;
 
-/// Everything is tokio's own, but the type of the stream.
+/// tokio's reactor with another stream type.
 #[derive(Clone, Debug)]
-pub(super) struct OwnReactor(pub Tokio);
+pub(super) struct TlsReactor(pub Tokio);
 
-impl Reactor for OwnReactor {
+impl Reactor for TlsReactor {
     type TcpStream = Stream;
     type Sleep = <Tokio as Reactor>::Sleep;
 

@@ -9,9 +9,9 @@ const TELL_EVERY: Duration = Duration::from_secs(60);
 
 /// When each kind was last told of, and how often it has come since. Kinds are few: they are constants.
 #[derive(Default)]
-pub struct Notices(Mutex<HashMap<&'static str, (Instant, u64)>>);
+pub struct LogLimiter(Mutex<HashMap<&'static str, (Instant, u64)>>);
 
-impl Notices {
+impl LogLimiter {
     /// Whether it is time to tell, and how many were passed over before this one.
     pub fn due(&self, kind: &'static str, now: Instant) -> Option<u64> {
         let mut kinds = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -38,10 +38,10 @@ mod tests {
 
     #[test]
     fn one_notice_a_minute_for_each_kind() {
-        let (notices, start) = (Notices::default(), Instant::now());
-        assert_eq!(notices.due("a", start), Some(0));
-        assert_eq!(notices.due("b", start), Some(0));
-        assert_eq!(notices.due("a", start + TELL_EVERY / 2), None);
-        assert_eq!(notices.due("a", start + TELL_EVERY), Some(1));
+        let (log_limiter, start) = (LogLimiter::default(), Instant::now());
+        assert_eq!(log_limiter.due("a", start), Some(0));
+        assert_eq!(log_limiter.due("b", start), Some(0));
+        assert_eq!(log_limiter.due("a", start + TELL_EVERY / 2), None);
+        assert_eq!(log_limiter.due("a", start + TELL_EVERY), Some(1));
     }
 }

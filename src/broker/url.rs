@@ -1,4 +1,4 @@
-//! One address of the broker, with a password that cannot be printed.
+//! One URL of the broker, with a password that cannot be printed.
 
 use std::fmt;
 use std::net::Ipv6Addr;
@@ -7,8 +7,8 @@ use lapin::uri::{AMQPScheme, AMQPUri, SASLMechanism};
 
 use crate::secret::Secret;
 
-/// RabbitMQ's default, in bytes. lapin takes what the broker offers if we ask for nothing, and makes buffers of 64 such frames: for
-/// 0, which means no limit, until the memory is used up.
+/// RabbitMQ's default, in bytes. Without a value lapin takes the broker's, and allocates buffers of 64 frames: with 0, which
+/// means "no limit", until the memory is used up.
 const FRAME_MAX: u32 = 131_072;
 
 /// An `amqp://` or `amqps://` URI whose `Display` and `Debug` leave the password out.
@@ -38,36 +38,42 @@ impl BrokerUrl {
         Ok(Self(uri))
     }
 
+    /// Replaces the password.
     pub fn set_password(&mut self, password: &Secret) {
         password.expose().clone_into(&mut self.0.authority.userinfo.password);
     }
 
+    /// Sets the heartbeat interval that the relay asks for.
     pub fn set_heartbeat(&mut self, seconds: u16) {
         self.0.query.heartbeat = Some(seconds);
     }
 
-    /// The whole URI, password and all: for the handshake only.
+    /// The whole URI, with the password: for the handshake only.
     pub fn expose(&self) -> &AMQPUri {
         &self.0
     }
 
+    /// Host name or IP address, without brackets.
     pub fn host(&self) -> &str {
         &self.0.authority.host
     }
 
+    /// The port, 5672 or 5671 by default.
     pub fn port(&self) -> u16 {
         self.0.authority.port
     }
 
-    pub fn wants_tls(&self) -> bool {
+    /// Whether the scheme is `amqps`.
+    pub fn uses_tls(&self) -> bool {
         self.0.scheme == AMQPScheme::AMQPS
     }
 
-    /// SASL EXTERNAL.
+    /// Whether the client certificate logs in (SASL EXTERNAL) instead of user and password.
     pub fn logs_in_by_certificate(&self) -> bool {
         self.0.query.auth_mechanism == Some(SASLMechanism::External)
     }
 
+    /// The virtual host, percent-decoded.
     pub fn vhost(&self) -> &str {
         &self.0.vhost
     }
@@ -82,9 +88,9 @@ impl fmt::Display for BrokerUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let host = if self.host().contains(':') { format!("[{}]", self.host()) } else { self.host().to_owned() };
         let vhost = self.vhost().replace('%', "%25").replace('/', "%2f");
-        let scheme = if self.wants_tls() { "amqps" } else { "amqp" };
+        let scheme = if self.uses_tls() { "amqps" } else { "amqp" };
         write!(f, "{scheme}://")?;
-        // With EXTERNAL it is the certificate that tells who we are.
+        // With EXTERNAL the user name is in the certificate.
         if !self.logs_in_by_certificate() {
             write!(f, "{}@", self.0.authority.userinfo.username)?;
         }
@@ -123,7 +129,7 @@ mod tests {
     #[test]
     fn tls_and_a_login_by_certificate_are_read() {
         let url = BrokerUrl::parse("amqps://broker/v?auth_mechanism=external").unwrap();
-        assert!(url.wants_tls());
+        assert!(url.uses_tls());
         assert_eq!(url.to_string(), "amqps://broker:5671/v");
     }
 

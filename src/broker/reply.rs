@@ -1,0 +1,45 @@
+//! What the broker replies, and the names that AMQP can carry.
+
+use lapin::ErrorKind;
+use lapin::types::ShortString;
+use thiserror::Error;
+
+/// The most that AMQP allows for the name of an exchange or queue and for a routing key.
+pub const SHORT_STRING_BYTES_MAX: usize = 255;
+
+/// A name that AMQP cannot carry. An empty one in its place would be the default exchange, so this is an error.
+#[derive(Debug, Error, PartialEq, Eq)]
+#[error("the name {0:?} is longer than {SHORT_STRING_BYTES_MAX} bytes")]
+pub struct NameTooLong(pub String);
+
+/// Converts a name or a routing key to AMQP's type for them.
+pub fn short_string(text: &str) -> Result<ShortString, NameTooLong> {
+    ShortString::try_new(text).map_err(|_| NameTooLong(text.to_owned()))
+}
+
+/// The AMQP reply code of an error that the broker sent, such as 406; `None` if the error is not the broker's.
+pub fn reply_code(error: &lapin::Error) -> Option<u16> {
+    match error.kind() {
+        ErrorKind::ProtocolError(error) => Some(error.get_id()),
+        _ => None,
+    }
+}
+
+/// The broker's own text, without lapin's wrapping.
+pub fn reply_text(error: &lapin::Error) -> String {
+    match error.kind() {
+        ErrorKind::ProtocolError(error) => error.get_message().to_string(),
+        _ => error.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_that_is_too_long_is_an_error_and_not_the_default_exchange() {
+        assert_eq!(short_string(&"a".repeat(255)).unwrap().as_str().len(), 255);
+        assert_eq!(short_string(&"a".repeat(256)), Err(NameTooLong("a".repeat(256))));
+    }
+}

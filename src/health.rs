@@ -1,0 +1,30 @@
+//! Whether a webhook would be answered 200 right now: for the public listener and the operators' listener alike.
+
+use tokio_util::sync::CancellationToken;
+
+use crate::spool::{AppendError, Spool};
+
+/// Readiness of the relay: the spool takes writes and the relay is not stopping. RabbitMQ has no part in it.
+#[derive(Clone)]
+pub struct Health {
+    spool: Spool,
+    draining: CancellationToken,
+}
+
+impl Health {
+    /// `draining` is cancelled when the relay begins to stop.
+    pub fn new(spool: Spool, draining: CancellationToken) -> Self {
+        Self { spool, draining }
+    }
+
+    /// Why a new webhook would not be answered 200; `None` if it would. A stopping relay still answers the requests that
+    /// are open, but is not ready for new ones.
+    pub fn blocker(&self) -> Option<AppendError> {
+        if self.is_draining() { Some(AppendError::Closed) } else { self.spool.blocker() }
+    }
+
+    /// Whether the relay is stopping.
+    pub fn is_draining(&self) -> bool {
+        self.draining.is_cancelled()
+    }
+}

@@ -1,0 +1,36 @@
+//! What the public listener is configured to do.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use ipnet::IpNet;
+
+use crate::tls::ServerFiles;
+
+/// Answers like `/readyz` on the public listener, for load balancers.
+pub const HEALTH_PATH: &str = "/healthz";
+
+/// The section `[http]`.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    pub listen: SocketAddr,
+    /// Starts with `/`, and is not [`HEALTH_PATH`].
+    pub path: String,
+    pub body_bytes_max: usize,
+    /// For all bodies together; at least `body_bytes_max`.
+    pub buffer_bytes_max: usize,
+    pub header_timeout: Duration,
+    pub body_timeout: Duration,
+    /// At least 1.
+    pub connections_max: usize,
+    /// At least 1.
+    pub connections_per_source_max: usize,
+    pub headers_max: usize,
+    pub header_bytes_max: usize,
+    pub streams_max: u32,
+    /// `None`: plain HTTP.
+    pub tls: Option<ServerFiles>,
+    /// Empty: everyone.
+    pub allowed_sources: Vec<IpNet>,
+    pub trusted_proxies: Vec<IpNet>,
+}

@@ -1,0 +1,17 @@
+//! How the publisher is configured.
+
+use std::time::Duration;
+
+/// The keys of the section `[broker]` that concern publishing.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    pub exchange: String,
+    /// Unconfirmed publishes at most; at least 1.
+    pub window: usize,
+    /// At least the heartbeat interval, which is in the URLs.
+    pub confirm_timeout: Duration,
+    pub reconnect_min: Duration,
+    pub reconnect_max: Duration,
+    /// How long a parked event waits before it is tried again.
+    pub parked_retry: Duration,
+}
