@@ -9,7 +9,7 @@ unset CARGO_TARGET_DIR CARGO_BUILD_TARGET
 relay=target/release/prism-relay
 assets=target/debian-assets
 
-cargo build --release --locked
+cargo build --release --locked --features otlp
 if [[ $(target/tools/bin/cargo-deb --version 2>/dev/null) != *3.8.0 ]]; then
   cargo install --quiet --locked --root target/tools --version 3.8.0 cargo-deb
 fi

@@ -242,6 +242,9 @@ pub(super) fn log(raw: &mut Raw) -> logging::Settings {
 
 pub(super) fn traces(raw: &mut Raw) -> traces::Settings {
     let endpoint = |text: &str| match text.parse::<Uri>() {
+        _ if cfg!(not(feature = "otlp")) => {
+            Err("needs a prism-relay with traces: build it with `--features otlp`, or take the Debian package or the container image".to_owned())
+        }
         // Errors of the exporter quote it, so there is no place for a password in it.
         Ok(uri) if uri.authority().is_some_and(|authority| authority.as_str().contains('@')) => {
             Err("has a login in it; give the collector's headers in OTEL_EXPORTER_OTLP_HEADERS".to_owned())
