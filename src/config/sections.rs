@@ -241,7 +241,8 @@ pub(super) fn log(raw: &mut Raw) -> logging::Settings {
 }
 
 pub(super) fn traces(raw: &mut Raw) -> traces::Settings {
-    let endpoint = |text: &str| match text.parse::<Uri>() {
+    let endpoint = |text: &str| {
+        match text.parse::<Uri>() {
         _ if cfg!(not(feature = "otlp")) => {
             Err("needs a prism-relay with traces: build it with `--features otlp`, or take the Debian package or the container image".to_owned())
         }
@@ -251,6 +252,7 @@ pub(super) fn traces(raw: &mut Raw) -> traces::Settings {
         }
         Ok(uri) if matches!(uri.scheme_str(), Some("http" | "https")) && uri.query().is_none() => Ok(uri),
         _ => Err("is not the address of a collector, such as http://127.0.0.1:4318".to_owned()),
+    }
     };
     let ratio = |text: &str| match text.parse() {
         Ok(ratio) if (0.0..=1.0).contains(&ratio) => Ok(ratio),

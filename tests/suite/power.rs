@@ -222,14 +222,14 @@ async fn a_disk_that_does_not_answer_is_told_and_not_waited_for() {
     assert_eq!(relay.post(scan(1)).await.expect(503).json()["code"], "spool-unavailable");
     assert_eq!(relay.ops_get("/readyz").await.status, 503);
     assert_eq!(relay.status().await["spool"]["writable"], false);
-    relay.eventually_logs("the disk of the spool does not answer: webhooks are answered 503").await;
+    relay.eventually_logs("the spool's disk does not answer; answering webhooks 503").await;
     // From now on at once: what waited as well would take memory.
     for number in 2..200 {
         relay.post(scan(number)).await.expect(503);
     }
     fs::remove_file(&faults).unwrap();
     eventually_equal("/readyz", 200, async || relay.ops_get("/readyz").await.status).await;
-    relay.eventually_logs("the disk of the spool answers again").await;
+    relay.eventually_logs("the spool's disk answers again").await;
     // What hung was written in the end, and is recognised.
     assert_eq!(relay.post(scan(1)).await.expect(200).json()["duplicate"], true);
     assert_eq!(relay.status().await["spool"]["accepted"], 2);
@@ -238,7 +238,7 @@ async fn a_disk_that_does_not_answer_is_told_and_not_waited_for() {
     relay.post(scan(2)).await.expect(503);
     relay.sigterm();
     let ended = relay.wait().await;
-    assert!(ended.code == Some(0) && ended.stderr.contains("the spool could not be closed in time"), "{ended:?}");
+    assert!(ended.code == Some(0) && ended.stderr.contains("timed out closing the spool"), "{ended:?}");
 
     // Nor does a start keep a signal waiting.
     fs::write(relay.setup().spool().with_extension("db.mend"), "").unwrap();

@@ -1,0 +1,230 @@
+//! Builds the parts of the relay from the configuration. Locks the spool and binds the listeners first; spawns nothing.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use super::RelayError;
+use crate::broker::{BrokerAccess, BrokerUrl};
+use crate::config::Durability;
+use crate::config::{self, Config};
+use crate::health::Health;
+use crate::ingress::{self, Ingress};
+use crate::metrics::Metrics;
+use crate::ops::{self, Gate, Ops};
+use crate::publisher::Publisher;
+use crate::recent::Recent;
+use crate::reload::Watched;
+use crate::secret::Secret;
+use crate::server;
+use crate::service_manager;
+use crate::signature::Verifier;
+use crate::spool::{Spool, WriterEnd};
+use crate::text::chain;
+use crate::tls;
+use crate::traces::Traces;
+
+/// File descriptors for everything but connections to the public listener: operators, broker, spool, libraries.
+const OTHER_DESCRIPTORS: u64 = 512;
+
+/// The parts of a relay, ready to run.
+pub(super) struct Built {
+    pub ingress: Ingress,
+    pub publisher: Publisher,
+    pub ops: Ops,
+    pub spool: Spool,
+    pub spool_writer: WriterEnd,
+    pub watched: Vec<Watched>,
+    pub tls: Option<Arc<tls::Server>>,
+    pub traces: Arc<Traces>,
+    pub metrics: Arc<Metrics>,
+    pub stops: Stops,
+    /// The service manager holds the public socket open when this relay ends, so that senders wait for the next one.
+    pub is_handed_over: bool,
+}
+
+/// Cancelled to stop a part.
+#[derive(Default)]
+pub(super) struct Stops {
+    pub ingress: CancellationToken,
+    pub publisher: CancellationToken,
+}
+
+/// Builds the parts and reports to log and service manager that webhooks are accepted: from here on the kernel queues
+/// connections, and a 200 is only a matter of time.
+pub(super) async fn build(config: Config) -> Result<Built, RelayError> {
+    raise_descriptor_limit(config.http.connections_max);
+    let metrics = Arc::new(Metrics::new());
+    let (spool, spool_writer) = open_spool(&config, Arc::clone(&metrics)).await?;
+    let sockets = service_manager::listeners().map_err(RelayError::SocketActivation)?;
+    let is_handed_over = sockets.http.is_some();
+    let listener = server::listen(config.http.listen, "http.listen", sockets.http).await?;
+    let ops_listener = server::listen(config.ops.listen, "ops.listen", sockets.ops).await?;
+    let ops_is_private = address(&ops_listener, "ops.listen")?.ip().is_loopback();
+    warn_of_weak_settings(&config, ops_is_private);
+
+    let announcement = Announcement::new(&config, &listener, &ops_listener)?;
+
+    let Config { http, signature, broker, publisher, topology, ops, traces, .. } = config;
+    let verifier = Arc::new(Verifier::new(&signature.secrets, signature.required, signature.tolerance));
+    let tls = http.tls.clone().map(tls::Server::load).transpose()?.map(Arc::new);
+    let access = Arc::new(BrokerAccess::new(&broker)?);
+    let auth = Arc::new(Gate::new(ops.token, ops_is_private));
+    let recent = Arc::new(Recent::default());
+    let traces = Arc::new(Traces::new(&traces).map_err(RelayError::Traces)?);
+    let stops = Stops::default();
+    let reloadable = Reloadable {
+        secrets: (signature.secrets_file, Arc::clone(&verifier), Arc::clone(&recent)),
+        password: (broker.password_file, Arc::clone(&access)),
+        token: (ops.token_file, Arc::clone(&auth)),
+        http_tls: tls.clone(),
+        broker_tls: broker.urls.iter().any(BrokerUrl::uses_tls).then(|| broker.tls.paths()),
+    };
+    let watched = reloadable.watched(&metrics);
+
+    let ingress_parts = ingress::Parts {
+        verifier: Arc::clone(&verifier),
+        spool: spool.clone(),
+        recent: Arc::clone(&recent),
+        traces: Arc::clone(&traces),
+        metrics: Arc::clone(&metrics),
+    };
+    let ingress = Ingress::new(http, listener, tls.clone(), ingress_parts, stops.ingress.clone());
+    let publisher =
+        Publisher::new(spool.clone(), publisher, access, &topology, Arc::clone(&traces), Arc::clone(&metrics));
+    let ops_parts = ops::Parts {
+        spool: spool.clone(),
+        health: Health::new(spool.clone(), stops.ingress.clone()),
+        broker: publisher.status(),
+        recent,
+        verifier,
+        connections: ingress.admission(),
+        tls: tls.clone(),
+        metrics: Arc::clone(&metrics),
+    };
+    let ops = Ops::new(ops_listener, auth, ops_parts);
+    announcement.log(spool.gauges().ledger().pending);
+    service_manager::ready();
+    Ok(Built { ingress, publisher, ops, spool, spool_writer, watched, tls, traces, metrics, stops, is_handed_over })
+}
+
+/// Opens the spool on a thread that may block: a large file may need recovery, and the disk may not answer. A signal
+/// interrupts the wait.
+async fn open_spool(config: &Config, metrics: Arc<Metrics>) -> Result<(Spool, WriterEnd), RelayError> {
+    info!(path = %config.spool.path.display(), "opening the spool");
+    let (spool, dedupe) = (config.spool.clone(), config.dedupe.clone());
+    let opened = tokio::task::spawn_blocking(move || Spool::open(&spool, &dedupe, metrics)).await;
+    Ok(opened.unwrap_or_else(|ended| std::panic::resume_unwind(ended.into_panic()))?)
+}
+
+/// The log line that says where the relay listens.
+struct Announcement {
+    url: String,
+    ops: String,
+    spool: String,
+}
+
+impl Announcement {
+    fn new(config: &Config, http: &TcpListener, ops: &TcpListener) -> Result<Self, RelayError> {
+        let scheme = if config.http.tls.is_some() { "https" } else { "http" };
+        Ok(Self {
+            url: format!("{scheme}://{}{}", address(http, "http.listen")?, config.http.path),
+            ops: format!("http://{}", address(ops, "ops.listen")?),
+            spool: config.spool.path.display().to_string(),
+        })
+    }
+
+    fn log(&self, pending: u64) {
+        let Self { url, ops, spool } = self;
+        info!(url, ops, spool, pending, version = env!("CARGO_PKG_VERSION"), "accepting webhooks");
+    }
+}
+
+fn address(listener: &TcpListener, key: &'static str) -> Result<std::net::SocketAddr, RelayError> {
+    listener.local_addr().map_err(|source| RelayError::Address { key, source })
+}
+
+/// Secrets and certificates that can be replaced while the relay runs, each with its files.
+struct Reloadable {
+    secrets: (Option<PathBuf>, Arc<Verifier>, Arc<Recent>),
+    password: (Option<PathBuf>, Arc<BrokerAccess>),
+    token: (Option<PathBuf>, Arc<Gate>),
+    http_tls: Option<Arc<tls::Server>>,
+    /// The broker's certificate files, if a URL uses TLS.
+    broker_tls: Option<Vec<PathBuf>>,
+}
+
+impl Reloadable {
+    fn watched(self, metrics: &Arc<Metrics>) -> Vec<Watched> {
+        let Self { secrets: (secrets_file, verifier, recent), password: (password_file, access), token, .. } = self;
+        let mut watched = Vec::new();
+        if let Some(file) = secrets_file {
+            let metrics = Arc::clone(metrics);
+            let replace = move |secrets: Vec<Secret>| {
+                verifier.replace(&secrets);
+                metrics.expect_secrets(secrets.len());
+                recent.secrets_replaced();
+            };
+            watched.push(secret("signature.secrets_file", file, config::secrets_in, replace));
+        }
+        if let Some(file) = password_file {
+            let access = Arc::clone(&access);
+            let replace = move |password| access.set_password(&password);
+            watched.push(secret("broker.password_file", file, config::password_in, replace));
+        }
+        if let (Some(file), auth) = token {
+            watched.push(secret("ops.token_file", file, config::token_in, move |token| auth.replace(token)));
+        }
+        if let Some(tls) = self.http_tls {
+            let files = tls.files().paths();
+            watched.push(Watched::new("http.tls", files, move || tls.reload().map_err(|error| chain(&error))));
+        }
+        if let Some(files) = self.broker_tls {
+            watched.push(Watched::new("broker.tls", files, move || access.reload_tls().map_err(|error| chain(&error))));
+        }
+        watched
+    }
+}
+
+/// A file with a secret, read by `parse` and put to use by `replace`.
+fn secret<T: 'static>(
+    key: &'static str,
+    file: PathBuf,
+    parse: impl Fn(&str) -> Result<T, String> + Send + 'static,
+    replace: impl Fn(T) + Send + 'static,
+) -> Watched {
+    Watched::new(key, vec![file.clone()], move || config::read_secret(&file, &parse).map(&replace))
+}
+
+/// Many systems allow a process 1024 file descriptors unless it asks for more.
+fn raise_descriptor_limit(connections_max: usize) {
+    let needed = (connections_max as u64).saturating_add(OTHER_DESCRIPTORS);
+    match rlimit::increase_nofile_limit(needed) {
+        Ok(limit) if limit < needed => {
+            warn!(limit, needed, "the system allows fewer file descriptors than http.connections_max needs");
+        }
+        Ok(_) => {}
+        Err(error) => warn!(%error, needed, "cannot raise the limit of file descriptors"),
+    }
+}
+
+fn warn_of_weak_settings(config: &Config, ops_is_private: bool) {
+    if !config.signature.required {
+        warn!("signature.required is false: any client that knows the address can post events");
+        if config.signature.secrets.is_empty() {
+            warn!("no secret is configured: signatures are not checked, not even where they are present");
+        }
+    }
+    if !ops_is_private && config.ops.token.is_none() {
+        warn!("ops.listen is not on loopback and ops.token is not set: the console and /api are closed");
+    }
+    if config.dedupe.window.is_zero() {
+        warn!("dedupe.window is 0s: a webhook that is sent again, or captured and replayed, is published again");
+    }
+    if config.spool.durability == Durability::Process {
+        warn!("spool.durability is \"process\": a power loss can take back events that were answered 200");
+    }
+}

@@ -1,0 +1,103 @@
+//! One relay, from its start to its end: [`build`] makes the parts, [`tasks`] runs them, [`drain`] stops them in the order
+//! of the data.
+
+mod build;
+mod drain;
+mod tasks;
+
+use thiserror::Error;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::time::Instant;
+use tracing::{info, warn};
+
+use crate::config::Config;
+use crate::publisher::PublisherError;
+use crate::server::BindError;
+use crate::service_manager;
+use crate::spool::OpenError;
+use crate::text::span;
+use crate::tls::TlsError;
+use tasks::Task;
+
+/// Why the relay could not start, or had to stop.
+#[derive(Debug, Error)]
+pub enum RelayError {
+    #[error("cannot install signal handlers")]
+    Signals(#[source] std::io::Error),
+    #[error(transparent)]
+    Spool(#[from] OpenError),
+    #[error(transparent)]
+    SocketActivation(std::io::Error),
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    #[error("cannot read the address of {key}")]
+    Address { key: &'static str, source: std::io::Error },
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    #[error("traces.endpoint {0}")]
+    Traces(String),
+    #[error("the publisher stopped unexpectedly")]
+    Publisher(#[source] PublisherError),
+    #[error("the task that {} stopped unexpectedly", .0.purpose())]
+    Task(Task),
+}
+
+impl RelayError {
+    /// Whether the service manager's units have to change before another start can succeed.
+    pub fn is_misconfiguration(&self) -> bool {
+        matches!(self, Self::SocketActivation(_))
+    }
+}
+
+/// Runs the relay until SIGTERM or SIGINT, or until one of its tasks stops unexpectedly.
+pub async fn serve(config: Config) -> Result<(), RelayError> {
+    let mut signals = StopSignals::install()?;
+    // Without a handler SIGHUP would end the process; with one it asks for a reload of the secrets.
+    let hangup = signal(SignalKind::hangup()).map_err(RelayError::Signals)?;
+    let grace = config.shutdown.grace;
+    let built = tokio::select! {
+        built = build::build(config) => built?,
+        () = signals.received() => {
+            info!("stopped before the start was complete");
+            return Ok(());
+        }
+    };
+    let mut tasks = built.run(hangup);
+    tokio::select! {
+        () = signals.received() => {}
+        error = tasks.failure() => return Err(error),
+    }
+    service_manager::stopping();
+    let deadline = Instant::now() + grace;
+    info!(
+        grace = span(grace),
+        "stopping: finishing open requests, then delivering pending events; a second signal stops at once"
+    );
+    tokio::select! {
+        drained = tasks.drain(deadline) => drained,
+        () = signals.received() => {
+            warn!("stopped at once; undelivered events stay on disk");
+            Ok(())
+        }
+    }
+}
+
+/// SIGTERM and SIGINT.
+struct StopSignals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl StopSignals {
+    fn install() -> Result<Self, RelayError> {
+        let install = |kind| signal(kind).map_err(RelayError::Signals);
+        Ok(Self { terminate: install(SignalKind::terminate())?, interrupt: install(SignalKind::interrupt())? })
+    }
+
+    async fn received(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}

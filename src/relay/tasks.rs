@@ -1,0 +1,186 @@
+//! The running tasks and their owner. A task that must not end is a reason to stop the relay.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::{SignedDuration, Timestamp};
+use tokio::signal::unix::Signal;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+use super::RelayError;
+use super::build::{Built, Stops};
+use crate::metrics::Metrics;
+use crate::publisher::PublisherError;
+use crate::reload;
+use crate::service_manager;
+use crate::spool::{Gauges, Spool, WriterEnd};
+use crate::tls;
+use crate::traces::Traces;
+
+/// How often raw samples of histograms are folded into buckets.
+const UPKEEP_EVERY: Duration = Duration::from_secs(5);
+
+/// How long before the expiry of a certificate the log warns, and how often.
+const EXPIRY_NOTICE: SignedDuration = SignedDuration::from_hours(14 * 24);
+const EXPIRY_REMINDER: Duration = Duration::from_secs(24 * 3600);
+
+/// A task that must run as long as the relay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Task {
+    Ingress,
+    SpoolWriter,
+    Publisher,
+    Ops,
+    Reload,
+    Upkeep,
+}
+
+impl Task {
+    /// Completes the sentence "the task that ...".
+    pub(super) fn purpose(self) -> &'static str {
+        match self {
+            Self::Ingress => "accepts webhooks",
+            Self::SpoolWriter => "writes the spool",
+            Self::Publisher => "publishes events",
+            Self::Ops => "serves the operators' listener",
+            Self::Reload => "reloads secrets",
+            Self::Upkeep => "maintains metrics",
+        }
+    }
+}
+
+/// The running tasks, in the order of the data.
+pub(super) struct Tasks {
+    pub ingress: JoinHandle<()>,
+    pub spool: Spool,
+    pub spool_writer: WriterEnd,
+    pub publisher: JoinHandle<Result<(), PublisherError>>,
+    pub ops: JoinHandle<()>,
+    pub reload: JoinHandle<()>,
+    pub upkeep: JoinHandle<()>,
+    pub traces: Arc<Traces>,
+    pub stops: Stops,
+    /// See [`Built::is_handed_over`].
+    pub is_handed_over: bool,
+}
+
+impl Built {
+    /// Spawns the tasks. `hangup` asks for a reload of secrets and certificates.
+    pub(super) fn run(self, hangup: Signal) -> Tasks {
+        let Self { ingress, publisher, ops, spool, spool_writer, watched, tls, traces, metrics, stops, .. } = self;
+        let (exported, gauges) = (Arc::clone(&traces), Arc::clone(spool.gauges()));
+        Tasks {
+            ingress: tokio::spawn(ingress.run()),
+            publisher: tokio::spawn(publisher.run(stops.publisher.clone())),
+            ops: tokio::spawn(ops.run(CancellationToken::new())),
+            reload: tokio::spawn(reload::run(watched, hangup, Arc::clone(&metrics))),
+            upkeep: tokio::spawn(async move {
+                tokio::join!(upkeep(metrics, tls, gauges), service_manager::watchdog(), exported.export());
+            }),
+            traces,
+            spool,
+            spool_writer,
+            stops,
+            is_handed_over: self.is_handed_over,
+        }
+    }
+}
+
+impl Tasks {
+    /// Resolves when a task ends that must not.
+    pub async fn failure(&mut self) -> RelayError {
+        tokio::select! {
+            _ = &mut self.ingress => RelayError::Task(Task::Ingress),
+            _ = &mut self.spool_writer => RelayError::Task(Task::SpoolWriter),
+            ended = &mut self.publisher => match ended {
+                Ok(Err(error)) => self.publisher_failure(error),
+                Ok(Ok(())) | Err(_) => RelayError::Task(Task::Publisher),
+            },
+            _ = &mut self.ops => RelayError::Task(Task::Ops),
+            _ = &mut self.reload => RelayError::Task(Task::Reload),
+            _ = &mut self.upkeep => RelayError::Task(Task::Upkeep),
+        }
+    }
+
+    /// A damaged file is repaired when it is opened, so the relay marks it for that and ends.
+    fn publisher_failure(&self, error: PublisherError) -> RelayError {
+        if let PublisherError::Spool(cause) = &error
+            && cause.is_damage()
+        {
+            self.spool.mend_at_next_start();
+        }
+        RelayError::Publisher(error)
+    }
+}
+
+/// Folds histograms, and logs when the spool's disk stops answering and when the certificate is about to expire.
+async fn upkeep(metrics: Arc<Metrics>, tls: Option<Arc<tls::Server>>, spool: Arc<Gauges>) {
+    let mut ticks = tokio::time::interval(UPKEEP_EVERY);
+    let (mut warned_at, mut was_stalled) = (None, false);
+    loop {
+        ticks.tick().await;
+        metrics.upkeep();
+        let is_stalled = spool.is_stalled();
+        match (was_stalled, is_stalled) {
+            (false, true) => error!("the spool's disk does not answer; answering webhooks 503 until it does"),
+            (true, false) => info!("the spool's disk answers again"),
+            (true, true) | (false, false) => {}
+        }
+        was_stalled = is_stalled;
+        let expires_at = tls.as_ref().map(|tls| tls.identity().expires_at);
+        if let Some(expires_at) = expires_at
+            && Timestamp::now() + EXPIRY_NOTICE > expires_at
+            && warned_at.is_none_or(|at: Instant| at.elapsed() >= EXPIRY_REMINDER)
+        {
+            warned_at = Some(Instant::now());
+            warn!(%expires_at, "the certificate of the public listener expires soon or has expired; renew it");
+        }
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::config;
+
+    /// Tasks that never end, on a spool of their own.
+    pub(in crate::relay) fn idle_tasks(folder: &tempfile::TempDir) -> Tasks {
+        let settings = config::Spool {
+            path: folder.path().join("spool.db"),
+            max_bytes: 1 << 20,
+            durability: config::Durability::Disk,
+        };
+        let dedupe = config::Dedupe { window: Duration::ZERO, entries_max: 1 };
+        let (spool, spool_writer) = Spool::open(&settings, &dedupe, Arc::new(Metrics::new())).unwrap();
+        let idle = || tokio::spawn(std::future::pending());
+        Tasks {
+            ingress: idle(),
+            ops: idle(),
+            reload: idle(),
+            upkeep: idle(),
+            traces: Arc::new(Traces::new(&crate::traces::Settings { endpoint: None, sample_ratio: 1.0 }).unwrap()),
+            publisher: tokio::spawn(std::future::pending()),
+            spool,
+            spool_writer,
+            stops: Stops::default(),
+            is_handed_over: false,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_task_that_panics_or_ends_is_a_failure() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let mut tasks = idle_tasks(&folder);
+        tasks.publisher = tokio::spawn(async { panic!("on purpose") });
+        assert!(matches!(tasks.failure().await, RelayError::Task(Task::Publisher)));
+
+        let folder = tempfile::TempDir::new().unwrap();
+        let mut tasks = idle_tasks(&folder);
+        tasks.ingress = tokio::spawn(async {});
+        let error = tasks.failure().await;
+        assert_eq!(error.to_string(), "the task that accepts webhooks stopped unexpectedly");
+    }
+}
