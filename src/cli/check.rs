@@ -58,7 +58,7 @@ pub async fn run(config: &Config, file: Option<&Path>, options: Options) -> Resu
 
 async fn check_brokers(config: &Config, file: Option<&Path>, table: &mut Table) -> Result<(), Failure> {
     let mut compared = false;
-    let access = BrokerAccess::new(&config.broker).map_err(Failure::new)?;
+    let access = BrokerAccess::new(&config.broker)?;
     for (index, url) in config.broker.urls.iter().enumerate() {
         let what = format!("broker {}:{}", url.host(), url.port());
         match access.open(index, "prism-relay check").await {

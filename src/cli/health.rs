@@ -2,13 +2,13 @@
 
 use std::time::Duration;
 
+use anyhow::{anyhow, bail};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper::{StatusCode, Uri};
 use hyper_util::client::legacy::Client;
 use hyper_util::rt::TokioExecutor;
 use serde_json::Value;
-use thiserror::Error;
 use tokio::time::timeout;
 
 use super::{Failure, clean, say};
@@ -26,25 +26,15 @@ pub struct Options {
     url: Option<Uri>,
 }
 
-#[derive(Debug, Error)]
-enum HealthError {
-    #[error("no answer from {url}: {reason}")]
-    NoAnswer { url: Uri, reason: String },
-    #[error("not ready: {url} answers {status}: {detail}")]
-    NotReady { url: Uri, status: u16, detail: String },
-}
-
 pub async fn run(config: &Config, options: Options) -> Result<(), Failure> {
     let url = super::ops_url(config, options.url, "/readyz")?;
-    let asked = timeout(ANSWER_TIMEOUT, ask(&url)).await;
-    let no_answer = || HealthError::NoAnswer { url: url.clone(), reason: "not in time".to_owned() };
-    asked.map_err(|_| Failure::new(no_answer()))?.map_err(Failure::new)?;
+    timeout(ANSWER_TIMEOUT, ask(&url)).await.map_err(|_| anyhow!("no answer from {url}: not in time"))??;
     say("ready");
     Ok(())
 }
 
-async fn ask(url: &Uri) -> Result<(), HealthError> {
-    let failed = |reason: String| HealthError::NoAnswer { url: url.clone(), reason };
+async fn ask(url: &Uri) -> anyhow::Result<()> {
+    let failed = |reason: String| anyhow!("no answer from {url}: {reason}");
     let client: Client<_, Empty<Bytes>> = Client::builder(TokioExecutor::new()).build_http();
     let response = client.get(url.clone()).await.map_err(|error| failed(chain(&error)))?;
     let status = response.status();
@@ -55,5 +45,5 @@ async fn ask(url: &Uri) -> Result<(), HealthError> {
     let body = body.map_err(|error| failed(error.to_string()))?.to_bytes();
     let answer: Value = serde_json::from_slice(&body).unwrap_or_default();
     let detail = clean(answer["detail"].as_str().unwrap_or("is that the operators' listener?"));
-    Err(HealthError::NotReady { url: url.clone(), status: status.as_u16(), detail })
+    bail!("not ready: {url} answers {}: {detail}", status.as_u16())
 }

@@ -1,12 +1,12 @@
 //! `man` and `completions`: made from the definition of the command line itself.
 
-use std::io::{self, Write};
 use std::path::PathBuf;
 
+use anyhow::Context;
 use clap::{Command, CommandFactory};
 use clap_complete::Shell;
 
-use super::{Arguments, Failure};
+use super::{Arguments, out};
 
 #[derive(clap::Args)]
 pub struct Options {
@@ -16,18 +16,19 @@ pub struct Options {
 }
 
 /// roff(7) on standard output, or in files such as `prism-relay-send.1`.
-pub fn man(options: Options) -> Result<(), Failure> {
+pub fn man(options: Options) -> anyhow::Result<()> {
     match options.folder {
-        Some(folder) => clap_mangen::generate_to(command(), folder).map_err(Failure::new),
+        Some(folder) => clap_mangen::generate_to(command(), &folder)
+            .with_context(|| format!("cannot write the man pages into {}", folder.display())),
         None => {
             let mut page = Vec::new();
-            clap_mangen::Man::new(command()).render(&mut page).map_err(Failure::new)?;
+            clap_mangen::Man::new(command()).render(&mut page)?;
             out(&page)
         }
     }
 }
 
-pub fn completions(shell: Shell) -> Result<(), Failure> {
+pub fn completions(shell: Shell) -> anyhow::Result<()> {
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut command(), "prism-relay", &mut script);
     out(&script)
@@ -35,12 +36,4 @@ pub fn completions(shell: Shell) -> Result<(), Failure> {
 
 fn command() -> Command {
     Arguments::command()
-}
-
-/// Whoever has stopped reading has seen enough.
-fn out(bytes: &[u8]) -> Result<(), Failure> {
-    match io::stdout().lock().write_all(bytes) {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(Failure::new(error)),
-        Ok(()) | Err(_) => Ok(()),
-    }
 }

@@ -15,19 +15,18 @@ mod top;
 mod topology;
 mod transfer;
 
-use std::error::Error;
 use std::io::{self, Write};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use anyhow::{Context, anyhow};
 use clap::{Parser, Subcommand};
 use hyper::Uri;
 use indicatif::{ProgressBar, ProgressStyle};
-use thiserror::Error;
 
-use crate::broker::{BrokerAccess, BrokerConnection, ConnectError};
-use crate::config::{Config, ConfigError, Purpose};
+use crate::broker::{BrokerAccess, BrokerConnection};
+use crate::config::{Config, Purpose};
 use crate::text::{chain, clean};
 use crate::{logging, relay};
 
@@ -82,27 +81,39 @@ enum Command {
     Completions { shell: clap_complete::Shell },
 }
 
-/// Why a command did not do what it was asked for.
-#[derive(Debug, Error)]
+/// Why a command failed, which decides the exit code. It is no `Error` itself, so that `?` turns every error into `Other`.
+#[derive(Debug)]
 enum Failure {
-    #[error("{0}")]
+    /// The command line cannot be used.
     Usage(String),
-    #[error(transparent)]
-    Config(#[from] ConfigError),
-    #[error(transparent)]
-    Failed(#[from] Box<dyn Error + Send + Sync>),
-    /// Everything has been said already.
-    #[error("failed")]
+    /// The configuration cannot be used.
+    Config(anyhow::Error),
+    Other(anyhow::Error),
+    /// The command has already printed why.
     Reported,
 }
 
-impl Failure {
-    fn new(error: impl Error + Send + Sync + 'static) -> Self {
-        Self::Failed(Box::new(error))
+impl<E: Into<anyhow::Error>> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Self::Other(error.into())
     }
 }
 
-/// Lines for standard output. Whoever has stopped reading (`| head`) has seen enough, and that is no failure.
+impl Failure {
+    /// Prints the error with its causes in one line.
+    fn report(self) -> ExitCode {
+        let (text, code) = match self {
+            Self::Usage(text) => (text, ExitCode::from(EXIT_USAGE)),
+            Self::Config(error) => (chain(error.as_ref()), ExitCode::from(EXIT_USAGE)),
+            Self::Other(error) => (chain(error.as_ref()), ExitCode::FAILURE),
+            Self::Reported => return ExitCode::FAILURE,
+        };
+        eprintln!("prism-relay: {text}");
+        code
+    }
+}
+
+/// Lines for standard output.
 #[derive(Default)]
 struct Printed(String);
 
@@ -112,11 +123,16 @@ impl Printed {
         self.0.push('\n');
     }
 
-    fn out(self) -> Result<(), Failure> {
-        match io::stdout().lock().write_all(self.0.as_bytes()) {
-            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(Failure::new(error)),
-            Ok(()) | Err(_) => Ok(()),
-        }
+    fn out(self) -> anyhow::Result<()> {
+        out(self.0.as_bytes())
+    }
+}
+
+/// Writes to standard output. A reader that stops early (`| head`) is not an error.
+fn out(bytes: &[u8]) -> anyhow::Result<()> {
+    match io::stdout().lock().write_all(bytes) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        written => written.context("cannot print"),
     }
 }
 
@@ -133,22 +149,17 @@ fn progress_bar(count: u64, what: &str) -> ProgressBar {
     ProgressBar::new(count).with_style(style)
 }
 
-/// None of the urls leads to a broker; what the last one said.
-#[derive(Debug, Error)]
-#[error("none of the brokers could be reached")]
-struct Unreachable(#[source] ConnectError);
-
-/// To the first broker that can be reached.
-async fn connect(config: &Config, name: &str) -> Result<BrokerConnection, Failure> {
-    let access = BrokerAccess::new(&config.broker).map_err(Failure::new)?;
-    let mut failure = Failure::Usage("broker.urls names no broker".to_owned());
+/// Connects to the first broker that can be reached. The error is the last one's.
+async fn connect(config: &Config, name: &str) -> anyhow::Result<BrokerConnection> {
+    let access = BrokerAccess::new(&config.broker)?;
+    let mut failure = anyhow!("broker.urls is empty");
     for index in 0..config.broker.urls.len() {
         match access.open(index, name).await {
             Ok(link) => return Ok(link),
-            Err(error) => failure = Failure::new(Unreachable(error)),
+            Err(error) => failure = error.into(),
         }
     }
-    Err(failure)
+    Err(failure.context("none of the brokers could be reached"))
 }
 
 /// Where a listener with this address can be reached from here.
@@ -159,7 +170,7 @@ fn http_url(mut address: SocketAddr, key: &str, path: &str) -> Result<Uri, Failu
     if address.ip().is_unspecified() {
         address.set_ip(if address.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() });
     }
-    format!("http://{address}{path}").parse().map_err(Failure::new)
+    Ok(format!("http://{address}{path}").parse()?)
 }
 
 /// An address on the operators' listener: below `given`, or where the configuration has it.
@@ -182,16 +193,7 @@ pub fn run() -> ExitCode {
     };
     match execute(arguments) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => {
-            match &failure {
-                Failure::Reported => {}
-                failure => eprintln!("prism-relay: {}", chain(failure)),
-            }
-            match failure {
-                Failure::Usage(_) | Failure::Config(_) => ExitCode::from(EXIT_USAGE),
-                Failure::Failed(_) | Failure::Reported => ExitCode::FAILURE,
-            }
-        }
+        Err(failure) => failure.report(),
     }
 }
 
@@ -203,25 +205,25 @@ fn execute(arguments: Arguments) -> Result<(), Failure> {
     };
     let environment = environment()?;
     let file = arguments.config.as_deref();
-    let config = Config::load(file, environment, purpose)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Failure::new)?;
+    let config = Config::load(file, environment, purpose).map_err(|error| Failure::Config(error.into()))?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start threads")?;
     let outcome = runtime.block_on(async {
         match command {
             Command::Serve => {
                 logging::init(&config.log);
-                relay::serve(config).await.map_err(Failure::new)
+                Ok(relay::serve(config).await?)
             }
             Command::Check(options) => check::run(&config, file, options).await,
             Command::Send(options) => send::run(&config, options).await,
-            Command::Tail(options) => tail::run(&config, options).await,
+            Command::Tail(options) => Ok(tail::run(&config, options).await?),
             Command::Top(options) => top::run(&config, options).await,
             Command::Topology(action) => topology::run(&config, file, action).await,
             Command::Redrive(options) => redrive::run(&config, options).await,
             Command::Replay(options) => replay::run(&config, options).await,
             Command::Spool(action) => spool::run(&config, action),
             Command::Health(options) => health::run(&config, options).await,
-            Command::Man(options) => manual::man(options),
-            Command::Completions { shell } => manual::completions(shell),
+            Command::Man(options) => Ok(manual::man(options)?),
+            Command::Completions { shell } => Ok(manual::completions(shell)?),
         }
     });
     // Not waiting for threads that hang in a name look-up or on a sick disk: what matters has been waited for.

@@ -90,14 +90,14 @@ pub async fn run(config: &Config, plan: &Plan, name: &str) -> Result<(), Failure
         return Err(Failure::Usage(format!("{name} is a stream, which cannot be poured into another one")));
     }
     let link = super::connect(config, "prism-relay topology").await?;
-    let management = Management::new(&config.broker, &link.url).map_err(Failure::new)?;
+    let management = Management::new(&config.broker, &link.url)?;
     // What moves messages looks for it, too, but not all of this does that.
     let moved = tokio::select! {
         moved = while_connected(&link, recreate(config, plan, queue, &link, &management)) => moved,
         _ = tokio::signal::ctrl_c() => Err(TransferError::Interrupted.into()),
     };
     link.close().await;
-    let moved = moved.map_err(Failure::new)?;
+    let moved = moved?;
     say(&format!("{name} is as configured; {moved} messages were moved over"));
     Ok(())
 }

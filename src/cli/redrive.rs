@@ -6,6 +6,7 @@ use std::num::NonZeroU64;
 use std::pin::Pin;
 use std::time::Duration;
 
+use anyhow::Context;
 use jiff::Timestamp;
 use lapin::Channel;
 use lapin::message::{BasicGetMessage, Delivery};
@@ -82,7 +83,7 @@ pub async fn run(config: &Config, options: Options) -> Result<(), Failure> {
     } else {
         say(&format!("{moved} moved from {from} to {to}, {left} looked at and left"));
     }
-    outcome.map_err(Failure::new)
+    Ok(outcome?)
 }
 
 /// Moves everything that is in a queue now, with its keys and its past as they are. `moved` grows as in a transfer.
@@ -112,7 +113,7 @@ async fn redrive(
     to: &Destination,
     link: &BrokerConnection,
     tally: &mut Tally,
-) -> Result<(), TransferError> {
+) -> anyhow::Result<()> {
     let mut taking = Taking::open(config, link, &options.from, options.takes_all()).await?;
     let mut transfer = Transfer::new(taking.channel.clone(), config);
     let most = options.count.map_or(taking.left, |count| count.get().min(taking.left));
@@ -130,7 +131,7 @@ async fn redrive(
         if !wanted {
             tally.left += 1;
         } else if options.dry_run {
-            print(&delivery, false)?;
+            print(&delivery, false).context("cannot print")?;
             tally.moved += 1;
         } else {
             let (key, properties) = (original_key(&delivery), fresh(&delivery.properties));
@@ -140,7 +141,7 @@ async fn redrive(
     }
     transfer.flush(&mut tally.moved).await?;
     progress.finish_and_clear();
-    taking.close().await
+    Ok(taking.close().await?)
 }
 
 /// Takes what is in a queue now, and no more: what comes back to it meanwhile must not be moved round in circles.

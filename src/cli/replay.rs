@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
+use anyhow::{Context, bail};
 use jiff::{SignedDuration, Timestamp};
 use lapin::Channel;
 use lapin::message::Delivery;
 use lapin::options::{BasicAckOptions, ConfirmSelectOptions};
 use lapin::types::{AMQPValue, FieldTable};
-use thiserror::Error;
 use tokio::time::Instant;
 
 use super::intake::{Intake, count};
@@ -48,24 +48,6 @@ pub struct Options {
     dry_run: bool,
 }
 
-#[derive(Debug, Error)]
-enum ReplayError {
-    #[error(transparent)]
-    Transfer(#[from] TransferError),
-    #[error("the stream says no more before its end at offset {0}")]
-    Stalled(u64),
-    #[error("that is no stream: its messages have no offset")]
-    NoStream,
-    #[error("interrupted")]
-    Interrupted,
-}
-
-impl From<lapin::Error> for ReplayError {
-    fn from(error: lapin::Error) -> Self {
-        Self::Transfer(error.into())
-    }
-}
-
 fn when(text: &str) -> Result<Timestamp, String> {
     let ago = |age: Duration| Timestamp::now().checked_sub(SignedDuration::try_from(age).ok()?).ok();
     let age = || humantime::parse_duration(text).ok().and_then(ago);
@@ -85,7 +67,7 @@ pub async fn run(config: &Config, options: Options) -> Result<(), Failure> {
     link.close().await;
     let verb = if options.dry_run { "would be published" } else { "published" };
     say(&format!("{published} events of {from} {verb} to {to}"));
-    outcome.map_err(Failure::new)
+    Ok(outcome?)
 }
 
 async fn replay(
@@ -95,7 +77,7 @@ async fn replay(
     to: &Destination,
     link: &BrokerConnection,
     published: &mut u64,
-) -> Result<(), ReplayError> {
+) -> anyhow::Result<()> {
     let (now, until) = (Timestamp::now(), options.until.unwrap_or(Timestamp::MAX));
     let deadline = config.publisher.confirm_timeout;
     let Some(end) = find_end(link, deadline, from, now).await? else { return Ok(()) };
@@ -115,13 +97,13 @@ async fn replay(
     while reached.is_none_or(|reached| reached < end.offset) {
         let next = tokio::select! {
             biased;
-            _ = &mut interrupt => return Err(ReplayError::Interrupted),
+            _ = &mut interrupt => bail!("interrupted"),
             next = intake.next(if reached.is_none() && maybe_nothing { FIRST } else { deadline }) => next?,
         };
         let delivery = match (next, reached) {
             (Some(delivery), _) => delivery,
             (None, None) if maybe_nothing => break,
-            (None, _) => return Err(ReplayError::Stalled(end.offset)),
+            (None, _) => bail!("the stream says no more before its end at offset {}", end.offset),
         };
         let offset = offset_of(&delivery)?;
         reached = Some(offset);
@@ -135,7 +117,7 @@ async fn replay(
             transfer.add(Parcel { to: to.clone(), key, properties, delivery }, published).await?;
         } else {
             if wanted {
-                print(&delivery, false).map_err(TransferError::Print)?;
+                print(&delivery, false).context("cannot print")?;
                 *published += 1;
             }
             // Makes room for more.
@@ -168,7 +150,7 @@ async fn find_end(
     deadline: Duration,
     stream: &str,
     now: Timestamp,
-) -> Result<Option<End>, ReplayError> {
+) -> anyhow::Result<Option<End>> {
     let opening = async {
         let channel = link.connection.create_channel().await?;
         let count = count(&channel, stream).await?;
@@ -197,8 +179,8 @@ async fn find_end(
     }
 }
 
-fn offset_of(delivery: &Delivery) -> Result<u64, ReplayError> {
-    number(&delivery.properties, "x-stream-offset").ok_or(ReplayError::NoStream)
+fn offset_of(delivery: &Delivery) -> anyhow::Result<u64> {
+    number(&delivery.properties, "x-stream-offset").context("that is no stream: its messages have no offset")
 }
 
 fn accepted(delivery: &Delivery) -> Timestamp {

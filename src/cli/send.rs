@@ -127,7 +127,7 @@ fn client(url: &Uri, ca: Option<PathBuf>) -> Result<Client<HttpsConnector<HttpCo
         Some("https") => {
             ClientFiles { ca, identity: None }.load().map_err(|error| Failure::Usage(error.to_string()))?
         }
-        Some("http") if ca.is_none() => tls::client_without_authorities().map_err(Failure::new)?,
+        Some("http") if ca.is_none() => tls::client_without_authorities()?,
         Some("http") => return Err(Failure::Usage("--ca is for urls that begin with https://".to_owned())),
         _ => return Err(Failure::Usage(format!("{url}: only http:// and https:// addresses can be posted to"))),
     };

@@ -1,5 +1,6 @@
 //! `spool`: looks into the spool, also while the relay runs on it, and takes events out by hand.
 
+use anyhow::{Context, anyhow};
 use clap::Subcommand;
 use jiff::Timestamp;
 use serde::Serialize;
@@ -44,23 +45,21 @@ pub enum Action {
 pub fn run(config: &Config, action: Action) -> Result<(), Failure> {
     let path = &config.spool.path;
     if !path.exists() {
-        return Err(Failure::Failed(format!("there is no spool at {}", path.display()).into()));
+        return Err(anyhow!("there is no spool at {}", path.display()).into());
     }
     let printed = match action {
-        Action::Stats => stats(&Inspector::open(path).map_err(Failure::new)?)?,
-        Action::List { parked, limit, json } => {
-            list(&Inspector::open(path).map_err(Failure::new)?, parked, limit, json)?
-        }
-        Action::Show { id } => show(&Inspector::open(path).map_err(Failure::new)?, id)?,
-        Action::Verify => return verify(&mut Inspector::open(path).map_err(Failure::new)?),
-        Action::Remove { ids } => return remove(&mut Inspector::open_for_change(path).map_err(Failure::new)?, &ids),
+        Action::Stats => stats(&Inspector::open(path)?)?,
+        Action::List { parked, limit, json } => list(&Inspector::open(path)?, parked, limit, json)?,
+        Action::Show { id } => show(&Inspector::open(path)?, id)?,
+        Action::Verify => return verify(&mut Inspector::open(path)?),
+        Action::Remove { ids } => return remove(&mut Inspector::open_for_change(path)?, &ids),
     };
-    printed.out()
+    Ok(printed.out()?)
 }
 
-fn stats(spool: &Inspector) -> Result<Printed, Failure> {
-    let ledger = spool.ledger().map_err(Failure::new)?;
-    let oldest = spool.oldest_pending_ms().map_err(Failure::new)?.map_or("none".to_owned(), time);
+fn stats(spool: &Inspector) -> anyhow::Result<Printed> {
+    let ledger = spool.ledger()?;
+    let oldest = spool.oldest_pending_ms()?.map_or("none".to_owned(), time);
     let mut printed = Printed::default();
     for (name, value) in [
         ("accepted", ledger.accepted.to_string()),
@@ -109,13 +108,13 @@ impl Row {
     }
 }
 
-fn list(spool: &Inspector, parked: bool, limit: u64, json: bool) -> Result<Printed, Failure> {
+fn list(spool: &Inspector, parked: bool, limit: u64, json: bool) -> anyhow::Result<Printed> {
     let mut printed = Printed::default();
     let each = |entry| {
         let row = Row::of(entry);
         printed.line(if json { serde_json::to_string(&row).unwrap_or_default() } else { line(&row) });
     };
-    spool.each(parked, limit, each).map_err(Failure::new)?;
+    spool.each(parked, limit, each)?;
     Ok(printed)
 }
 
@@ -125,10 +124,9 @@ fn line(row: &Row) -> String {
     super::clean(&format!("{time}  {id}  {type:<42}  {subject:<47}  {state:<10}  {bytes} B{parked}"))
 }
 
-fn show(spool: &Inspector, id: Uuid) -> Result<Printed, Failure> {
-    let Some(entry) = spool.find(id).map_err(Failure::new)? else {
-        return Err(Failure::Failed(format!("there is no event {id}: delivered, removed, or never here").into()));
-    };
+fn show(spool: &Inspector, id: Uuid) -> anyhow::Result<Printed> {
+    let missing = || format!("there is no event {id}: delivered, removed, or never here");
+    let entry = spool.find(id)?.with_context(missing)?;
     let body = entry.stored.event.body.clone();
     let fingerprint = entry.stored.event.fingerprint.to_string();
     let seq = entry.stored.seq;
@@ -172,7 +170,7 @@ fn hide(json: &mut Value) {
 }
 
 fn verify(spool: &mut Inspector) -> Result<(), Failure> {
-    let verdict = spool.verify().map_err(Failure::new)?;
+    let verdict = spool.verify()?;
     let ledger = verdict.ledger;
     let mut printed = Printed::default();
     printed.line(format!(
@@ -184,7 +182,7 @@ fn verify(spool: &mut Inspector) -> Result<(), Failure> {
     }
     if verdict.problems.is_empty() {
         printed.line("all is well".to_owned());
-        return printed.out();
+        return Ok(printed.out()?);
     }
     printed.out()?;
     Err(Failure::Reported)
@@ -193,7 +191,7 @@ fn verify(spool: &mut Inspector) -> Result<(), Failure> {
 fn remove(spool: &mut Inspector, ids: &[Uuid]) -> Result<(), Failure> {
     let mut missing = 0;
     for id in ids {
-        let removed = spool.remove(*id).map_err(Failure::new)?;
+        let removed = spool.remove(*id)?;
         missing += usize::from(!removed);
         say(&format!("{id} {}", if removed { "removed" } else { "is not there" }));
     }

@@ -3,13 +3,12 @@
 use std::io;
 use std::num::NonZeroU64;
 
+use anyhow::{Context, anyhow};
 use futures_util::StreamExt;
 use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions, QueueBindOptions, QueueDeclareOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Channel, Consumer};
-use thiserror::Error;
 
-use super::Failure;
 use super::messages::{matches, print, queue_name, short};
 use crate::broker::{BrokerConnection, reply_text};
 use crate::config::Config;
@@ -36,23 +35,7 @@ pub struct Options {
     queue: Option<String>,
 }
 
-#[derive(Debug, Error)]
-enum TailError {
-    #[error("the broker refuses: {0}. The relay declares exchanges and queues when it first connects")]
-    Refused(String),
-    #[error("the connection to the broker was lost")]
-    Lost,
-    #[error("cannot print")]
-    Print(#[from] io::Error),
-}
-
-impl From<lapin::Error> for TailError {
-    fn from(error: lapin::Error) -> Self {
-        Self::Refused(reply_text(&error))
-    }
-}
-
-pub async fn run(config: &Config, options: Options) -> Result<(), Failure> {
+pub async fn run(config: &Config, options: Options) -> anyhow::Result<()> {
     let link = super::connect(config, "prism-relay tail").await?;
     let printed = tokio::select! {
         printed = print_events(config, &options, &link) => printed,
@@ -60,31 +43,37 @@ pub async fn run(config: &Config, options: Options) -> Result<(), Failure> {
         _ = tokio::signal::ctrl_c() => Ok(()),
     };
     link.close().await;
-    match printed {
-        // So has the program at the other end of the pipe.
-        Err(TailError::Print(error)) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        printed => printed.map_err(Failure::new),
-    }
+    printed
 }
 
-async fn print_events(config: &Config, options: &Options, link: &BrokerConnection) -> Result<(), TailError> {
-    let channel = link.connection.create_channel().await?;
-    let mut deliveries = match &options.queue {
-        Some(queue) => work(&channel, queue).await?,
-        None => listen(config, &channel).await?,
+async fn print_events(config: &Config, options: &Options, link: &BrokerConnection) -> anyhow::Result<()> {
+    let channel = link.connection.create_channel().await.map_err(refused)?;
+    let deliveries = match &options.queue {
+        Some(queue) => work(&channel, queue).await,
+        None => listen(config, &channel).await,
     };
+    let mut deliveries = deliveries.map_err(refused)?;
     let mut left = options.count.map(NonZeroU64::get);
     while left != Some(0) {
-        let delivery = deliveries.next().await.ok_or(TailError::Lost)??;
+        let delivery = deliveries.next().await.context("the connection to the broker was lost")?.map_err(refused)?;
         if matches(&options.pattern, delivery.routing_key.as_str()) {
-            print(&delivery, options.json)?;
+            match print(&delivery, options.json) {
+                // The reader of the pipe has ended.
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
+                printed => printed.context("cannot print")?,
+            }
             left = left.map(|left| left - 1);
         }
         if options.queue.is_some() {
-            delivery.acker.ack(BasicAckOptions::default()).await?;
+            delivery.acker.ack(BasicAckOptions::default()).await.map_err(refused)?;
         }
     }
     Ok(())
+}
+
+fn refused(error: lapin::Error) -> anyhow::Error {
+    let reply = reply_text(&error);
+    anyhow!("the broker refuses: {reply}; the relay declares exchanges and queues when it first connects")
 }
 
 /// A queue of our own, gone with the connection.

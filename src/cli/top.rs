@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write as _};
 use std::time::Duration;
 
+use anyhow::{Context, anyhow, bail};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::header::AUTHORIZATION;
@@ -13,7 +14,6 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use jiff::Timestamp;
 use serde_json::Value;
-use thiserror::Error;
 use tokio::time::{interval, timeout};
 
 use super::{Failure, clean};
@@ -47,14 +47,6 @@ pub struct Options {
     once: bool,
 }
 
-#[derive(Debug, Error)]
-enum TopError {
-    #[error("no answer from {url}: {reason}")]
-    NoAnswer { url: Uri, reason: String },
-    #[error("{url} answers {status}: {detail}")]
-    Refused { url: Uri, status: u16, detail: String },
-}
-
 pub async fn run(config: &Config, options: Options) -> Result<(), Failure> {
     let url = super::ops_url(config, options.url, "/api/status")?;
     let mut request = Request::get(url.clone());
@@ -64,12 +56,12 @@ pub async fn run(config: &Config, options: Options) -> Result<(), Failure> {
     let request = request.body(Full::default()).map_err(|error| Failure::Usage(format!("{url}: {error}")))?;
     let client = Client::builder(TokioExecutor::new()).build_http();
     if options.once || !io::stdout().is_terminal() {
-        let status = look(&client, &request).await.map_err(Failure::new)?;
+        let status = look(&client, &request).await?;
         super::say(picture(&status).trim_end());
         return Ok(());
     }
     tokio::select! {
-        shown = watch(&client, &request, options.interval) => shown.map_err(Failure::new),
+        shown = watch(&client, &request, options.interval) => Ok(shown.context("cannot print")?),
         // A person has seen enough.
         _ = tokio::signal::ctrl_c() => Ok(()),
     }
@@ -86,7 +78,7 @@ async fn watch(
         looks.tick().await;
         let text = match look(client, request).await {
             Ok(status) => picture(&status),
-            Err(error) => format!("{}\n", chain(&error)),
+            Err(error) => format!("{}\n", chain(error.as_ref())),
         };
         let lines = text.replace('\n', &format!("{CLEAR_LINE}\n"));
         let mut terminal = io::stdout().lock();
@@ -95,9 +87,9 @@ async fn watch(
     }
 }
 
-async fn look(client: &Client<HttpConnector, Full<Bytes>>, request: &Request<Full<Bytes>>) -> Result<Value, TopError> {
-    let url = request.uri().clone();
-    let failed = |reason: String| TopError::NoAnswer { url: url.clone(), reason };
+async fn look(client: &Client<HttpConnector, Full<Bytes>>, request: &Request<Full<Bytes>>) -> anyhow::Result<Value> {
+    let url = request.uri();
+    let failed = |reason: String| anyhow!("no answer from {url}: {reason}");
     let answer = async {
         let response = client.request(request.clone()).await.map_err(|error| failed(chain(&error)))?;
         let status = response.status();
@@ -108,7 +100,7 @@ async fn look(client: &Client<HttpConnector, Full<Bytes>>, request: &Request<Ful
             return Ok(json);
         }
         let detail = clean(json["detail"].as_str().unwrap_or("is that the operators' listener?"));
-        Err(TopError::Refused { url: url.clone(), status: status.as_u16(), detail })
+        bail!("{url} answers {}: {detail}", status.as_u16())
     };
     timeout(ANSWER_TIMEOUT, answer).await.unwrap_or_else(|_| Err(failed("not in time".to_owned())))
 }

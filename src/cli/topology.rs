@@ -50,7 +50,7 @@ pub async fn run(config: &Config, file: Option<&Path>, action: Action) -> Result
         Action::Recreate { queue } => recreate::run(config, &plan, &queue).await,
         Action::Export => {
             let definitions = definitions(&plan, config.broker.urls[0].vhost());
-            say(&serde_json::to_string_pretty(&definitions).map_err(Failure::new)?);
+            say(&serde_json::to_string_pretty(&definitions)?);
             Ok(())
         }
     }
@@ -74,7 +74,7 @@ fn show(plan: &Plan) -> Result<(), Failure> {
             printed.line(format!("    {name} = {}", plain(value)));
         }
     }
-    printed.out()
+    Ok(printed.out()?)
 }
 
 async fn declare(config: &Config, plan: &Plan) -> Result<(), Failure> {
@@ -83,9 +83,7 @@ async fn declare(config: &Config, plan: &Plan) -> Result<(), Failure> {
     let limit = config.broker.connect_timeout * (plan.steps() + 1);
     let declared = timeout(limit, topology::establish(&link.connection, plan, Declare::Active)).await;
     link.close().await;
-    declared
-        .map_err(|_| Failure::new(BrokerError::Timeout))?
-        .map_err(|error| Failure::new(BrokerError::from(error)))?;
+    declared.map_err(|_| BrokerError::Timeout)?.map_err(BrokerError::from)?;
     say(&format!("{} exchanges and queues and {} bindings are there", plan.entities().len(), plan.bindings.len()));
     Ok(())
 }
@@ -98,8 +96,8 @@ async fn diff(config: &Config, file: Option<&Path>, plan: &Plan) -> Result<(), F
             say(&format!("bindings and policies are not compared, because AMQP cannot tell: {reason}"));
             let limit = config.broker.connect_timeout * (plan.steps() + 1);
             match timeout(limit, compare_over_amqp(config, &link, plan, &mending(config, file, &link.url))).await {
-                Ok(found) => found.map_err(Failure::new),
-                Err(_) => Err(Failure::new(BrokerError::Timeout)),
+                Ok(found) => found.map_err(Failure::from),
+                Err(_) => Err(BrokerError::Timeout.into()),
             }
         }
     };

@@ -35,8 +35,6 @@ pub enum TransferError {
     NotDelivered { from: String, left: u32 },
     #[error("interrupted; the rest is where it was")]
     Interrupted,
-    #[error("cannot print")]
-    Print(#[from] std::io::Error),
 }
 
 impl From<lapin::Error> for TransferError {
