@@ -23,6 +23,7 @@ pub mod publisher;
 pub mod ops;
 pub mod health;
 pub mod backoff;
+pub mod http_client;
 pub mod recent;
 pub mod metrics;
 pub mod log_limiter;

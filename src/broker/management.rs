@@ -1,38 +1,29 @@
 //! RabbitMQ's management API, which knows what AMQP cannot ask for: bindings and policies
 //! (<https://www.rabbitmq.com/docs/management#http-api>).
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
-use bytes::Bytes;
-use http_body_util::{BodyExt, Empty, Limited};
-use hyper::header::AUTHORIZATION;
-use hyper::{Request, Uri};
-use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
-use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::TokioExecutor;
+use hyper::Uri;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use thiserror::Error;
-use tokio::time::timeout;
 
 use super::{BrokerUrl, Settings};
-use crate::text::chain;
+use crate::http_client::{HttpClient, Limits, NoAnswer, get, http_client};
 use crate::tls;
 
-/// For one answer.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
-/// More than a broker with ten thousand queues answers.
-const ANSWER_BYTES_MAX: usize = 64 * 1024 * 1024;
+/// A broker with ten thousand queues answers less.
+const LIMITS: Limits = Limits { deadline: Duration::from_secs(10), bytes_max: 64 * 1024 * 1024 };
 
 /// Why the management API gave no answer.
 #[derive(Debug, Error)]
 pub enum ManagementError {
-    #[error("no answer from {url}: {reason}")]
-    NoAnswer { url: String, reason: String },
+    #[error(transparent)]
+    NoAnswer(#[from] NoAnswer),
+    #[error("unexpected answer from {url}")]
+    Unexpected { url: String, source: serde_json::Error },
     #[error("{url} belongs to another broker; set broker.management_url")]
     OtherBroker { url: String },
     #[error("{url} answers {status}{}", self.hint())]
@@ -52,7 +43,7 @@ impl ManagementError {
 
 /// A client for the management API of one broker.
 pub struct Management {
-    client: Client<HttpsConnector<HttpConnector>, Empty<Bytes>>,
+    client: HttpClient,
     /// The address without `/` at the end.
     base: String,
     login: String,
@@ -72,14 +63,9 @@ impl Management {
     pub fn new(broker: &Settings, url: &BrokerUrl) -> Result<Self, tls::TlsError> {
         let base = Self::place(broker, url);
         let tls = if base.starts_with("https") { broker.tls.load()? } else { tls::client_without_authorities()? };
-        let connector = HttpsConnectorBuilder::new()
-            .with_tls_config(Arc::unwrap_or_clone(tls))
-            .https_or_http()
-            .enable_http1()
-            .build();
         let login = &url.expose().authority.userinfo;
         Ok(Self {
-            client: Client::builder(TokioExecutor::new()).build(connector),
+            client: http_client(tls),
             base,
             login: format!("Basic {}", BASE64_STANDARD.encode(format!("{}:{}", login.username, login.password))),
             vhost: url.vhost().to_owned(),
@@ -107,20 +93,11 @@ impl Management {
     /// The JSON at this path below `/api/`.
     pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ManagementError> {
         let url = format!("{}/api/{path}", self.base);
-        let failed = |reason: String| ManagementError::NoAnswer { url: url.clone(), reason };
-        let request = Request::get(&url).header(AUTHORIZATION, &self.login).body(Empty::new());
-        let request = request.map_err(|error| failed(error.to_string()))?;
-        let answer = async {
-            let response = self.client.request(request).await.map_err(|error| failed(chain(&error)))?;
-            let status = response.status();
-            if !status.is_success() {
-                return Err(ManagementError::Refused { url: url.clone(), status: status.as_u16() });
-            }
-            let body = Limited::new(response.into_body(), ANSWER_BYTES_MAX).collect().await;
-            let body = body.map_err(|error| failed(error.to_string()))?.to_bytes();
-            serde_json::from_slice(&body).map_err(|error| failed(format!("unexpected answer: {error}")))
-        };
-        timeout(ANSWER_TIMEOUT, answer).await.unwrap_or_else(|_| Err(failed("not in time".to_owned())))
+        let answer = get(&self.client, &url, Some(&self.login), &LIMITS).await?;
+        if !answer.status.is_success() {
+            return Err(ManagementError::Refused { url, status: answer.status.as_u16() });
+        }
+        serde_json::from_slice(&answer.body).map_err(|source| ManagementError::Unexpected { url, source })
     }
 }
 

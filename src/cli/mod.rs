@@ -2,6 +2,7 @@
 
 mod check;
 mod health;
+mod http;
 mod intake;
 mod manual;
 mod messages;
@@ -16,13 +17,11 @@ mod topology;
 mod transfer;
 
 use std::io::{self, Write};
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, anyhow};
 use clap::{Parser, Subcommand};
-use hyper::Uri;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::broker::{BrokerAccess, BrokerConnection};
@@ -160,24 +159,6 @@ async fn connect(config: &Config, name: &str) -> anyhow::Result<BrokerConnection
         }
     }
     Err(failure.context("none of the brokers could be reached"))
-}
-
-/// Where a listener with this address can be reached from here.
-fn http_url(mut address: SocketAddr, key: &str, path: &str) -> Result<Uri, Failure> {
-    if address.port() == 0 {
-        return Err(Failure::Usage(format!("{key} has no fixed port: tell where it is with --url")));
-    }
-    if address.ip().is_unspecified() {
-        address.set_ip(if address.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() });
-    }
-    Ok(format!("http://{address}{path}").parse()?)
-}
-
-/// An address on the operators' listener: below `given`, or where the configuration has it.
-fn ops_url(config: &Config, given: Option<Uri>, path: &str) -> Result<Uri, Failure> {
-    let Some(base) = given else { return http_url(config.ops.listen, "ops.listen", path) };
-    let url = format!("{}{path}", base.to_string().trim_end_matches('/'));
-    url.parse().map_err(|error| Failure::Usage(format!("{base}: {error}")))
 }
 
 /// Runs the command that the process was started with.

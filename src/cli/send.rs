@@ -10,10 +10,6 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper::{Request, StatusCode, Uri};
-use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
-use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::TokioExecutor;
 use jiff::Timestamp;
 use serde_json::json;
 use tokio::sync::Semaphore;
@@ -21,9 +17,11 @@ use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, timeout};
 use uuid::Uuid;
 
+use super::http::listener_url;
 use super::{Failure, progress_bar, say};
 use crate::config::Config;
 use crate::event::DOCUMENTED_TYPES;
+use crate::http_client::{HttpClient, http_client};
 use crate::secret::Secret;
 use crate::signature::{SIGNATURE_HEADER, TIMESTAMP_HEADER, sign};
 use crate::text::chain;
@@ -75,7 +73,7 @@ fn rate(text: &str) -> Result<f64, String> {
 
 /// What every event needs.
 struct Sender {
-    client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
+    client: HttpClient,
     url: Uri,
     secret: Option<Secret>,
     retries: &'static [Duration],
@@ -122,7 +120,7 @@ pub async fn run(config: &Config, options: Options) -> Result<(), Failure> {
     if fates.iter().any(|fate| fate.latency.is_none()) { Err(Failure::Reported) } else { Ok(()) }
 }
 
-fn client(url: &Uri, ca: Option<PathBuf>) -> Result<Client<HttpsConnector<HttpConnector>, Full<Bytes>>, Failure> {
+fn client(url: &Uri, ca: Option<PathBuf>) -> Result<HttpClient, Failure> {
     let tls = match url.scheme_str() {
         Some("https") => {
             ClientFiles { ca, identity: None }.load().map_err(|error| Failure::Usage(error.to_string()))?
@@ -131,8 +129,7 @@ fn client(url: &Uri, ca: Option<PathBuf>) -> Result<Client<HttpsConnector<HttpCo
         Some("http") => return Err(Failure::Usage("--ca is for urls that begin with https://".to_owned())),
         _ => return Err(Failure::Usage(format!("{url}: only http:// and https:// addresses can be posted to"))),
     };
-    let connector = HttpsConnectorBuilder::new().with_tls_config((*tls).clone()).https_or_http().enable_http1().build();
-    Ok(Client::builder(TokioExecutor::new()).build(connector))
+    Ok(http_client(tls))
 }
 
 /// Where a relay with this configuration takes webhooks.
@@ -141,7 +138,7 @@ fn own_url(config: &Config) -> Result<Uri, Failure> {
         let hint = "the relay speaks TLS: give --url with the host name that is in its certificate";
         return Err(Failure::Usage(hint.to_owned()));
     }
-    super::http_url(config.http.listen, "http.listen", &config.http.path)
+    Ok(listener_url(config.http.listen, "http.listen", &config.http.path)?.parse()?)
 }
 
 async fn send_all(

@@ -4,18 +4,13 @@ use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write as _};
 use std::time::Duration;
 
-use anyhow::{Context, anyhow, bail};
-use bytes::Bytes;
-use http_body_util::{BodyExt, Full, Limited};
-use hyper::header::AUTHORIZATION;
-use hyper::{Request, Uri};
-use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::TokioExecutor;
+use anyhow::Context;
+use hyper::Uri;
 use jiff::Timestamp;
 use serde_json::Value;
-use tokio::time::{interval, timeout};
+use tokio::time::interval;
 
+use super::http::OpsResource;
 use super::{Failure, clean};
 use crate::config::Config;
 use crate::text::chain;
@@ -23,8 +18,6 @@ use crate::text::span;
 
 /// The relay is near.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
-/// Far more than a status takes.
-const ANSWER_BYTES_MAX: usize = 4 * 1024 * 1024;
 
 /// Moves to the upper left corner (ECMA-48); what is left of the picture before is cleared line by line.
 const HOME: &str = "\x1b[H";
@@ -48,35 +41,25 @@ pub struct Options {
 }
 
 pub async fn run(config: &Config, options: Options) -> Result<(), Failure> {
-    let url = super::ops_url(config, options.url, "/api/status")?;
-    let mut request = Request::get(url.clone());
-    if let Some(token) = &config.ops.token {
-        request = request.header(AUTHORIZATION, format!("Bearer {}", token.expose()));
-    }
-    let request = request.body(Full::default()).map_err(|error| Failure::Usage(format!("{url}: {error}")))?;
-    let client = Client::builder(TokioExecutor::new()).build_http();
+    let status = OpsResource::new(config, options.url, "/api/status", ANSWER_TIMEOUT)?;
+    let status = status.with_token(config.ops.token.as_ref());
     if options.once || !io::stdout().is_terminal() {
-        let status = look(&client, &request).await?;
-        super::say(picture(&status).trim_end());
+        super::say(picture(&status.get().await?).trim_end());
         return Ok(());
     }
     tokio::select! {
-        shown = watch(&client, &request, options.interval) => Ok(shown.context("cannot print")?),
+        shown = watch(&status, options.interval) => Ok(shown.context("cannot print")?),
         // A person has seen enough.
         _ = tokio::signal::ctrl_c() => Ok(()),
     }
 }
 
 /// Goes on for ever: a relay that does not answer may come back.
-async fn watch(
-    client: &Client<HttpConnector, Full<Bytes>>,
-    request: &Request<Full<Bytes>>,
-    every: Duration,
-) -> io::Result<()> {
+async fn watch(status: &OpsResource, every: Duration) -> io::Result<()> {
     let mut looks = interval(every.max(Duration::from_millis(100)));
     loop {
         looks.tick().await;
-        let text = match look(client, request).await {
+        let text = match status.get().await {
             Ok(status) => picture(&status),
             Err(error) => format!("{}\n", chain(error.as_ref())),
         };
@@ -85,24 +68,6 @@ async fn watch(
         write!(terminal, "{HOME}{lines}{CLEAR_REST}")?;
         terminal.flush()?;
     }
-}
-
-async fn look(client: &Client<HttpConnector, Full<Bytes>>, request: &Request<Full<Bytes>>) -> anyhow::Result<Value> {
-    let url = request.uri();
-    let failed = |reason: String| anyhow!("no answer from {url}: {reason}");
-    let answer = async {
-        let response = client.request(request.clone()).await.map_err(|error| failed(chain(&error)))?;
-        let status = response.status();
-        let body = Limited::new(response.into_body(), ANSWER_BYTES_MAX).collect().await;
-        let body = body.map_err(|error| failed(error.to_string()))?.to_bytes();
-        let json: Value = serde_json::from_slice(&body).unwrap_or_default();
-        if status.is_success() {
-            return Ok(json);
-        }
-        let detail = clean(json["detail"].as_str().unwrap_or("is that the operators' listener?"));
-        bail!("{url} answers {}: {detail}", status.as_u16())
-    };
-    timeout(ANSWER_TIMEOUT, answer).await.unwrap_or_else(|_| Err(failed("not in time".to_owned())))
 }
 
 /// What `/api/status` tells, for eighty columns. What is missing is shown as such: the relay may be another version.

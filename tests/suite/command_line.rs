@@ -242,7 +242,7 @@ async fn health_is_what_readyz_says() {
     assert!(nobody.code == Some(1) && nobody.stderr.contains("no answer from http://127.0.0.1:1/readyz"), "{nobody:?}");
     // By the configuration, which here leaves the port to the system.
     let unknown = relay.run(&["health"]).await;
-    assert!(unknown.code == Some(64) && unknown.stderr.contains("tell where it is with --url"), "{unknown:?}");
+    assert!(unknown.code == Some(64) && unknown.stderr.contains("give the address with --url"), "{unknown:?}");
 }
 
 #[tokio::test]

@@ -1,0 +1,66 @@
+//! Where the listeners of a relay are reached from here, and what its operators' listener answers.
+
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
+
+use anyhow::bail;
+use hyper::Uri;
+use serde_json::Value;
+
+use super::{Failure, clean};
+use crate::config::Config;
+use crate::http_client::{HttpClient, Limits, get, http_client};
+use crate::secret::Secret;
+use crate::tls;
+
+/// Far more than a status takes.
+const ANSWER_BYTES_MAX: usize = 4 * 1024 * 1024;
+
+/// One resource of the operators' listener.
+pub struct OpsResource {
+    client: HttpClient,
+    url: String,
+    authorization: Option<String>,
+    limits: Limits,
+}
+
+impl OpsResource {
+    /// `path` below `base`, or below `ops.listen` of the configuration.
+    pub fn new(config: &Config, base: Option<Uri>, path: &str, deadline: Duration) -> Result<Self, Failure> {
+        let url = match base {
+            Some(base) => format!("{}{path}", base.to_string().trim_end_matches('/')),
+            None => listener_url(config.ops.listen, "ops.listen", path)?,
+        };
+        let client = http_client(tls::client_without_authorities()?);
+        let limits = Limits { deadline, bytes_max: ANSWER_BYTES_MAX };
+        Ok(Self { client, url, authorization: None, limits })
+    }
+
+    pub fn with_token(mut self, token: Option<&Secret>) -> Self {
+        self.authorization = token.map(|token| format!("Bearer {}", token.expose()));
+        self
+    }
+
+    /// The JSON that it answers, `null` if that is not JSON; an error unless the status is 2xx.
+    pub async fn get(&self) -> anyhow::Result<Value> {
+        let Self { client, url, authorization, limits } = self;
+        let answer = get(client, url, authorization.as_deref(), limits).await?;
+        let json: Value = serde_json::from_slice(&answer.body).unwrap_or_default();
+        if answer.status.is_success() {
+            return Ok(json);
+        }
+        let detail = clean(json["detail"].as_str().unwrap_or("not an operators' listener; see ops.listen"));
+        bail!("{url} answers {}: {detail}", answer.status.as_u16());
+    }
+}
+
+/// The URL of `path` on the listener that the setting `key` puts at `address`.
+pub fn listener_url(mut address: SocketAddr, key: &str, path: &str) -> Result<String, Failure> {
+    if address.port() == 0 {
+        return Err(Failure::Usage(format!("{key} has no fixed port: give the address with --url")));
+    }
+    if address.ip().is_unspecified() {
+        address.set_ip(if address.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() });
+    }
+    Ok(format!("http://{address}{path}"))
+}
