@@ -1,28 +1,29 @@
-//! Repeated faults in the log: of each kind one a minute, with the number of those that were passed over, so that an
-//! attack or a wrong secret is seen and does not fill the disk. Pure but for a lock; takes `now`.
+//! Limits repeated log lines to one per kind and minute, so that an attack or a wrong secret is visible and does not fill
+//! the disk. Pure except for a lock; takes `now`.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-const TELL_EVERY: Duration = Duration::from_secs(60);
+/// The least time between two lines of a kind.
+const LINE_EVERY: Duration = Duration::from_secs(60);
 
-/// When each kind was last told of, and how often it has come since. Kinds are few: they are constants.
+/// For each kind: when it was last logged, and how many lines were suppressed since. Kinds are constants, so they are few.
 #[derive(Default)]
 pub struct LogLimiter(Mutex<HashMap<&'static str, (Instant, u64)>>);
 
 impl LogLimiter {
-    /// Whether it is time to tell, and how many were passed over before this one.
+    /// `Some` if a line of this kind may be logged now, with the number of lines suppressed before it.
     pub fn due(&self, kind: &'static str, now: Instant) -> Option<u64> {
         let mut kinds = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         match kinds.get_mut(kind) {
-            Some((told, unreported)) if now.saturating_duration_since(*told) < TELL_EVERY => {
-                *unreported += 1;
+            Some((logged_at, suppressed)) if now.saturating_duration_since(*logged_at) < LINE_EVERY => {
+                *suppressed += 1;
                 None
             }
-            Some((told, unreported)) => {
-                *told = now;
-                Some(std::mem::take(unreported))
+            Some((logged_at, suppressed)) => {
+                *logged_at = now;
+                Some(std::mem::take(suppressed))
             }
             None => {
                 kinds.insert(kind, (now, 0));
@@ -37,11 +38,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_notice_a_minute_for_each_kind() {
-        let (log_limiter, start) = (LogLimiter::default(), Instant::now());
-        assert_eq!(log_limiter.due("a", start), Some(0));
-        assert_eq!(log_limiter.due("b", start), Some(0));
-        assert_eq!(log_limiter.due("a", start + TELL_EVERY / 2), None);
-        assert_eq!(log_limiter.due("a", start + TELL_EVERY), Some(1));
+    fn each_kind_is_logged_once_a_minute() {
+        let (limiter, start) = (LogLimiter::default(), Instant::now());
+        assert_eq!(limiter.due("a", start), Some(0));
+        assert_eq!(limiter.due("b", start), Some(0));
+        assert_eq!(limiter.due("a", start + LINE_EVERY / 2), None);
+        assert_eq!(limiter.due("a", start + LINE_EVERY), Some(1));
     }
 }

@@ -1,5 +1,5 @@
-//! What came in lately, for the operators' pages: in memory, of a fixed size, gone with the process. It has no body and no
-//! `userToken`, and texts that somebody sent are cut short.
+//! The latest events and refusals, for the operators' pages: in memory, bounded, lost with the process. No body and no
+//! `userToken` is kept, and texts from outside are cut.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -9,29 +9,31 @@ use uuid::Uuid;
 
 use crate::event::{DOCUMENTED_TYPES, Envelope};
 
-/// Events that are remembered, with some 300 bytes each.
+/// The latest events; each takes about 300 bytes.
 const LATEST_MAX: usize = 1000;
-/// Event types that are counted one by one.
+/// Event types with a count of their own; the rest is counted together.
 const TYPES_MAX: usize = 50;
-/// Longer texts are cut. Prism's ids have 36 characters, its types some 40.
+/// Longer texts are cut. Prism's ids have 36 characters, its types about 40.
 const TEXT_CHARS_MAX: usize = 100;
 
-/// Codes of requests that whoever scans the internet makes: they tell nothing of Prism.
-const STRANGERS: [&str; 3] = ["not-found", "method-not-allowed", "source-not-allowed"];
+/// Codes of requests that Internet scanners make. They say nothing about Prism.
+const SCANNER_CODES: [&str; 3] = ["not-found", "method-not-allowed", "source-not-allowed"];
 
+/// What happened recently. Cheap to add to; readers get copies.
 pub struct Recent {
     counts: Mutex<Counts>,
-    /// The newest last.
+    /// Oldest first.
     latest: Mutex<VecDeque<Arrival>>,
-    /// The last events that an operator has taken out.
+    /// Events that an operator removed last.
     removed: Mutex<VecDeque<Uuid>>,
 }
 
-/// Everything that the recent counts.
+/// Counts since the start of the process.
 #[derive(Clone, Default)]
 pub struct Counts {
+    /// By event type.
     pub types: BTreeMap<String, Tally>,
-    /// Of the types that have no place of their own any more.
+    /// Types beyond the limit, together.
     pub other_types: Tally,
     /// By the `code` of the answer.
     pub refused: BTreeMap<&'static str, u64>,
@@ -39,7 +41,7 @@ pub struct Counts {
     pub last_accepted: Option<Timestamp>,
     pub accepted: u64,
     pub duplicates: u64,
-    /// Signatures that were right, by the position of the secret.
+    /// Valid signatures, by the position of the secret.
     pub verified: BTreeMap<usize, Tally>,
 }
 
@@ -49,13 +51,14 @@ pub struct Arrival {
     pub seq: u64,
     pub id: Uuid,
     pub accepted_at: Timestamp,
-    /// Nothing of an envelope is known of a signed body that has none.
+    /// `None`, as the fields below, for a signed body without an envelope.
     pub event_type: Option<Box<str>>,
     pub scan_id: Option<Box<str>>,
     pub prediction_id: Option<Box<str>>,
     pub state: Option<Box<str>>,
 }
 
+/// How often something happened, and when it did last.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Tally {
     pub count: u64,
@@ -71,7 +74,7 @@ impl Tally {
 
 impl Default for Recent {
     fn default() -> Self {
-        // Those that Prism documents have their places, whatever strangers send first.
+        // Documented types have their places, whatever other types come first.
         let types = DOCUMENTED_TYPES.map(|name| (name.to_owned(), Tally::default())).into();
         let counts = Mutex::new(Counts { types, ..Counts::default() });
         Self { counts, latest: Mutex::default(), removed: Mutex::default() }
@@ -79,6 +82,7 @@ impl Default for Recent {
 }
 
 impl Recent {
+    /// Adds an accepted event.
     pub fn accepted(&self, seq: u64, id: Uuid, envelope: Option<&Envelope<'_>>, now: Timestamp) {
         let text = |text: &str| match text.char_indices().nth(TEXT_CHARS_MAX) {
             Some((end, _)) => Box::from(&text[..end]),
@@ -102,51 +106,59 @@ impl Recent {
         push(&mut locked(&self.latest), arrival);
     }
 
+    /// Counts a re-send.
     pub fn duplicate(&self, now: Timestamp) {
         let mut counts = locked(&self.counts);
         counts.duplicates += 1;
         counts.last_accepted = Some(now);
     }
 
+    /// Counts a refused request by the code of its answer.
     pub fn refused(&self, code: &'static str, now: Timestamp) {
         let mut counts = locked(&self.counts);
         *counts.refused.entry(code).or_default() += 1;
         counts.last_refused = Some((now, code));
     }
 
-    /// A signature was right; `position` is that of its secret, from 0.
+    /// Counts a valid signature. `position` is that of its secret, from 0.
     pub fn verified(&self, position: usize, now: Timestamp) {
         locked(&self.counts).verified.entry(position).or_default().add(now);
     }
 
-    /// The positions have a new meaning.
+    /// Forgets the counts per secret: the positions have a new meaning.
     pub fn secrets_replaced(&self) {
         locked(&self.counts).verified.clear();
     }
 
-    /// An operator has taken it out of the spool.
+    /// Notes that an operator removed this event from the spool.
     pub fn removed(&self, id: Uuid) {
         push(&mut locked(&self.removed), id);
     }
 
+    /// A copy of all counts.
     pub fn counts(&self) -> Counts {
         locked(&self.counts).clone()
     }
 
-    /// The newest `limit` events that are `wanted`, the newest first.
-    pub fn latest(&self, limit: usize, wanted: impl Fn(&Arrival) -> bool) -> Vec<Arrival> {
-        locked(&self.latest).iter().rev().filter(|arrival| wanted(arrival)).take(limit).cloned().collect()
+    /// The newest `limit` events that match, newest first.
+    pub fn latest(&self, limit: usize, matches: impl Fn(&Arrival) -> bool) -> Vec<Arrival> {
+        locked(&self.latest).iter().rev().filter(|arrival| matches(arrival)).take(limit).cloned().collect()
     }
 
+    /// Whether an operator removed this event recently.
     pub fn was_removed(&self, id: Uuid) -> bool {
         locked(&self.removed).contains(&id)
     }
 }
 
 impl Counts {
-    /// Refusals of requests that were meant for us, by code.
+    /// Refusals without those of Internet scanners, by code.
     pub fn mistaken(&self) -> BTreeMap<&'static str, u64> {
-        self.refused.iter().filter(|(code, _)| !STRANGERS.contains(code)).map(|(code, count)| (*code, *count)).collect()
+        self.refused
+            .iter()
+            .filter(|(code, _)| !SCANNER_CODES.contains(code))
+            .map(|(code, count)| (*code, *count))
+            .collect()
     }
 
     fn count_type(&mut self, event_type: &str, now: Timestamp) {
@@ -176,7 +188,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_does_not_grow_and_cuts_what_is_long() {
+    fn it_is_bounded_and_cuts_long_texts() {
         let (recent, now) = (Recent::default(), Timestamp::now());
         for number in 0..2 * LATEST_MAX as u64 {
             let envelope =

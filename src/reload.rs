@@ -1,7 +1,7 @@
-//! Secrets and certificates that change while the relay runs: their files are looked at every few seconds, and read
-//! anew when they have changed or SIGHUP asks for it. A bad new value changes nothing, and the log says so.
+//! Reloads secrets and certificates while the relay runs: when their files change, and on SIGHUP. An unusable new value
+//! changes nothing, and the log says so.
 //!
-//! A file that is being written is not taken half-finished: a change counts once two looks have seen the same.
+//! A file may be half-written when it is read, so a change counts only after two polls have seen the same contents.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -13,92 +13,93 @@ use tracing::{debug, info, warn};
 
 use crate::metrics::Metrics;
 
-const LOOK_EVERY: Duration = Duration::from_secs(2);
+/// How often the files are polled.
+const POLL_EVERY: Duration = Duration::from_secs(2);
 
-/// Files, and what to do when they have changed.
+/// Files and the action that reloads them.
 pub struct Watched {
-    /// The key of the configuration.
+    /// The configuration key that names the files.
     key: &'static str,
     files: Vec<PathBuf>,
-    /// What was last read, good or bad.
-    taken: Digests,
-    /// What the last look saw.
-    seen: Digests,
-    take: Box<dyn FnMut() -> Result<(), String> + Send>,
+    /// Contents of the files at the last reload, successful or not.
+    reloaded: Digests,
+    /// Contents of the files at the last poll.
+    polled: Digests,
+    reload: Box<dyn FnMut() -> Result<(), String> + Send>,
 }
 
-/// Of each file; `None` if it cannot be read. Their contents are secrets, which need not be kept once more.
+/// A digest for each file; `None` if it cannot be read. The contents themselves are secrets, so they are not kept.
 type Digests = Vec<Option<[u8; 32]>>;
 
 impl Watched {
-    /// `take` reads the files and puts what they hold in force, or says why it cannot. What they hold now is in force.
+    /// `reload` reads the files and replaces the values in use, or says why it cannot. The current contents count as
+    /// already in use.
     pub fn new(
         key: &'static str,
         files: Vec<PathBuf>,
-        take: impl FnMut() -> Result<(), String> + Send + 'static,
+        reload: impl FnMut() -> Result<(), String> + Send + 'static,
     ) -> Self {
         let now = digests(&files);
-        Self { key, files, taken: now.clone(), seen: now, take: Box::new(take) }
+        Self { key, files, reloaded: now.clone(), polled: now, reload: Box::new(reload) }
     }
 
-    /// Without a word: nearly always they hold what is in force.
+    /// Reloads silently: the files have hardly ever changed between reading the configuration and now.
     fn catch_up(&mut self) {
-        if let Err(reason) = (self.take)() {
-            debug!(key = self.key, reason, "has changed during the start, and cannot be used");
+        if let Err(reason) = (self.reload)() {
+            debug!(key = self.key, reason, "reload failed during the start");
         }
     }
 
-    /// Whether the files have changed, and are not being written any more.
+    /// Polls the files. Returns whether they have changed since the last reload and stayed the same since the last poll.
     fn has_changed(&mut self) -> bool {
         let now = digests(&self.files);
-        let settled = now == self.seen;
-        self.seen = now;
-        settled && self.seen != self.taken
+        let settled = now == self.polled;
+        self.polled = now;
+        settled && self.polled != self.reloaded
     }
 
-    fn take(&mut self, metrics: &Metrics) {
-        self.taken = digests(&self.files);
-        self.seen.clone_from(&self.taken);
-        match (self.take)() {
+    fn reload(&mut self, metrics: &Metrics) {
+        self.reloaded = digests(&self.files);
+        self.polled.clone_from(&self.reloaded);
+        match (self.reload)() {
             Ok(()) => {
                 metrics.reloads.done.increment(1);
-                info!(key = self.key, "read anew, and in force");
+                info!(key = self.key, "reloaded");
             }
             Err(reason) => {
                 metrics.reloads.failed.increment(1);
-                warn!(key = self.key, reason, "cannot be used: what was in force before stays");
+                warn!(key = self.key, reason, "reload failed; keeping the previous value");
             }
         }
     }
 }
 
-/// Looks after the files for ever.
+/// Polls the files and reloads them on SIGHUP. Never returns, unless a poll panics.
 pub async fn run(mut watched: Vec<Watched>, mut hangup: Signal, metrics: Arc<Metrics>) {
-    // Whatever has changed between the reading of the configuration and now.
     watched.iter_mut().for_each(Watched::catch_up);
-    let mut looks = tokio::time::interval(LOOK_EVERY);
+    let mut polls = tokio::time::interval(POLL_EVERY);
     loop {
         let asked = tokio::select! {
-            _ = looks.tick() => false,
+            _ = polls.tick() => false,
             _ = hangup.recv() => true,
         };
         if asked && watched.is_empty() {
-            info!("SIGHUP: there are no files to read anew");
+            info!("SIGHUP: no secret or certificate comes from a file, so there is nothing to reload");
         }
         let metrics = Arc::clone(&metrics);
-        // A file system that hangs must not hang the rest.
-        let look = tokio::task::spawn_blocking(move || {
+        // A file system may hang; the runtime must not.
+        let poll = tokio::task::spawn_blocking(move || {
             for watched in &mut watched {
                 if asked || watched.has_changed() {
-                    watched.take(&metrics);
+                    watched.reload(&metrics);
                 }
             }
             watched
         });
-        match look.await {
+        match poll.await {
             Ok(back) => watched = back,
             Err(error) => {
-                debug!(%error, "the look at the files has ended");
+                debug!(%error, "polling secret files ended unexpectedly");
                 return;
             }
         }
@@ -133,7 +134,7 @@ mod tests {
         assert!(!watched.has_changed());
         assert!(watched.has_changed());
         let metrics = Metrics::new();
-        watched.take(&metrics);
+        watched.reload(&metrics);
         assert!(!watched.has_changed() && !watched.has_changed());
         assert_eq!(tries.load(Ordering::Relaxed), 1);
         std::fs::remove_file(file.path()).unwrap();

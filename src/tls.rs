@@ -1,6 +1,6 @@
-//! TLS: from PEM files to what the listener and the connection to the broker use. Knows neither HTTP nor AMQP.
+//! TLS: reads PEM files into settings for the listener and for the connection to the broker. Knows neither HTTP nor AMQP.
 //!
-//! rustls with ring as its only crypto provider: TLS 1.2 and 1.3. No error quotes what is in a file.
+//! rustls with ring as its only crypto provider: TLS 1.2 and 1.3. No error quotes the contents of a file.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock, PoisonError, RwLock};
@@ -20,31 +20,31 @@ static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| Arc::new(rustl
 /// HTTP/2 first (RFC 7301; the names are IANA's).
 const SERVER_PROTOCOLS: [&[u8]; 2] = [b"h2", b"http/1.1"];
 
-/// The files behind a TLS listener, all PEM.
+/// The PEM files of a TLS listener.
 #[derive(Clone, Debug)]
 pub struct ServerFiles {
-    /// The server's own certificate first, then the intermediate ones.
+    /// The server's certificate first, then the intermediate ones.
     pub certificate: PathBuf,
     pub private_key: PathBuf,
-    /// If set, clients have to show a certificate of one of these authorities.
+    /// If set, clients must show a certificate of one of these authorities.
     pub client_ca: Option<PathBuf>,
 }
 
-/// The files behind a TLS connection that we open, all PEM.
+/// The PEM files of a TLS connection that the relay opens.
 #[derive(Clone, Debug, Default)]
 pub struct ClientFiles {
-    /// Whom to believe; `None`: the authorities that the system believes.
+    /// The trusted authorities; `None`: those of the system.
     pub ca: Option<PathBuf>,
-    /// Our own certificate with its key, for peers that ask for one.
+    /// The relay's certificate and key, for peers that ask for one.
     pub identity: Option<(PathBuf, PathBuf)>,
 }
 
-/// Why certificates cannot be used; each names the file.
+/// Why certificates cannot be used. Each error names the file.
 #[derive(Debug, Error)]
 pub enum TlsError {
     #[error("cannot read {}: {source}", path.display())]
     Read { path: PathBuf, source: std::io::Error },
-    #[error("{} holds no {what} in PEM format", path.display())]
+    #[error("{} contains no {what} in PEM format", path.display())]
     Empty { path: PathBuf, what: &'static str },
     #[error("{} is broken: {reason}", path.display())]
     Broken { path: PathBuf, reason: String },
@@ -52,22 +52,22 @@ pub enum TlsError {
     Expired { path: PathBuf, at: Timestamp },
     #[error("{} is not valid before {at:.0}", path.display())]
     NotYetValid { path: PathBuf, at: Timestamp },
-    #[error("{} and {} do not belong together: {source}", certificate.display(), private_key.display())]
+    #[error("certificate {} and private key {} do not match: {source}", certificate.display(), private_key.display())]
     Mismatch { certificate: PathBuf, private_key: PathBuf, source: rustls::Error },
-    #[error("the system has no certificate authorities that could be read")]
+    #[error("the system has no readable certificate authorities")]
     NoSystemAuthorities,
     #[error("TLS cannot be set up: {0}")]
     Rustls(#[from] rustls::Error),
 }
 
-/// What a listener shows to its clients, with the end of its certificate.
+/// The TLS settings of a listener, with the expiry of its certificate.
 #[derive(Clone)]
 pub struct Identity {
     pub config: Arc<ServerConfig>,
     pub expires_at: Timestamp,
 }
 
-/// An [`Identity`] that can be replaced while connections are open: they keep theirs, the next ones get the new one.
+/// An [`Identity`] that can be replaced at run time. Open connections keep theirs; new ones get the new one.
 pub struct Server {
     files: ServerFiles,
     identity: RwLock<Identity>,
@@ -79,7 +79,7 @@ impl Server {
         Ok(Self { files, identity })
     }
 
-    /// Reads the files anew. What cannot be used changes nothing.
+    /// Reloads the files. After an error the previous identity stays in use.
     pub fn reload(&self) -> Result<(), TlsError> {
         let identity = self.files.load(Timestamp::now())?;
         *self.identity.write().unwrap_or_else(PoisonError::into_inner) = identity;
@@ -96,7 +96,7 @@ impl Server {
 }
 
 impl ServerFiles {
-    /// A certificate that has expired, or is not valid yet, is an error: no client would take it.
+    /// Loads the files. A certificate that has expired or is not valid yet is an error, because clients would reject it.
     pub fn load(&self, now: Timestamp) -> Result<Identity, TlsError> {
         let chain = certificates(&self.certificate)?;
         let (valid_from, expires_at) = validity(&chain[0], &self.certificate)?;
@@ -156,21 +156,21 @@ impl ClientFiles {
     }
 }
 
-/// For a client that will not speak TLS, and has to be set up for it all the same. It believes nobody.
+/// TLS settings without any trusted authority, for connectors that only use `http://`.
 pub fn client_without_authorities() -> Result<Arc<ClientConfig>, TlsError> {
     let builder = ClientConfig::builder_with_provider(Arc::clone(&PROVIDER)).with_safe_default_protocol_versions()?;
     Ok(Arc::new(builder.with_root_certificates(RootCertStore::empty()).with_no_client_auth()))
 }
 
-/// Nobody can guess them.
+/// Random bytes that cannot be guessed.
 pub fn random_bytes() -> [u8; 32] {
     let mut bytes = [0; 32];
-    // The kernel's generator (getrandom(2)) fails only on systems that are older than Rust's own support for them.
+    // getrandom(2) fails only on kernels that are older than those that Rust supports.
     PROVIDER.secure_random.fill(&mut bytes).expect("the system has random numbers");
     bytes
 }
 
-/// A name that a certificate can be checked against: a host name or an IP address.
+/// Reads a host name or an IP address that a certificate can be checked against.
 pub fn server_name(host: &str) -> Option<ServerName<'static>> {
     ServerName::try_from(host.to_owned()).ok()
 }
@@ -187,7 +187,7 @@ fn mismatch(certificate: &Path, private_key: &Path, source: rustls::Error) -> Tl
     TlsError::Mismatch { certificate: certificate.to_owned(), private_key: private_key.to_owned(), source }
 }
 
-/// At least one.
+/// Reads one or more certificates.
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&read(path)?).collect();
     match certificates.map_err(|error| pem_error(path, &error))? {
@@ -213,12 +213,12 @@ fn authorities(path: &Path) -> Result<RootCertStore, TlsError> {
 
 fn system_authorities() -> Result<RootCertStore, TlsError> {
     let mut roots = RootCertStore::empty();
-    // Systems carry a few that nobody can read; what counts is that there are others.
+    // Some systems have a few unreadable ones among many.
     roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
     if roots.is_empty() { Err(TlsError::NoSystemAuthorities) } else { Ok(roots) }
 }
 
-/// From when and until when a certificate is valid.
+/// The first and the last instant at which a certificate is valid.
 fn validity(certificate: &CertificateDer<'_>, path: &Path) -> Result<(Timestamp, Timestamp), TlsError> {
     let parsed = x509_cert::Certificate::from_der(certificate).map_err(|error| broken(path, error))?;
     let validity = parsed.tbs_certificate().validity();
@@ -229,13 +229,13 @@ fn validity(certificate: &CertificateDer<'_>, path: &Path) -> Result<(Timestamp,
     Ok((at(validity.not_before)?, at(validity.not_after)?))
 }
 
-/// In words of our own: those of the parser quote the file, which may be a key on a single line.
+/// Describes a PEM error without the parser's text, which quotes the file: that may be a private key on a single line.
 fn pem_error(path: &Path, error: &pem::Error) -> TlsError {
     let reason = match error {
-        pem::Error::MissingSectionEnd { .. } => "a section has no end; are the line ends of the file lost?",
+        pem::Error::MissingSectionEnd { .. } => "a section has no end; the file may have lost its line breaks",
         pem::Error::IllegalSectionStart { .. } => "the first line of a section cannot be read",
-        pem::Error::Base64Decode(_) => "what is in it is no base64",
-        _ => "it is no PEM file",
+        pem::Error::Base64Decode(_) => "a section is not base64",
+        _ => "it is not a PEM file",
     };
     broken(path, reason)
 }

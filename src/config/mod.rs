@@ -1,7 +1,7 @@
-//! What the code may assume: every value here has been read, bounded and checked against the others.
+//! Reads file and environment into the settings of the parts. Every value is bounded and checked against the others.
 //!
 //! [`Config::load`] merges the layers (in `raw`), reads every key, and reports all mistakes at once, each with its
-//! key. Nobody else reads a file or the environment.
+//! key. No other module reads the configuration file or the environment.
 
 mod raw;
 mod secrets;
@@ -21,6 +21,7 @@ use crate::{broker, ingress, logging, ops, publisher, signature, traces};
 /// The defaults, which are also the documentation of every key.
 pub const DEFAULT_TOML: &str = include_str!("../../config/default.toml");
 
+/// The whole configuration, checked.
 #[derive(Debug)]
 pub struct Config {
     pub http: ingress::Settings,
@@ -104,12 +105,14 @@ pub struct Archive {
     pub max_bytes: Option<u64>,
 }
 
+/// The section `[shutdown]`.
 #[derive(Debug)]
 pub struct Shutdown {
+    /// For open requests and deliveries after SIGTERM or SIGINT.
     pub grace: Duration,
 }
 
-/// All that is wrong with a configuration, one line a mistake.
+/// All mistakes in a configuration, one per line.
 #[derive(Debug, Error)]
 #[error("{}", self.list())]
 pub struct ConfigError {
@@ -126,7 +129,7 @@ impl ConfigError {
     }
 }
 
-/// Who asks: the client commands work without the secret that the relay itself cannot do without.
+/// What the configuration is loaded for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
     Serve,

@@ -1,7 +1,7 @@
-//! What was written: the layers merged into one flat table of keys, each read once and by name.
+//! Merges the layers into one flat table of keys, each of which is read once and by name.
 //!
-//! A key that nobody has read by the end is unknown. Mistakes are collected, not returned one by one; they quote the
-//! value, unless the key may hold a secret.
+//! A key that was not read by the end is unknown. Mistakes are collected, so that all of them can be shown at once. They
+//! quote the value, unless it was read as a secret.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
@@ -12,12 +12,16 @@ use std::time::Duration;
 use bytesize::ByteSize;
 use config::{Environment, File, FileFormat, Map, Value, ValueKind};
 
-/// Their values are never quoted.
-const SECRET_KEYS: [&str; 6] =
-    ["signature.secrets", "broker.urls", "broker.password", "broker.management_url", "ops.token", "traces.endpoint"];
+/// How similar an unknown key must be to a known one to be suggested as a typing error (Jaro-Winkler, 0 to 1).
+const SIMILARITY_MIN: f64 = 0.85;
 
-/// How alike an unknown key has to be to a known one to be taken for a slip (Jaro-Winkler, 0 to 1).
-const LIKENESS_MIN: f64 = 0.85;
+/// Whether a mistake may quote the value.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Quote {
+    Value,
+    /// The value is a secret, or may contain one.
+    Nothing,
+}
 
 pub(super) struct Raw {
     values: BTreeMap<String, Value>,
@@ -27,13 +31,13 @@ pub(super) struct Raw {
 }
 
 impl Raw {
-    /// Defaults, then the file, then the environment; the last one wins.
+    /// Merges the defaults, the file and the environment; the last one wins.
     pub fn merge(file: Option<&Path>, environment: impl IntoIterator<Item = (String, String)>) -> Result<Self, String> {
         let environment: Map<String, String> =
             environment.into_iter().filter(|(name, _)| name.starts_with("PRISM_RELAY__")).collect();
         let mut layers = config::Config::builder().add_source(File::from_str(super::DEFAULT_TOML, FileFormat::Toml));
         if let Some(path) = file {
-            // Read here, because the library does not say why it cannot read a file, and names it its own way.
+            // Read here, because the library's error does not say why the file cannot be read.
             let text = std::fs::read_to_string(path);
             let text = text.map_err(|error| format!("cannot read {}: {error}", path.display()))?;
             layers = layers.add_source(File::from_str(&text, FileFormat::Toml));
@@ -52,19 +56,40 @@ impl Raw {
         Ok(Self { values, file: file.map(Path::to_owned), known: BTreeSet::new(), mistakes: Vec::new() })
     }
 
+    /// Adds a mistake in this key.
     pub fn mistake(&mut self, key: &str, what: impl Display) {
         self.mistakes.push(format!("{key}: {what}"));
     }
 
+    /// Whether there is a mistake in this key.
     pub fn has_mistake(&self, key: &str) -> bool {
         self.mistakes.iter().any(|mistake| mistake.starts_with(&format!("{key}:")))
     }
 
-    /// A single value, read by `parse`, whose error completes the sentence "the value ...".
+    /// Reads a single value with `parse`, whose error completes the sentence "the value ...".
     pub fn read<T>(&mut self, key: &str, parse: impl Fn(&str) -> Result<T, String>) -> Option<T> {
+        self.single(key, Quote::Value, &parse)
+    }
+
+    /// Reads a single value that no mistake may quote.
+    pub fn secret<T>(&mut self, key: &str, parse: impl Fn(&str) -> Result<T, String>) -> Option<T> {
+        self.single(key, Quote::Nothing, &parse)
+    }
+
+    /// Reads an array, or a text with commas as in the environment. Skips empty items.
+    pub fn list<T>(&mut self, key: &str, parse: impl Fn(&str) -> Result<T, String>) -> Vec<T> {
+        self.items(key, Quote::Value, &parse)
+    }
+
+    /// Reads a list of values that no mistake may quote.
+    pub fn secrets<T>(&mut self, key: &str, parse: impl Fn(&str) -> Result<T, String>) -> Vec<T> {
+        self.items(key, Quote::Nothing, &parse)
+    }
+
+    fn single<T>(&mut self, key: &str, quote: Quote, parse: &impl Fn(&str) -> Result<T, String>) -> Option<T> {
         let value = self.take(key)?;
         match scalar(&value) {
-            Some(text) => self.checked(key, &value, &text, &parse),
+            Some(text) => self.checked(key, quote, &value, &text, parse),
             None => {
                 self.mistake(key, "takes a single value, not a list");
                 None
@@ -72,8 +97,7 @@ impl Raw {
         }
     }
 
-    /// An array, or a text with commas as the environment has it. Empty items are passed over.
-    pub fn list<T>(&mut self, key: &str, parse: impl Fn(&str) -> Result<T, String>) -> Vec<T> {
+    fn items<T>(&mut self, key: &str, quote: Quote, parse: &impl Fn(&str) -> Result<T, String>) -> Vec<T> {
         let Some(value) = self.take(key) else { return Vec::new() };
         let items: Vec<Option<String>> = match &value.kind {
             ValueKind::Array(items) => items.iter().map(scalar).collect(),
@@ -83,15 +107,15 @@ impl Raw {
         for item in items {
             match item.as_deref() {
                 Some("") => {}
-                Some(text) => read.extend(self.checked(key, &value, text, &parse)),
+                Some(text) => read.extend(self.checked(key, quote, &value, text, parse)),
                 None => self.mistake(key, "takes a list of single values"),
             }
         }
         read
     }
 
-    /// A list of tables: an array, or the same in TOML's own notation as a text. Their number; the keys of the first one are
-    /// then at `key[0].`.
+    /// Reads a list of tables: an array, or a text in TOML's notation for one. Returns how many there are; the keys of the
+    /// first one are then at `key[0].`.
     pub fn tables(&mut self, key: &str) -> usize {
         let Some(value) = self.take(key) else { return 0 };
         let array = match &value.kind {
@@ -151,7 +175,7 @@ impl Raw {
         self.read(key, parse)
     }
 
-    /// false if nobody has set it.
+    /// Reads `true` or `false`; a missing key is `false`.
     pub fn flag(&mut self, key: &str) -> bool {
         self.one_of(key, &[("false", false), ("true", true)])
     }
@@ -167,7 +191,7 @@ impl Raw {
         self.read(key, parse).unwrap_or(choices[0].1)
     }
 
-    /// The secret in the file that `key` names, and the file's path.
+    /// Reads the secret in the file that `key` names. Returns it with the file's path.
     pub fn file<T>(&mut self, key: &str, parse: impl Fn(&str) -> Result<T, String>) -> Option<(PathBuf, T)> {
         self.read(key, |path| {
             let path = PathBuf::from(path);
@@ -175,7 +199,7 @@ impl Raw {
         })
     }
 
-    /// All mistakes; the keys that nobody has asked for are among them.
+    /// Returns all mistakes, with one for each key that was not read.
     pub fn finish(mut self) -> Vec<String> {
         for (key, value) in std::mem::take(&mut self.values) {
             let is_section = self.known.iter().any(|known| known.starts_with(&format!("{key}.")));
@@ -197,15 +221,16 @@ impl Raw {
     fn checked<T>(
         &mut self,
         key: &str,
+        quote: Quote,
         value: &Value,
         text: &str,
         parse: &impl Fn(&str) -> Result<T, String>,
     ) -> Option<T> {
-        let shown = if SECRET_KEYS.contains(&key) { "the value".to_owned() } else { format!("{text:?}") };
+        let shown = if quote == Quote::Value { format!("{text:?}") } else { "the value".to_owned() };
         parse(text).map_err(|what| self.mistake(key, format_args!("{shown} {what}{}", self.origin(value)))).ok()
     }
 
-    /// The defaults have no mistakes, so what does not come from the environment comes from the file.
+    /// Where a value was set. The defaults have no mistakes, so a value without an origin comes from the file.
     fn origin(&self, value: &Value) -> String {
         match (value.origin(), &self.file) {
             (Some(origin), _) => format!(" (set in {origin})"),
@@ -215,9 +240,9 @@ impl Raw {
     }
 
     fn nearest(&self, key: &str) -> Option<&str> {
-        let likeness = |known: &String| strsim::jaro_winkler(known, key);
-        let nearest = self.known.iter().max_by(|a, b| likeness(a).total_cmp(&likeness(b)))?;
-        (likeness(nearest) >= LIKENESS_MIN).then_some(nearest)
+        let similarity = |known: &String| strsim::jaro_winkler(known, key);
+        let nearest = self.known.iter().max_by(|a, b| similarity(a).total_cmp(&similarity(b)))?;
+        (similarity(nearest) >= SIMILARITY_MIN).then_some(nearest)
     }
 }
 
@@ -254,7 +279,8 @@ fn scalar(value: &Value) -> Option<String> {
     }
 }
 
-/// The first line says where, the last one what; between them stands the line of the file, which may hold a secret.
+/// Shortens a syntax error to its first line (where) and its last (what). The lines between quote the file, which may
+/// contain a secret.
 fn syntax_error(error: &config::ConfigError, file: Option<&Path>) -> String {
     let text = error.to_string();
     let mut lines = text.lines().filter(|line| !line.trim().is_empty());

@@ -1,15 +1,14 @@
-//! Secrets as they stand in files of their own, which are read at the start, and anew when they change. No error quotes
-//! them.
+//! Reads secrets from files, at the start and again when a file changes. No error quotes a secret.
 
 use std::path::Path;
 
 use crate::secret::Secret;
 use crate::signature::SECRETS_MAX;
 
-/// With 16 random letters and digits nobody gets in by trying.
+/// Random letters and digits of this length cannot be guessed.
 const TOKEN_CHARS_MIN: usize = 16;
 
-/// One secret a line; empty lines are passed over.
+/// Reads one secret per line. Skips empty lines.
 pub fn secrets_in(text: &str) -> Result<Vec<Secret>, String> {
     let lines = text.lines().filter(|line| !line.is_empty());
     let secrets: Vec<_> = lines.map(Secret::new).collect();
@@ -20,7 +19,7 @@ pub fn secrets_in(text: &str) -> Result<Vec<Secret>, String> {
     }
 }
 
-/// The password is the file's only line.
+/// Reads a password: the file's only line.
 pub fn password_in(text: &str) -> Result<Secret, String> {
     match text.trim_end_matches(['\r', '\n']) {
         "" => Err("is empty".to_owned()),
@@ -29,7 +28,7 @@ pub fn password_in(text: &str) -> Result<Secret, String> {
     }
 }
 
-/// The token of the operators: a line that nobody guesses.
+/// Reads the operators' token: one line that is long enough.
 pub fn token_in(text: &str) -> Result<Secret, String> {
     match text.trim_end_matches(['\r', '\n']) {
         short if short.chars().count() < TOKEN_CHARS_MIN => {

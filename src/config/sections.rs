@@ -1,4 +1,4 @@
-//! How each section is read: keys, ranges, and what has to go together. Mistakes are left with [`Raw`].
+//! Reads each section: keys, ranges, and keys that belong together. Mistakes are collected in [`Raw`].
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -30,19 +30,19 @@ pub(super) const MILLISECOND: Duration = Duration::from_millis(1);
 
 /// RabbitMQ 4's own default for quorum queues.
 const DELIVERY_LIMIT: usize = 20;
-/// Below the 2^32 milliseconds that RabbitMQ takes.
+/// Below the limit of RabbitMQ, 2^32 milliseconds.
 const TTL_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
-/// Each is a queue of its own.
+/// Each step is a queue.
 const RETRIES_MAX: usize = 16;
 const PARTITIONS_MAX: usize = 256;
-/// Left for what the relay appends, such as `.retry.16`.
+/// Room for the suffixes that the relay appends, such as `.retry.16`.
 const SUFFIX_BYTES: usize = 16;
 
 pub(super) fn http(raw: &mut Raw, purpose: Purpose) -> ingress::Settings {
     let body_bytes_max = raw.bytes("http.body_bytes_max", 1..=128 * MIB);
     let buffer_bytes_max = raw.bytes("http.buffer_bytes_max", 1..=MIB * MIB);
     if buffer_bytes_max < body_bytes_max {
-        raw.mistake("http.buffer_bytes_max", "is below http.body_bytes_max, so the largest body would never fit");
+        raw.mistake("http.buffer_bytes_max", "is below http.body_bytes_max: the largest allowed body would not fit");
     }
     ingress::Settings {
         listen: raw.read("http.listen", address).unwrap_or(UNSPECIFIED),
@@ -54,7 +54,7 @@ pub(super) fn http(raw: &mut Raw, purpose: Purpose) -> ingress::Settings {
         connections_max: raw.number("http.connections_max", 1..=1_000_000),
         connections_per_source_max: raw.number("http.connections_per_source_max", 1..=1_000_000),
         headers_max: raw.number("http.headers_max", 1..=1000),
-        // 8 KiB is the least that hyper takes.
+        // hyper allows no less than 8 KiB.
         header_bytes_max: raw.bytes("http.header_bytes_max", 8 * KIB..=MIB) as usize,
         streams_max: raw.number("http.streams_max", 1..=10_000) as u32,
         tls: server_files(raw, purpose),
@@ -65,7 +65,7 @@ pub(super) fn http(raw: &mut Raw, purpose: Purpose) -> ingress::Settings {
 
 pub(super) fn signature(raw: &mut Raw, purpose: Purpose) -> signature::Settings {
     let required = raw.one_of("signature.required", &[("true", true), ("false", false)]);
-    let mut secrets = raw.list("signature.secrets", |text| Ok(Secret::new(text)));
+    let mut secrets = raw.secrets("signature.secrets", |text| Ok(Secret::new(text)));
     let file = raw.file("signature.secrets_file", secrets_in);
     let secrets_file = file.map(|(path, from_file)| {
         if !secrets.is_empty() {
@@ -80,7 +80,7 @@ pub(super) fn signature(raw: &mut Raw, purpose: Purpose) -> signature::Settings 
     if required && secrets.is_empty() && purpose == Purpose::Serve {
         raw.mistake(
             "signature.secrets",
-            "is empty, so nothing could be accepted; set it (or signature.secrets_file) to the secret of the \
+            "is empty, so no webhook could be accepted; set it (or signature.secrets_file) to the secret of the \
              Prism account, or set signature.required to false if the account does not sign",
         );
     }
@@ -113,11 +113,11 @@ impl Dedupe {
 }
 
 pub(super) fn broker(raw: &mut Raw) -> (broker::Settings, publisher::Settings) {
-    let mut urls = raw.list("broker.urls", BrokerUrl::parse);
+    let mut urls = raw.secrets("broker.urls", BrokerUrl::parse);
     if urls.is_empty() && !raw.has_mistake("broker.urls") {
         raw.mistake("broker.urls", "names no broker");
     }
-    let password = raw.read("broker.password", |text| Ok(Secret::new(text)));
+    let password = raw.secret("broker.password", |text| Ok(Secret::new(text)));
     let from_file = raw.file("broker.password_file", password_in);
     if password.is_some() && from_file.is_some() {
         raw.mistake("broker.password_file", "is set together with broker.password; set one of them");
@@ -128,7 +128,7 @@ pub(super) fn broker(raw: &mut Raw) -> (broker::Settings, publisher::Settings) {
     };
     let heartbeat = raw.duration("broker.heartbeat", SECOND..=HOUR);
     if heartbeat.subsec_nanos() != 0 {
-        raw.mistake("broker.heartbeat", "AMQP counts it in whole seconds");
+        raw.mistake("broker.heartbeat", "is not a whole number of seconds, as AMQP requires");
     }
     let heartbeat_seconds = heartbeat.as_secs() as u16;
     for url in &mut urls {
@@ -139,7 +139,7 @@ pub(super) fn broker(raw: &mut Raw) -> (broker::Settings, publisher::Settings) {
     }
     let confirm_timeout = raw.duration("broker.confirm_timeout", SECOND..=HOUR);
     if confirm_timeout < heartbeat {
-        raw.mistake("broker.confirm_timeout", "is below broker.heartbeat, so a slow broker would be taken for dead");
+        raw.mistake("broker.confirm_timeout", "is below broker.heartbeat: a slow broker would be treated as dead");
     }
     let reconnect_min = raw.duration("broker.reconnect_min", MILLISECOND..=HOUR);
     let reconnect_max = raw.duration("broker.reconnect_max", MILLISECOND..=HOUR);
@@ -161,7 +161,7 @@ pub(super) fn broker(raw: &mut Raw) -> (broker::Settings, publisher::Settings) {
         tls,
         server_name,
         connect_timeout: raw.duration("broker.connect_timeout", MILLISECOND..=HOUR),
-        management_url: raw.read("broker.management_url", management_url),
+        management_url: raw.secret("broker.management_url", management_url),
     };
     (broker, publisher)
 }
@@ -173,9 +173,9 @@ impl Topology {
         let queues: Vec<_> =
             (0..raw.tables("topology.queues")).map(|index| queue(raw, &format!("topology.queues[{index}]"))).collect();
         let topology = Self { declare, queues, archive: archive(raw) };
-        // Some come with names of their own, which must not be the others'.
+        // Retry steps and partitions get derived names, which may clash with configured ones.
         for clash in Plan::new(&topology, exchange).clashes() {
-            raw.mistake("topology", format_args!("there are two of the same name: {clash}"));
+            raw.mistake("topology", format_args!("two entities have the same name: {clash}"));
         }
         topology
     }
@@ -213,13 +213,13 @@ fn archive(raw: &mut Raw) -> Option<Archive> {
     let max_age = raw.optional_duration("topology.archive.max_age", SECOND..=10_000 * DAY);
     let max_bytes = raw.optional_bytes("topology.archive.max_bytes", MIB..=MIB * MIB);
     if max_age.is_none() && (name.is_some() || max_bytes.is_some()) && !raw.has_mistake("topology.archive.max_age") {
-        raw.mistake("topology.archive.max_age", "is missing: for how long is everything kept?");
+        raw.mistake("topology.archive.max_age", "is missing: set how long events are kept, such as \"30d\"");
     }
     Some(Archive { name: name.unwrap_or_else(|| ARCHIVE.to_owned()), max_age: max_age?, max_bytes })
 }
 
 pub(super) fn ops(raw: &mut Raw) -> ops::Settings {
-    let token = raw.read("ops.token", token_in);
+    let token = raw.secret("ops.token", token_in);
     let from_file = raw.file("ops.token_file", token_in);
     if token.is_some() && from_file.is_some() {
         raw.mistake("ops.token_file", "is set together with ops.token; set one of them");
@@ -233,7 +233,7 @@ pub(super) fn ops(raw: &mut Raw) -> ops::Settings {
 
 pub(super) fn log(raw: &mut Raw) -> logging::Settings {
     let formats = [("auto", Format::Auto), ("pretty", Format::Pretty), ("json", Format::Json)];
-    let filter = |text: &str| text.parse().map_err(|_| "is no filter such as info or info,lapin=debug".to_owned());
+    let filter = |text: &str| text.parse().map_err(|_| "is not a filter such as info or info,lapin=debug".to_owned());
     logging::Settings {
         format: raw.one_of("log.format", &formats),
         filter: raw.read("log.filter", filter).unwrap_or_default(),
@@ -246,9 +246,9 @@ pub(super) fn traces(raw: &mut Raw) -> traces::Settings {
         _ if cfg!(not(feature = "otlp")) => {
             Err("needs a prism-relay with traces: build it with `--features otlp`, or take the Debian package or the container image".to_owned())
         }
-        // Errors of the exporter quote it, so there is no place for a password in it.
+        // Errors of the exporter quote the address.
         Ok(uri) if uri.authority().is_some_and(|authority| authority.as_str().contains('@')) => {
-            Err("has a login in it; give the collector's headers in OTEL_EXPORTER_OTLP_HEADERS".to_owned())
+            Err("contains a login; set the collector's headers in OTEL_EXPORTER_OTLP_HEADERS".to_owned())
         }
         Ok(uri) if matches!(uri.scheme_str(), Some("http" | "https")) && uri.query().is_none() => Ok(uri),
         _ => Err("is not the address of a collector, such as http://127.0.0.1:4318".to_owned()),
@@ -259,13 +259,13 @@ pub(super) fn traces(raw: &mut Raw) -> traces::Settings {
         _ => Err("is not a number from 0 to 1".to_owned()),
     };
     traces::Settings {
-        endpoint: raw.read("traces.endpoint", endpoint),
+        endpoint: raw.secret("traces.endpoint", endpoint),
         sample_ratio: raw.read("traces.sample_ratio", ratio).unwrap_or_default(),
     }
 }
 
-/// Read once now, so that a file which cannot be used is one of the mistakes. The commands beside the relay do not need
-/// them, and may not be allowed to read them.
+/// Loads the files once, so that an unusable file is one of the mistakes. Commands other than `serve` and `check` do not
+/// need them, and may lack the permission to read them.
 fn server_files(raw: &mut Raw, purpose: Purpose) -> Option<ServerFiles> {
     let path = |text: &str| Ok(PathBuf::from(text));
     let certificate = raw.read("http.tls.certificate", path);
@@ -290,7 +290,7 @@ fn client_files(raw: &mut Raw, urls: &[BrokerUrl]) -> (ClientFiles, Option<Strin
     let ca = raw.read("broker.tls.ca", path);
     let certificate = raw.read("broker.tls.certificate", path);
     let private_key = raw.read("broker.tls.private_key", path);
-    let name = |text: &str| tls::server_name(text).map(|_| text.to_owned()).ok_or("is no host name".to_owned());
+    let name = |text: &str| tls::server_name(text).map(|_| text.to_owned()).ok_or("is not a host name".to_owned());
     let server_name = raw.read("broker.tls.server_name", name);
     let identity = match (certificate, private_key) {
         (Some(certificate), Some(private_key)) => Some((certificate, private_key)),
@@ -314,34 +314,34 @@ fn client_files(raw: &mut Raw, urls: &[BrokerUrl]) -> (ClientFiles, Option<Strin
 }
 
 fn missing<T>(raw: &mut Raw, key: &str) -> Option<T> {
-    raw.mistake(key, "is missing: a certificate and its private key go together");
+    raw.mistake(key, "is missing: set both certificate and private key");
     None
 }
 
 fn management_url(text: &str) -> Result<Uri, String> {
     match text.parse::<Uri>() {
         Ok(uri) if uri.authority().is_some_and(|authority| authority.as_str().contains('@')) => {
-            Err("has a login in it; that of the broker's url is used".to_owned())
+            Err("contains a login; the relay uses the login of broker.urls".to_owned())
         }
         Ok(uri) if matches!(uri.scheme_str(), Some("http" | "https")) && uri.query().is_none() => Ok(uri),
         _ => Err("is not the address of the management API, such as http://127.0.0.1:15672".to_owned()),
     }
 }
 
-/// Stands in for an address that could not be read; the mistake is on the list, so nobody gets to use it.
+/// Placeholder for an address that could not be read. It is never used, because the mistake is in the list.
 const UNSPECIFIED: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED), 0);
 
 fn address(text: &str) -> Result<SocketAddr, String> {
     text.parse().map_err(|_| "is not an IP address with a port, such as 127.0.0.1:8080".to_owned())
 }
 
-/// A network, or a single address as the network of itself.
+/// Reads a network, or a single address as a network of one.
 fn network(text: &str) -> Result<IpNet, String> {
     let network = text.parse().or_else(|_| text.parse::<std::net::IpAddr>().map(IpNet::from));
     network.map(unmapped).map_err(|_| "is neither an IP address nor a CIDR such as 203.0.113.0/24".to_owned())
 }
 
-/// IPv4 networks that are written as IPv6 (RFC 4291, section 2.5.5.2) count as what they are, as the addresses do.
+/// Converts IPv4 networks in IPv6 notation (RFC 4291, section 2.5.5.2) to IPv4, as is done for addresses.
 fn unmapped(network: IpNet) -> IpNet {
     let IpNet::V6(mapped) = network else { return network };
     let (address, bits) = (mapped.addr().to_ipv4_mapped(), mapped.prefix_len().checked_sub(96));
@@ -353,7 +353,7 @@ fn webhook_path(text: &str) -> Result<String, String> {
         return Err("is not a path such as /webhooks/prism".to_owned());
     }
     if text == HEALTH_PATH {
-        return Err("is taken: it is where load balancers ask for the relay's health".to_owned());
+        return Err("is reserved: load balancers ask for the relay's health there".to_owned());
     }
     Ok(text.to_owned())
 }
@@ -362,7 +362,7 @@ fn exchange_name(text: &str) -> Result<String, String> {
     own_name(text).map(|()| text.to_owned())
 }
 
-/// A name from which others are made.
+/// Checks a name from which the relay derives others.
 fn derivable_name(name: &str) -> Result<(), String> {
     own_name(name)?;
     if name.len() + SUFFIX_BYTES > SHORT_STRING_BYTES_MAX {
@@ -371,13 +371,13 @@ fn derivable_name(name: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// A name for an exchange or a queue that is neither RabbitMQ's nor one of the relay's fixed ones.
+/// Checks the name of an exchange or a queue: neither reserved by RabbitMQ nor one of the relay's fixed names.
 fn own_name(name: &str) -> Result<(), String> {
     match name {
         "" => Err("is empty".to_owned()),
         _ if name.len() > SHORT_STRING_BYTES_MAX => Err("is longer than 255 bytes".to_owned()),
-        _ if name.starts_with("amq.") => Err("begins with amq., which RabbitMQ keeps for itself".to_owned()),
-        DEAD | UNROUTED => Err("is a name that the relay uses itself".to_owned()),
+        _ if name.starts_with("amq.") => Err("begins with amq., which RabbitMQ reserves".to_owned()),
+        DEAD | UNROUTED => Err("is a name that the relay uses for its own queues".to_owned()),
         _ => Ok(()),
     }
 }

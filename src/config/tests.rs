@@ -138,13 +138,13 @@ fn all_mistakes_come_in_one_message_each_with_its_key() {
         "spool.max_bytes: \"0\" is not between",
         "broker.urls: names no broker",
         "broker.window: \"0\" is not a whole number between 1 and 65535",
-        "broker.heartbeat: AMQP counts it in whole seconds",
+        "broker.heartbeat: is not a whole number of seconds, as AMQP requires",
         "broker.reconnect_max: is below broker.reconnect_min",
-        "topology.queues[0].name: \"prism.dead\" is a name that the relay uses itself",
+        "topology.queues[0].name: \"prism.dead\" is a name that the relay uses for its own queues",
         "topology.queues[1].bindings: takes a list of at least one topic pattern",
         "topology.queues[1].binding: unknown key",
         "ops.listen: \"9090\" is not an IP address with a port, such as 127.0.0.1:8080 (set in the environment)",
-        "log.filter: \"a=b=c\" is no filter",
+        "log.filter: \"a=b=c\" is not a filter",
         "shutdown.grace: \"5\" is not a duration such as 500ms, 10s or 2m",
         "sigature.required: unknown key; did you mean signature.required?",
     ] {
@@ -226,7 +226,7 @@ fn what_belongs_together_in_tls_is_asked_for_together() {
     assert!(text.contains("broker.tls.private_key: is missing"), "{text}");
     let text = mistakes("[broker]\ntls = { ca = \"/nowhere/ca.pem\", server_name = \"a b\" }", &[]);
     assert!(text.contains("broker.tls: is set, but no url in broker.urls begins with amqps://"), "{text}");
-    assert!(text.contains("broker.tls.server_name: \"a b\" is no host name"), "{text}");
+    assert!(text.contains("broker.tls.server_name: \"a b\" is not a host name"), "{text}");
     let text = mistakes("[broker]\nurls = [\"amqps://broker\"]\ntls = { ca = \"/nowhere/ca.pem\" }", &[]);
     assert!(text.contains("broker.tls: cannot read /nowhere/ca.pem: No such file"), "{text}");
     // The commands beside the relay may not be allowed to read its key.
@@ -278,8 +278,8 @@ fn queues_and_the_archive_are_read_and_bounded() {
         "topology.queues[0].retry_delays: \"soon\" is not a duration",
         "topology.queues[0].delivery_limit: \"0\" is not a whole number between 1 and 1000000",
         "topology.queues[0].tttl: unknown key; did you mean topology.queues[0].ttl?",
-        "topology: there are two of the same name: queue a",
-        "topology: there are two of the same name: exchange prism.events",
+        "topology: two entities have the same name: queue a",
+        "topology: two entities have the same name: exchange prism.events",
         "topology.queues[4].name: is missing",
         "topology.archive.max_age: is missing",
     ] {
@@ -290,5 +290,5 @@ fn queues_and_the_archive_are_read_and_bounded() {
 #[test]
 fn a_login_in_the_address_of_the_management_api_is_not_quoted() {
     let text = mistakes("[broker]\nmanagement_url = \"http://admin:hunter2@rabbit:15672\"", &[]);
-    assert!(text.contains("broker.management_url: the value has a login in it") && !text.contains("hunter2"), "{text}");
+    assert!(text.contains("broker.management_url: the value contains a login") && !text.contains("hunter2"), "{text}");
 }

@@ -48,7 +48,7 @@ async fn the_secret_of_the_webhooks_is_rotated_without_a_restart() {
     relay.setup().file("secrets", "whsec_two\n");
     eventually_status(&relay, "whsec_one", 401).await;
 
-    // What cannot be used changes nothing.
+    // An unusable file changes nothing.
     for (bad, expected) in [(b"\n".as_slice(), "holds no secret"), (b"whsec_\xff", "is not UTF-8")] {
         relay.setup().file("secrets", bad);
         let line = relay.eventually_logs(expected).await;
@@ -73,7 +73,7 @@ async fn the_secret_of_the_webhooks_is_rotated_without_a_restart() {
 async fn sighup_without_files_is_no_reason_to_end() {
     let mut relay = Setup::new(NO_BROKER).start().await;
     relay.signal("HUP");
-    relay.eventually_logs("there are no files to read anew").await;
+    relay.eventually_logs("so there is nothing to reload").await;
     relay.post(event(1)).await.expect(200);
 }
 

@@ -135,7 +135,7 @@ async fn a_new_certificate_is_taken_up_and_open_connections_stay() {
     assert!(answer().await.starts_with("HTTP/1.1 200 "), "the old connection is still served");
     assert!(relay.metric("prism_relay_tls_certificate_days_left", &[]).await > 299.0);
 
-    // What cannot be used changes nothing, but for a warning.
+    // An unusable file changes nothing; the log warns.
     let new = shown(&relay, &authority).await;
     let keyless = Issued { private_key: String::new(), ..authority.issue("x", 1) };
     for (bad, expected) in [(authority.issue("expired", -1), "expired on"), (keyless, "holds no private key")] {
@@ -297,7 +297,7 @@ async fn a_certificate_is_a_login() {
     let unknown = node.authority().issue("somebody unknown", 1);
     relay.setup().file("client.crt", &unknown.certificate);
     relay.setup().file("client.key", &unknown.private_key);
-    relay.eventually_logs("read anew, and in force").await;
+    relay.eventually_logs("reloaded").await;
     vhost.eventually_close_connections().await;
     let line = relay.eventually_logs("during the login").await;
     assert!(line["error"].as_str().unwrap().contains("amqps://127.0.0.1"), "{line}");
