@@ -8,7 +8,7 @@ use crate::broker::{BrokerAccess, BrokerConnection, BrokerUrl};
 use crate::config::{Config, Declare};
 use crate::spool::{Inspector, Presence, presence};
 use crate::text::chain;
-use crate::topology::{Comparison, Plan, compare};
+use crate::topology::{Comparison, Kind, Plan, compare};
 
 /// For one answer of the broker.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -172,12 +172,13 @@ async fn check_the_rest(
     };
     let before = table.problems;
     for difference in found.iter().filter(|difference| !said.contains(&difference.entity)) {
-        let mend = difference.mend.clone().unwrap_or_else(|| format!("{} topology declare", topology::command(file)));
-        let finding = format!("{}\n        {mend}", difference.what);
+        let declare = format!("{} topology declare", topology::command(file));
+        let finding =
+            format!("{}\n        {}", difference.what, difference.remedy.text(&declare).replace('\n', "\n        "));
         // With what it binds, the relay will create a binding, too.
         let later = said.iter().any(|entity| difference.entity.contains(&format!(" {entity} ")));
-        let as_it_is = config.topology.declare == Declare::Passive && !difference.passive;
-        if difference.advice || later || as_it_is {
+        let as_it_is = config.topology.declare == Declare::Passive && difference.kind != Kind::Missing;
+        if difference.kind == Kind::Advice || later || as_it_is {
             table.good(&difference.entity, &finding);
         } else {
             table.bad(&difference.entity, &finding);

@@ -95,14 +95,9 @@ impl Intake {
     }
 }
 
-/// How many messages of a queue could be delivered.
+/// How many messages of a queue could be delivered. RabbitMQ reports no messages and no consumers where a quorum queue's leader
+/// does not answer it within 250 ms (`rabbit_quorum_queue:stat`), so that is believed if it came quicker, or again and again.
 pub async fn count(channel: &Channel, queue: &str) -> Result<u32, lapin::Error> {
-    Ok(look(channel, queue).await?.message_count())
-}
-
-/// What a queue has now. RabbitMQ tells of none at all where a quorum queue's leader does not answer it within 250 ms
-/// (`rabbit_quorum_queue:stat`), so that is believed if it came quicker, or again and again.
-pub async fn look(channel: &Channel, queue: &str) -> Result<lapin::Queue, lapin::Error> {
     let mut looks = 0;
     loop {
         let asked = Instant::now();
@@ -111,7 +106,7 @@ pub async fn look(channel: &Channel, queue: &str) -> Result<lapin::Queue, lapin:
         looks += 1;
         let is_none = seen.message_count() == 0 && seen.consumer_count() == 0;
         if !is_none || asked.elapsed() < AT_ONCE || looks == LOOKS_MAX {
-            return Ok(seen);
+            return Ok(seen.message_count());
         }
     }
 }

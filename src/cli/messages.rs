@@ -13,7 +13,7 @@ use super::clean;
 /// When a message was passed on by `replay`; such messages are not replayed again.
 pub const REPLAYED_AT: &str = "prism-replayed-at";
 
-/// The routing key of a message that was put back, which goes straight to its queue under the queue's own name.
+/// The routing key of a message that was published straight into a queue, under the queue's own name.
 const ORIGINAL_KEY: &str = "prism-original-key";
 
 /// What RabbitMQ has noted about the past of a message. A new publish has none.
@@ -156,15 +156,10 @@ pub fn replayed(old: &BasicProperties, now: Timestamp) -> BasicProperties {
 
 /// The properties for a copy of a message in the same queue, whose count of returns begins anew.
 pub fn put_back(delivery: &Delivery) -> BasicProperties {
-    let new = uncounted(&delivery.properties);
+    let new = published_again(&delivery.properties, |name| name == "x-delivery-count");
     let mut headers = new.headers().clone().unwrap_or_default();
     headers.insert(ORIGINAL_KEY.into(), AMQPValue::LongString(original_key(delivery).as_str().into()));
     new.with_headers(headers)
-}
-
-/// The properties for a copy of a message with all its past, but for its count of returns.
-pub fn uncounted(old: &BasicProperties) -> BasicProperties {
-    published_again(old, |name| name == "x-delivery-count")
 }
 
 /// A user id is left out, because the broker takes none but our own; an expiration, because nothing must be lost now.

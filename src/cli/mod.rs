@@ -6,7 +6,6 @@ mod http;
 mod intake;
 mod manual;
 mod messages;
-mod recreate;
 mod redrive;
 mod replay;
 mod send;

@@ -14,9 +14,7 @@ use lapin::options::{BasicGetOptions, ConfirmSelectOptions};
 use lapin::types::FieldTable;
 
 use super::intake::{Intake, count};
-use super::messages::{
-    fresh, header, matches, number, original_key, print, put_back, queue_name, short, time_of, uncounted,
-};
+use super::messages::{fresh, header, matches, number, original_key, print, put_back, queue_name, short, time_of};
 use super::transfer::{Destination, Parcel, Transfer, TransferError, in_time, while_connected};
 use super::{Failure, progress_bar, say};
 use crate::broker::BrokerConnection;
@@ -84,27 +82,6 @@ pub async fn run(config: &Config, options: Options) -> Result<(), Failure> {
         say(&format!("{moved} moved from {from} to {to}, {left} looked at and left"));
     }
     Ok(outcome?)
-}
-
-/// Moves everything that is in a queue now, with its keys and its past as they are. `moved` grows as in a transfer.
-pub async fn move_all(
-    config: &Config,
-    link: &BrokerConnection,
-    from: &str,
-    to: &Destination,
-    moved: &mut u64,
-) -> Result<(), TransferError> {
-    let mut taking = Taking::open(config, link, from, true).await?;
-    let mut transfer = Transfer::new(taking.channel.clone(), config);
-    let (progress, before) = (progress_bar(taking.left, "messages"), *moved);
-    while let Some(delivery) = taking.next().await? {
-        let (key, properties) = (delivery.routing_key.clone(), uncounted(&delivery.properties));
-        transfer.add(Parcel { to: to.clone(), key, properties, delivery }, moved).await?;
-        progress.set_position(*moved - before);
-    }
-    transfer.flush(moved).await?;
-    progress.finish_and_clear();
-    taking.close().await
 }
 
 async fn redrive(

@@ -5,14 +5,13 @@ use std::path::Path;
 use thiserror::Error;
 use tokio::time::timeout;
 
-use super::messages::queue_name;
-use super::{Failure, Printed, recreate, say};
+use super::{Failure, Printed, say};
 use crate::broker::{BrokerConnection, BrokerUrl, Management};
 use crate::config::{Config, Declare};
 use crate::text::chain;
 use crate::topology::{
-    self, Comparison, Difference, Entity, Live, Mending, Plan, TopologyError, compare, definitions, differences, kind,
-    plain, quote,
+    self, Comparison, Difference, Entity, Kind, Live, Mending, Plan, Remedy, TopologyError, compare, definitions,
+    differences, kind, plain, quote,
 };
 
 #[derive(clap::Subcommand)]
@@ -21,14 +20,8 @@ pub enum Action {
     Show,
     /// Create on the broker what is missing, whatever topology.declare says
     Declare,
-    /// Compare the broker with the configuration, and print the command that mends each difference; exit code 1 if there are any
+    /// Compare the broker with the configuration, and print how to fix each difference; exit code 1 if there are any
     Diff,
-    /// Replace a queue by one with the properties that are configured, and lose nothing: its workers have to be stopped, and
-    /// RabbitMQ's management API has to answer
-    Recreate {
-        #[arg(value_name = "QUEUE", value_parser = queue_name)]
-        queue: String,
-    },
     /// Print RabbitMQ definitions, with policies in place of arguments, for `rabbitmqctl import_definitions`
     Export,
 }
@@ -47,7 +40,6 @@ pub async fn run(config: &Config, file: Option<&Path>, action: Action) -> Result
         Action::Show => show(&plan),
         Action::Declare => declare(config, &plan).await,
         Action::Diff => diff(config, file, &plan).await,
-        Action::Recreate { queue } => recreate::run(config, &plan, &queue).await,
         Action::Export => {
             let definitions = definitions(&plan, config.broker.urls[0].vhost());
             say(&serde_json::to_string_pretty(&definitions)?);
@@ -103,13 +95,13 @@ async fn diff(config: &Config, file: Option<&Path>, plan: &Plan) -> Result<(), F
     };
     link.close().await;
     let found = found?;
-    // In the order in which they can be mended.
-    tell(found.iter().filter(|difference| !difference.last));
-    if found.iter().any(|difference| difference.declare) {
+    print_all(found.iter().filter(|difference| !difference.kind.is_last()));
+    let needs_declare = |remedy: &Remedy| matches!(remedy, Remedy::Declare | Remedy::CommandThenDeclare(_));
+    if found.iter().any(|difference| needs_declare(&difference.remedy)) {
         say(&format!("and then\n    {} topology declare", command(file)));
     }
-    tell(found.iter().filter(|difference| difference.last));
-    match found.iter().filter(|difference| !difference.advice).count() {
+    print_all(found.iter().filter(|difference| difference.kind.is_last()));
+    match found.iter().filter(|difference| difference.kind != Kind::Advice).count() {
         0 => {
             say("the broker is as configured");
             Ok(())
@@ -121,11 +113,19 @@ async fn diff(config: &Config, file: Option<&Path>, plan: &Plan) -> Result<(), F
     }
 }
 
-fn tell<'a>(found: impl Iterator<Item = &'a Difference>) {
-    for Difference { entity, what, mend, advice, .. } in found {
-        say(&format!("{}{entity}: {what}", if *advice { "advice: " } else { "" }));
-        if let Some(mend) = mend {
-            say(&format!("    {mend}"));
+/// A remedy that several differences share is printed once, below the last of them.
+fn print_all<'a>(found: impl Iterator<Item = &'a Difference>) {
+    let mut found = found.peekable();
+    while let Some(Difference { entity, what, kind, remedy }) = found.next() {
+        say(&format!("{}{entity}: {what}", if *kind == Kind::Advice { "advice: " } else { "" }));
+        if found.peek().is_some_and(|next| next.remedy == *remedy) {
+            continue;
+        }
+        match remedy {
+            Remedy::Declare => {}
+            Remedy::Command(text) | Remedy::CommandThenDeclare(text) | Remedy::Steps(text) => {
+                say(&format!("    {}", text.replace('\n', "\n    ")));
+            }
         }
     }
 }
@@ -155,7 +155,7 @@ async fn compare_over_amqp(
         found.extend(match compare(&link.connection, entity, declare).await? {
             Comparison::Same | Comparison::Present => None,
             Comparison::Absent => Some(Difference::missing(entity)),
-            Comparison::Differs(error) => Some(Difference::wrong(entity, chain(&error), mending)),
+            Comparison::Differs(error) => Some(Difference::wrong(plan, entity, chain(&error), mending)),
         });
     }
     Ok(found)

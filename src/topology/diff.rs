@@ -6,8 +6,8 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::definitions::{KEEPERS, kind, pattern, plain, policy_key, policy_name, target_kind};
-use super::mending::{COSTS_MESSAGES, Mending, TOUCHES_MESSAGES, quote};
-use super::{Binding, Entity, MOVING, Plan};
+use super::mending::{Mending, Remedy, TOUCHES_MESSAGES, quote};
+use super::{Binding, CONSISTENT_HASH, DEAD, Entity, Plan};
 use crate::text::clean;
 
 /// What the API tells of a virtual host.
@@ -59,51 +59,48 @@ pub struct LivePolicy {
 /// One thing that is not as planned.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Difference {
-    /// What it is about: an entity or a binding.
+    /// The exchange, queue or binding that differs.
     pub entity: String,
     pub what: String,
-    /// A shell command; `None`: it is enough to declare the topology.
-    pub mend: Option<String>,
-    /// Whether the topology has to be declared afterwards.
-    pub declare: bool,
-    /// Whether this has to wait until everything else is as it should be, or events would find no way.
-    pub last: bool,
-    /// Worth knowing, but as planned.
-    pub advice: bool,
-    /// Whether it concerns a passive relay, too, which takes the properties of what exists as they are.
-    pub passive: bool,
+    pub kind: Kind,
+    pub remedy: Remedy,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Missing,
+    /// It exists with other properties. A passive relay takes them as they are.
+    Changed,
+    /// It exists and is not configured.
+    Surplus,
+    /// The configuration says nothing against it, but an operator should know.
+    Advice,
+}
+
+impl Kind {
+    /// Whether to change it only when everything else is as configured: until then events may have no other route.
+    pub fn is_last(self) -> bool {
+        matches!(self, Self::Surplus | Self::Advice)
+    }
 }
 
 impl Difference {
-    /// Something that a command mends.
-    fn new(entity: impl Display, what: impl Display, mend: String) -> Self {
-        let (entity, what) = (entity.to_string(), what.to_string());
-        Self { entity, what, mend: Some(mend), declare: false, last: false, advice: false, passive: false }
+    fn new(kind: Kind, entity: impl Display, what: impl Display, remedy: Remedy) -> Self {
+        Self { entity: entity.to_string(), what: what.to_string(), kind, remedy }
     }
 
-    /// Something that is not there.
     pub fn missing(entity: impl Display) -> Self {
-        Self { mend: None, declare: true, passive: true, ..Self::new(entity, "does not exist", String::new()) }
+        Self::new(Kind::Missing, entity, "does not exist", Remedy::Declare)
     }
 
-    /// Something that is too much.
-    fn surplus(entity: impl Display, what: impl Display, mend: String) -> Self {
-        Self { last: true, ..Self::new(entity, what, mend) }
+    /// Properties that a command can change.
+    fn changed(entity: &Entity, what: impl Display, command: String) -> Self {
+        Self::new(Kind::Changed, entity, what, Remedy::Command(command))
     }
 
-    /// Something that has to be made anew.
-    pub fn wrong(entity: &Entity, what: impl Display, mending: &Mending) -> Self {
-        match entity {
-            Entity::Queue(queue) if queue.is_stream() => {
-                let what = format!("{what}. Give it another name: a stream cannot be poured into another one");
-                Self { mend: None, ..Self::new(entity, what, String::new()) }
-            }
-            Entity::Queue(queue) => Self::new(entity, what, mending.recreate(&queue.name)),
-            Entity::Exchange(exchange) => {
-                let remove = mending.delete(&["exchanges", &mending.vhost, &exchange.name]);
-                Self { declare: true, ..Self::new(entity, what, remove) }
-            }
-        }
+    /// An entity whose properties can only be changed by replacing it.
+    pub fn wrong(plan: &Plan, entity: &Entity, what: impl Display, mending: &Mending) -> Self {
+        Self::new(Kind::Changed, entity, what, mending.replace(plan, entity))
     }
 }
 
@@ -114,11 +111,12 @@ pub fn differences(plan: &Plan, live: &Live, mending: &Mending) -> Vec<Differenc
         match entity_of(live, entity) {
             None => found.push(Difference::missing(entity)),
             Some(there) => {
-                let mut differences = merged(compare(entity, there, live, mending));
+                let mut differences = merged(compare(plan, entity, there, live, mending));
                 let foreign = live.bindings.iter().filter(|there| there.source == entity.name() && !there.is_in(plan));
                 let foreign: Vec<_> = foreign.map(|there| there.destination.as_str()).collect();
                 if let (Entity::Exchange(_), [_, ..]) = (entity, &foreign[..]) {
-                    for difference in differences.iter_mut().filter(|difference| difference.declare) {
+                    let is_deleted = |remedy: &Remedy| matches!(remedy, Remedy::CommandThenDeclare(_));
+                    for difference in differences.iter_mut().filter(|difference| is_deleted(&difference.remedy)) {
                         difference.what += &format!("; bindings of others go with it: {}", foreign.join(", "));
                     }
                 }
@@ -133,55 +131,39 @@ pub fn differences(plan: &Plan, live: &Live, mending: &Mending) -> Vec<Differenc
     }
     found.extend(surplus(plan, live, mending));
     for difference in &mut found {
-        // Names on the broker are other people's.
+        // Other people choose the names on the broker, which could steer the terminal.
         difference.entity = clean(&difference.entity);
         difference.what = clean(&difference.what);
-        // What steers a terminal is no command to copy.
-        difference.mend = difference.mend.take().filter(|mend| !mend.chars().any(char::is_control));
+        difference.remedy.refuse_control_characters();
     }
     found
 }
 
-/// Whatever else is on the broker is not ours; but between two of ours nothing unknown may lead, nothing out of the inside of a
-/// queue of several parts, and no queue of another configuration may be left.
+/// Whatever else is on the broker is not ours. But no unknown binding may lead from one of our exchanges to one of our queues, or
+/// away from the inner exchanges of a queue; and an earlier configuration may have left queues, which still get events.
 fn surplus(plan: &Plan, live: &Live, mending: &Mending) -> Vec<Difference> {
     let mut found = Vec::new();
     let ours =
         |kind: &str, name: &str| plan.entities().iter().any(|entity| entity.name() == name && kind == entity.kind());
-    let left_over = |kind: &str, name: &str| kind == "queue" && !ours(kind, name) && plan.may_have_made(name);
-    // It knows best how to go on.
-    let interrupted = |name: &str| {
-        plan.queue_named(name).is_none()
-            && name.strip_suffix(MOVING).is_some_and(|queue| plan.queue_named(queue).is_some())
-    };
-    for there in live.bindings.iter().filter(|there| !there.is_in(plan)) {
+    let left_over =
+        |kind: &str, name: &str| kind == "queue" && !ours(kind, name) && plan.configured_queue(name).is_some();
+    for there in live.bindings.iter().filter(|there| ours("exchange", &there.source) && !there.is_in(plan)) {
         let LiveBinding { source, destination, destination_type, routing_key, .. } = there;
-        let inside = ours("exchange", source) && plan.is_inner_exchange(source);
         let to_ours = ours(destination_type, destination) || left_over(destination_type, destination);
-        if (inside || (ours("exchange", source) && to_ours)) && !interrupted(destination) {
-            let entity = format!("binding of {destination_type} {destination} to exchange {source} by {routing_key:?}");
-            found.push(Difference::surplus(entity, "is not configured", mending.unbind(there)));
+        let entity = format!("binding of {destination_type} {destination} to exchange {source} by {routing_key:?}");
+        let unbind = Remedy::Command(mending.unbind(there));
+        if to_ours || plan.is_inner_exchange(source) {
+            found.push(Difference::new(Kind::Surplus, entity, "is not configured", unbind));
+        } else if live.may_be_a_former_queue(destination_type, destination) {
+            let what = "is not configured. If an earlier configuration had it, unbind it: until then it gets a copy of each event";
+            found.push(Difference::new(Kind::Advice, entity, what, unbind));
         }
     }
-    for there in live.queues.iter().filter(|there| left_over("queue", &there.name) || interrupted(&there.name)) {
-        let (entity, name) = (format!("queue {}", there.name), &there.name);
+    for there in live.queues.iter().filter(|there| left_over("queue", &there.name)) {
         let count = there.messages.map_or("an unknown number of".to_owned(), |count| count.to_string());
-        found.push(match name.strip_suffix(MOVING) {
-            Some(queue) if interrupted(name) => {
-                let what = format!("a topology recreate was interrupted, which has {count} messages here");
-                Difference { passive: true, ..Difference::new(entity, what, mending.recreate(queue)) }
-            }
-            _ => {
-                let what = format!("is left over, with {count} messages; once they are gone it can be deleted");
-                Difference::surplus(entity, what, mending.redrive(name))
-            }
-        });
-    }
-    let alone = |there: &&LiveEntity| !live.queues.iter().any(|queue| queue.name == there.name);
-    for there in live.exchanges.iter().filter(|there| interrupted(&there.name)).filter(alone) {
-        let what = "a topology recreate was interrupted right before its end";
-        let mend = mending.recreate(there.name.strip_suffix(MOVING).unwrap_or_default());
-        found.push(Difference { passive: true, ..Difference::new(format!("exchange {}", there.name), what, mend) });
+        let what = format!("is left over, with {count} messages; delete it when it has none");
+        let redrive = Remedy::Command(mending.redrive(&there.name));
+        found.push(Difference::new(Kind::Surplus, format!("queue {}", there.name), what, redrive));
     }
     found
 }
@@ -190,7 +172,7 @@ fn surplus(plan: &Plan, live: &Live, mending: &Mending) -> Vec<Difference> {
 fn merged(differences: Vec<Difference>) -> Vec<Difference> {
     let mut merged: Vec<Difference> = Vec::new();
     for difference in differences {
-        match merged.iter_mut().find(|earlier| earlier.mend == difference.mend) {
+        match merged.iter_mut().find(|earlier| earlier.remedy == difference.remedy) {
             Some(earlier) => earlier.what = format!("{}; {}", earlier.what, difference.what),
             None => merged.push(difference),
         }
@@ -206,16 +188,16 @@ fn entity_of<'a>(live: &'a Live, entity: &Entity) -> Option<&'a LiveEntity> {
     list.iter().find(|there| there.name == entity.name())
 }
 
-fn compare(entity: &Entity, there: &LiveEntity, live: &Live, mending: &Mending) -> Vec<Difference> {
+fn compare(plan: &Plan, entity: &Entity, there: &LiveEntity, live: &Live, mending: &Mending) -> Vec<Difference> {
     let mut found = Vec::new();
     if let Entity::Exchange(exchange) = entity
         && there.r#type != kind(&exchange.kind)
     {
         let what = format!("is of type {}, where {} is configured", there.r#type, kind(&exchange.kind));
-        found.push(Difference::wrong(entity, what, mending));
+        found.push(Difference::wrong(plan, entity, what, mending));
     }
     if !there.durable {
-        found.push(Difference::wrong(entity, "is not durable", mending));
+        found.push(Difference::wrong(plan, entity, "is not durable", mending));
     }
     let policy = there.policy_in(live);
     for (name, planned) in entity.arguments().inner() {
@@ -223,13 +205,13 @@ fn compare(entity: &Entity, there: &LiveEntity, live: &Live, mending: &Mending) 
         match (there.arguments.get(name), policy.get(policy_key(name))) {
             (Some(value), _) if *value != planned => {
                 let what = format!("{name} is {value}, where {planned} is configured");
-                found.push(Difference::wrong(entity, what, mending));
+                found.push(Difference::wrong(plan, entity, what, mending));
             }
             (None, None) => {
                 let what = format!("{name} is not set, where {planned} is configured");
                 found.push(match mending.set(entity) {
-                    Some(mend) => Difference::new(entity, what, mend),
-                    None => Difference::wrong(entity, what, mending),
+                    Some(command) => Difference::changed(entity, what, command),
+                    None => Difference::wrong(plan, entity, what, mending),
                 });
             }
             // Of two numbers the lower one counts, and of two others the argument.
@@ -244,7 +226,7 @@ fn compare(entity: &Entity, there: &LiveEntity, live: &Live, mending: &Mending) 
     }
     for (name, value) in there.arguments.iter().filter(|(name, _)| !entity.arguments().contains_key(name.as_str())) {
         let what = format!("{name} is {value}, and not configured");
-        found.push(Difference::wrong(entity, what, mending));
+        found.push(Difference::wrong(plan, entity, what, mending));
     }
     let planned: Vec<_> = entity.arguments().inner().keys().map(|name| policy_key(name.as_str())).collect();
     let keeper = KEEPERS.contains(&entity.name());
@@ -256,45 +238,21 @@ fn compare(entity: &Entity, there: &LiveEntity, live: &Live, mending: &Mending) 
         found.push(there.differs_by_policy(entity, name, value, "and not configured", live, mending));
     }
     if keeper && entity.kind() == "queue" && live.major() >= 4 && !policy.contains_key("delivery-limit") {
-        found.push(Difference {
-            advice: true,
-            ..Difference::new(
-                entity,
-                "RabbitMQ 4 drops a message of this queue when it was looked at and put back 20 times",
-                mending.keep(),
-            )
-        });
+        let what = "RabbitMQ 4 drops a message of this queue after it was returned 20 times";
+        found.push(Difference::new(Kind::Advice, entity, what, Remedy::Command(mending.keep())));
     }
     found
 }
 
 impl Live {
-    /// Messages of a queue, wherever they are; `None` if that is not known yet.
-    pub fn messages(&self, queue: &str) -> Option<u64> {
-        self.queues.iter().find(|there| there.name == queue)?.messages
-    }
-
-    /// What policies set that may cost messages which only wait in a queue; `None` if that is not known yet.
-    pub fn cut_by_policy(&self, queue: &str) -> Option<Vec<&str>> {
-        let there = self.queues.iter().find(|there| there.name == queue)?;
-        let set = there.effective_policy_definition.as_ref()?.keys().map(String::as_str);
-        Some(set.filter(|key| COSTS_MESSAGES.contains(key)).collect())
-    }
-
-    /// What leads to a queue and is not in the plan, as `exchange (key)`. The default exchange leads to every queue, and an
-    /// interrupted `topology recreate` has left a way from its own.
-    pub fn foreign_bindings(&self, plan: &Plan, queue: &str) -> Vec<String> {
-        let there =
-            self.bindings.iter().filter(|there| there.destination == queue && there.destination_type == "queue");
-        let moving = format!("{queue}{MOVING}");
-        let foreign = there.filter(|there| !["", &moving].contains(&there.source.as_str()) && !there.is_in(plan));
-        foreign.map(|there| clean(&format!("{} ({})", there.source, there.routing_key))).collect()
-    }
-
-    /// Whether an exchange leads to a queue, by whatever key.
-    pub fn leads(&self, exchange: &str, queue: &str) -> bool {
-        let is = |there: &LiveBinding| there.destination == queue && there.destination_type == "queue";
-        self.bindings.iter().any(|there| there.source == exchange && is(there))
+    /// Whether a relay may have made it for a queue that is not configured any more: it has the arguments of one.
+    fn may_be_a_former_queue(&self, kind: &str, name: &str) -> bool {
+        let list = if kind == "queue" { &self.queues } else { &self.exchanges };
+        let Some(there) = list.iter().find(|there| there.name == name) else { return false };
+        let policy = there.policy_in(self);
+        let dead_letters = there.arguments.get("x-dead-letter-exchange").or_else(|| policy.get("dead-letter-exchange"));
+        let dead_letters = dead_letters.and_then(Value::as_str).unwrap_or_default();
+        dead_letters == DEAD || dead_letters == format!("{name}.rejected") || there.r#type == CONSISTENT_HASH
     }
 
     fn major(&self) -> u32 {
@@ -336,19 +294,21 @@ impl LiveEntity {
                 };
                 let what = what(&format!("the policy {}", quote(&policy.name)));
                 match mending.set(entity) {
-                    Some(mend) if own && policy.name == policy_name(entity) => Difference::new(entity, what, mend),
-                    _ if own && !policy.definition.keys().any(wanted) => {
-                        let mend = format!("rabbitmqctl clear_policy -p {vhost} {}", quote(&policy.name));
-                        Difference::new(entity, what, mend)
+                    Some(command) if own && policy.name == policy_name(entity) => {
+                        Difference::changed(entity, what, command)
                     }
-                    _ => Difference::new(entity, what, format!("rabbitmqctl list_policies -p {vhost}")),
+                    _ if own && !policy.definition.keys().any(wanted) => {
+                        let command = format!("rabbitmqctl clear_policy -p {vhost} {}", quote(&policy.name));
+                        Difference::changed(entity, what, command)
+                    }
+                    _ => Difference::changed(entity, what, format!("rabbitmqctl list_policies -p {vhost}")),
                 }
             }
             (_, Some(policy)) => {
-                let mend = format!("rabbitmqctl list_operator_policies -p {vhost}");
-                Difference::new(entity, what(&format!("the operator policy {}", quote(policy))), mend)
+                let command = format!("rabbitmqctl list_operator_policies -p {vhost}");
+                Difference::changed(entity, what(&format!("the operator policy {}", quote(policy))), command)
             }
-            _ => Difference::new(entity, what("a policy"), format!("rabbitmqctl list_policies -p {vhost}")),
+            _ => Difference::changed(entity, what("a policy"), format!("rabbitmqctl list_policies -p {vhost}")),
         }
     }
 }

@@ -2,9 +2,9 @@
 
 use serde_json::{Map, Value};
 
-use super::Entity;
 use super::definitions::{KEEPERS, KEEPERS_LIMIT, escaped, pattern, plain, policy_key, policy_name};
 use super::diff::LiveBinding;
+use super::{Entity, Plan};
 use crate::broker::encoded;
 
 /// What of a policy decides about messages. Others, such as where a queue's leader lives, are the operator's business.
@@ -22,9 +22,39 @@ pub(super) const TOUCHES_MESSAGES: [&str; 11] = [
     "overflow",
 ];
 
-/// And what of it may take messages away.
-pub(super) const COSTS_MESSAGES: [&str; 5] =
-    ["delivery-limit", "expires", "max-length", "max-length-bytes", "message-ttl"];
+/// How to make the broker as configured.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Remedy {
+    /// Declaring the topology creates what is missing.
+    Declare,
+    /// A shell command.
+    Command(String),
+    /// A shell command; afterwards the topology has to be declared.
+    CommandThenDeclare(String),
+    /// What an operator has to do, where no single command can.
+    Steps(String),
+}
+
+impl Remedy {
+    /// `declare`: the command that declares the topology.
+    pub fn text<'a>(&'a self, declare: &'a str) -> &'a str {
+        match self {
+            Self::Declare => declare,
+            Self::Command(text) | Self::CommandThenDeclare(text) | Self::Steps(text) => text,
+        }
+    }
+
+    /// A command with a name that could steer the terminal must not be copied.
+    pub(super) fn refuse_control_characters(&mut self) {
+        if let Self::Command(text) | Self::CommandThenDeclare(text) | Self::Steps(text) = self
+            && text.chars().any(|c| c.is_control() && c != '\n')
+        {
+            *self = Self::Steps(
+                "a name with control characters cannot be printed: use RabbitMQ's management page".to_owned(),
+            );
+        }
+    }
+}
 
 /// What the commands need to know.
 #[derive(Debug)]
@@ -40,9 +70,65 @@ pub struct Mending {
 }
 
 impl Mending {
-    /// Replaces a queue, or goes on where that was interrupted.
-    pub(super) fn recreate(&self, queue: &str) -> String {
-        format!("{} topology recreate {}", self.relay, quote(queue))
+    /// For an entity that has to be replaced. An exchange holds no messages, so it can be deleted; a queue gets a new name.
+    pub(super) fn replace(&self, plan: &Plan, entity: &Entity) -> Remedy {
+        match entity {
+            Entity::Exchange(exchange) => {
+                Remedy::CommandThenDeclare(self.delete(&["exchanges", &self.vhost, &exchange.name]))
+            }
+            Entity::Queue(queue) => Remedy::Steps(match plan.configured_queue(&queue.name) {
+                Some(configured) => self.new_name(plan, configured),
+                None if queue.is_stream() => self.new_archive(&queue.name),
+                None => self.same_name(&queue.name),
+            }),
+        }
+    }
+
+    /// `configured`: the name in the configuration of the queue to which `queue` belongs.
+    fn new_name(&self, plan: &Plan, configured: &str) -> String {
+        let (relay, delete) = (&self.relay, self.delete_queue(configured));
+        let is_partitioned = plan.queue_named(configured).is_none();
+        let rest = match is_partitioned {
+            false => format!("or move them: {} --to NEW", self.redrive(configured)),
+            true => format!(
+                "or publish them again, to every queue that is bound for them: {}, and so on for each partition",
+                self.redrive(&format!("{configured}.1"))
+            ),
+        };
+        format!(
+            "a queue cannot be changed: give {configured} a new name in topology.queues, and then\n\
+             1. create the new queue: {relay} topology declare\n\
+             2. unbind the old one: {relay} topology diff prints the command\n\
+             3. move the workers to the new queue\n\
+             4. let workers finish the messages in the old queue, {rest}\n\
+             5. delete the old queue and its retry queues when they have no messages: {delete}"
+        )
+    }
+
+    fn new_archive(&self, stream: &str) -> String {
+        format!(
+            "a stream cannot be changed: give it a new name in topology.archive, and declare the topology. replay --from {stream} \
+             still reads the old one; unbind and delete it when you do not need it any more: {}",
+            self.delete_queue(stream)
+        )
+    }
+
+    /// Every tool finds this queue by its name, so it has to be replaced by one with the same name.
+    fn same_name(&self, queue: &str) -> String {
+        format!(
+            "a queue cannot be changed, and the name of this one is fixed: set topology.declare to \"passive\" to take it as it \
+             is, or\n\
+             1. move its messages to a queue of your own: {} --to OTHER\n\
+             2. delete it: {}\n\
+             3. create it: {} topology declare",
+            self.redrive(queue),
+            self.delete_queue(queue),
+            self.relay
+        )
+    }
+
+    fn delete_queue(&self, queue: &str) -> String {
+        format!("rabbitmqctl delete_queue -p {} {}", quote(&self.vhost), quote(queue))
     }
 
     pub(super) fn redrive(&self, queue: &str) -> String {

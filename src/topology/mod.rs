@@ -13,8 +13,8 @@ use lapin::{Channel, Connection, ExchangeKind};
 use thiserror::Error;
 
 pub use definitions::{definitions, kind, plain};
-pub use diff::{Difference, Live, differences};
-pub use mending::{Mending, quote};
+pub use diff::{Difference, Kind, Live, differences};
+pub use mending::{Mending, Remedy, quote};
 pub use plan::{Binding, CONSISTENT_HASH, Entity, Exchange, Plan, Queue, Target};
 
 use crate::broker::{reply_code, reply_text};
@@ -24,8 +24,6 @@ use crate::config::Declare;
 pub const UNROUTED: &str = "prism.unrouted";
 /// Topic exchange and queue for what the workers have given up.
 pub const DEAD: &str = "prism.dead";
-/// Ends the name of what holds a queue's messages while the queue is replaced.
-pub const MOVING: &str = ".moving";
 /// Unless the configuration gives the archive another name.
 pub const ARCHIVE: &str = "prism.archive";
 
@@ -33,8 +31,9 @@ pub const ARCHIVE: &str = "prism.archive";
 #[derive(Debug, Error)]
 pub enum TopologyError {
     #[error(
-        "{entity} exists with other properties: {reply}. Replace it (topology diff has the command), or give it another \
-         name in the configuration, or set topology.declare to \"passive\" to take it as it is"
+        "{entity} exists with other properties: {reply}. prism-relay topology diff prints how to replace it: a queue gets a new \
+         name in the configuration, its workers move, and what is left in the old one goes over with redrive --from OLD --to NEW, \
+         or its own workers finish it. Or set topology.declare to \"passive\" to take it as it is"
     )]
     Clash { entity: String, reply: String },
     #[error("{entity} does not exist. Create it, or set topology.declare to \"active\"")]
@@ -77,38 +76,6 @@ pub async fn establish(connection: &Connection, plan: &Plan, declare: Declare) -
         }
         Declare::Off => Ok(()),
     }
-}
-
-/// Declares one queue of the plan and what leads to it.
-pub async fn establish_queue(connection: &Connection, plan: &Plan, queue: &Queue) -> Result<(), TopologyError> {
-    let channel = connection.create_channel().await?;
-    let entity = Entity::Queue(queue.clone());
-    declare_entity(&channel, &entity).await.map_err(|error| explain(&entity, error))?;
-    for binding in plan.bindings_of(&queue.name) {
-        bind(&channel, binding).await.map_err(|error| explain(binding, error))?;
-    }
-    close(channel).await;
-    Ok(())
-}
-
-/// Declares everything but one queue and what leads to it. What clashes is passed over, because its turn is another one.
-pub async fn establish_around(connection: &Connection, plan: &Plan, queue: &str) -> Result<(), TopologyError> {
-    let around = |entity: &&Entity| !matches!(entity, Entity::Queue(found) if found.name == queue);
-    for entity in plan.entities().iter().filter(around) {
-        // The broker closes the channel of what it refuses.
-        let channel = connection.create_channel().await?;
-        match declare_entity(&channel, entity).await.map_err(|error| explain(entity, error)) {
-            Ok(()) => close(channel).await,
-            Err(TopologyError::Clash { .. }) => {}
-            Err(error) => return Err(error),
-        }
-    }
-    let channel = connection.create_channel().await?;
-    for binding in plan.bindings.iter().filter(|binding| binding.to != Target::Queue(queue.to_owned())) {
-        bind(&channel, binding).await.map_err(|error| explain(binding, error))?;
-    }
-    close(channel).await;
-    Ok(())
 }
 
 /// How an entity on the broker compares with the plan.
@@ -192,25 +159,15 @@ async fn declare_entity(channel: &Channel, entity: &Entity) -> Result<(), lapin:
 
 async fn bind(channel: &Channel, binding: &Binding) -> Result<(), lapin::Error> {
     let Binding { exchange, to, key, arguments } = binding;
+    let arguments = arguments.clone();
     match to {
-        Target::Queue(queue) => bind_queue(channel, queue, binding).await,
+        Target::Queue(to) => {
+            channel.queue_bind(name(to), name(exchange), name(key), QueueBindOptions::default(), arguments).await
+        }
         Target::Exchange(to) => {
-            let (options, arguments) = (ExchangeBindOptions::default(), arguments.clone());
-            channel.exchange_bind(name(to), name(exchange), name(key), options, arguments).await
+            channel.exchange_bind(name(to), name(exchange), name(key), ExchangeBindOptions::default(), arguments).await
         }
     }
-}
-
-/// Binds a queue as a binding says, whichever queue that one is for.
-pub async fn bind_queue(channel: &Channel, queue: &str, binding: &Binding) -> Result<(), lapin::Error> {
-    let (options, arguments) = (QueueBindOptions::default(), binding.arguments.clone());
-    channel.queue_bind(name(queue), name(&binding.exchange), name(&binding.key), options, arguments).await
-}
-
-/// The opposite; nothing happens if it was not bound.
-pub async fn unbind_queue(channel: &Channel, queue: &str, binding: &Binding) -> Result<(), lapin::Error> {
-    let arguments = binding.arguments.clone();
-    channel.queue_unbind(name(queue), name(&binding.exchange), name(&binding.key), arguments).await
 }
 
 /// A channel that is left behind is closed with its connection at the latest.

@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use lapin::types::{AMQPValue, FieldTable, LongString};
 
-use super::{DEAD, ExchangeKind, MOVING, UNROUTED};
+use super::{DEAD, ExchangeKind, UNROUTED};
 use crate::config::{self, Archive};
 
 /// Has to be enabled on the broker, with which it is shipped.
@@ -105,11 +105,6 @@ impl Plan {
         })
     }
 
-    /// What leads to a queue.
-    pub fn bindings_of(&self, queue: &str) -> impl Iterator<Item = &Binding> {
-        self.bindings.iter().filter(move |binding| matches!(&binding.to, Target::Queue(name) if name == queue))
-    }
-
     /// Whether nothing but what is planned may be bound to an exchange: it is a part of a queue.
     pub fn is_inner_exchange(&self, name: &str) -> bool {
         self.queues.iter().any(|queue| {
@@ -118,16 +113,16 @@ impl Plan {
         })
     }
 
-    /// Whether a queue has a name that another configuration, or an interrupted `topology recreate`, may have given it.
-    pub fn may_have_made(&self, name: &str) -> bool {
+    /// The queue of the configuration to which a queue belongs by its name: as itself, a partition or a retry queue, also of an
+    /// earlier configuration.
+    pub fn configured_queue(&self, name: &str) -> Option<&str> {
         let number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-        let ours = |rest: &str| {
+        let is_part = |rest: &str| {
             rest.is_empty()
-                || rest == MOVING
                 || rest.strip_prefix('.').is_some_and(number)
                 || rest.strip_prefix(".retry.").is_some_and(number)
         };
-        self.queues.iter().any(|queue| name.strip_prefix(queue.as_str()).is_some_and(ours))
+        self.queues.iter().find(|queue| name.strip_prefix(queue.as_str()).is_some_and(is_part)).map(String::as_str)
     }
 
     /// Entities that would be the same one.
@@ -274,14 +269,6 @@ fn table(arguments: &[(&str, AMQPValue)]) -> FieldTable {
 }
 
 impl Queue {
-    /// In messages.
-    pub fn max_length(&self) -> Option<u64> {
-        match self.arguments.inner().get("x-max-length")? {
-            AMQPValue::LongLongInt(length) => u64::try_from(*length).ok(),
-            _ => None,
-        }
-    }
-
     pub fn is_stream(&self) -> bool {
         self.arguments.inner().get("x-queue-type") == Some(&text("stream"))
     }

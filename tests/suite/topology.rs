@@ -1,12 +1,10 @@
 //! What the relay declares, checks and refuses.
 
-use std::time::Duration;
+use std::collections::BTreeSet;
 
-use futures_util::StreamExt;
 use serde_json::{Value, json};
 
-use crate::harness::eventually::eventually_within;
-use crate::harness::{Node, Relay, Setup, Vhost, Wire, eventually};
+use crate::harness::{Delivery, Node, Relay, Setup, Vhost, Wire, eventually};
 
 const EVENT: &str = r#"{"eventType":"scan.a","payload":{}}"#;
 
@@ -79,7 +77,7 @@ async fn a_clash_names_the_entity_and_both_values_and_loses_nothing() {
     let relay = Relay::start(&vhost).await;
     relay.post(EVENT).await.expect(200);
     let error = relay.eventually_logs("not delivering").await["error"].as_str().unwrap().to_owned();
-    for part in ["queue prism.scan", "x-delivery-limit", "'20'", "'7'", "Replace it"] {
+    for part in ["queue prism.scan", "x-delivery-limit", "'20'", "'7'", "redrive --from OLD --to NEW"] {
         assert!(error.contains(part), "{part:?} is missing in {error:?}");
     }
     vhost.delete_queue("prism.scan").await;
@@ -186,17 +184,8 @@ fn watched(node: &Node, vhost: &Vhost) -> Setup {
     Setup::new(&vhost.url()).set("broker.management_url", format!("http://127.0.0.1:{}", node.management().port))
 }
 
-/// Waits for a recreate to have turned events away from the queue that it replaces.
-async fn old_way_is_closed(vhost: &Vhost, queue: &str) {
-    eventually("the old way to be closed", async || match vhost.bindings().await {
-        bindings if bindings.iter().any(|(_, to, _)| to == queue) => Err(format!("{bindings:?}")),
-        _ => Ok(()),
-    })
-    .await;
-}
-
 #[tokio::test]
-async fn each_difference_is_told_with_the_command_that_mends_it() {
+async fn each_difference_is_printed_with_what_fixes_it() {
     let node = Node::shared().await;
     let vhost = Vhost::new(node).await;
     let queues = json!([{ "name": "prism.scan", "bindings": ["scan.#"], "retry_delays": ["1s"], "partitions": 2 }]);
@@ -235,7 +224,7 @@ async fn each_difference_is_told_with_the_command_that_mends_it() {
         &format!("rabbitmqctl clear_policy -p {} short", vhost.name()),
         "x-dead-letter-exchange is not set, where \"prism.scan\" is configured; ",
         "x-message-ttl is 7000, where 1000 is configured",
-        " topology recreate prism.scan.retry.1\n",
+        "    a queue cannot be changed: give prism.scan a new name in topology.queues, and then\n",
         "exchange prism.unrouted: is of type topic, where fanout is configured",
         "binding of queue prism.unrouted to exchange prism.unrouted by \"\": does not exist",
     ] {
@@ -247,18 +236,20 @@ async fn each_difference_is_told_with_the_command_that_mends_it() {
         "{checked:?}"
     );
 
-    mend(node, &setup, &told.stdout).await;
+    // It is empty, so it needs no new name.
+    vhost.delete_queue("prism.scan.retry.1").await;
+    fix(node, &setup, &told.stdout).await;
     // The API tells of policies a moment later.
-    eventually("the broker to be mended", async || {
+    eventually("the broker to be fixed", async || {
         let told = setup.run(&["topology", "diff"]).await;
         if told.code == Some(0) { Ok(()) } else { Err(told.stdout) }
     })
     .await;
 }
 
-/// Does what the commands say, but with our own binary and the node's rabbitmqctl, and without asking for the password.
-async fn mend(node: &Node, setup: &Setup, told: &str) {
-    for command in told.lines().filter_map(|line| line.strip_prefix("    ")) {
+/// Runs the printed commands, with our own binary and the node's rabbitmqctl, and without asking for the password.
+async fn fix(node: &Node, setup: &Setup, printed: &str) {
+    for command in printed.lines().filter_map(|line| line.strip_prefix("    ")) {
         let words: Vec<_> = command.split(' ').map(|word| word.trim_matches('\'')).collect();
         match words[0] {
             "rabbitmqctl" => drop(node.ctl(&words[1..]).await),
@@ -266,215 +257,15 @@ async fn mend(node: &Node, setup: &Setup, told: &str) {
                 let path = words.last().unwrap().split_once("/api/").unwrap().1;
                 node.management().delete(path).await;
             }
-            _ => {
+            "prism-relay" => {
                 let own = words.iter().position(|word| *word == "topology").unwrap();
                 let done = setup.run(&words[own..]).await;
                 assert_eq!(done.code, Some(0), "{done:?}");
             }
+            // A step for the operator.
+            _ => {}
         }
     }
-}
-
-/// The default exchange leads to a queue whatever it is bound to: this is how `redrive --to` publishes.
-#[tokio::test]
-async fn what_goes_straight_into_a_queue_that_is_replaced_is_not_lost() {
-    let node = Node::shared().await;
-    let vhost = Vhost::new(node).await;
-    let setup = watched(node, &vhost);
-    assert_eq!(setup.run(&["topology", "declare"]).await.code, Some(0));
-    let mut running = setup.launch(&["topology", "recreate", "prism.scan"]);
-    // From here on it waits for what the API tells.
-    old_way_is_closed(&vhost, "prism.scan").await;
-    for _ in 0..10 {
-        vhost.publish("", "prism.scan", EVENT).await;
-    }
-    let second = setup.run(&["topology", "recreate", "prism.scan"]).await;
-    assert!(second.code == Some(1) && second.stderr.contains("is being replaced by another run"), "{second:?}");
-    // A worker that comes too early ends it.
-    let ended = eventually_within(Duration::from_secs(90), "its end", async || running.exited().ok_or("it runs")).await;
-    assert!(ended.success(), "{:?}", running.stderr());
-    assert_eq!(vhost.messages("prism.scan", 10).await.len(), 10);
-    let worker = vhost.connect().await;
-    let channel = worker.create_channel().await.unwrap();
-    let mut running = setup.launch(&["topology", "recreate", "prism.scan"]);
-    old_way_is_closed(&vhost, "prism.scan").await;
-    let early = channel.basic_consume("prism.scan".into(), "".into(), Default::default(), Default::default()).await;
-    let ended = running.wait().await;
-    assert!(ended.code == Some(1) && ended.stderr.contains("1 workers"), "{ended:?}");
-    drop(early);
-    worker.close(200, "done".into()).await.unwrap();
-
-    // Interrupted now, it is what diff tells to go on with.
-    eventually("what goes on", async || {
-        let told = setup.run(&["topology", "diff"]).await.stdout;
-        let goes_on = told.contains("queue prism.scan.moving: a topology recreate was interrupted")
-            && told.contains("topology recreate prism.scan\n")
-            && !told.contains("redrive --from");
-        if goes_on { Ok(()) } else { Err(told) }
-    })
-    .await;
-}
-
-/// Whatever part of a queue it was: a relay that declares the topology brings back all but what is left over.
-#[tokio::test]
-async fn an_interrupted_recreate_is_told_until_it_has_ended() {
-    let node = Node::shared().await;
-    let vhost = Vhost::new(node).await;
-    let queues = json!([{ "name": "prism.scan", "bindings": ["scan.#"], "partitions": 2 }]);
-    let setup = watched(node, &vhost).set("topology.queues", queues.clone());
-    let passive = watched(node, &vhost).set("topology.queues", queues).set("topology.declare", "passive");
-    assert_eq!(setup.run(&["topology", "declare"]).await.code, Some(0));
-    for (queue, signal) in [("prism.scan.1", "KILL"), ("prism.dead", "INT")] {
-        let moving = format!("{queue}.moving");
-        let mut interrupted = setup.launch(&["topology", "recreate", queue]);
-        old_way_is_closed(&vhost, queue).await;
-        interrupted.signal(signal);
-        let ended = interrupted.wait().await;
-        assert!(signal == "KILL" || (ended.code == Some(1) && ended.stderr.contains("interrupted")), "{ended:?}");
-        assert_eq!(setup.run(&["topology", "declare"]).await.code, Some(0));
-        eventually("what goes on", async || {
-            let told = setup.run(&["topology", "diff"]).await;
-            let goes_on = told.stdout.contains(&format!("queue {moving}: a topology recreate was interrupted"))
-                && told.stdout.contains(&format!("topology recreate {queue}\n"));
-            if goes_on && told.code == Some(1) { Ok(()) } else { Err(told.stdout) }
-        })
-        .await;
-        for setup in [&setup, &passive] {
-            let checked = setup.run(&["check"]).await;
-            assert!(checked.code == Some(1) && checked.stdout.contains("recreate was interrupted"), "{checked:?}");
-        }
-        let done = setup.run(&["topology", "recreate", queue]).await;
-        assert_eq!(done.code, Some(0), "{done:?}");
-        assert!(vhost.queue(&moving).await.is_none());
-    }
-    // Right before the end only the exchange is left.
-    vhost.create_exchange("prism.dead.moving", "fanout", json!({})).await;
-    vhost.bind("prism.dead.moving", "prism.dead", "").await;
-    let told = setup.run(&["topology", "diff"]).await;
-    assert!(
-        told.code == Some(1) && told.stdout.contains("exchange prism.dead.moving: a topology recreate"),
-        "{told:?}"
-    );
-    let done = setup.run(&["topology", "recreate", "prism.dead"]).await;
-    assert_eq!(done.code, Some(0), "{done:?}");
-    assert_eq!(setup.run(&["topology", "diff"]).await.code, Some(0));
-}
-
-/// With a lower limit, what came in meanwhile may not fit. It is kept, and goes on where it was, with the workers at it.
-#[tokio::test]
-async fn what_came_in_while_a_queue_was_replaced_waits_for_room() {
-    const COUNT: usize = 450;
-    let node = Node::shared().await;
-    let vhost = Vhost::new(node).await;
-    let queues = |limit: u64| json!([{ "name": "prism.scan", "bindings": ["scan.#"], "max_length": limit }]);
-    let before = watched(node, &vhost).set("topology.queues", queues(1000));
-    assert_eq!(before.run(&["topology", "declare"]).await.code, Some(0));
-    let setup = watched(node, &vhost).set("topology.queues", queues(5));
-    for number in 0..6 {
-        vhost.publish("prism.events", "scan.a", number.to_string()).await;
-    }
-    let too_many = setup.run(&["topology", "recreate", "prism.scan"]).await;
-    assert!(too_many.code == Some(1) && too_many.stderr.contains("6 messages, more than"), "{too_many:?}");
-    vhost.messages("prism.scan", 6).await;
-
-    let mut running = setup.launch(&["topology", "recreate", "prism.scan"]);
-    old_way_is_closed(&vhost, "prism.scan").await;
-    let connection = vhost.connect().await;
-    let channel = connection.create_channel().await.unwrap();
-    channel.confirm_select(Default::default()).await.unwrap();
-    for number in 0..COUNT {
-        let (exchange, key, body) = ("prism.events".into(), "scan.a".into(), number.to_string());
-        let sent = channel.basic_publish(exchange, key, Default::default(), body.as_bytes(), Default::default());
-        drop(sent.await.unwrap());
-    }
-    channel.wait_for_confirms().await.unwrap();
-    let full = running.wait().await;
-    assert!(full.code == Some(1) && full.stderr.contains("prism.scan.moving keeps the rest"), "{full:?}");
-    eventually("what is left to be back in its queue", async || match vhost.depth("prism.scan.moving").await {
-        0 => Err("it is empty"),
-        _ => Ok(()),
-    })
-    .await;
-
-    let mut work =
-        channel.basic_consume("prism.scan".into(), "".into(), Default::default(), Default::default()).await.unwrap();
-    let worker = tokio::spawn(async move {
-        let mut done = std::collections::BTreeSet::new();
-        while done.len() < COUNT
-            && let Some(Ok(delivery)) = work.next().await
-        {
-            done.insert(delivery.data.clone());
-            delivery.acker.ack(Default::default()).await.unwrap();
-        }
-        done.len()
-    });
-    eventually_within(Duration::from_secs(240), "everything to be back", async || {
-        let ended = setup.run(&["topology", "recreate", "prism.scan"]).await;
-        if ended.code == Some(0) { Ok(()) } else { Err(ended.stderr) }
-    })
-    .await;
-    assert_eq!(worker.await.unwrap(), COUNT);
-    assert!(vhost.queue("prism.scan.moving").await.is_none());
-    connection.close(200, "done".into()).await.unwrap();
-}
-
-/// What only waits meanwhile must not be cut off or expire there.
-#[tokio::test]
-async fn a_queue_is_not_replaced_where_a_policy_would_cost_messages() {
-    let node = Node::shared().await;
-    let vhost = Vhost::new(node).await;
-    let setup = watched(node, &vhost);
-    assert_eq!(setup.run(&["topology", "declare"]).await.code, Some(0));
-    vhost.set_policy("theirs", r"^prism\.scan", json!({ "message-ttl": 3_600_000, "max-length": 150 })).await;
-    vhost.publish("prism.events", "scan.a", EVENT).await;
-    let before = vhost.bindings().await;
-    let refused = setup.run(&["topology", "recreate", "prism.scan"]).await;
-    assert_eq!(refused.code, Some(1), "{refused:?}");
-    for part in ["prism.scan.moving", "max-length, message-ttl"] {
-        assert!(refused.stderr.contains(part), "{part:?} is not in {refused:?}");
-    }
-    assert_eq!(vhost.bindings().await, before);
-    assert!(vhost.queue("prism.scan.moving").await.is_none() && vhost.exchange("prism.scan.moving").await.is_none());
-    vhost.eventually_depth("prism.scan", 1).await;
-    // Nor is the old one deleted where somebody sets one meanwhile.
-    vhost.delete_policy("theirs").await;
-    eventually("the policy to be gone", async || match vhost.queue("prism.scan").await.unwrap_or_default() {
-        queue if queue["policy"].is_null() => Ok(()),
-        queue => Err(queue),
-    })
-    .await;
-    let mut running = setup.launch(&["topology", "recreate", "prism.scan"]);
-    old_way_is_closed(&vhost, "prism.scan").await;
-    vhost.set_policy("theirs", r"^prism\.scan\.moving", json!({ "max-length": 150 })).await;
-    let ended = running.wait().await;
-    assert!(
-        ended.code == Some(1) && ended.stderr.contains("a policy sets max-length for prism.scan.moving"),
-        "{ended:?}"
-    );
-    assert!(vhost.queue("prism.scan").await.is_some());
-    vhost.eventually_depth("prism.scan.moving", 1).await;
-}
-
-/// They are not counted as messages of the queue, and would be gone with it.
-#[tokio::test]
-async fn dead_letters_on_their_way_keep_a_queue_from_being_replaced() {
-    let node = Node::shared().await;
-    let vhost = Vhost::new(node).await;
-    let setup = watched(node, &vhost);
-    assert_eq!(setup.run(&["topology", "declare"]).await.code, Some(0));
-    vhost.delete_exchange("prism.dead").await;
-    vhost.publish("prism.events", "scan.a", EVENT).await;
-    vhost.reject("prism.scan").await;
-    vhost.assert_empty("prism.scan").await;
-    let refused = setup.run(&["topology", "recreate", "prism.scan"]).await;
-    assert!(refused.code == Some(1) && refused.stderr.contains("still has 1 messages: on their way"), "{refused:?}");
-    assert_eq!(vhost.queue("prism.scan").await.unwrap()["messages"], 1);
-    // What somebody else has bound is not dropped, either.
-    vhost.create_exchange("theirs", "topic", json!({})).await;
-    vhost.bind("theirs", "prism.future_me", "a.#").await;
-    let bound = setup.run(&["topology", "recreate", "prism.future_me"]).await;
-    assert!(bound.code == Some(1) && bound.stderr.contains("bound to theirs (a.#), too"), "{bound:?}");
-    assert!(vhost.queue("prism.future_me.moving").await.is_none());
 }
 
 #[tokio::test]
@@ -515,7 +306,7 @@ async fn without_the_management_api_amqp_tells_what_it_can() {
     vhost.create_queue("prism.scan", json!({ "x-queue-type": "quorum" })).await;
     let told = setup.run(&["topology", "diff"]).await;
     assert!(told.code == Some(1) && told.stdout.contains("queue prism.scan: "), "{told:?}");
-    assert!(told.stdout.contains("topology recreate prism.scan"), "{told:?}");
+    assert!(told.stdout.contains("give prism.scan a new name"), "{told:?}");
     // A passive relay takes it as it is.
     let passive = Setup::new(&vhost.url()).set("topology.declare", "passive").run(&["topology", "diff"]).await;
     assert_eq!(passive.code, Some(0), "{passive:?}");
@@ -556,8 +347,8 @@ async fn ladder_partitions_and_archive_can_be_imported_with_policies() {
         if both { Ok(told.stdout) } else { Err(told.stdout) }
     })
     .await;
-    mend(node, &setup, &told).await;
-    eventually("the broker to be mended", async || {
+    fix(node, &setup, &told).await;
+    eventually("the broker to be fixed", async || {
         let told = setup.run(&["topology", "diff"]).await;
         if told.code == Some(0) { Ok(()) } else { Err(told.stdout) }
     })
@@ -571,81 +362,50 @@ async fn ladder_partitions_and_archive_can_be_imported_with_policies() {
     assert_eq!(vhost.messages("prism.dead", 1).await[0].text(), body);
 }
 
-/// Another property for a queue in use: events come in all the time, and none gets lost.
+/// Walks the steps that `topology diff` prints for a queue whose properties change, while events come in.
 #[tokio::test]
-async fn a_queue_is_replaced_while_events_come_in() {
+async fn a_queue_gets_a_new_name_and_nothing_is_lost() {
     let node = Node::shared().await;
     let vhost = Vhost::new(node).await;
-    let other = json!({ "name": "other", "bindings": ["scan.#"] });
-    let queues = |scan: Value| json!([scan, other]);
-    let before = json!({ "name": "prism.scan", "bindings": ["scan.#"], "single_active_consumer": true });
-    let after = json!({ "name": "prism.scan", "bindings": ["scan.#"], "retry_delays": ["1s"], "delivery_limit": 7 });
-    let relay = Setup::new(&vhost.url()).set("topology.queues", queues(before)).start().await;
-    let body = |number: usize| format!(r#"{{"eventType":"scan.a","payload":{{"number":{number}}}}}"#);
-    for number in 0..300 {
-        relay.post(body(number)).await.expect(200);
-    }
-    vhost.eventually_depth("prism.scan", 300).await;
-
-    let changed = watched(node, &vhost).set("topology.queues", queues(after));
-    let blind = Setup::new(&vhost.url()).run(&["topology", "recreate", "prism.scan"]).await;
-    assert!(blind.code == Some(1) && blind.stderr.contains("set broker.management_url"), "{blind:?}");
-    let unknown = changed.run(&["topology", "recreate", "mine"]).await;
-    assert!(unknown.code == Some(64) && unknown.stderr.contains("no queue of the configuration"), "{unknown:?}");
-    let worker = vhost.connect().await;
-    let consumer = worker.create_channel().await.unwrap();
-    consumer.basic_qos(1, Default::default()).await.unwrap();
-    let consuming =
-        consumer.basic_consume("prism.scan".into(), "".into(), Default::default(), Default::default()).await;
-    let in_use = changed.run(&["topology", "recreate", "prism.scan"]).await;
-    assert!(in_use.code == Some(1) && in_use.stderr.contains("1 workers: stop them first"), "{in_use:?}");
-    drop(consuming);
-    worker.close(200, "done".into()).await.unwrap();
-    vhost.eventually_depth("prism.scan", 300).await;
-
-    // Interrupted where it may be, it goes on when it is run again.
-    let mut number = 300;
-    let back = ("prism.scan.moving".to_owned(), "prism.scan".to_owned(), String::new());
-    for pause in [Some(150), Some(400), None] {
-        let mut interrupted = changed.launch(&["topology", "recreate", "prism.scan"]);
-        match pause.map(Duration::from_millis) {
-            Some(pause) => drop(tokio::time::timeout(pause, interrupted.wait()).await),
-            None => {
-                eventually("the way back", async || match vhost.bindings().await {
-                    bindings if bindings.contains(&back) => Ok(()),
-                    bindings => Err(format!("{bindings:?}")),
-                })
-                .await;
-            }
+    let queue = |name: &str, limit: u64| json!([{ "name": name, "bindings": ["scan.#"], "delivery_limit": limit }]);
+    let mut relay = watched(node, &vhost).set("topology.queues", queue("prism.scan", 20)).start().await;
+    let numbers = async |relay: &Relay, numbers: std::ops::Range<u64>| {
+        for number in numbers {
+            let event = json!({ "eventType": "scan.a", "payload": { "number": number } });
+            relay.post(event.to_string()).await.expect(200);
         }
-        interrupted.signal("KILL");
-        interrupted.wait().await;
-        for _ in 0..5 {
-            relay.post(body(number)).await.expect(200);
-            number += 1;
-        }
+    };
+    numbers(&relay, 0..20).await;
+    vhost.eventually_depth("prism.scan", 20).await;
+    let changed = watched(node, &vhost).set("topology.queues", queue("prism.scan", 7)).run(&["topology", "diff"]).await;
+    assert_eq!(changed.code, Some(1), "{changed:?}");
+    let move_them = "redrive --from prism.scan --to NEW";
+    for part in ["x-delivery-limit is 20, where 7 is configured", "give prism.scan a new name", move_them] {
+        assert!(changed.stdout.contains(part), "{part:?} is not in {}", changed.stdout);
     }
-    let mut running = changed.launch(&["topology", "recreate", "prism.scan"]);
-    while running.exited().is_none() {
-        relay.post(body(number)).await.expect(200);
-        number += 1;
-    }
-    let done = running.wait().await;
-    assert!(done.code == Some(0) && done.stdout.starts_with("prism.scan is as configured"), "{done:?}");
-    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
-    let arguments = &vhost.queue("prism.scan").await.unwrap()["arguments"];
-    assert!(
-        arguments["x-delivery-limit"] == 7 && arguments["x-dead-letter-exchange"] == "prism.scan.rejected",
-        "{arguments}"
-    );
-    for queue in ["prism.scan", "other"] {
-        let depth = vhost.depth(queue).await as usize;
-        let messages = vhost.messages(queue, depth).await;
-        let numbers: std::collections::BTreeSet<_> =
-            messages.iter().map(|message| message.json()["payload"]["number"].as_u64().unwrap()).collect();
-        assert_eq!(numbers.len(), number, "of {depth} in {queue}");
-        assert!(messages.iter().all(|message| message.routing_key == "scan.a"));
-    }
-    assert!(vhost.queue("prism.scan.moving").await.is_none() && vhost.exchange("prism.scan.moving").await.is_none());
+
+    // A new name, and a new queue.
+    relay.reconfigure("topology.queues", queue("prism.scan.v2", 7));
+    relay.restart().await;
+    numbers(&relay, 20..25).await;
+    vhost.eventually_depth("prism.scan.v2", 5).await;
+    vhost.eventually_depth("prism.scan", 25).await;
+    // The old queue is unbound.
+    let bound = relay.run(&["topology", "diff"]).await;
+    let advice = "advice: binding of queue prism.scan to exchange prism.events by \"scan.#\": is not configured";
+    assert!(bound.code == Some(0) && bound.stdout.contains(advice), "{bound:?}");
+    fix(node, relay.setup(), &bound.stdout).await;
+    let unbound = relay.run(&["topology", "diff"]).await;
+    assert!(unbound.code == Some(0) && !unbound.stdout.contains(advice), "{unbound:?}");
+    numbers(&relay, 25..30).await;
+    vhost.eventually_depth("prism.scan.v2", 10).await;
+    // What is left goes over.
+    let moved = relay.run(&["redrive", "--from", "prism.scan", "--to", "prism.scan.v2"]).await;
+    assert!(moved.code == Some(0) && moved.stdout.contains("25 moved from prism.scan to prism.scan.v2"), "{moved:?}");
+    vhost.assert_empty("prism.scan").await;
+    let messages = vhost.messages("prism.scan.v2", 35).await;
+    let number = |message: &Delivery| message.json()["payload"]["number"].as_u64().unwrap();
+    let seen: BTreeSet<_> = messages.iter().map(number).collect();
+    assert_eq!(seen, (0..30).collect());
     vhost.assert_empty("prism.unrouted").await;
 }
