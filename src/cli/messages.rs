@@ -154,12 +154,16 @@ pub fn replayed(old: &BasicProperties, now: Timestamp) -> BasicProperties {
     new.with_headers(headers)
 }
 
-/// The properties for a copy of a message in the same queue, whose count of returns begins anew.
-pub fn put_back(delivery: &Delivery) -> BasicProperties {
-    let new = published_again(&delivery.properties, |name| name == "x-delivery-count");
-    let mut headers = new.headers().clone().unwrap_or_default();
-    headers.insert(ORIGINAL_KEY.into(), AMQPValue::LongString(original_key(delivery).as_str().into()));
-    new.with_headers(headers)
+/// The properties for a copy of a message in the same queue, whose count of returns starts again at 0.
+pub fn put_back(old: &BasicProperties) -> BasicProperties {
+    published_again(old, |name| name == "x-delivery-count")
+}
+
+/// The properties for a message that is published under the name of a queue.
+pub fn with_original_key(old: &BasicProperties, key: &ShortString) -> BasicProperties {
+    let mut headers = old.headers().clone().unwrap_or_default();
+    headers.insert(ORIGINAL_KEY.into(), AMQPValue::LongString(key.as_str().into()));
+    old.clone().with_headers(headers)
 }
 
 /// A user id is left out, because the broker takes none but our own; an expiration, because nothing must be lost now.

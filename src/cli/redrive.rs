@@ -191,7 +191,7 @@ impl<'a> Taking<'a> {
     /// A copy at the end of the queue takes its place, with a new count of returns, and will be looked at instead.
     async fn put_back(&mut self, config: &Config, delivery: Delivery) -> Result<(), TransferError> {
         let mut transfer = Transfer::new(self.channel.clone(), config);
-        let (key, properties) = (delivery.routing_key.clone(), put_back(&delivery));
+        let (key, properties) = (original_key(&delivery), put_back(&delivery.properties));
         let copy = Parcel { to: Destination::Queue(self.queue.to_owned()), key, properties, delivery };
         transfer.add(copy, &mut 0).await?;
         transfer.flush(&mut 0).await?;

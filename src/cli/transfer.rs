@@ -9,7 +9,7 @@ use lapin::{BasicProperties, Channel, Confirmation};
 use thiserror::Error;
 use tokio::time::{sleep, timeout};
 
-use super::messages::short;
+use super::messages::{short, with_original_key};
 use crate::broker::{BrokerConnection, reply_code, reply_text};
 use crate::config::Config;
 
@@ -86,11 +86,13 @@ impl Destination {
         queue.map_or_else(|| Self::Exchange(config.publisher.exchange.clone()), |queue| Self::Queue(queue.to_owned()))
     }
 
-    fn address(&self, key: &ShortString) -> (ShortString, ShortString) {
+    /// Exchange, routing key and properties of a publish.
+    fn address(&self, parcel: &Parcel) -> (ShortString, ShortString, BasicProperties) {
+        let Parcel { key, properties, .. } = parcel;
         match self {
-            Self::Exchange(exchange) => (short(exchange), key.clone()),
-            // The default exchange is bound to every queue by its name.
-            Self::Queue(queue) => (ShortString::default(), short(queue)),
+            Self::Exchange(exchange) => (short(exchange), key.clone(), properties.clone()),
+            // The default exchange is bound to every queue by its name. A header keeps the key for a later redrive.
+            Self::Queue(queue) => (ShortString::default(), short(queue), with_original_key(properties, key)),
         }
     }
 }
@@ -164,10 +166,10 @@ impl Transfer {
     /// Of each whether it is confirmed, or rejected.
     async fn publish(&self, batch: &[Parcel]) -> Result<Vec<bool>, TransferError> {
         let mut confirms = Vec::with_capacity(batch.len());
-        for Parcel { to, key, properties, delivery, .. } in batch {
-            let (exchange, key) = to.address(key);
+        for parcel in batch {
+            let (exchange, key, properties) = parcel.to.address(parcel);
             let options = BasicPublishOptions { mandatory: true, immediate: false };
-            let sending = self.channel.basic_publish(exchange, key, options, &delivery.data, properties.clone());
+            let sending = self.channel.basic_publish(exchange, key, options, &parcel.delivery.data, properties);
             confirms.push(in_time(self.deadline, sending).await?);
         }
         let mut confirmed = Vec::with_capacity(batch.len());

@@ -409,3 +409,25 @@ async fn a_queue_gets_a_new_name_and_nothing_is_lost() {
     assert_eq!(seen, (0..30).collect());
     vhost.assert_empty("prism.unrouted").await;
 }
+
+/// A message that was moved straight into a queue still has the routing key of its event.
+#[tokio::test]
+async fn a_moved_message_finds_its_way_back_from_the_dead_letters() {
+    let node = Node::shared().await;
+    let vhost = Vhost::new(node).await;
+    let relay = Relay::start(&vhost).await;
+    let id = relay.post(EVENT).await.id();
+    vhost.eventually_depth("prism.scan", 1).await;
+    vhost.create_queue("old", json!({})).await;
+    for (from, to) in [("prism.scan", "old"), ("old", "prism.scan")] {
+        let moved = relay.run(&["redrive", "--from", from, "--to", to]).await;
+        assert!(moved.code == Some(0) && moved.stdout.contains("1 moved"), "{moved:?}");
+    }
+    vhost.reject("prism.scan").await;
+    vhost.eventually_depth("prism.dead", 1).await;
+    let redriven = relay.run(&["redrive"]).await;
+    assert!(redriven.code == Some(0) && redriven.stdout.contains("1 moved"), "{redriven:?}");
+    let message = vhost.messages("prism.scan", 1).await.remove(0);
+    assert_eq!((message.id(), message.routing_key.as_str()), (id, "scan.a"));
+    assert!(!message.headers.contains_key("prism-original-key"));
+}
