@@ -7,7 +7,8 @@ use std::time::Duration;
 use tokio_rustls::rustls::ClientConfig;
 
 use super::connection::{BrokerConnection, ConnectError, Tls};
-use super::{BrokerUrl, Settings};
+use super::settings::Settings;
+use super::url::BrokerUrl;
 use crate::secret::Secret;
 use crate::tls::{ClientFiles, TlsError};
 

@@ -21,9 +21,9 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::rustls::ClientConfig;
 use tokio_util::either::Either;
 
-use super::BrokerUrl;
 use super::reactor::{Stream, TlsReactor};
 use super::reply::reply_code;
+use super::url::BrokerUrl;
 use crate::tls;
 
 /// For the reply to `connection.close`. A broker that blocks publishers does not send it.

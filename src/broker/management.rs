@@ -10,7 +10,8 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use thiserror::Error;
 
-use super::{BrokerUrl, Settings};
+use super::settings::Settings;
+use super::url::BrokerUrl;
 use crate::http_client::{HttpClient, Limits, NoAnswer, get, http_client};
 use crate::tls;
 

@@ -6,34 +6,12 @@ mod connection;
 mod management;
 mod reactor;
 mod reply;
+mod settings;
 mod url;
-
-use std::path::PathBuf;
-use std::time::Duration;
-
-use hyper::Uri;
 
 pub use access::BrokerAccess;
 pub use connection::{BrokerConnection, ConnectError};
 pub use management::{Management, ManagementError, encoded};
 pub use reply::{NameTooLong, SHORT_STRING_BYTES_MAX, reply_code, reply_text, short_string};
+pub use settings::Settings;
 pub use url::BrokerUrl;
-
-use crate::tls::ClientFiles;
-
-/// Where the broker is and how to log in.
-#[derive(Clone, Debug)]
-pub struct Settings {
-    /// At least one; tried in turn.
-    pub urls: Vec<BrokerUrl>,
-    /// The file that holds the password of the URLs; it is reloaded when it changes.
-    pub password_file: Option<PathBuf>,
-    /// Certificates for `amqps` URLs.
-    pub tls: ClientFiles,
-    /// The name that the broker's certificate must show; `None`: the host of the URL.
-    pub server_name: Option<String>,
-    /// For name look-up, TCP, TLS and login together.
-    pub connect_timeout: Duration,
-    /// Of the management API; `None`: on the host of the URL, at RabbitMQ's default port.
-    pub management_url: Option<Uri>,
-}

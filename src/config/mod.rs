@@ -12,14 +12,13 @@ use std::time::Duration;
 
 use thiserror::Error;
 
+pub use raw::DEFAULT_TOML;
 use raw::Raw;
 pub use secrets::{password_in, read_secret, secrets_in, token_in};
+pub use sections::Purpose;
 use sections::{HOUR, MILLISECOND};
 
 use crate::{broker, ingress, logging, ops, publisher, signature, traces};
-
-/// The defaults, which are also the documentation of every key.
-pub const DEFAULT_TOML: &str = include_str!("../../config/default.toml");
 
 /// The whole configuration, checked.
 #[derive(Debug)]
@@ -129,13 +128,6 @@ impl ConfigError {
     }
 }
 
-/// What the configuration is loaded for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Purpose {
-    Serve,
-    Client,
-}
-
 impl Config {
     /// Reads the defaults, then `file`, then the variables in `environment` that start with `PRISM_RELAY__`.
     pub fn load(
@@ -147,10 +139,10 @@ impl Config {
         // In the order of the file, in which mistakes are listed.
         let http = sections::http(&mut raw, purpose);
         let signature = sections::signature(&mut raw, purpose);
-        let spool = Spool::read(&mut raw);
-        let dedupe = Dedupe::read(&mut raw);
+        let spool = sections::spool(&mut raw);
+        let dedupe = sections::dedupe(&mut raw);
         let (broker, publisher) = sections::broker(&mut raw);
-        let topology = Topology::read(&mut raw, &publisher.exchange);
+        let topology = sections::topology(&mut raw, &publisher.exchange);
         let ops = sections::ops(&mut raw);
         let log = sections::log(&mut raw);
         let traces = sections::traces(&mut raw);

@@ -12,6 +12,11 @@ use std::time::Duration;
 use bytesize::ByteSize;
 use config::{Environment, File, FileFormat, Map, Value, ValueKind};
 
+use super::secrets::read_secret;
+
+/// The defaults. The file is also the documentation of every key.
+pub const DEFAULT_TOML: &str = include_str!("../../config/default.toml");
+
 /// How similar an unknown key must be to a known one to be suggested as a typing error (Jaro-Winkler, 0 to 1).
 const SIMILARITY_MIN: f64 = 0.85;
 
@@ -35,7 +40,7 @@ impl Raw {
     pub fn merge(file: Option<&Path>, environment: impl IntoIterator<Item = (String, String)>) -> Result<Self, String> {
         let environment: Map<String, String> =
             environment.into_iter().filter(|(name, _)| name.starts_with("PRISM_RELAY__")).collect();
-        let mut layers = config::Config::builder().add_source(File::from_str(super::DEFAULT_TOML, FileFormat::Toml));
+        let mut layers = config::Config::builder().add_source(File::from_str(DEFAULT_TOML, FileFormat::Toml));
         if let Some(path) = file {
             // Read here, because the library's error does not say why the file cannot be read.
             let text = std::fs::read_to_string(path);
@@ -195,7 +200,7 @@ impl Raw {
     pub fn file<T>(&mut self, key: &str, parse: impl Fn(&str) -> Result<T, String>) -> Option<(PathBuf, T)> {
         self.read(key, |path| {
             let path = PathBuf::from(path);
-            super::read_secret(&path, &parse).map(|secret| (path, secret))
+            read_secret(&path, &parse).map(|secret| (path, secret))
         })
     }
 

@@ -10,7 +10,7 @@ use jiff::Timestamp;
 
 use super::raw::Raw;
 use super::secrets::{password_in, secrets_in, token_in};
-use super::{Archive, Declare, Dedupe, Durability, Purpose, Queue, Spool, Topology};
+use super::{Archive, Declare, Dedupe, Durability, Queue, Spool, Topology};
 use crate::broker::{self, BrokerUrl, SHORT_STRING_BYTES_MAX};
 use crate::ingress::{self, HEALTH_PATH};
 use crate::logging::{self, Format};
@@ -20,6 +20,13 @@ use crate::text::chain;
 use crate::tls::{self, ClientFiles, ServerFiles};
 use crate::topology::{ARCHIVE, DEAD, Plan, UNROUTED};
 use crate::{ops, publisher, traces};
+
+/// What the configuration is loaded for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    Serve,
+    Client,
+}
 
 const KIB: u64 = 1024;
 const MIB: u64 = 1024 * KIB;
@@ -92,23 +99,19 @@ pub(super) fn signature(raw: &mut Raw, purpose: Purpose) -> signature::Settings 
     }
 }
 
-impl Spool {
-    pub(super) fn read(raw: &mut Raw) -> Self {
-        let path = |text: &str| if text.is_empty() { Err("is empty".to_owned()) } else { Ok(PathBuf::from(text)) };
-        Self {
-            path: raw.read("spool.path", path).unwrap_or_default(),
-            max_bytes: raw.bytes("spool.max_bytes", 1..=u64::from(u32::MAX) * KIB),
-            durability: raw.one_of("spool.durability", &[("disk", Durability::Disk), ("process", Durability::Process)]),
-        }
+pub(super) fn spool(raw: &mut Raw) -> Spool {
+    let path = |text: &str| if text.is_empty() { Err("is empty".to_owned()) } else { Ok(PathBuf::from(text)) };
+    Spool {
+        path: raw.read("spool.path", path).unwrap_or_default(),
+        max_bytes: raw.bytes("spool.max_bytes", 1..=u64::from(u32::MAX) * KIB),
+        durability: raw.one_of("spool.durability", &[("disk", Durability::Disk), ("process", Durability::Process)]),
     }
 }
 
-impl Dedupe {
-    pub(super) fn read(raw: &mut Raw) -> Self {
-        Self {
-            window: raw.duration("dedupe.window", Duration::ZERO..=DAY),
-            entries_max: raw.number("dedupe.entries_max", 1..=10_000_000),
-        }
+pub(super) fn dedupe(raw: &mut Raw) -> Dedupe {
+    Dedupe {
+        window: raw.duration("dedupe.window", Duration::ZERO..=DAY),
+        entries_max: raw.number("dedupe.entries_max", 1..=10_000_000),
     }
 }
 
@@ -166,19 +169,17 @@ pub(super) fn broker(raw: &mut Raw) -> (broker::Settings, publisher::Settings) {
     (broker, publisher)
 }
 
-impl Topology {
-    pub(super) fn read(raw: &mut Raw, exchange: &str) -> Self {
-        let choices = [("active", Declare::Active), ("passive", Declare::Passive), ("off", Declare::Off)];
-        let declare = raw.one_of("topology.declare", &choices);
-        let queues: Vec<_> =
-            (0..raw.tables("topology.queues")).map(|index| queue(raw, &format!("topology.queues[{index}]"))).collect();
-        let topology = Self { declare, queues, archive: archive(raw) };
-        // Retry steps and partitions get derived names, which may clash with configured ones.
-        for clash in Plan::new(&topology, exchange).clashes() {
-            raw.mistake("topology", format_args!("two entities have the same name: {clash}"));
-        }
-        topology
+pub(super) fn topology(raw: &mut Raw, exchange: &str) -> Topology {
+    let choices = [("active", Declare::Active), ("passive", Declare::Passive), ("off", Declare::Off)];
+    let declare = raw.one_of("topology.declare", &choices);
+    let queues: Vec<_> =
+        (0..raw.tables("topology.queues")).map(|index| queue(raw, &format!("topology.queues[{index}]"))).collect();
+    let topology = Topology { declare, queues, archive: archive(raw) };
+    // Retry steps and partitions get derived names, which may clash with configured ones.
+    for clash in Plan::new(&topology, exchange).clashes() {
+        raw.mistake("topology", format_args!("two entities have the same name: {clash}"));
     }
+    topology
 }
 
 fn queue(raw: &mut Raw, key: &str) -> Queue {

@@ -7,7 +7,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use super::RelayError;
+use super::error::RelayError;
 use crate::broker::{BrokerAccess, BrokerUrl};
 use crate::config::Durability;
 use crate::config::{self, Config};

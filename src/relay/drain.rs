@@ -5,8 +5,8 @@ use std::time::Duration;
 use tokio::time::{Instant, timeout_at};
 use tracing::{info, warn};
 
-use super::RelayError;
-use super::tasks::{Task, Tasks};
+use super::error::{RelayError, Task};
+use super::tasks::Tasks;
 use crate::text::span;
 
 /// For the last commit, after the grace.

@@ -3,51 +3,17 @@
 
 mod build;
 mod drain;
+mod error;
 mod tasks;
 
-use thiserror::Error;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::Instant;
 use tracing::{info, warn};
 
 use crate::config::Config;
-use crate::publisher::PublisherError;
-use crate::server::BindError;
 use crate::service_manager;
-use crate::spool::OpenError;
 use crate::text::span;
-use crate::tls::TlsError;
-use tasks::Task;
-
-/// Why the relay could not start, or had to stop.
-#[derive(Debug, Error)]
-pub enum RelayError {
-    #[error("cannot install signal handlers")]
-    Signals(#[source] std::io::Error),
-    #[error(transparent)]
-    Spool(#[from] OpenError),
-    #[error(transparent)]
-    SocketActivation(std::io::Error),
-    #[error(transparent)]
-    Bind(#[from] BindError),
-    #[error("cannot read the address of {key}")]
-    Address { key: &'static str, source: std::io::Error },
-    #[error(transparent)]
-    Tls(#[from] TlsError),
-    #[error("traces.endpoint {0}")]
-    Traces(String),
-    #[error("the publisher stopped unexpectedly")]
-    Publisher(#[source] PublisherError),
-    #[error("the task that {} stopped unexpectedly", .0.purpose())]
-    Task(Task),
-}
-
-impl RelayError {
-    /// Whether the service manager's units have to change before another start can succeed.
-    pub fn is_misconfiguration(&self) -> bool {
-        matches!(self, Self::SocketActivation(_))
-    }
-}
+pub use error::RelayError;
 
 /// Runs the relay until SIGTERM or SIGINT, or until one of its tasks stops unexpectedly.
 pub async fn serve(config: Config) -> Result<(), RelayError> {

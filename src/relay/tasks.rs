@@ -10,8 +10,8 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-use super::RelayError;
 use super::build::{Built, Stops};
+use super::error::{RelayError, Task};
 use crate::metrics::Metrics;
 use crate::publisher::PublisherError;
 use crate::reload;
@@ -26,31 +26,6 @@ const UPKEEP_EVERY: Duration = Duration::from_secs(5);
 /// How long before the expiry of a certificate the log warns, and how often.
 const EXPIRY_NOTICE: SignedDuration = SignedDuration::from_hours(14 * 24);
 const EXPIRY_REMINDER: Duration = Duration::from_secs(24 * 3600);
-
-/// A task that must run as long as the relay.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Task {
-    Ingress,
-    SpoolWriter,
-    Publisher,
-    Ops,
-    Reload,
-    Upkeep,
-}
-
-impl Task {
-    /// Completes the sentence "the task that ...".
-    pub(super) fn purpose(self) -> &'static str {
-        match self {
-            Self::Ingress => "accepts webhooks",
-            Self::SpoolWriter => "writes the spool",
-            Self::Publisher => "publishes events",
-            Self::Ops => "serves the operators' listener",
-            Self::Reload => "reloads secrets",
-            Self::Upkeep => "maintains metrics",
-        }
-    }
-}
 
 /// The running tasks, in the order of the data.
 pub(super) struct Tasks {

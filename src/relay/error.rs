@@ -1,0 +1,63 @@
+//! Why the relay could not start, or had to stop.
+
+use thiserror::Error;
+
+use crate::publisher::PublisherError;
+use crate::server::BindError;
+use crate::spool::OpenError;
+use crate::tls::TlsError;
+
+/// Why the relay could not start, or had to stop.
+#[derive(Debug, Error)]
+pub enum RelayError {
+    #[error("cannot install signal handlers")]
+    Signals(#[source] std::io::Error),
+    #[error(transparent)]
+    Spool(#[from] OpenError),
+    #[error(transparent)]
+    SocketActivation(std::io::Error),
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    #[error("cannot read the address of {key}")]
+    Address { key: &'static str, source: std::io::Error },
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    #[error("traces.endpoint {0}")]
+    Traces(String),
+    #[error("the publisher stopped unexpectedly")]
+    Publisher(#[source] PublisherError),
+    #[error("the task that {} stopped unexpectedly", .0.purpose())]
+    Task(Task),
+}
+
+impl RelayError {
+    /// Whether the service manager's units have to change before another start can succeed.
+    pub fn is_misconfiguration(&self) -> bool {
+        matches!(self, Self::SocketActivation(_))
+    }
+}
+
+/// A task that must run as long as the relay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Task {
+    Ingress,
+    SpoolWriter,
+    Publisher,
+    Ops,
+    Reload,
+    Upkeep,
+}
+
+impl Task {
+    /// Completes the sentence "the task that ...".
+    fn purpose(self) -> &'static str {
+        match self {
+            Self::Ingress => "accepts webhooks",
+            Self::SpoolWriter => "writes the spool",
+            Self::Publisher => "publishes events",
+            Self::Ops => "serves the operators' listener",
+            Self::Reload => "reloads secrets",
+            Self::Upkeep => "maintains metrics",
+        }
+    }
+}
