@@ -53,14 +53,11 @@ fn panic_reason(payload: &dyn Any) -> &'static str {
     payload.downcast_ref::<&'static str>().copied().unwrap_or("left out, for it may quote data")
 }
 
-/// Every error of lapin reaches the publisher, and every one of h2 the server, which tell it with what follows from it.
-/// h2 would also warn of a client's breaches, as often as the client likes. Whoever wants to hear them names them in the
-/// filter.
+/// Every error of lapin reaches the publisher, which logs it with its consequence. To see lapin's own lines, name it in
+/// the filter.
 fn quiet(filter: Targets) -> Targets {
-    ["lapin", "h2"].into_iter().fold(filter, |filter, noisy| {
-        let named = filter.iter().any(|(target, _)| target.starts_with(noisy));
-        if named { filter } else { filter.with_target(noisy, LevelFilter::OFF) }
-    })
+    let named = filter.iter().any(|(target, _)| target.starts_with("lapin"));
+    if named { filter } else { filter.with_target("lapin", LevelFilter::OFF) }
 }
 
 /// No filter can raise these: at trace lapin prints frames, the login and the bodies among them, and it prints each

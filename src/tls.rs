@@ -17,8 +17,8 @@ use x509_cert::der::Decode;
 
 static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| Arc::new(rustls::crypto::ring::default_provider()));
 
-/// HTTP/2 first (RFC 7301; the names are IANA's).
-const SERVER_PROTOCOLS: [&[u8]; 2] = [b"h2", b"http/1.1"];
+/// The only protocol offered to clients that negotiate one (ALPN, RFC 7301). The name is IANA's.
+const SERVER_PROTOCOL: &[u8] = b"http/1.1";
 
 /// The PEM files of a TLS listener.
 #[derive(Clone, Debug)]
@@ -119,7 +119,7 @@ impl ServerFiles {
         let mut config = builder
             .with_single_cert(chain, private_key(&self.private_key)?)
             .map_err(|source| mismatch(&self.certificate, &self.private_key, source))?;
-        config.alpn_protocols = SERVER_PROTOCOLS.map(<[u8]>::to_vec).to_vec();
+        config.alpn_protocols = vec![SERVER_PROTOCOL.to_vec()];
         Ok(Identity { config: Arc::new(config), expires_at })
     }
 

@@ -1,4 +1,4 @@
-//! Whole connections, HTTP/1.1 and HTTP/2, into the ingress and its spool: no panic, no status that is not in the
+//! Whole connections into the ingress and its spool: no panic, no status that is not in the
 //! contract, and nothing but a 200 leaves something behind.
 //!
 //! Input: what a client sends before it closes its side.
@@ -56,11 +56,9 @@ impl Relay {
             connections_per_source_max: 1,
             unlimited_sources: Vec::new(),
             header_timeout: Duration::from_secs(1),
-            idle_timeout: Duration::from_secs(1),
-            silence_timeout: Duration::from_secs(1),
+            write_timeout: Duration::from_secs(1),
             headers_max: 16,
             header_bytes_max: 8192,
-            streams_max: 8,
         };
         let runtime = Builder::new_current_thread().enable_all().build().unwrap();
         let guard = runtime.enter();
@@ -123,7 +121,6 @@ fuzz_target!(|input: &[u8]| {
             }
         }
         let (delivered, acknowledged) = (relay.deliver(), answer.matches("{\"ok\":true").count());
-        // An HTTP/2 connection may be torn down before it has carried its answers.
-        assert!(delivered <= acknowledged || input.starts_with(b"PRI"), "{delivered} of {acknowledged}: {answer}");
+        assert!(delivered <= acknowledged, "{delivered} of {acknowledged}: {answer}");
     });
 });

@@ -63,7 +63,6 @@ pub(super) fn http(raw: &mut Raw, purpose: Purpose) -> ingress::Settings {
         headers_max: raw.number("http.headers_max", 1..=1000),
         // hyper allows no less than 8 KiB.
         header_bytes_max: raw.bytes("http.header_bytes_max", 8 * KIB..=MIB) as usize,
-        streams_max: raw.number("http.streams_max", 1..=10_000) as u32,
         tls: server_files(raw, purpose),
         allowed_sources: raw.list("http.allowed_sources", network),
         trusted_proxies: raw.list("http.trusted_proxies", network),

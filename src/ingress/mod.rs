@@ -119,12 +119,9 @@ fn limits(http: &Settings) -> Limits {
         connections_per_source_max: http.connections_per_source_max,
         unlimited_sources: http.trusted_proxies.clone(),
         header_timeout: http.header_timeout,
-        idle_timeout: http.header_timeout,
-        // Longer than the deadline of a body, which has an answer of its own.
-        silence_timeout: http.header_timeout + http.body_timeout,
+        write_timeout: http.header_timeout,
         headers_max: http.headers_max,
         header_bytes_max: http.header_bytes_max,
-        streams_max: http.streams_max,
     }
 }
 

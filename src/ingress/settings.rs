@@ -27,7 +27,6 @@ pub struct Settings {
     pub connections_per_source_max: usize,
     pub headers_max: usize,
     pub header_bytes_max: usize,
-    pub streams_max: u32,
     /// `None`: plain HTTP.
     pub tls: Option<ServerFiles>,
     /// Empty: everyone.

@@ -43,17 +43,15 @@ pub use settings::Settings;
 pub use view::Parts;
 use view::{Action, View, ViewError};
 
-/// Operators and their scrapers are few, and patient. A page that is looked at is never idle.
+/// Operators and their scrapers are few, and patient.
 const LIMITS: Limits = Limits {
     connections_max: 256,
     connections_per_source_max: 256,
     unlimited_sources: Vec::new(),
     header_timeout: Duration::from_secs(10),
-    idle_timeout: Duration::from_secs(24 * 3600),
-    silence_timeout: Duration::from_secs(120),
+    write_timeout: Duration::from_secs(120),
     headers_max: 64,
     header_bytes_max: 16 * 1024,
-    streams_max: 64,
 };
 
 /// How often the console hears how things are.

@@ -1,4 +1,4 @@
-//! One connection, from the first byte to the last: TLS if it is asked for, HTTP, and the deadlines for both.
+//! One connection, from its first byte to its last: TLS if it is configured, then HTTP/1.1, and the deadlines of both.
 
 use std::convert::Infallible;
 use std::error::Error;
@@ -9,10 +9,10 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use hyper::body::{Body, Incoming};
+use hyper::server::conn::http1;
 use hyper::service::Service;
 use hyper::{Request, Response};
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use hyper_util::server::conn::auto;
+use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
@@ -24,17 +24,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::Limits;
 
-/// What an HTTP/2 client may send ahead of being read, for all of its streams: the least that RFC 9113, section 6.9.2
-/// allows for a connection. Ten thousand connections can take no more than 640 MB this way.
-const H2_WINDOW_BYTES: u32 = 65_535;
-/// Answers are small.
-const H2_SEND_BYTES_MAX: usize = 64 * 1024;
-/// Streams that were reset before we got to look at them; more end the connection (CVE-2023-44487, "rapid reset").
-const H2_RESETS_MAX: usize = 20;
-
-/// How long a client may take to read the end of its last answer, and to say goodbye.
+/// How long a client may take to read the end of its last answer once the relay stops.
 const GOODBYE: Duration = Duration::from_secs(2);
-/// How long a connection without a request may still bring one when the relay stops.
+/// How long a connection without a request may still send one once the relay stops.
 const LAST_REQUEST: Duration = Duration::from_millis(500);
 
 /// How a connection ended.
@@ -44,7 +36,7 @@ pub enum End {
     /// The peer is gone, or the network.
     Broken(String),
     TlsHandshake(String),
-    /// Neither HTTP/1.1 nor HTTP/2, or too much of it.
+    /// Not HTTP/1.1, or a head over the limits.
     Malformed(String),
     /// No request in time.
     TimedOut,
@@ -77,31 +69,24 @@ impl End {
         }
     }
 
-    /// hyper tells some causes by methods, others only by what lies beneath.
-    fn of(error: &(dyn Error + Send + Sync + 'static)) -> Self {
+    fn of(error: &hyper::Error) -> Self {
         let text = crate::text::chain(error);
-        let mut next: Option<&(dyn Error + 'static)> = Some(error);
-        while let Some(cause) = next {
-            next = cause.source();
-            if let Some(error) = cause.downcast_ref::<hyper::Error>() {
-                if error.is_timeout() {
-                    return Self::TimedOut;
-                }
-                if error.is_parse() {
-                    return Self::Malformed(text);
-                }
-                if error.is_incomplete_message() || error.is_canceled() || error.is_closed() {
-                    return Self::Broken(text);
-                }
-            }
-            if let Some(error) = cause.downcast_ref::<io::Error>() {
-                let silent = error.kind() == io::ErrorKind::TimedOut;
-                return if silent { Self::TimedOut } else { Self::Broken(text) };
-            }
+        if error.is_timeout() || is_io_timeout(error) {
+            Self::TimedOut
+        } else if error.is_parse_version_h2() {
+            Self::Malformed("the client speaks HTTP/2, and this listener HTTP/1.1 only".to_owned())
+        } else if error.is_parse() {
+            Self::Malformed(text)
+        } else {
+            Self::Broken(text)
         }
-        // What is left are breaches of HTTP/2.
-        Self::Malformed(text)
     }
+}
+
+/// Whether the deadline for writing has passed.
+fn is_io_timeout(error: &hyper::Error) -> bool {
+    let cause = error.source().and_then(|cause| cause.downcast_ref::<io::Error>());
+    cause.is_some_and(|cause| cause.kind() == io::ErrorKind::TimedOut)
 }
 
 /// What is going on on a connection.
@@ -146,8 +131,9 @@ impl Activity {
         !std::mem::replace(&mut self.since().trusted, true)
     }
 
-    /// Resolves when nothing has been under way for `limit`, counted from `start` at the earliest.
-    async fn idle_for(&self, limit: Duration, start: Instant) {
+    /// Resolves when no request has been in progress for `limit`, counted from now at the earliest.
+    async fn idle_for(&self, limit: Duration) {
+        let start = Instant::now();
         loop {
             let due = {
                 let since = self.since();
@@ -170,9 +156,8 @@ impl Activity {
     }
 
     /// Who has never sent a request has been timed out; who was served, and then asked for nothing more, has not.
-    fn end(&self, ended: Result<(), Box<dyn Error + Send + Sync>>) -> End {
-        let end = ended.map_or_else(|error| End::of(&*error), |()| End::Closed);
-        match (self.since().established, end) {
+    fn end(&self, ended: End) -> End {
+        match (self.since().established, ended) {
             (true, End::TimedOut) => End::Closed,
             (_, end) => end,
         }
@@ -196,36 +181,23 @@ impl Drop for UnderWay {
 
 /// HTTP within limits.
 pub struct Protocol {
-    builder: auto::Builder<TokioExecutor>,
+    builder: http1::Builder,
     header_timeout: Duration,
-    idle_timeout: Duration,
-    silence_timeout: Duration,
+    write_timeout: Duration,
 }
 
 impl Protocol {
     pub fn new(limits: &Limits) -> Self {
-        let mut builder = auto::Builder::new(TokioExecutor::new());
+        let mut builder = http1::Builder::new();
         builder
-            .http1()
             .timer(TokioTimer::new())
+            // hyper's deadline also ends a connection that sends no request, or no further one.
             .header_read_timeout(limits.header_timeout)
             .max_headers(limits.headers_max)
             .max_buf_size(limits.header_bytes_max)
             // A sender may close its side once it has sent everything.
             .half_close(true);
-        builder
-            .http2()
-            .timer(TokioTimer::new())
-            .max_concurrent_streams(limits.streams_max)
-            .max_header_list_size(u32::try_from(limits.header_bytes_max).unwrap_or(u32::MAX))
-            .initial_stream_window_size(H2_WINDOW_BYTES)
-            .initial_connection_window_size(H2_WINDOW_BYTES)
-            .max_send_buf_size(H2_SEND_BYTES_MAX)
-            .max_pending_accept_reset_streams(H2_RESETS_MAX)
-            .keep_alive_interval(limits.header_timeout)
-            .keep_alive_timeout(limits.header_timeout);
-        let Limits { header_timeout, idle_timeout, silence_timeout, .. } = *limits;
-        Self { builder, header_timeout, idle_timeout, silence_timeout }
+        Self { builder, header_timeout: limits.header_timeout, write_timeout: limits.write_timeout }
     }
 
     /// Serves a TCP connection to its end.
@@ -260,7 +232,7 @@ impl Protocol {
         }
     }
 
-    /// HTTP over any stream, until it ends, is idle for too long, or `shutdown` lets it end with the request under way.
+    /// Serves HTTP over any stream, until the client or an error ends it, or until `shutdown`, after the request in progress.
     pub async fn speak<S, B>(
         &self,
         stream: impl AsyncRead + AsyncWrite + Send + 'static,
@@ -273,43 +245,26 @@ impl Protocol {
         S::Future: Send + 'static,
         B: Body<Data = Bytes, Error: Into<Box<dyn Error + Send + Sync>>> + Send + 'static,
     {
-        let stream = with_timeouts(stream, self.silence_timeout);
-        let mut connection = pin!(self.builder.serve_connection(TokioIo::new(stream), service));
-        let begun = Instant::now();
-        // What has come by now is looked at first: it is a request, and the connection not idle.
+        let mut stream = TimeoutStream::new(stream);
+        stream.set_write_timeout(Some(self.write_timeout));
+        let mut connection = pin!(self.builder.serve_connection(TokioIo::new(Box::pin(stream)), service));
+        let end = |ended: hyper::Result<()>| activity.end(ended.map_or_else(|error| End::of(&error), |()| End::Closed));
+        // What has arrived is read before `shutdown` is checked: it may be a request.
         tokio::select! {
             biased;
-            ended = connection.as_mut() => return activity.end(ended),
-            () = shutdown.cancelled() => {
-                // A request may be on its way just now, and a close would cost it: it is answered, and the answer says that it
-                // was the last one.
-                tokio::select! {
-                    biased;
-                    ended = connection.as_mut() => return activity.end(ended),
-                    () = activity.busy_or_after(LAST_REQUEST) => {}
-                }
-            }
-            // hyper looks after HTTP/1 by itself; an HTTP/2 client that answers pings could stay for ever.
-            () = activity.idle_for(self.idle_timeout, begun) => {}
+            ended = connection.as_mut() => return end(ended),
+            () = shutdown.cancelled() => {}
+        }
+        // A request may be on its way, and closing the connection would lose it. Its answer says `connection: close`.
+        tokio::select! {
+            biased;
+            ended = connection.as_mut() => return end(ended),
+            () = activity.busy_or_after(LAST_REQUEST) => {}
         }
         connection.as_mut().graceful_shutdown();
-        // What is under way is finished; a goodbye is for those who listen.
         tokio::select! {
-            ended = connection => activity.end(ended),
-            () = activity.idle_for(GOODBYE, Instant::now()) => {
-                activity.end(Err(Box::new(io::Error::from(io::ErrorKind::TimedOut))))
-            }
+            ended = connection => end(ended),
+            () = activity.idle_for(GOODBYE) => activity.end(End::TimedOut),
         }
     }
-}
-
-type Timed<T> = std::pin::Pin<Box<TimeoutStream<T>>>;
-
-/// hyper's own deadlines begin with the first request; this one covers what comes before, and senders that do not read
-/// their answers.
-fn with_timeouts<T: AsyncRead + AsyncWrite>(stream: T, silence: Duration) -> Timed<T> {
-    let mut stream = TimeoutStream::new(stream);
-    stream.set_read_timeout(Some(silence));
-    stream.set_write_timeout(Some(silence));
-    Box::pin(stream)
 }

@@ -1,7 +1,4 @@
-//! An HTTP server with limits: bind, accept, serve, drain. Knows nothing of what it serves.
-//!
-//! HTTP/1.1 and HTTP/2, told apart by the first bytes: with TLS as agreed by ALPN, without it with prior knowledge
-//! (RFC 9113, section 3.3).
+//! An HTTP/1.1 server with limits: bind, accept, serve, drain. It knows nothing of what it serves.
 
 mod admission;
 mod connection;
@@ -14,11 +11,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use http_body_util::{Either, Empty};
 use hyper::body::{Body, Incoming};
-use hyper::header::{CONTENT_LENGTH, HeaderValue};
 use hyper::service::service_fn;
-use hyper::{Method, Request, Response, StatusCode};
+use hyper::{Request, Response};
 use ipnet::IpNet;
 use thiserror::Error;
 use tokio::net::{TcpListener, TcpStream};
@@ -62,17 +57,13 @@ pub struct Limits {
     pub connections_per_source_max: usize,
     /// Peers that the limit for a source does not concern: proxies.
     pub unlimited_sources: Vec<IpNet>,
-    /// For a TLS handshake, and for a request head.
+    /// For a TLS handshake, for a request head, and for a connection without a request.
     pub header_timeout: Duration,
-    /// For the time from the end of an answer's making to the next request.
-    pub idle_timeout: Duration,
-    /// For a connection on which no byte moves, in either direction.
-    pub silence_timeout: Duration,
+    /// For a client that reads none of its answer.
+    pub write_timeout: Duration,
     pub headers_max: usize,
     /// Of a request head.
     pub header_bytes_max: usize,
-    /// Of an HTTP/2 connection.
-    pub streams_max: u32,
 }
 
 /// A bound listener.
@@ -87,7 +78,6 @@ struct Context {
     /// The configuration's name of the listener, for metrics and logs.
     name: &'static str,
     admission: Arc<Admission>,
-    headers_max: usize,
     protocol: Arc<Protocol>,
     tls: Option<Arc<tls::Server>>,
     metrics: Arc<Metrics>,
@@ -117,11 +107,11 @@ impl Server {
         metrics: Arc<Metrics>,
     ) -> Self {
         let protocol = Arc::new(Protocol::new(&limits));
-        let Limits { connections_max, connections_per_source_max, unlimited_sources, headers_max, .. } = limits;
+        let Limits { connections_max, connections_per_source_max, unlimited_sources, .. } = limits;
         let admission = Admission::new(connections_max, connections_per_source_max, unlimited_sources);
         metrics.expect_connections_refused(name, &REASONS);
         let log_limiter = Arc::default();
-        Self { listener, context: Context { name, admission, headers_max, protocol, tls, metrics, log_limiter } }
+        Self { listener, context: Context { name, admission, protocol, tls, metrics, log_limiter } }
     }
 
     /// Where it listens: the port that was given if 0 was asked for.
@@ -184,7 +174,7 @@ impl Context {
         F: Future<Output = Response<B>> + Send + 'static,
         B: Body<Data = Bytes, Error: Into<BodyError>> + Send + 'static,
     {
-        let (place, headers_max) = (Arc::new(place), self.headers_max);
+        let place = Arc::new(place);
         let activity = Arc::new(Activity::new());
         let service = service_fn({
             let (place, activity) = (Arc::clone(&place), Arc::clone(&activity));
@@ -193,18 +183,15 @@ impl Context {
                 if first {
                     place.rise_to(Standing::Known);
                 }
-                let head = request.method() == Method::HEAD;
-                // hyper has this limit for HTTP/1 only.
-                let response = (request.headers().len() <= headers_max).then(|| handler(request, peer));
+                let response = handler(request, peer);
                 let (place, activity) = (Arc::clone(&place), Arc::clone(&activity));
                 async move {
-                    let Some(response) = response else { return Ok::<_, Infallible>(too_many_headers()) };
                     let response = response.await;
                     drop(under_way);
                     if response.extensions().get::<Vouched>().is_some() && activity.trust() {
                         place.rise_to(Standing::Trusted);
                     }
-                    Ok(if head { without_body(response) } else { response.map(Either::Left) })
+                    Ok::<_, Infallible>(response)
                 }
             }
         });
@@ -231,23 +218,6 @@ impl Context {
             info!(%peer, listener = self.name, reason, error = end.error(), unreported, "connection refused; further ones of this kind are counted for a minute");
         }
     }
-}
-
-/// RFC 6585, section 5.
-fn too_many_headers<B>() -> Response<Either<B, Empty<Bytes>>> {
-    let mut response = Response::new(Either::Right(Empty::new()));
-    *response.status_mut() = StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE;
-    response
-}
-
-/// The answer to HEAD (RFC 9110, section 9.3.2). hyper leaves the body out by itself only in HTTP/1.
-fn without_body<B: Body>(response: Response<B>) -> Response<Either<B, Empty<Bytes>>> {
-    let length = response.body().size_hint().exact();
-    let mut response = response.map(|_| Either::Right(Empty::new()));
-    if let Some(length) = length {
-        response.headers_mut().insert(CONTENT_LENGTH, HeaderValue::from(length));
-    }
-    response
 }
 
 /// Never fails: what goes wrong with one connection is no reason to stop taking others.

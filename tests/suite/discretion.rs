@@ -45,7 +45,7 @@ async fn whatever_a_sender_does_nothing_of_it_is_quoted() {
     let url = relay.url().to_owned();
     let elsewhere = format!("{url}/{USER_TOKEN}?secret={SECRET}");
     Client::http1().send(hyper::Method::POST, &elsewhere, &[], event("scan.d")).await.unwrap().expect(404);
-    Client::http2().send(hyper::Method::POST, &url, &headers[..1], event("scan.e")).await.unwrap().expect(200);
+    Client::http1().send(hyper::Method::POST, &url, &headers[..1], event("scan.e")).await.unwrap().expect(200);
     for broken in [format!("POST /{USER_TOKEN} HTTP/9.9\r\n\r\n"), format!("{USER_TOKEN}: {SECRET}\r\n\r\n")] {
         let answer = Raw::exchange(relay.address(), broken).await;
         assert_eq!(indiscretion(&answer), None);

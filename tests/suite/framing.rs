@@ -135,6 +135,17 @@ async fn heads_that_are_malformed_are_refused() {
 }
 
 #[tokio::test]
+async fn http_2_is_closed_and_named_in_the_log() {
+    let relay = Setup::new(NO_BROKER).set("log.filter", "info").start().await;
+    let settings = b"\0\0\0\x04\0\0\0\0\0";
+    let preface = [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".as_slice(), settings].concat();
+    assert_eq!(Raw::exchange(relay.address(), preface).await, "");
+    relay.eventually_logs("the client speaks HTTP/2").await;
+    let malformed = [("listener", "http"), ("reason", "malformed")];
+    relay.eventually_metric("prism_relay_connections_refused_total", &malformed, 1.0).await;
+}
+
+#[tokio::test]
 async fn heads_that_are_too_large_are_refused() {
     let relay = Setup::new(NO_BROKER).start().await;
     let body = event(1);

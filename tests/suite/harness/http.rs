@@ -30,32 +30,19 @@ pub struct Client(legacy::Client<HttpsConnector<HttpConnector>, Full<Bytes>>);
 
 impl Client {
     pub fn http1() -> Self {
-        Self::new(false, tls_config(None, None))
+        Self::tls(tls_config(None, None))
     }
 
-    /// HTTP/2 with prior knowledge, without TLS.
-    pub fn http2() -> Self {
-        Self::new(true, tls_config(None, None))
-    }
-
-    /// With TLS, and the version of HTTP that both sides agree on, of these.
-    pub fn tls(config: ClientConfig, http2: bool) -> Self {
-        Self::new(http2, config)
-    }
-
-    fn new(http2: bool, config: ClientConfig) -> Self {
+    /// With this configuration of TLS for `https` addresses.
+    pub fn tls(config: ClientConfig) -> Self {
         let mut connector = HttpConnector::new();
         connector.set_nodelay(true);
         connector.enforce_http(false);
-        let builder = HttpsConnectorBuilder::new().with_tls_config(config).https_or_http();
-        let connector = if http2 {
-            builder.enable_http2().wrap_connector(connector)
-        } else {
-            builder.enable_http1().wrap_connector(connector)
-        };
+        let builder = HttpsConnectorBuilder::new().with_tls_config(config).https_or_http().enable_http1();
+        let connector = builder.wrap_connector(connector);
         // The relay closes idle connections after ten seconds: what is sent right then gets no answer.
         let mut builder = legacy::Client::builder(TokioExecutor::new());
-        Self(builder.pool_idle_timeout(Duration::from_secs(5)).http2_only(http2).build(connector))
+        Self(builder.pool_idle_timeout(Duration::from_secs(5)).build(connector))
     }
 
     /// One exchange. The error is a text for humans; it covers a refused connection, a reset and a missing answer.
