@@ -119,7 +119,6 @@ impl Metrics {
         let recorder = builder.build_recorder();
         let version = [("version", env!("CARGO_PKG_VERSION"))];
         recorder.describe_counter(KeyName::from_const_str(VERIFIED), Some(Unit::Count), VERIFIED_HELP.into());
-        recorder.describe_counter(KeyName::from_const_str(REFUSED), Some(Unit::Count), REFUSED_HELP.into());
         gauge(&recorder, "prism_relay_build_info", "The version that runs; always 1.", &version).set(1.0);
         let started = Timestamp::now().as_duration().as_secs_f64();
         let help = "When the process started, in seconds since 1970.";
@@ -138,18 +137,15 @@ impl Metrics {
         }
     }
 
-    /// Counters that are there from the start: what happens once before the first look would not be seen as a change.
-    pub fn expect_refusals(&self, reasons: &[&'static str]) {
-        for reason in reasons {
-            self.refusals(reason).increment(0);
-        }
+    /// Registers the counter of webhooks that were refused for `reason`, the `code` of the answer. Called at start-up: a
+    /// counter that appears with its first count shows no increase.
+    pub fn refused_webhooks(&self, reason: &'static str) -> Counter {
+        counter(&self.recorder, WEBHOOKS, WEBHOOKS_HELP, &[("outcome", "refused"), ("reason", reason)])
     }
 
-    /// The same for connections to a listener.
-    pub fn expect_connections_refused(&self, listener: &'static str, reasons: &[&'static str]) {
-        for reason in reasons {
-            self.connections_refused(listener, reason).increment(0);
-        }
+    /// Registers the counter of connections that were refused for `reason`. `listener` is `http` or `ops`.
+    pub fn refused_connections(&self, listener: &'static str, reason: &'static str) -> Counter {
+        counter(&self.recorder, REFUSED, REFUSED_HELP, &[("listener", listener), ("reason", reason)])
     }
 
     /// Registers a counter for each event type that is counted by name. Only the first call counts.
@@ -168,19 +164,6 @@ impl Metrics {
         }
     }
 
-    fn refusals(&self, reason: &'static str) -> Counter {
-        self.recorder.register_counter(&key(WEBHOOKS, &[("outcome", "refused"), ("reason", reason)]), &METADATA)
-    }
-
-    fn connections_refused(&self, listener: &'static str, reason: &'static str) -> Counter {
-        self.recorder.register_counter(&key(REFUSED, &[("listener", listener), ("reason", reason)]), &METADATA)
-    }
-
-    /// Counts a webhook that was not accepted. `reason` is the `code` of the answer.
-    pub fn webhook_refused(&self, reason: &'static str) {
-        self.refusals(reason).increment(1);
-    }
-
     /// Counts a signature by the secret that made it: its position in the list, from 0.
     pub fn signature_verified(&self, position: usize) {
         if let Some(counter) = self.verified.read().unwrap_or_else(PoisonError::into_inner).get(position) {
@@ -193,11 +176,6 @@ impl Metrics {
         let mut documented = self.events.documented.get().into_iter().flatten();
         let known = event_type.and_then(|name| documented.find(|(documented, _)| *documented == name));
         known.map_or(&self.events.other, |(_, counter)| counter).increment(1);
-    }
-
-    /// Counts a connection that was cut or refused. `listener` is `http` or `ops`.
-    pub fn connection_refused(&self, listener: &'static str, reason: &'static str) {
-        self.connections_refused(listener, reason).increment(1);
     }
 
     /// Of the certificate that the public listener shows. Not there without TLS.
@@ -396,7 +374,7 @@ mod tests {
             assert_eq!(wants_open_metrics(accept), expected, "{accept}");
         }
         let metrics = Metrics::new();
-        metrics.webhook_refused("not-found");
+        metrics.refused_webhooks("not-found").increment(1);
         let text = open_metrics(&metrics.render());
         assert!(text.contains("# TYPE prism_relay_webhooks counter\n"), "{text}");
         assert!(text.contains("prism_relay_webhooks_total{outcome=\"refused\",reason=\"not-found\"} 1\n"), "{text}");

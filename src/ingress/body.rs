@@ -13,7 +13,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
-use super::answer::Refusal;
+use super::answer::{Code, Refusal};
 
 /// How much of a refused body is still read, so that the sender gets to see the answer instead of a reset.
 const DISCARD_BYTES_MAX: usize = 1024 * 1024;
@@ -126,10 +126,10 @@ impl Inbound {
     pub async fn read(&mut self, limit: usize, memory: &Memory) -> Result<(Bytes, Share), Refusal> {
         self.waits = false;
         let deadline = Instant::now() + self.deadline;
-        let first = timeout_at(deadline, next(&mut self.body)).await.map_err(|_| Refusal::TimedOut)??;
+        let first = timeout_at(deadline, next(&mut self.body)).await.map_err(|_| timed_out())??;
         let Some(first) = first else { return Ok((Bytes::new(), Share::default())) };
         if first.len() > limit {
-            return Err(Refusal::TooLarge(limit));
+            return Err(Refusal::body_too_large(limit));
         }
         if self.body.is_end_stream()
             && let Ok(taken) = Arc::clone(&memory.free).try_acquire_many_owned(permits(first.len()))
@@ -140,9 +140,9 @@ impl Inbound {
         tokio::select! {
             body = timeout_at(deadline, read_on(&mut self.body, first, limit, &arrival)) => body.unwrap_or_else(|_| {
                 // A sender that had to wait for us was not slow.
-                Err(if arrival.waited.load(Ordering::Relaxed) { Refusal::Overloaded } else { Refusal::TimedOut })
+                Err(if arrival.waited.load(Ordering::Relaxed) { overloaded() } else { timed_out() })
             }),
-            () = arrival.displaced.cancelled() => Err(Refusal::Overloaded),
+            () = arrival.displaced.cancelled() => Err(overloaded()),
         }
     }
 
@@ -166,7 +166,8 @@ impl Inbound {
 /// The next piece. Trailers carry nothing that counts.
 async fn next(body: &mut Incoming) -> Result<Option<Bytes>, Refusal> {
     while let Some(frame) = body.frame().await {
-        let frame = frame.map_err(|error| Refusal::Unreadable(error.to_string()))?;
+        let frame = frame
+            .map_err(|error| Refusal::new(Code::UnreadableBody, format!("the body could not be read: {error}")))?;
         if let Ok(data) = frame.into_data() {
             return Ok(Some(data));
         }
@@ -185,7 +186,7 @@ async fn read_on(
     let mut whole = BytesMut::new();
     while let Some(data) = next(body).await? {
         if first.len().max(whole.len()) + data.len() > limit {
-            return Err(Refusal::TooLarge(limit));
+            return Err(Refusal::body_too_large(limit));
         }
         arrival.grow(&mut share, data.len()).await;
         if whole.is_empty() {
@@ -194,6 +195,14 @@ async fn read_on(
         whole.extend_from_slice(&data);
     }
     Ok((if whole.is_empty() { first } else { whole.freeze() }, share))
+}
+
+fn timed_out() -> Refusal {
+    Refusal::new(Code::RequestTimeout, "the body did not arrive within http.body_timeout")
+}
+
+fn overloaded() -> Refusal {
+    Refusal::new(Code::Overloaded, "there is no memory for the body at the moment (http.buffer_bytes_max)")
 }
 
 fn permits(bytes: usize) -> u32 {

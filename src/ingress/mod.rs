@@ -17,12 +17,13 @@ use hyper::header::HeaderMap;
 use hyper::http::request;
 use hyper::{Method, Request, Response};
 use jiff::Timestamp;
+use metrics::Counter;
 use tokio::net::TcpListener;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
-use answer::{CODES, Refusal, accepted, readiness};
+use answer::{Code, Refusal, accepted, readiness};
 use body::{Inbound, Memory};
 pub use settings::{HEALTH_PATH, Settings};
 
@@ -65,13 +66,13 @@ impl Ingress {
         parts: Parts,
         draining: CancellationToken,
     ) -> Self {
-        let server = Server::new(listener, "http", limits(&http), tls, Arc::clone(&parts.metrics));
-        parts.metrics.expect_refusals(&CODES);
+        let server = Server::new(listener, "http", limits(&http), tls, &parts.metrics);
         parts.metrics.expect_event_types(&DOCUMENTED_TYPES);
         parts.metrics.expect_secrets(parts.verifier.secrets());
         let memory = Memory::new(http.buffer_bytes_max);
         let health = Health::new(parts.spool.clone(), draining.clone());
         let Parts { verifier, spool, recent, traces, metrics } = parts;
+        let refused = Code::ALL.map(|code| metrics.refused_webhooks(code.text()));
         let desk = Desk {
             http,
             verifier,
@@ -80,6 +81,7 @@ impl Ingress {
             recent,
             traces,
             metrics,
+            refused,
             memory,
             draining,
             log_limiter: LogLimiter::default(),
@@ -134,6 +136,8 @@ struct Desk {
     recent: Arc<Recent>,
     traces: Arc<Traces>,
     metrics: Arc<Metrics>,
+    /// In the order of [`Code::ALL`].
+    refused: [Counter; Code::ALL.len()],
     memory: Memory,
     draining: CancellationToken,
     log_limiter: LogLimiter,
@@ -147,7 +151,7 @@ impl Desk {
         if parts.uri.path() == HEALTH_PATH {
             return match parts.method {
                 Method::GET | Method::HEAD => readiness(&self.health),
-                _ => Refusal::MethodNotAllowed("GET, HEAD").response(),
+                _ => Refusal::method_not_allowed("GET, HEAD").response(),
             };
         }
         let client = self.client(&parts, peer);
@@ -159,7 +163,7 @@ impl Desk {
             Err(refusal) => refusal,
         };
         self.tell(&refusal, client);
-        if !matches!(refusal, Refusal::TimedOut | Refusal::Overloaded) {
+        if !matches!(refusal.code, Code::RequestTimeout | Code::Overloaded) {
             body.discard();
         }
         refusal.response()
@@ -167,8 +171,8 @@ impl Desk {
 
     /// Each refusal at debug, and of each kind one a minute as a warning.
     fn tell(&self, refusal: &Refusal, client: IpAddr) {
-        let (code, detail) = (refusal.code(), refusal.detail());
-        self.metrics.webhook_refused(code);
+        let (code, detail) = (refusal.code.text(), &*refusal.detail);
+        self.refused[refusal.code as usize].increment(1);
         self.recent.refused(code, Timestamp::now());
         debug!(%client, code, detail, "webhook refused");
         if let Some(unreported) = self.log_limiter.due(code, Instant::now()) {
@@ -191,7 +195,7 @@ impl Desk {
 
         let now = Timestamp::now();
         let (timestamp, signature) = (header(headers, TIMESTAMP_HEADER), header(headers, SIGNATURE_HEADER));
-        let verified = self.verifier.verify(timestamp, signature, body, now).map_err(Refusal::Unauthenticated)?;
+        let verified = self.verifier.verify(timestamp, signature, body, now)?;
         must_be_believable(&verified)?;
         let signed = verified.signed();
         if let Some(signed) = signed {
@@ -210,7 +214,7 @@ impl Desk {
             Ok(receipt) => receipt,
             Err(error) => {
                 trace.refused();
-                return Err(Refusal::NotStored(error));
+                return Err(error.into());
             }
         };
         debug!(id = %receipt.id, duplicate = receipt.duplicate, "accepted");
@@ -240,16 +244,16 @@ impl Desk {
     /// Everything that can be said without the body.
     fn admit(&self, parts: &request::Parts, declared: u64, client: IpAddr) -> Result<(), Refusal> {
         if parts.uri.path() != self.http.path {
-            return Err(Refusal::NotFound);
+            return Err(Refusal::new(Code::NotFound, "webhooks are posted to the configured path, http.path"));
         }
         if parts.method != Method::POST {
-            return Err(Refusal::MethodNotAllowed("POST"));
+            return Err(Refusal::method_not_allowed("POST"));
         }
         if !self.http.allowed_sources.is_empty() && !source::contains(&self.http.allowed_sources, client) {
-            return Err(Refusal::SourceNotAllowed);
+            return Err(Refusal::new(Code::SourceNotAllowed, "the sender's address is not in http.allowed_sources"));
         }
         if declared > self.http.body_bytes_max as u64 {
-            return Err(Refusal::TooLarge(self.http.body_bytes_max));
+            return Err(Refusal::body_too_large(self.http.body_bytes_max));
         }
         Ok(())
     }
@@ -260,7 +264,7 @@ fn must_be_believable(body: &Accepted<Bytes>) -> Result<(), Refusal> {
     if body.authentic() {
         return Ok(());
     }
-    Envelope::parse(body.body()).map(|_| ()).map_err(Refusal::NotAnEnvelope)
+    Ok(Envelope::parse(body.body()).map(|_| ())?)
 }
 
 fn header<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a [u8]> {

@@ -84,7 +84,7 @@ struct Desk {
 impl Ops {
     /// An operators' listener on a socket that is already bound.
     pub fn new(listener: TcpListener, gate: Arc<Gate>, parts: Parts) -> Self {
-        let server = Server::new(listener, "ops", LIMITS, None, Arc::clone(&parts.metrics));
+        let server = Server::new(listener, "ops", LIMITS, None, &parts.metrics);
         let (feed, _) = broadcast::channel(FEED_CAPACITY);
         Self { server, desk: Desk { view: Arc::new(View::new(parts)), gate, feed, log_limiter: Arc::default() } }
     }

@@ -46,29 +46,7 @@ pub enum End {
     SourceFull,
 }
 
-/// Every reason there is, for counters that should be there before they count.
-pub const REASONS: [&str; 5] = ["tls-handshake", "malformed", "timeout", "evicted", "source-limit"];
-
 impl End {
-    /// For the metric, if the end was forced by the peer's doing.
-    pub fn reason(&self) -> Option<&'static str> {
-        match self {
-            Self::Closed | Self::Broken(_) => None,
-            Self::TlsHandshake(_) => Some("tls-handshake"),
-            Self::Malformed(_) => Some("malformed"),
-            Self::TimedOut => Some("timeout"),
-            Self::Evicted => Some("evicted"),
-            Self::SourceFull => Some("source-limit"),
-        }
-    }
-
-    pub fn error(&self) -> Option<&str> {
-        match self {
-            Self::Broken(error) | Self::TlsHandshake(error) | Self::Malformed(error) => Some(error),
-            Self::Closed | Self::TimedOut | Self::Evicted | Self::SourceFull => None,
-        }
-    }
-
     fn of(error: &hyper::Error) -> Self {
         let text = crate::text::chain(error);
         if error.is_timeout() || is_io_timeout(error) {

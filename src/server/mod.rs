@@ -2,6 +2,7 @@
 
 mod admission;
 mod connection;
+mod refusals;
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -19,14 +20,13 @@ use thiserror::Error;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info, warn};
+use tracing::warn;
 
 pub use admission::{Admission, Census};
 use admission::{Admitted, Place, Standing};
-use connection::REASONS;
 pub use connection::{Activity, End, Protocol};
+use refusals::Refusals;
 
-use crate::log_limiter::LogLimiter;
 use crate::metrics::Metrics;
 use crate::tls;
 
@@ -75,13 +75,10 @@ pub struct Server {
 /// What every connection needs.
 #[derive(Clone)]
 struct Context {
-    /// The configuration's name of the listener, for metrics and logs.
-    name: &'static str,
     admission: Arc<Admission>,
     protocol: Arc<Protocol>,
     tls: Option<Arc<tls::Server>>,
-    metrics: Arc<Metrics>,
-    log_limiter: Arc<LogLimiter>,
+    refusals: Arc<Refusals>,
 }
 
 /// Binds an address, unless there is a socket already. `key` is the configuration's name of the address, for the error.
@@ -104,14 +101,13 @@ impl Server {
         name: &'static str,
         limits: Limits,
         tls: Option<Arc<tls::Server>>,
-        metrics: Arc<Metrics>,
+        metrics: &Metrics,
     ) -> Self {
         let protocol = Arc::new(Protocol::new(&limits));
         let Limits { connections_max, connections_per_source_max, unlimited_sources, .. } = limits;
         let admission = Admission::new(connections_max, connections_per_source_max, unlimited_sources);
-        metrics.expect_connections_refused(name, &REASONS);
-        let log_limiter = Arc::default();
-        Self { listener, context: Context { name, admission, protocol, tls, metrics, log_limiter } }
+        let refusals = Arc::new(Refusals::new(name, metrics));
+        Self { listener, context: Context { admission, protocol, tls, refusals } }
     }
 
     /// Where it listens: the port that was given if 0 was asked for.
@@ -149,11 +145,11 @@ impl Server {
             match context.admission.admit(peer.ip(), Instant::now()) {
                 Admitted::Yes { place, evicted } => {
                     if evicted {
-                        context.refused(&End::Evicted, peer);
+                        context.refusals.on_end(&End::Evicted, peer);
                     }
                     connections.spawn(context.clone().serve(stream, peer, place, handler.clone(), shutdown.clone()));
                 }
-                Admitted::SourceFull => context.refused(&End::SourceFull, peer),
+                Admitted::SourceFull => context.refusals.on_end(&End::SourceFull, peer),
             }
         }
         drop(listener);
@@ -201,22 +197,7 @@ impl Context {
             // Whoever took the place has been told of.
             () = place.evicted() => return,
         };
-        self.refused(&end, peer);
-    }
-
-    /// Counts a connection that ended otherwise than it should, and tells of it now and then.
-    fn refused(&self, end: &End, peer: SocketAddr) {
-        let Some(reason) = end.reason() else {
-            if let End::Broken(error) = end {
-                debug!(%peer, listener = self.name, error, "connection ended");
-            }
-            return;
-        };
-        self.metrics.connection_refused(self.name, reason);
-        debug!(%peer, listener = self.name, reason, error = end.error(), "connection refused");
-        if let Some(unreported) = self.log_limiter.due(reason, Instant::now()) {
-            info!(%peer, listener = self.name, reason, error = end.error(), unreported, "connection refused; further ones of this kind are counted for a minute");
-        }
+        self.refusals.on_end(&end, peer);
     }
 }
 
@@ -229,12 +210,12 @@ async fn accept(listener: &TcpListener, context: &Context) -> (TcpStream, Socket
             Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset) => {
             }
             Err(error) => {
-                if let Some(unreported) = context.log_limiter.due("accept", Instant::now()) {
+                if let Some(unreported) = context.refusals.accept_error_due() {
                     warn!(%error, unreported, "cannot accept connections");
                 }
                 // Most likely the process is out of file descriptors, which is as good as out of places.
                 if context.admission.evict_one(Instant::now()) {
-                    context.metrics.connection_refused(context.name, "evicted");
+                    context.refusals.on_eviction();
                 }
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
