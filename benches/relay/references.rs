@@ -20,7 +20,7 @@ use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
 use lapin::BasicProperties;
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
-use prism_relay::event::{Event, Fingerprint};
+use prism_relay::event::{Envelope, Event, Fingerprint};
 use prism_relay::publisher::message::Message;
 use tokio::net::TcpListener;
 
@@ -87,7 +87,7 @@ pub async fn lapin_alone(vhost: &Vhost, count: usize, whole: bool) -> f64 {
     let connection = vhost.connect().await;
     let channel = connection.create_channel().await.expect("a channel");
     channel.confirm_select(ConfirmSelectOptions::default()).await.expect("confirm mode");
-    let publish = async |(Message { routing_key, properties }, body): (Message, Bytes)| {
+    let publish = async |Message { routing_key, properties, body }: Message| {
         let options = BasicPublishOptions { mandatory: true, immediate: false };
         let confirm = channel.basic_publish("prism.events".into(), routing_key, options, &body, properties).await;
         assert!(confirm.expect("publish").await.expect("a confirm").is_ack());
@@ -109,7 +109,7 @@ pub async fn lapin_alone(vhost: &Vhost, count: usize, whole: bool) -> f64 {
     (count - count / 20) as f64 / warm.elapsed().as_secs_f64()
 }
 
-fn message(number: usize, whole: bool) -> (Message, Bytes) {
+fn message(number: usize, whole: bool) -> Message {
     let body = Bytes::from(load::body(&uuid::Uuid::now_v7().to_string(), number));
     let event = Event {
         id: uuid::Uuid::now_v7(),
@@ -117,13 +117,13 @@ fn message(number: usize, whole: bool) -> (Message, Bytes) {
         authentic: true,
         trace: None,
         fingerprint: Fingerprint::of(&body),
-        body: body.clone(),
+        body,
     };
-    let mut message = Message::new(&event);
+    let mut message = Message::new(&event, Envelope::parse(&event.body).ok().as_ref(), None);
     if !whole {
         message.properties = BasicProperties::default().with_delivery_mode(2);
     }
-    (message, body)
+    message
 }
 
 /// How long a lone write of one page and its fsync take in this folder, sorted.

@@ -24,7 +24,7 @@ fuzz_target!(|input: &[u8]| {
         fingerprint: Fingerprint::of(input),
         body: Bytes::copy_from_slice(input),
     };
-    let message = Message::new(&event);
+    let message = Message::new(&event, Envelope::parse(&event.body).ok().as_ref(), event.trace.as_ref());
     let headers = message.properties.headers().as_ref().expect("a message has headers");
     let length: usize = headers.into_iter().map(|(name, value)| name.as_str().len() + format!("{value:?}").len()).sum();
     assert!(length < 32 * 1024, "{length} bytes of headers do not fit a frame");

@@ -13,7 +13,6 @@ use uuid::Uuid;
 use super::message::Message;
 use super::outcome::Outcome;
 use crate::event::Event;
-use crate::spool::Stored;
 use crate::traces::Publishing;
 
 /// What is remembered of an event while it is in flight; its body is with lapin.
@@ -57,13 +56,12 @@ impl Flight {
 
 /// Hands the event to lapin. Its delivery tag is drawn and its frames are queued when the future is first polled, so that
 /// is done here, in the order of the calls; the rest of the way can be polled in any order.
-pub(super) async fn publish(channel: Channel, exchange: &str, stored: Stored) -> OnItsWay {
-    let Stored { seq, event } = stored;
+pub(super) async fn publish(channel: Channel, exchange: &str, seq: u64, message: Message) -> OnItsWay {
     let exchange = exchange.into();
     let mut publishing: OnItsWay = Box::pin(async move {
-        let Message { routing_key, properties } = Message::new(&event);
+        let Message { routing_key, properties, body } = message;
         let options = BasicPublishOptions { mandatory: true, immediate: false };
-        let sent = channel.basic_publish(exchange, routing_key, options, &event.body, properties).await;
+        let sent = channel.basic_publish(exchange, routing_key, options, &body, properties).await;
         let confirmed = match sent {
             Ok(confirm) => confirm.await,
             Err(error) => Err(error),

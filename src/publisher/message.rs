@@ -1,9 +1,10 @@
 //! The message that workers get: from a stored event to AMQP properties, headers and a routing key. Pure.
 
+use bytes::Bytes;
 use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 
-use crate::event::{Envelope, Event, INVALID_BODY};
+use crate::event::{Envelope, Event, INVALID_BODY, TraceContext};
 
 /// Who publishes, for the workers and the management pages.
 const APP_ID: &str = "prism-relay";
@@ -15,32 +16,38 @@ const PERSISTENT: u8 = 2;
 /// on 8192 bytes for it, and there are at most eight headers. The body has the value anyhow.
 const HEADER_BYTES_MAX: usize = 512;
 
-/// Everything for one `basic.publish` but the body.
+/// The arguments of one `basic.publish`, apart from the exchange.
 pub struct Message {
     pub routing_key: ShortString,
     pub properties: BasicProperties,
+    pub body: Bytes,
 }
 
 impl Message {
-    pub fn new(event: &Event) -> Self {
-        let envelope = Envelope::parse(&event.body).ok();
-        let routing_key = envelope.as_ref().map_or(INVALID_BODY, Envelope::routing_key);
+    /// `envelope` is the event's own, if the body has one; `trace` is what the workers continue.
+    pub fn new(event: &Event, envelope: Option<&Envelope<'_>>, trace: Option<&TraceContext>) -> Self {
         let mut properties = BasicProperties::default()
             .with_delivery_mode(PERSISTENT)
             .with_content_type(CONTENT_TYPE.into())
             .with_app_id(APP_ID.into())
             .with_message_id(short(event.id.to_string()).unwrap_or_default())
             .with_timestamp(u64::try_from(event.accepted_ms / 1000).unwrap_or(0))
-            .with_headers(headers(event, envelope.as_ref()));
+            .with_headers(headers(event, envelope, trace));
         // A type that does not fit is in the body.
-        if let Some(event_type) = envelope.as_ref().and_then(|envelope| short(envelope.event_type.as_ref())) {
+        if let Some(event_type) = envelope.and_then(|envelope| short(envelope.event_type.as_ref())) {
             properties = properties.with_type(event_type);
         }
-        Self { routing_key: short(routing_key).unwrap_or_default(), properties }
+        let routing_key = short(routing_key(envelope)).unwrap_or_default();
+        Self { routing_key, properties, body: event.body.clone() }
     }
 }
 
-fn headers(event: &Event, envelope: Option<&Envelope<'_>>) -> FieldTable {
+/// The routing key of an event with this envelope.
+pub fn routing_key<'a>(envelope: Option<&'a Envelope<'_>>) -> &'a str {
+    envelope.map_or(INVALID_BODY, Envelope::routing_key)
+}
+
+fn headers(event: &Event, envelope: Option<&Envelope<'_>>, trace: Option<&TraceContext>) -> FieldTable {
     let mut headers = FieldTable::default();
     let mut insert = |name: &'static str, value: Option<&str>| {
         if let Some(value) = value.filter(|value| value.len() <= HEADER_BYTES_MAX) {
@@ -56,7 +63,7 @@ fn headers(event: &Event, envelope: Option<&Envelope<'_>>) -> FieldTable {
         insert("prism-prediction-id", envelope.prediction_id.as_deref());
         insert("prism-state", envelope.state.as_deref());
     }
-    if let Some(trace) = &event.trace {
+    if let Some(trace) = trace {
         insert("traceparent", Some(&trace.traceparent));
         insert("tracestate", trace.tracestate.as_deref());
     }
@@ -91,6 +98,10 @@ mod tests {
         }
     }
 
+    fn message(event: &Event) -> Message {
+        Message::new(event, Envelope::parse(&event.body).ok().as_ref(), event.trace.as_ref())
+    }
+
     fn header(message: &Message, name: &str) -> Option<String> {
         match message.properties.headers().as_ref()?.inner().get(name)? {
             AMQPValue::LongString(text) => Some(text.to_string()),
@@ -102,7 +113,7 @@ mod tests {
     fn a_prediction_carries_every_property_and_header_of_the_contract() {
         let line = include_str!("../../tests/samples/events.jsonl").lines().nth(4).unwrap();
         let event = event(line.as_bytes());
-        let message = Message::new(&event);
+        let message = message(&event);
         assert_eq!(message.routing_key.as_str(), "body_shape_prediction.processing.succeeded");
         let properties = &message.properties;
         assert_eq!(properties.delivery_mode(), &Some(2));
@@ -123,7 +134,7 @@ mod tests {
     fn what_does_not_fit_is_left_out_and_nothing_panics() {
         let long = "x".repeat(100_000);
         let body = format!(r#"{{"eventType":"{long}","payload":{{"scanId":"{long}","state":"{long}"}}}}"#);
-        let message = Message::new(&event(body.as_bytes()));
+        let message = message(&event(body.as_bytes()));
         assert_eq!(message.routing_key.as_str(), "invalid.event_type");
         assert_eq!(message.properties.kind(), &None);
         assert_eq!(header(&message, "prism-subject"), None);
@@ -131,7 +142,7 @@ mod tests {
 
     #[test]
     fn a_body_without_an_envelope_has_a_key_of_its_own() {
-        let message = Message::new(&event(b"\xff"));
+        let message = message(&event(b"\xff"));
         assert_eq!(message.routing_key.as_str(), "invalid.body");
         assert_eq!(message.properties.kind(), &None);
     }

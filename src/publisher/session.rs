@@ -27,9 +27,11 @@ use uuid::Uuid;
 use super::ahead::Ahead;
 use super::careful::{Careful, Lesson};
 use super::flight::{self, Completion, Confirmed, Flight, OnItsWay};
+use super::message::{self, Message};
 use super::outcome::{Outcome, Return, classify};
 use super::{Publisher, PublisherError};
 use crate::broker::BrokerConnection;
+use crate::event::Envelope;
 use crate::spool::{Batch, ReadError, Settlement, Stored};
 
 /// How often deadlines and parked events are looked at.
@@ -204,13 +206,16 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    async fn publish(&mut self, mut stored: Stored) {
+    async fn publish(&mut self, stored: Stored) {
         if !stored.event.is_intact() {
             return self.park_damaged(stored).await;
         }
-        let trace = self.publisher.traces.publishing(&mut stored.event, &self.publisher.settings.exchange);
-        self.flights.insert(stored.seq, Flight::of(&stored.event, trace));
-        let publishing = flight::publish(self.channel.clone(), &self.publisher.settings.exchange, stored).await;
+        let (seq, event, exchange) = (stored.seq, &stored.event, &self.publisher.settings.exchange);
+        let envelope = Envelope::parse(&event.body).ok();
+        let span = self.publisher.traces.publishing(event, exchange, message::routing_key(envelope.as_ref()));
+        let message = Message::new(event, envelope.as_ref(), span.context(event).as_ref());
+        self.flights.insert(seq, Flight::of(event, span));
+        let publishing = flight::publish(self.channel.clone(), exchange, seq, message).await;
         self.completions.push(publishing);
     }
 

@@ -24,7 +24,7 @@ impl Traces {
         Webhook(sent)
     }
 
-    pub fn publishing(&self, _: &mut Event, _: &str) -> Publishing {
+    pub fn publishing(&self, _: &Event, _exchange: &str, _routing_key: &str) -> Publishing {
         Publishing
     }
 
@@ -46,6 +46,10 @@ impl Webhook {
 }
 
 impl Publishing {
+    pub fn context(&self, event: &Event) -> Option<TraceContext> {
+        event.trace.clone()
+    }
+
     pub fn confirmed(self) {}
 
     pub fn failed(self, _: &'static str) {}

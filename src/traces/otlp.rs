@@ -24,7 +24,7 @@ use tracing::warn;
 use uuid::Uuid;
 
 use super::Settings;
-use crate::event::{Envelope, Event, TraceContext};
+use crate::event::{Event, TraceContext};
 use crate::log_limiter::LogLimiter;
 use crate::tls::ClientFiles;
 
@@ -152,25 +152,22 @@ impl Traces {
         Webhook { sent, span }
     }
 
-    /// Also has the workers continue from here.
-    pub fn publishing(&self, event: &mut Event, exchange: &str) -> Publishing {
+    /// Starts the span of a publish.
+    pub fn publishing(&self, event: &Event, exchange: &str, routing_key: &str) -> Publishing {
         let Some(telling) = &self.0 else { return Publishing(None) };
-        let envelope = Envelope::parse(&event.body).ok();
-        let key = envelope.as_ref().map_or(crate::event::INVALID_BODY, Envelope::routing_key);
         let bytes = i64::try_from(event.body.len()).unwrap_or(i64::MAX);
         let attributes = [
             KeyValue::new("messaging.system", "rabbitmq"),
             KeyValue::new("messaging.operation.name", "publish"),
             KeyValue::new("messaging.operation.type", "send"),
-            KeyValue::new("messaging.destination.name", format!("{exchange}:{key}")),
-            KeyValue::new("messaging.rabbitmq.destination.routing_key", key.to_owned()),
+            KeyValue::new("messaging.destination.name", format!("{exchange}:{routing_key}")),
+            KeyValue::new("messaging.rabbitmq.destination.routing_key", routing_key.to_owned()),
             KeyValue::new("messaging.message.id", event.id.to_string()),
             KeyValue::new("messaging.message.body.size", bytes),
         ];
         let builder = telling.tracer.span_builder(format!("publish {exchange}")).with_kind(SpanKind::Producer);
         let span =
             builder.with_attributes(attributes).start_with_context(&telling.tracer, &extract(event.trace.as_ref()));
-        event.trace = inject(&span).or_else(|| event.trace.take());
         Publishing(Some(Box::new(span)))
     }
 
@@ -254,6 +251,11 @@ impl Webhook {
 }
 
 impl Publishing {
+    /// The context for the message: workers continue from this span, or from the sender's without a collector.
+    pub fn context(&self, event: &Event) -> Option<TraceContext> {
+        self.0.as_deref().and_then(inject).or_else(|| event.trace.clone())
+    }
+
     pub fn confirmed(self) {
         if let Some(mut span) = self.0 {
             span.end();
