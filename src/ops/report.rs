@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use super::summary::{Refusing, Summary};
 use crate::event::{Envelope, subject};
-use crate::publisher::{BrokerState, Turn};
+use crate::publisher::{BrokerState, ConnectionEvent};
 use crate::recent::{Arrival, Counts, Tally};
 use crate::spool::{Entry, Ledger};
 
@@ -30,7 +30,7 @@ pub struct Report {
     pub spool: SpoolReport,
     pub broker: BrokerReport,
     /// The newest first.
-    pub timeline: Vec<Turn>,
+    pub timeline: Vec<ConnectionEvent>,
     pub types: Vec<TypeReport>,
     /// The signature's secrets by position.
     pub secrets: Vec<SecretReport>,

@@ -339,7 +339,7 @@ mod tests {
 
     #[test]
     fn rabbitmq_says_why() {
-        let error = Some("the broker rejected a publish (nack): is a queue at its limit?".to_owned());
+        let error = Some("the broker rejected a publish (nack): a queue is full, or has no leader".to_owned());
         let nacked = Facts { connected: false, error, ..well() };
         let text = nacked.sum_up().text;
         assert!(text.starts_with("Nothing has been delivered to RabbitMQ for 1 h (the broker rejected"), "{text}");

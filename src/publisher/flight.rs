@@ -1,4 +1,4 @@
-//! One publish on its way: from handing it to lapin to its outcome.
+//! One publish in flight, from the call of lapin to its outcome.
 
 use std::future::{Future, poll_fn, ready};
 use std::pin::Pin;
@@ -11,62 +11,64 @@ use lapin::options::BasicPublishOptions;
 use uuid::Uuid;
 
 use super::message::Message;
-use super::outcome::Outcome;
+use super::outcome::PublishOutcome;
 use crate::event::Event;
 use crate::traces::Publishing;
 
-/// What is remembered of an event while it is in flight; its body is with lapin.
+/// What the session remembers of an event in flight. lapin holds the body.
 pub(super) struct Flight {
     pub id: Uuid,
-    pub bytes: usize,
+    pub body_bytes: usize,
     accepted_ms: i64,
     pub published_at: Instant,
-    pub trace: Publishing,
+    pub span: Publishing,
 }
 
-/// An event that the broker has confirmed. It may have been returned, too.
+/// An event that the broker confirmed. The broker may have returned it as well.
 pub(super) struct Confirmed {
     pub seq: u64,
     pub id: Uuid,
     /// From acceptance to the confirm.
     pub lag: Duration,
-    pub trace: Publishing,
+    pub span: Publishing,
 }
 
-/// What comes out of the queue of futures.
+/// What the queue of publish futures yields.
 pub(super) enum Completion {
-    Published(u64, Outcome),
-    /// All completions before this one have been seen.
+    Published(u64, PublishOutcome),
+    /// Every completion queued before this marker has been yielded.
     Marker(Vec<Confirmed>),
 }
 
-pub(super) type OnItsWay = Pin<Box<dyn Future<Output = Completion> + Send>>;
+pub(super) type PublishFuture = Pin<Box<dyn Future<Output = Completion> + Send>>;
 
 impl Flight {
-    pub fn of(event: &Event, trace: Publishing) -> Self {
+    pub fn new(event: &Event, span: Publishing) -> Self {
         let Event { id, accepted_ms, .. } = *event;
-        Self { id, bytes: event.body.len(), accepted_ms, published_at: Instant::now(), trace }
+        Self { id, body_bytes: event.body.len(), accepted_ms, published_at: Instant::now(), span }
     }
 
-    /// From acceptance until now. A clock that was set back makes no negative age.
-    pub fn age(&self) -> Duration {
-        Duration::from_millis(u64::try_from(Timestamp::now().as_millisecond() - self.accepted_ms).unwrap_or(0))
+    /// Confirmed now.
+    pub fn confirmed(self, seq: u64) -> Confirmed {
+        let lag_ms = Timestamp::now().as_millisecond() - self.accepted_ms;
+        // Zero if the clock was set back.
+        let lag = Duration::from_millis(u64::try_from(lag_ms).unwrap_or(0));
+        Confirmed { seq, id: self.id, lag, span: self.span }
     }
 }
 
-/// Hands the event to lapin. Its delivery tag is drawn and its frames are queued when the future is first polled, so that
-/// is done here, in the order of the calls; the rest of the way can be polled in any order.
-pub(super) async fn publish(channel: Channel, exchange: &str, seq: u64, message: Message) -> OnItsWay {
+/// Publishes a message. lapin assigns the delivery tag and queues the frames on the first poll, which happens here, so
+/// that events are published in the order of the calls. The returned futures may be polled in any order.
+pub(super) async fn publish(channel: Channel, exchange: &str, seq: u64, message: Message) -> PublishFuture {
     let exchange = exchange.into();
-    let mut publishing: OnItsWay = Box::pin(async move {
+    let mut publishing: PublishFuture = Box::pin(async move {
         let Message { routing_key, properties, body } = message;
         let options = BasicPublishOptions { mandatory: true, immediate: false };
-        let sent = channel.basic_publish(exchange, routing_key, options, &body, properties).await;
-        let confirmed = match sent {
+        let confirmation = match channel.basic_publish(exchange, routing_key, options, &body, properties).await {
             Ok(confirm) => confirm.await,
             Err(error) => Err(error),
         };
-        Completion::Published(seq, Outcome::of(confirmed))
+        Completion::Published(seq, PublishOutcome::new(confirmation))
     });
     match poll_fn(|context| Poll::Ready(publishing.as_mut().poll(context))).await {
         Poll::Pending => publishing,

@@ -1,16 +1,16 @@
-//! Spool to broker: publish, wait for the confirm, remove. Knows nothing of HTTP.
+//! From the spool to the broker: publish, wait for the confirm, remove. Does not know HTTP.
 //!
 //! One task owns one connection and one channel in confirm mode. It publishes in the order of acceptance with a window
-//! of unconfirmed messages. Whenever anything is amiss it drops the connection, waits, connects to the next url,
-//! and starts again from the oldest unconfirmed event; what the broker had already taken is then published twice, under
-//! the same `message_id`.
+//! of unconfirmed messages. On any fault it drops the connection, waits, connects to the next URL, and starts again
+//! from the oldest unconfirmed event. Events that the broker already had are then published twice, under the same
+//! `message_id`.
 
-mod ahead;
-mod careful;
 mod flight;
 mod lags;
 pub mod message;
 mod outcome;
+mod pacing;
+mod read_ahead;
 mod session;
 mod settings;
 mod status;
@@ -18,13 +18,17 @@ mod status;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use lapin::Channel;
+use lapin::options::ConfirmSelectOptions;
 use thiserror::Error;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 pub use lags::Lags;
 pub use settings::Settings;
-pub use status::{BrokerState, Status, Turn};
+use status::Connect;
+pub use status::{BrokerState, ConnectionEvent, Status};
 
 use crate::backoff::Backoff;
 use crate::broker::{BrokerAccess, BrokerConnection, ConnectError, reply_text};
@@ -34,10 +38,10 @@ use crate::spool::{ReadError, Spool};
 use crate::text::chain;
 use crate::topology::{self, Plan, TopologyError};
 use crate::traces::Traces;
-use careful::Careful;
+use pacing::Pacing;
 use session::Session;
 
-/// Why there is no session with a broker at the moment.
+/// Why the relay is not delivering.
 #[derive(Debug, Error)]
 pub enum PublisherError {
     #[error(transparent)]
@@ -50,7 +54,7 @@ pub enum PublisherError {
     Lost(String),
     #[error("the broker did not confirm a publish within {0:?}")]
     ConfirmTimeout(Duration),
-    #[error("the broker rejected a publish (nack): is a queue at its limit?")]
+    #[error("the broker rejected a publish (nack): a queue is full, or has no leader")]
     Nacked,
     #[error("the broker refuses a message: {0}")]
     Poison(String),
@@ -58,6 +62,20 @@ pub enum PublisherError {
     Spool(#[from] ReadError),
 }
 
+/// Why deliveries over one connection ended.
+struct Interruption {
+    error: PublisherError,
+    /// Whether the broker answered a publish, so that the connection is not to blame.
+    connection_worked: bool,
+}
+
+impl From<PublisherError> for Interruption {
+    fn from(error: PublisherError) -> Self {
+        Self { error, connection_worked: false }
+    }
+}
+
+/// The task that delivers events.
 pub struct Publisher {
     spool: Spool,
     settings: Settings,
@@ -95,85 +113,69 @@ impl Publisher {
         Arc::clone(&self.status)
     }
 
-    /// Delivers until `drain` is cancelled, and then for as long as there is something to deliver and a broker that
-    /// takes it. Ends before only if the spool cannot be read.
+    /// Delivers until `drain` is cancelled, and then while events are pending and the broker takes them. Returns an
+    /// error only if the spool cannot be read.
     pub async fn run(self, drain: CancellationToken) -> Result<(), PublisherError> {
         let mut backoff = Backoff::new(self.settings.reconnect_min, self.settings.reconnect_max);
-        let mut careful = Careful::default();
-        // Of each url: what was last said about it.
-        let mut told = vec![String::new(); self.access.count()];
+        let mut pacing = Pacing::default();
+        // The last warning about each URL.
+        let mut warned = vec![String::new(); self.access.count()];
         for index in (0..self.access.count()).cycle() {
             let url = self.access.url(index);
-            let begun = Instant::now();
-            let error = match self.deliver_to(index, &mut careful, &drain).await {
-                (_, Ok(())) => return Ok(()),
-                (_, Err(PublisherError::Spool(error))) => return Err(error.into()),
-                (progress, Err(error)) => {
-                    // Where a queue is full, a nack comes at once, however well the connection works.
-                    let at_once =
-                        matches!(error, PublisherError::Nacked) && begun.elapsed() < self.settings.reconnect_max;
-                    if progress && !at_once {
-                        backoff.reset();
-                        told[index].clear();
-                    }
-                    error
-                }
-            };
+            let started_at = Instant::now();
+            let Err(interruption) = self.deliver_to(index, &mut pacing, &drain).await else { return Ok(()) };
+            let Interruption { error, connection_worked } = interruption;
+            if matches!(error, PublisherError::Spool(_)) {
+                return Err(error);
+            }
+            // A full queue nacks at once, over a connection that works.
+            let nacked_at_once =
+                matches!(error, PublisherError::Nacked) && started_at.elapsed() < self.settings.reconnect_max;
+            if connection_worked && !nacked_at_once {
+                backoff.reset();
+                warned[index].clear();
+            }
             let delay = backoff.next(fastrand::f64());
             let text = chain(&error);
-            // A broker that is away for hours is worth one line, not one for each try. A message that it refuses has been
-            // told of already.
-            if text == told[index] || matches!(error, PublisherError::Poison(_)) {
+            // The same error is logged once, not at each try. The session has logged a refused message already.
+            if text == warned[index] || matches!(error, PublisherError::Poison(_)) {
                 debug!(%url, error = %text, ?delay, "still not delivering");
             } else {
-                warn!(%url, error = %text, ?delay, pending = self.spool.gauges().ledger().pending, "not delivering; events are kept on disk");
-                told[index].clone_from(&text);
+                let pending = self.spool.gauges().ledger().pending;
+                warn!(%url, error = %text, ?delay, pending, "not delivering; events are kept on disk");
+                warned[index].clone_from(&text);
             }
-            self.status.disconnected(text);
+            self.status.on_disconnected(text);
             tokio::select! {
                 () = tokio::time::sleep(delay) => {}
                 () = drain.cancelled() => return Ok(()),
             }
         }
-        unreachable!("the configuration has at least one url")
+        unreachable!("the configuration has at least one URL")
     }
 
-    /// One connection, from the login to its end. The flag tells whether anything was delivered on it.
+    /// Connects, logs in and delivers until the first fault; `Ok` once drained.
     async fn deliver_to(
         &self,
         index: usize,
-        careful: &mut Careful,
+        pacing: &mut Pacing,
         drain: &CancellationToken,
-    ) -> (bool, Result<(), PublisherError>) {
-        let connecting = async {
-            let link = self.access.open(index, "prism-relay").await?;
-            // Each declaration is a round trip, and may take as long as a login.
-            let limit = self.access.connect_timeout() * (self.plan.steps() + 2);
-            let setup = tokio::time::timeout(limit, self.set_up(&link)).await;
-            let channel = setup.map_err(|_| PublisherError::SetUpTimeout(limit))??;
-            Ok((link, channel))
-        };
-        let (link, channel) = tokio::select! {
-            connected = connecting => match connected {
-                Ok(connected) => connected,
-                Err(error) => return (false, Err(error)),
-            },
-            () = self.drained_before_connecting(drain) => return (false, Ok(())),
+    ) -> Result<(), Interruption> {
+        let (broker, channel) = tokio::select! {
+            connected = self.connect(index) => connected?,
+            () = self.drained_before_connecting(drain) => return Ok(()),
         };
         let url = self.access.url(index);
-        if self.status.connected(&url) {
+        if self.status.on_connected(&url) == Connect::Again {
             self.metrics.broker.reconnects.increment(1);
         }
         info!(%url, pending = self.spool.gauges().ledger().pending, "connected to the broker");
-        let session = Session::new(self, &link, channel, careful);
-        let (progress, end) = session.run(drain).await;
-        if end.is_ok() {
-            link.close().await;
-        }
-        (progress, end)
+        Session::new(self, &broker, channel, pacing).run(drain).await?;
+        broker.close().await;
+        Ok(())
     }
 
-    /// A connection that is being made is worth waiting for only if there is something to deliver.
+    /// Returns once `drain` is cancelled and nothing is pending, so that no connection is needed.
     async fn drained_before_connecting(&self, drain: &CancellationToken) {
         drain.cancelled().await;
         self.spool.flush().await;
@@ -182,11 +184,19 @@ impl Publisher {
         }
     }
 
-    async fn set_up(&self, link: &BrokerConnection) -> Result<lapin::Channel, PublisherError> {
-        topology::establish(&link.connection, &self.plan, self.declare).await?;
-        let lost = |error: lapin::Error| PublisherError::Lost(reply_text(&error));
-        let channel = link.connection.create_channel().await.map_err(lost)?;
-        channel.confirm_select(lapin::options::ConfirmSelectOptions { nowait: false }).await.map_err(lost)?;
-        Ok(channel)
+    /// Opens a connection and a channel in confirm mode, and declares the topology.
+    async fn connect(&self, index: usize) -> Result<(BrokerConnection, Channel), PublisherError> {
+        let broker = self.access.open(index, "prism-relay").await?;
+        // Each declaration is a round trip and may take as long as a login; so do the channel and confirm mode.
+        let limit = self.access.connect_timeout() * (self.plan.steps() + 2);
+        let set_up = async {
+            topology::establish(&broker.connection, &self.plan, self.declare).await?;
+            let lost = |error: lapin::Error| PublisherError::Lost(reply_text(&error));
+            let channel = broker.connection.create_channel().await.map_err(lost)?;
+            channel.confirm_select(ConfirmSelectOptions { nowait: false }).await.map_err(lost)?;
+            Ok::<_, PublisherError>(channel)
+        };
+        let channel = timeout(limit, set_up).await.map_err(|_| PublisherError::SetUpTimeout(limit))??;
+        Ok((broker, channel))
     }
 }

@@ -1,4 +1,4 @@
-//! What became of a publish, and what an error of the broker means. Pure.
+//! The outcome of a publish, and the meaning of a broker's error. Pure.
 
 use lapin::message::BasicReturnMessage;
 use lapin::{Confirmation, ErrorKind};
@@ -7,54 +7,55 @@ use uuid::Uuid;
 use super::PublisherError;
 use crate::broker::{reply_code, reply_text};
 
-/// The end of one publish.
+/// The outcome of one publish.
 #[derive(Debug)]
-pub(super) enum Outcome {
-    /// The broker has it; a queue has it, too, unless a return says otherwise.
-    Acked(Option<Return>),
-    /// The broker has not taken it.
-    Nacked(Option<Return>),
-    /// Nobody knows.
+pub(super) enum PublishOutcome {
+    /// The broker has the message, and so has a queue unless the broker returned it.
+    Acked(Option<ReturnedMessage>),
+    /// The broker rejected the message.
+    Nacked(Option<ReturnedMessage>),
+    /// Unknown: the channel failed first.
     Failed(lapin::Error),
-    /// The channel is not in confirm mode: a fault of ours.
+    /// The channel is not in confirm mode, which is a bug.
     NotConfirmed,
 }
 
-/// A message that reached no queue. lapin hands it to whichever confirm comes next, so it is known by its id alone.
+/// A message that reached no queue. lapin attaches it to whichever confirm completes next, so only its id shows which
+/// event it was.
 #[derive(Debug)]
-pub(super) struct Return {
-    /// `None`: not one of ours.
+pub(super) struct ReturnedMessage {
+    /// `None` if the message is not the relay's.
     pub id: Option<Uuid>,
     pub reason: String,
 }
 
-impl Outcome {
-    pub fn of(result: Result<Confirmation, lapin::Error>) -> Self {
+impl PublishOutcome {
+    pub fn new(result: Result<Confirmation, lapin::Error>) -> Self {
         match result {
-            Ok(Confirmation::Ack(returned)) => Self::Acked(returned.map(Return::of)),
-            Ok(Confirmation::Nack(returned)) => Self::Nacked(returned.map(Return::of)),
+            Ok(Confirmation::Ack(returned)) => Self::Acked(returned.map(ReturnedMessage::new)),
+            Ok(Confirmation::Nack(returned)) => Self::Nacked(returned.map(ReturnedMessage::new)),
             Ok(Confirmation::NotRequested) => Self::NotConfirmed,
             Err(error) => Self::Failed(error),
         }
     }
 }
 
-impl Return {
-    fn of(message: BasicReturnMessage) -> Self {
+impl ReturnedMessage {
+    fn new(message: BasicReturnMessage) -> Self {
         let id = message.properties.message_id().as_ref().and_then(|id| id.as_str().parse().ok());
         Self { id, reason: format!("returned: {} {}", message.reply_code, message.reply_text) }
     }
 }
 
-/// Tells a message that the broker will never take from a broker that takes none at the moment.
+/// Separates a message that the broker will never take from a connection that failed.
 pub(super) fn classify(error: &lapin::Error) -> PublisherError {
     let text = match error.kind() {
         ErrorKind::ProtocolError(_) => reply_text(error),
         _ => error.to_string(),
     };
     match reply_code(error) {
-        // 406: larger than max_message_size, say; 311: too large; 403 for a topic: this key is forbidden to us. Any other
-        // 403 concerns the exchange, so it would hit every message and is nothing that this one could be blamed for.
+        // 406: for example larger than max_message_size. 311: too large. 403 for a topic: the user may not publish with
+        // this routing key. Any other 403 concerns the exchange and would hit every message.
         Some(406 | 311) => PublisherError::Poison(text),
         Some(403) if text.contains("access to topic") => PublisherError::Poison(text),
         _ => PublisherError::Lost(text),

@@ -1,15 +1,15 @@
-//! One channel's life: fill the window, settle what is confirmed, end at the first sign of trouble.
+//! One channel's life: publish a window of events, settle the delivered ones, end at the first fault.
 //!
 //! Three rules keep promise 3, "leaves only when delivered":
 //!
-//! - A confirmed event is settled only once no return can be about it any more. The broker sends a return before the
-//!   event's own confirm, but lapin hands it to whichever confirm completes next: so when an event's confirm completes,
-//!   either its return has been handed out before, or this very confirm carries some return. Each batch of confirmed events is
-//!   therefore followed through the queue of futures, which is first in, first out, by a marker: when the marker comes
-//!   out, everything that had completed before it has been seen, and a return among it is known.
-//! - Once a return has been seen, nothing is published or settled until every publish in flight has its outcome: by then
-//!   every return has been handed out.
-//! - A confirm that does not come in time ends the session: some never come.
+//! 1. A confirmed event is settled only when no return of it can follow. The broker sends a return before the event's
+//!    own confirm, but lapin attaches the return to whichever confirm completes next. So when an event's confirm
+//!    completes, either its return was attached to an earlier confirm, or this confirm carries some return. Completions
+//!    leave the queue of publish futures first in, first out. A marker is queued behind each batch of confirmed events:
+//!    when the marker comes out, all earlier completions have been seen, and with them any return of the batch.
+//! 2. After a return nothing is published or settled until every publish in flight has its outcome. By then lapin has
+//!    handed out every return.
+//! 3. A confirm that does not arrive in time ends the session, because some never arrive.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::future::ready;
@@ -24,69 +24,74 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 use uuid::Uuid;
 
-use super::ahead::Ahead;
-use super::careful::{Careful, Lesson};
-use super::flight::{self, Completion, Confirmed, Flight, OnItsWay};
+use super::flight::{self, Completion, Confirmed, Flight, PublishFuture};
 use super::message::{self, Message};
-use super::outcome::{Outcome, Return, classify};
-use super::{Publisher, PublisherError};
+use super::outcome::{PublishOutcome, ReturnedMessage, classify};
+use super::pacing::{Pacing, Refusal};
+use super::read_ahead::ReadAhead;
+use super::{Interruption, Publisher, PublisherError};
 use crate::broker::BrokerConnection;
 use crate::event::Envelope;
 use crate::spool::{Batch, ReadError, Settlement, Stored};
 
-/// How often deadlines and parked events are looked at.
+/// How often the confirm deadline and the parked events are checked.
 const TICK: Duration = Duration::from_millis(250);
 
-/// Once the wire is cut, lapin fails everything in flight at once; this is for the case that it does not.
+/// How long the outcomes may take after the connection was cut. lapin normally fails all publishes at once.
 const WIND_UP_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Parked events tried in one go, one by one.
-const PARKED_AT_A_TIME: usize = 100;
+/// How many parked events are read at a time.
+const PARKED_BATCH: usize = 100;
 
-/// One connection's worth of deliveries.
+/// The deliveries over one connection.
 pub(super) struct Session<'a> {
     publisher: &'a Publisher,
-    link: &'a BrokerConnection,
+    broker: &'a BrokerConnection,
     channel: Channel,
-    careful: &'a mut Careful,
+    pacing: &'a mut Pacing,
 
-    ahead: Ahead,
-    /// Parked events, to be tried one by one while nothing else is in flight.
+    pending: ReadAhead,
+    /// Parked events due for a retry, one at a time and with nothing else in flight.
     parked: VecDeque<Stored>,
-    trying_parked: Option<u64>,
-    /// What becomes of it is known already, unless it is delivered.
+    /// The parked event in flight.
+    retrying: Option<u64>,
+    /// The parked event tried last; failing again is logged at debug only.
     last_retried: Option<u64>,
 
-    completions: FuturesUnordered<OnItsWay>,
+    completions: FuturesUnordered<PublishFuture>,
+    /// Publishes without an outcome, by sequence number.
     flights: BTreeMap<u64, Flight>,
-    /// Since the last marker.
+    /// Confirmed since the last marker.
     confirmed: Vec<Confirmed>,
     /// Past their marker, but held back because of a return.
     held: Vec<Confirmed>,
+    /// Returned messages and the broker's reason, until the events are parked.
     returned: HashMap<Uuid, String>,
+    /// The broker nacked a publish: nothing is published until the session ends.
     nacked: bool,
+    /// The broker blocks publishers.
     blocked: bool,
-    /// Confirms are not expected to hurry before this time.
-    patience_from: Instant,
-    progress: bool,
+    /// The start of the session, or the end of the last alarm. Confirm deadlines count from here at the earliest.
+    unblocked_at: Instant,
+    /// The broker gave an answer that clears the connection of blame, so the next try need not wait longer.
+    connection_worked: bool,
 }
 
 impl<'a> Session<'a> {
     pub fn new(
         publisher: &'a Publisher,
-        link: &'a BrokerConnection,
+        broker: &'a BrokerConnection,
         channel: Channel,
-        careful: &'a mut Careful,
+        pacing: &'a mut Pacing,
     ) -> Self {
-        let now = Instant::now();
         Self {
             publisher,
-            link,
+            broker,
             channel,
-            careful,
-            ahead: Ahead::new(publisher.spool.clone(), publisher.settings.window),
+            pacing,
+            pending: ReadAhead::new(publisher.spool.clone(), publisher.settings.window),
             parked: VecDeque::new(),
-            trying_parked: None,
+            retrying: None,
             last_retried: None,
             completions: FuturesUnordered::new(),
             flights: BTreeMap::new(),
@@ -95,46 +100,47 @@ impl<'a> Session<'a> {
             returned: HashMap::new(),
             nacked: false,
             blocked: false,
-            patience_from: now,
-            progress: false,
+            unblocked_at: Instant::now(),
+            connection_worked: false,
         }
     }
 
-    /// Runs until something is amiss; `Ok` once `drain` is cancelled and there is nothing left that could be delivered.
-    /// The flag tells whether anything was confirmed.
-    pub async fn run(mut self, drain: &CancellationToken) -> (bool, Result<(), PublisherError>) {
-        // What an earlier session has settled must be gone before the spool is read anew.
+    /// Runs until the first fault; `Ok` once `drain` is cancelled and nothing is left that could be delivered.
+    pub async fn run(mut self, drain: &CancellationToken) -> Result<(), Interruption> {
+        // The settlements of the previous session must be committed before pending events are read again.
         self.publisher.spool.flush().await;
         let end = self.work(drain).await;
         if end.is_err() || !self.completions.is_empty() {
             self.wind_up().await;
         }
-        let refused = match &end {
-            Err(PublisherError::Poison(reason)) => self.learn_from(reason).await,
-            _ => 0,
-        };
-        self.publisher.metrics.publish.lost.increment(self.flights.len() as u64 - refused);
+        if let Err(PublisherError::Poison(reason)) = &end {
+            self.on_refusal(reason).await;
+        }
+        self.publisher.metrics.publish.lost.increment(self.flights.len() as u64);
         self.publisher.status.set_in_flight(0);
         for flight in std::mem::take(&mut self.flights).into_values() {
-            flight.trace.failed("lost");
+            flight.span.failed("lost");
         }
-        (self.progress, end)
+        end.map_err(|error| Interruption { error, connection_worked: self.connection_worked })
     }
 
     async fn work(&mut self, drain: &CancellationToken) -> Result<(), PublisherError> {
-        let mut events = Box::pin(self.link.connection.events_listener());
+        let mut events = Box::pin(self.broker.connection.events_listener());
         let spool = self.publisher.spool.clone();
         let (mut draining, mut ticked_at) = (false, Instant::now());
         loop {
             if ticked_at.elapsed() >= TICK {
                 ticked_at = Instant::now();
-                self.tick(draining).await?;
+                self.check_connection()?;
+                if !draining {
+                    self.read_parked().await?;
+                }
             }
             if !draining && drain.is_cancelled() {
                 draining = true;
-                // A last look at everything that came in before; parked events can wait for the next start.
+                // Deliver everything accepted before the drain; parked events can wait for the next start.
                 spool.flush().await;
-                self.ahead.look_again();
+                self.pending.on_commit();
                 self.parked.clear();
             }
             self.fill().await?;
@@ -145,64 +151,69 @@ impl<'a> Session<'a> {
                 return Err(PublisherError::Nacked);
             }
             tokio::select! {
-                // Completions first: when the broker closes the channel, they know why; the error of the connection,
-                // which often follows, does not.
+                // Completions first: after a channel error they carry the broker's reason. The connection error that
+                // often follows does not.
                 biased;
                 Some(completion) = self.completions.next(), if !self.completions.is_empty() => {
-                    self.complete(completion).await?;
-                    // Take what else is ready, so that the spool gets few large settlements.
+                    self.on_completion(completion).await?;
+                    // Take all that are ready, so that the spool gets few large settlements.
                     while let Some(Some(completion)) = self.completions.next().now_or_never() {
-                        self.complete(completion).await?;
+                        self.on_completion(completion).await?;
                     }
-                    self.mark();
+                    self.queue_marker();
                 }
-                read = self.ahead.take_in(), if self.ahead.is_reading() => read?,
-                Some(event) = events.next() => self.heed(event)?,
-                () = spool.committed().notified(), if self.ahead.is_exhausted() => self.ahead.look_again(),
+                read = self.pending.finish_read(), if self.pending.is_reading() => read?,
+                Some(event) = events.next() => self.on_connection_event(event)?,
+                () = spool.committed().notified(), if self.pending.is_exhausted() => self.pending.on_commit(),
                 () = drain.cancelled(), if !draining => {}
                 () = tokio::time::sleep(TICK) => {}
             }
         }
     }
 
-    /// Nothing to do, nothing under way.
+    /// Whether nothing is pending and nothing is in flight.
     fn is_idle(&self) -> bool {
-        self.ahead.is_over() && self.completions.is_empty()
+        self.pending.is_empty() && self.completions.is_empty()
     }
 
     fn may_publish(&self) -> bool {
-        !self.blocked && !self.nacked && self.returned.is_empty() && self.trying_parked.is_none()
+        !self.blocked && !self.nacked && self.returned.is_empty() && self.retrying.is_none()
     }
 
-    /// Publishes what may be published now, and reads ahead.
+    /// Publishes as many events as the window allows, and reads ahead.
     async fn fill(&mut self) -> Result<(), ReadError> {
         if self.may_publish() && !self.parked.is_empty() {
-            // Alone, because such an event may take the channel down with it: what is in flight is awaited first. One that is
-            // damaged, or was removed, puts nothing in flight.
-            while self.completions.is_empty()
-                && let Some(stored) = self.parked.pop_front()
-            {
-                // Noted before the try: should the connection break, the others are not held up by it again at once.
-                self.publisher.spool.settle(vec![Settlement::Tried(stored.seq)]).await;
-                self.publisher.spool.flush().await;
-                // An operator may have removed it since it was read.
-                if self.publisher.spool.states(vec![stored.seq]).await? == [(stored.seq, true)] {
-                    self.trying_parked = Some(stored.seq);
-                    self.last_retried = Some(stored.seq);
-                    self.publish(stored).await;
-                }
-            }
-            return Ok(());
+            return self.retry_parked().await;
         }
         while self.may_publish()
-            && let Some(seq) = self.ahead.next_seq()
-            && self.flights.len() < self.careful.window(seq, self.publisher.settings.window)
-            && let Some(stored) = self.ahead.pop()
+            && let Some(seq) = self.pending.next_seq()
+            && self.flights.len() < self.pacing.window(seq, self.publisher.settings.window)
+            && let Some(stored) = self.pending.pop()
         {
             self.publish(stored).await;
         }
-        self.ahead.read_on();
+        self.pending.read_on();
         self.publisher.status.set_in_flight(self.flights.len());
+        Ok(())
+    }
+
+    /// Publishes the next parked event once nothing is in flight, because it may close the channel. Continues with the
+    /// one after it if the event was damaged or removed, which puts nothing in flight.
+    async fn retry_parked(&mut self) -> Result<(), ReadError> {
+        let spool = &self.publisher.spool;
+        while self.completions.is_empty()
+            && let Some(stored) = self.parked.pop_front()
+        {
+            // Recorded before the publish: if the connection breaks, the next round starts with the other events.
+            spool.settle(vec![Settlement::Tried(stored.seq)]).await;
+            spool.flush().await;
+            // An operator may have removed the event since it was read.
+            if spool.states(vec![stored.seq]).await? == [(stored.seq, true)] {
+                self.retrying = Some(stored.seq);
+                self.last_retried = Some(stored.seq);
+                self.publish(stored).await;
+            }
+        }
         Ok(())
     }
 
@@ -214,24 +225,24 @@ impl<'a> Session<'a> {
         let envelope = Envelope::parse(&event.body).ok();
         let span = self.publisher.traces.publishing(event, exchange, message::routing_key(envelope.as_ref()));
         let message = Message::new(event, envelope.as_ref(), span.context(event).as_ref());
-        self.flights.insert(seq, Flight::of(event, span));
+        self.flights.insert(seq, Flight::new(event, span));
         let publishing = flight::publish(self.channel.clone(), exchange, seq, message).await;
         self.completions.push(publishing);
     }
 
-    /// The signed bytes are gone. What is left is kept for people to look at; workers must not get it.
+    /// Keeps a damaged event for an operator. Workers must not get a body that Prism did not sign.
     async fn park_damaged(&mut self, Stored { seq, event }: Stored) {
-        if self.trying_parked.take().is_none() {
-            error!(id = %event.id, seq, "the body has changed on the disk: parked");
-            self.ahead.done_with(event.body.len());
+        if self.retrying.take().is_none() {
+            error!(id = %event.id, seq, "parked an event whose body changed on the disk; the disk may be failing");
+            self.pending.release(event.body.len());
         }
         let reason = "damaged: the body does not match its fingerprint".to_owned();
         self.publisher.spool.settle(vec![Settlement::Parked { seq, reason }]).await;
     }
 
-    async fn complete(&mut self, completion: Completion) -> Result<(), PublisherError> {
+    async fn on_completion(&mut self, completion: Completion) -> Result<(), PublisherError> {
         match completion {
-            Completion::Published(seq, outcome) => self.note(seq, outcome)?,
+            Completion::Published(seq, outcome) => self.on_outcome(seq, outcome)?,
             Completion::Marker(confirmed) if self.returned.is_empty() => self.settle(confirmed).await,
             Completion::Marker(confirmed) => self.held.extend(confirmed),
         }
@@ -241,61 +252,63 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    fn note(&mut self, seq: u64, outcome: Outcome) -> Result<(), PublisherError> {
-        let metrics = &self.publisher.metrics;
+    fn on_outcome(&mut self, seq: u64, outcome: PublishOutcome) -> Result<(), PublisherError> {
+        let metrics = &self.publisher.metrics.publish;
         let returned = match outcome {
-            Outcome::Acked(returned) => {
-                if let Some(flight) = self.land(seq) {
-                    self.confirmed.push(Confirmed { seq, id: flight.id, lag: flight.age(), trace: flight.trace });
+            PublishOutcome::Acked(returned) => {
+                if let Some(flight) = self.take_in_flight(seq) {
+                    self.confirmed.push(flight.confirmed(seq));
                 }
-                self.progress = true;
+                self.connection_worked = true;
                 if !self.nacked {
-                    self.careful.confirmed();
+                    self.pacing.on_confirm();
                 }
                 returned
             }
-            Outcome::Nacked(returned) => {
-                // It stays in the spool; the order is kept by starting again from the oldest. A parked one has time.
-                metrics.publish.nacked.increment(1);
-                if let Some(flight) = self.land(seq) {
-                    flight.trace.failed("nacked");
+            PublishOutcome::Nacked(returned) => {
+                metrics.nacked.increment(1);
+                if let Some(flight) = self.take_in_flight(seq) {
+                    flight.span.failed("nacked");
                 }
-                if self.trying_parked != Some(seq) {
+                // The next session starts again from the oldest pending event. A parked event just stays parked.
+                if self.retrying != Some(seq) {
                     self.nacked = true;
-                    self.careful.nacked();
+                    self.pacing.on_nack();
                 }
                 returned
             }
-            Outcome::Failed(error) => return Err(classify(&error)),
-            Outcome::NotConfirmed => return Err(PublisherError::Lost("the channel is not in confirm mode".to_owned())),
+            PublishOutcome::Failed(error) => return Err(classify(&error)),
+            PublishOutcome::NotConfirmed => {
+                return Err(PublisherError::Lost("the channel is not in confirm mode".to_owned()));
+            }
         };
-        if self.trying_parked == Some(seq) {
-            self.trying_parked = None;
+        if self.retrying == Some(seq) {
+            self.retrying = None;
         }
-        if let Some(Return { id, reason }) = returned {
-            metrics.publish.returned.increment(1);
+        if let Some(ReturnedMessage { id, reason }) = returned {
+            metrics.returned.increment(1);
             match id {
                 Some(id) => {
                     self.returned.insert(id, reason);
                 }
-                None => error!(%reason, "the broker returned a message that is not ours"),
+                None => error!(%reason, "the broker returned a message that the relay did not publish"),
             }
         }
         Ok(())
     }
 
-    /// Its outcome is known.
-    fn land(&mut self, seq: u64) -> Option<Flight> {
+    /// Removes a publish whose outcome is known.
+    fn take_in_flight(&mut self, seq: u64) -> Option<Flight> {
         let flight = self.flights.remove(&seq)?;
-        // A parked event was not read ahead, and not counted.
-        if self.trying_parked != Some(seq) {
-            self.ahead.done_with(flight.bytes);
+        // The body of a parked event was not read ahead.
+        if self.retrying != Some(seq) {
+            self.pending.release(flight.body_bytes);
         }
         Some(flight)
     }
 
-    /// Sends the newly confirmed events through the queue of completions. See the module's first rule.
-    fn mark(&mut self) {
+    /// Queues a marker behind the events confirmed since the last one (rule 1).
+    fn queue_marker(&mut self) {
         if !self.confirmed.is_empty() {
             let confirmed = std::mem::take(&mut self.confirmed);
             self.completions.push(Box::pin(ready(Completion::Marker(confirmed))));
@@ -304,159 +317,153 @@ impl<'a> Session<'a> {
 
     async fn settle(&mut self, confirmed: Vec<Confirmed>) {
         let settlements = confirmed.iter().map(|confirmed| Settlement::Confirmed(confirmed.seq)).collect();
-        self.delivered(confirmed);
+        self.count_delivered(confirmed);
         self.publisher.spool.settle(settlements).await;
     }
 
-    /// Every publish has its outcome: now it is known which events came back.
+    /// Parks the returned events and settles the others (rule 2). Call it once every publish has its outcome.
     async fn settle_held(&mut self) {
         let (returned, delivered): (Vec<_>, Vec<_>) =
             std::mem::take(&mut self.held).into_iter().partition(|held| self.returned.contains_key(&held.id));
         let mut settlements: Vec<_> = delivered.iter().map(|delivered| Settlement::Confirmed(delivered.seq)).collect();
-        self.delivered(delivered);
-        for Confirmed { seq, id, trace, .. } in returned {
+        self.count_delivered(delivered);
+        for Confirmed { seq, id, span, .. } in returned {
             let reason = self.returned.remove(&id).unwrap_or_default();
             if self.last_retried == Some(seq) {
-                debug!(%id, seq, reason, "still no queue takes this event");
+                debug!(%id, seq, reason, "no queue takes this event: still parked");
             } else {
                 warn!(%id, seq, reason, "no queue takes this event: parked");
             }
-            trace.failed("returned");
+            span.failed("returned");
             settlements.push(Settlement::Parked { seq, reason });
         }
         for (id, reason) in self.returned.drain() {
-            warn!(%id, reason, "the broker returned an event that it did not confirm; it is published again");
+            warn!(%id, reason, "the broker returned an event without confirming it; the event is published again");
         }
         self.publisher.spool.settle(settlements).await;
     }
 
-    /// Confirmed, and not returned.
-    fn delivered(&self, confirmed: Vec<Confirmed>) {
+    fn count_delivered(&self, delivered: Vec<Confirmed>) {
         let metrics = &self.publisher.metrics.publish;
-        metrics.confirmed.increment(confirmed.len() as u64);
-        self.publisher.status.delivered(confirmed.iter().map(|confirmed| (confirmed.seq, confirmed.lag)));
-        for Confirmed { lag, trace, .. } in confirmed {
+        metrics.confirmed.increment(delivered.len() as u64);
+        self.publisher.status.on_delivered(delivered.iter().map(|delivered| (delivered.seq, delivered.lag)));
+        for Confirmed { lag, span, .. } in delivered {
             metrics.delivery_lag.record(lag);
-            trace.confirmed();
+            span.confirmed();
         }
     }
 
-    fn heed(&mut self, event: LapinEvent) -> Result<(), PublisherError> {
+    fn on_connection_event(&mut self, event: LapinEvent) -> Result<(), PublisherError> {
         match event {
             LapinEvent::ConnectionBlocked(reason) => {
                 warn!(reason, "the broker blocks publishers; events are kept on disk");
                 self.blocked = true;
-                // They are read anew after the alarm, which may last.
+                // The alarm may last, so these are read again after it.
                 self.parked.clear();
-                self.publisher.status.blocked(Some(reason));
+                self.publisher.status.on_blocked(Some(reason));
             }
             LapinEvent::ConnectionUnblocked => {
-                info!("the broker takes publishes again");
+                info!("the broker accepts publishes again");
                 self.blocked = false;
-                self.patience_from = Instant::now();
-                self.publisher.status.blocked(None);
+                self.unblocked_at = Instant::now();
+                self.publisher.status.on_blocked(None);
             }
             LapinEvent::Error(error) => return Err(classify(&error)),
-            event => debug!(?event, "connection"),
+            event => debug!(?event, "connection event"),
         }
         Ok(())
     }
 
-    async fn tick(&mut self, draining: bool) -> Result<(), PublisherError> {
-        if !self.link.connection.status().connected() {
+    fn check_connection(&self) -> Result<(), PublisherError> {
+        if !self.broker.connection.status().connected() {
             return Err(PublisherError::Lost("the connection is closed".to_owned()));
         }
-        // While blocked the broker holds what it has; it confirms after the alarm. Published again elsewhere, it would
-        // be there twice.
+        // A blocked broker keeps what it has and confirms it after the alarm. Publishing it again over another
+        // connection would deliver it twice.
         if let Some((_, oldest)) = self.flights.first_key_value()
             && !self.blocked
         {
             let limit = self.publisher.settings.confirm_timeout;
-            if oldest.published_at.max(self.patience_from).elapsed() > limit {
+            if oldest.published_at.max(self.unblocked_at).elapsed() > limit {
                 return Err(PublisherError::ConfirmTimeout(limit));
             }
-        }
-        if !draining {
-            self.look_at_parked().await?;
         }
         Ok(())
     }
 
-    async fn look_at_parked(&mut self) -> Result<(), ReadError> {
+    /// Reads parked events that are due for a retry.
+    async fn read_parked(&mut self) -> Result<(), ReadError> {
         let retry = self.publisher.settings.parked_retry;
         let gauges = self.publisher.spool.gauges();
-        // What cannot be noted as tried, or as delivered, would be tried without end.
+        // While the spool cannot record a retry or a delivery, the same events would be tried without end.
         if !self.parked.is_empty() || gauges.ledger().parked == 0 || !gauges.takes_settlements() {
             return Ok(());
         }
-        if !self.publisher.status.is_retry_asked() && !self.careful.parked_are_due(retry) {
+        if !self.publisher.status.take_retry_request() && !self.pacing.is_parked_retry_due(retry, Instant::now()) {
             return Ok(());
         }
-        // The last round's tries have to be on record, or they would be read once more.
+        // The retries of the last round must be committed, or the same events would be read once more.
         self.publisher.spool.flush().await;
         let (now_ms, retry_ms) =
             (Timestamp::now().as_millisecond(), i64::try_from(retry.as_millis()).unwrap_or(i64::MAX));
-        let Batch { events, more } = self.publisher.spool.parked_due(now_ms, retry_ms, PARKED_AT_A_TIME).await?;
+        let Batch { events, more } = self.publisher.spool.parked_due(now_ms, retry_ms, PARKED_BATCH).await?;
         if !more {
-            self.careful.parked_were_tried(Instant::now());
+            self.pacing.on_parked_tried(Instant::now());
         }
         self.parked.extend(events);
         Ok(())
     }
 
-    /// The session is over: what has come in by now still counts, the rest is published again.
+    /// Cuts the connection and settles what has an outcome by then. The next session publishes the rest again.
     async fn wind_up(&mut self) {
-        self.link.cut();
+        self.broker.cut();
         let rest = async {
             while let Some(completion) = self.completions.next().await {
                 match completion {
                     Completion::Published(seq, outcome) => {
-                        // Most have failed with the connection, and that is known.
-                        let _ = self.note(seq, outcome);
+                        // Most fail with the connection, whose error is known already.
+                        let _ = self.on_outcome(seq, outcome);
                     }
                     Completion::Marker(confirmed) => self.held.extend(confirmed),
                 }
             }
         };
         let complete = timeout(WIND_UP_TIMEOUT, rest).await.is_ok();
-        // With a publish that has no outcome, a return may still be in lapin's hands: better twice than never.
+        // While a publish has no outcome, lapin may still hold a return. Twice is better than never.
         if complete && (self.returned.is_empty() || self.flights.is_empty()) {
             self.held.append(&mut self.confirmed);
             self.settle_held().await;
         }
     }
 
-    /// The broker has closed the channel over a message: finds out which one, over as many sessions as it takes. Returns
-    /// how many events it has parked.
-    async fn learn_from(&mut self, reason: &str) -> u64 {
-        if let Some(seq) = self.trying_parked {
-            // As before. The connection is not to blame, so the next one need not wait; the other parked events do.
+    /// The broker closed the channel over a message: finds out which one, over as many sessions as it takes.
+    async fn on_refusal(&mut self, reason: &str) {
+        if let Some(seq) = self.retrying {
             debug!(id = self.id_of(seq), seq, reason, "the broker still refuses this event");
-            self.careful.parked_were_tried(Instant::now());
-            self.progress = true;
-            return 0;
+            // The connection is not to blame, so the next one need not wait. The other parked events do.
+            self.pacing.on_parked_tried(Instant::now());
+            self.connection_worked = true;
+            return;
         }
-        let (alone, last) = match (self.flights.first_key_value(), self.flights.last_key_value()) {
-            (Some((first, _)), Some((last, _))) => ((first == last).then_some(*first), Some(*last)),
-            _ => (None, None),
-        };
-        match self.careful.refused(alone, last) {
-            Lesson::OneOfMany => {
-                info!(reason, "the broker refuses a message: publishing one by one until it is known which");
-                0
+        let in_flight: Vec<_> = self.flights.keys().copied().collect();
+        match self.pacing.on_refusal(&in_flight) {
+            Refusal::OneOfMany => {
+                info!(reason, "the broker refuses a message: publishing one event at a time to find it");
             }
-            Lesson::Suspect => 0,
-            Lesson::Culprit(seq) => {
+            Refusal::Suspect => {}
+            Refusal::Culprit(seq) => {
                 warn!(id = self.id_of(seq), seq, reason, "the broker refuses this event: parked");
+                if let Some(flight) = self.flights.remove(&seq) {
+                    flight.span.failed("refused");
+                }
                 self.publisher.metrics.publish.refused.increment(1);
                 let parked = Settlement::Parked { seq, reason: format!("refused: {reason}") };
                 self.publisher.spool.settle(vec![parked]).await;
-                1
             }
         }
     }
 
-    /// Of an event in flight, for the log.
+    /// The id of an event in flight, for the log.
     fn id_of(&self, seq: u64) -> String {
         self.flights.get(&seq).map(|flight| flight.id.to_string()).unwrap_or_default()
     }

@@ -1,4 +1,4 @@
-//! What the operators' pages tell about the broker and the deliveries. Bounded; gone with the process.
+//! The state of the connection and the latest deliveries, for the operators' pages. Bounded; lost with the process.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -11,56 +11,63 @@ use serde::Serialize;
 use super::lags::Lags;
 use crate::broker::BrokerUrl;
 
-/// Turns of the connection that are remembered.
+/// How many connection events are kept.
 const TIMELINE_MAX: usize = 100;
-/// Confirmed events that are remembered.
+/// How many confirmed events are kept.
 const CONFIRMS_MAX: usize = 1000;
 
-/// Written by the publisher, read by anyone.
+/// Written by the publisher, read by the operators' listener.
 pub struct Status {
     state: Mutex<BrokerState>,
-    timeline: Mutex<VecDeque<Turn>>,
+    timeline: Mutex<VecDeque<ConnectionEvent>>,
     deliveries: Mutex<Deliveries>,
     in_flight: AtomicUsize,
-    retry_parked: AtomicBool,
+    retry_requested: AtomicBool,
 }
 
 /// A snapshot, as `/api/status` shows it.
 #[derive(Clone, Debug, Serialize)]
 pub struct BrokerState {
     pub connected: bool,
-    /// The broker's reason for taking no publishes at the moment (memory or disk alarm).
+    /// The broker's reason for blocking publishers (a memory or disk alarm).
     pub blocked: Option<String>,
     /// Without the password.
     pub url: Option<String>,
     /// Why there is no connection.
     pub error: Option<String>,
-    /// Since when it has been like this.
+    /// When the connection was opened or lost, or when the broker last blocked or unblocked publishers.
     pub since: Timestamp,
     /// Connections so far.
     pub connects: u64,
 }
 
-/// A turn of the connection.
+/// A change of the connection's state.
 #[derive(Clone, Debug, Serialize)]
-pub struct Turn {
+pub struct ConnectionEvent {
     pub at: Timestamp,
-    pub what: TurnKind,
+    pub what: ConnectionEventKind,
     pub detail: String,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum TurnKind {
+pub enum ConnectionEventKind {
     Connected,
     Lost,
     Blocked,
     Unblocked,
 }
 
+/// Whether a connection is the first one of this process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Connect {
+    First,
+    Again,
+}
+
 #[derive(Default)]
 struct Deliveries {
-    /// The last events that were confirmed, with the time, the newest last.
+    /// The last confirmed events by sequence number, with the time of the confirm; the newest last.
     confirms: VecDeque<(u64, Timestamp)>,
     last: Option<Timestamp>,
     lags: Lags,
@@ -81,7 +88,7 @@ impl Status {
             timeline: Mutex::default(),
             deliveries: Mutex::default(),
             in_flight: AtomicUsize::new(0),
-            retry_parked: AtomicBool::new(false),
+            retry_requested: AtomicBool::new(false),
         }
     }
 
@@ -89,12 +96,12 @@ impl Status {
         locked(&self.state).clone()
     }
 
-    /// The newest first.
-    pub fn timeline(&self) -> Vec<Turn> {
+    /// The latest connection events, the newest first.
+    pub fn timeline(&self) -> Vec<ConnectionEvent> {
         locked(&self.timeline).iter().rev().cloned().collect()
     }
 
-    /// Publishes without a confirm at the moment.
+    /// How many publishes have no outcome yet.
     pub fn in_flight(&self) -> usize {
         self.in_flight.load(Ordering::Relaxed)
     }
@@ -104,27 +111,28 @@ impl Status {
         locked(&self.deliveries).last
     }
 
-    /// The last confirmed events by their `seq`, with the time of the confirm.
+    /// The last confirmed events by sequence number, with the time of the confirm.
     pub fn confirms(&self) -> Vec<(u64, Timestamp)> {
         locked(&self.deliveries).confirms.iter().copied().collect()
     }
 
-    /// How long the events that were confirmed since the last call had been under way.
+    /// The lags of the events confirmed since the last call.
     pub fn take_lags(&self) -> Lags {
         std::mem::take(&mut locked(&self.deliveries).lags)
     }
 
-    /// Has the parked events that are due looked at within moments, and not only at the next round.
+    /// Requests an early check for parked events that are due for a retry.
     pub fn retry_parked(&self) {
-        self.retry_parked.store(true, Ordering::Relaxed);
+        self.retry_requested.store(true, Ordering::Relaxed);
     }
 
-    pub(super) fn is_retry_asked(&self) -> bool {
-        self.retry_parked.swap(false, Ordering::Relaxed)
+    /// Whether a check was requested since the last call.
+    pub(super) fn take_retry_request(&self) -> bool {
+        self.retry_requested.swap(false, Ordering::Relaxed)
     }
 
-    /// Confirmed, and not returned: the `seq` of each, and how long it was under way.
-    pub(super) fn delivered(&self, events: impl Iterator<Item = (u64, Duration)>) {
+    /// Events confirmed and not returned, by sequence number and lag.
+    pub(super) fn on_delivered(&self, events: impl Iterator<Item = (u64, Duration)>) {
         let now = Timestamp::now();
         let mut deliveries = locked(&self.deliveries);
         for (seq, lag) in events {
@@ -137,8 +145,7 @@ impl Status {
         }
     }
 
-    /// Returns whether there was a connection before.
-    pub(super) fn connected(&self, url: &BrokerUrl) -> bool {
+    pub(super) fn on_connected(&self, url: &BrokerUrl) -> Connect {
         let mut state = locked(&self.state);
         state.connects += 1;
         let connects = state.connects;
@@ -150,15 +157,15 @@ impl Status {
             since: Timestamp::now(),
             connects,
         };
-        self.turn(TurnKind::Connected, url.to_string());
-        connects > 1
+        self.record(ConnectionEventKind::Connected, url.to_string());
+        if connects == 1 { Connect::First } else { Connect::Again }
     }
 
-    pub(super) fn disconnected(&self, error: String) {
+    pub(super) fn on_disconnected(&self, error: String) {
         let mut state = locked(&self.state);
         if state.connected {
             state.since = Timestamp::now();
-            self.turn(TurnKind::Lost, error.clone());
+            self.record(ConnectionEventKind::Lost, error.clone());
         }
         state.connected = false;
         state.blocked = None;
@@ -166,11 +173,12 @@ impl Status {
         self.set_in_flight(0);
     }
 
-    pub(super) fn blocked(&self, reason: Option<String>) {
+    /// The broker blocks publishers for this reason, or no longer blocks them.
+    pub(super) fn on_blocked(&self, reason: Option<String>) {
         let mut state = locked(&self.state);
         match &reason {
-            Some(reason) => self.turn(TurnKind::Blocked, reason.clone()),
-            None => self.turn(TurnKind::Unblocked, String::new()),
+            Some(reason) => self.record(ConnectionEventKind::Blocked, reason.clone()),
+            None => self.record(ConnectionEventKind::Unblocked, String::new()),
         }
         state.blocked = reason;
         state.since = Timestamp::now();
@@ -180,12 +188,12 @@ impl Status {
         self.in_flight.store(count, Ordering::Relaxed);
     }
 
-    fn turn(&self, what: TurnKind, detail: String) {
+    fn record(&self, what: ConnectionEventKind, detail: String) {
         let mut timeline = locked(&self.timeline);
         if timeline.len() == TIMELINE_MAX {
             timeline.pop_front();
         }
-        timeline.push_back(Turn { at: Timestamp::now(), what, detail });
+        timeline.push_back(ConnectionEvent { at: Timestamp::now(), what, detail });
     }
 }
 
