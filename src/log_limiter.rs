@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 const LINE_EVERY: Duration = Duration::from_secs(60);
 
 /// For each kind: when it was last logged, and how many lines were suppressed since. Kinds are constants, so they are few.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub struct LogLimiter(Mutex<HashMap<&'static str, (Instant, u64)>>);
 
 impl LogLimiter {

@@ -204,7 +204,7 @@ impl Desk {
         }
 
         let sent = TraceContext::from_headers(header(headers, "traceparent"), header(headers, "tracestate"));
-        let trace = self.traces.webhook(sent, begun);
+        let trace = self.traces.start_webhook(sent, begun);
         let event = Event::new(verified, trace.context(), now);
         let body = event.body.clone();
         // An event that is committed later all the same is recognised when the sender comes back.
@@ -218,7 +218,7 @@ impl Desk {
             }
         };
         debug!(id = %receipt.id, duplicate = receipt.duplicate, "accepted");
-        trace.answered(receipt.id, receipt.duplicate);
+        trace.accepted(receipt.id, receipt.duplicate);
         self.note(&receipt, &body, now);
         Ok(receipt)
     }

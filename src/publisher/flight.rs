@@ -13,7 +13,7 @@ use uuid::Uuid;
 use super::message::Message;
 use super::outcome::PublishOutcome;
 use crate::event::Event;
-use crate::traces::Publishing;
+use crate::traces::PublishSpan;
 
 /// What the session remembers of an event in flight. lapin holds the body.
 pub(super) struct Flight {
@@ -21,7 +21,7 @@ pub(super) struct Flight {
     pub body_bytes: usize,
     accepted_ms: i64,
     pub published_at: Instant,
-    pub span: Publishing,
+    pub span: PublishSpan,
 }
 
 /// An event that the broker confirmed. The broker may have returned it as well.
@@ -30,7 +30,7 @@ pub(super) struct Confirmed {
     pub id: Uuid,
     /// From acceptance to the confirm.
     pub lag: Duration,
-    pub span: Publishing,
+    pub span: PublishSpan,
 }
 
 /// What the queue of publish futures yields.
@@ -43,7 +43,7 @@ pub(super) enum Completion {
 pub(super) type PublishFuture = Pin<Box<dyn Future<Output = Completion> + Send>>;
 
 impl Flight {
-    pub fn new(event: &Event, span: Publishing) -> Self {
+    pub fn new(event: &Event, span: PublishSpan) -> Self {
         let Event { id, accepted_ms, .. } = *event;
         Self { id, body_bytes: event.body.len(), accepted_ms, published_at: Instant::now(), span }
     }

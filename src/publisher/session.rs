@@ -223,7 +223,7 @@ impl<'a> Session<'a> {
         }
         let (seq, event, exchange) = (stored.seq, &stored.event, &self.publisher.settings.exchange);
         let envelope = Envelope::parse(&event.body).ok();
-        let span = self.publisher.traces.publishing(event, exchange, message::routing_key(envelope.as_ref()));
+        let span = self.publisher.traces.start_publish(event, exchange, message::routing_key(envelope.as_ref()));
         let message = Message::new(event, envelope.as_ref(), span.context(event).as_ref());
         self.flights.insert(seq, Flight::new(event, span));
         let publishing = flight::publish(self.channel.clone(), exchange, seq, message).await;

@@ -74,7 +74,7 @@ pub(super) async fn build(config: Config) -> Result<Built, RelayError> {
     let access = Arc::new(BrokerAccess::new(&broker)?);
     let auth = Arc::new(Gate::new(ops.token, ops_is_private));
     let recent = Arc::new(Recent::default());
-    let traces = Arc::new(Traces::new(&traces).map_err(RelayError::Traces)?);
+    let traces = Arc::new(Traces::new(&traces)?);
     let stops = Stops::default();
     let reloadable = Reloadable {
         secrets: (signature.secrets_file, Arc::clone(&verifier), Arc::clone(&recent)),

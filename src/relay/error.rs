@@ -6,6 +6,7 @@ use crate::publisher::PublisherError;
 use crate::server::BindError;
 use crate::spool::OpenError;
 use crate::tls::TlsError;
+use crate::traces::TracesError;
 
 /// Why the relay could not start, or had to stop.
 #[derive(Debug, Error)]
@@ -22,8 +23,8 @@ pub enum RelayError {
     Address { key: &'static str, source: std::io::Error },
     #[error(transparent)]
     Tls(#[from] TlsError),
-    #[error("traces.endpoint {0}")]
-    Traces(String),
+    #[error(transparent)]
+    Traces(#[from] TracesError),
     #[error("the publisher stopped unexpectedly")]
     Publisher(#[source] PublisherError),
     #[error("the task that {} stopped unexpectedly", .0.purpose())]

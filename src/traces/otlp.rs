@@ -1,9 +1,7 @@
-//! Spans of OpenTelemetry's SDK, exported in batches by a task of our own. Bounded: what a slow collector cannot take is
-//! dropped and told of; deliveries never wait for it.
+//! Spans of OpenTelemetry's SDK, exported in batches by a task of the relay. The queue is bounded: spans that a slow
+//! collector cannot take are dropped and logged. Deliveries never wait for the collector.
 
 use std::collections::HashMap;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use hyper_rustls::HttpsConnectorBuilder;
@@ -23,73 +21,67 @@ use tokio::time::timeout;
 use tracing::warn;
 use uuid::Uuid;
 
-use super::Settings;
+use super::{Settings, TracesError};
 use crate::event::{Event, TraceContext};
 use crate::log_limiter::LogLimiter;
 use crate::tls::ClientFiles;
 
-/// Spans that wait for the collector, with about 1 KiB each.
+/// Spans that wait for the collector at most, of about 1 KiB each.
 const QUEUE_MAX: usize = 4096;
 const BATCH_MAX: usize = 512;
-/// How long a batch waits for company.
+/// How long a batch that is not full waits for more spans.
 const BATCH_WAIT: Duration = Duration::from_secs(1);
 const EXPORT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// OTLP over HTTP: the path is the specification's.
+/// The path that the specification of OTLP over HTTP gives.
 const PATH: &str = "/v1/traces";
 
-pub struct Traces(Option<Telling>);
+/// Starts spans and exports them; does nothing without `traces.endpoint`.
+pub struct Traces(Option<Pipeline>);
 
-struct Telling {
+/// From the tracer through the queue to the exporter.
+struct Pipeline {
     tracer: SdkTracer,
     exporter: SpanExporter,
     queue: mpsc::Sender<Item>,
-    /// Taken by [`Traces::export`] for as long as that runs.
+    /// Locked by [`Traces::export`] while it runs.
     items: AsyncMutex<mpsc::Receiver<Item>>,
     log_limiter: LogLimiter,
 }
 
 enum Item {
     Span(Box<SpanData>),
-    /// Answered once everything before has been exported.
+    /// Answered once all spans queued before it are exported.
     Flush(oneshot::Sender<()>),
 }
 
-/// A webhook that is believed, until it is answered.
-pub struct Webhook {
+/// The span of a verified webhook, until its answer.
+pub struct WebhookSpan {
     sent: Option<TraceContext>,
-    // A span is large, and most relays have none.
+    // Boxed: a span is large, and most relays have none.
     span: Option<Box<Span>>,
 }
 
-/// A publish, until its outcome is known.
-pub struct Publishing(Option<Box<Span>>);
+/// The span of a publish, until its outcome.
+pub struct PublishSpan(Option<Box<Span>>);
 
-/// Takes finished spans from wherever they end.
+/// Queues finished spans for the exporter.
 #[derive(Debug)]
-struct Queue {
-    items: mpsc::Sender<Item>,
-    dropped: AtomicU64,
-    told: Mutex<Option<Instant>>,
+struct Enqueue {
+    queue: mpsc::Sender<Item>,
+    log_limiter: LogLimiter,
 }
 
-impl std::fmt::Debug for Item {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Item")
-    }
-}
-
-impl SpanProcessor for Queue {
+impl SpanProcessor for Enqueue {
     fn on_start(&self, _: &mut Span, _: &Context) {}
 
     fn on_end(&self, span: SpanData) {
-        if span.span_context.is_sampled() && self.items.try_send(Item::Span(Box::new(span))).is_err() {
-            let dropped = self.dropped.fetch_add(1, Ordering::Relaxed) + 1;
-            let mut told = self.told.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            if told.is_none_or(|at| at.elapsed() > Duration::from_secs(60)) {
-                *told = Some(Instant::now());
-                warn!(dropped, "the collector of traces is too slow: spans are dropped");
-            }
+        if span.span_context.is_sampled()
+            && self.queue.try_send(Item::Span(Box::new(span))).is_err()
+            && let Some(unreported) = self.log_limiter.due("dropped", Instant::now())
+        {
+            let dropped = unreported + 1;
+            warn!(dropped, "dropped spans: the collector at traces.endpoint is too slow");
         }
     }
 
@@ -103,14 +95,13 @@ impl SpanProcessor for Queue {
 }
 
 impl Traces {
-    /// The error completes the sentence "traces.endpoint ...".
-    pub fn new(settings: &Settings) -> Result<Self, String> {
+    /// Prepares the exporter. Connects only when spans are exported.
+    pub fn new(settings: &Settings) -> Result<Self, TracesError> {
         let Some(endpoint) = &settings.endpoint else { return Ok(Self(None)) };
         let secure = endpoint.scheme_str() == Some("https");
         let tls = if secure { ClientFiles::default().load() } else { crate::tls::client_without_authorities() };
-        let tls = tls.map_err(|error| format!("needs TLS, and {error}"))?;
         let connector =
-            HttpsConnectorBuilder::new().with_tls_config((*tls).clone()).https_or_http().enable_http1().build();
+            HttpsConnectorBuilder::new().with_tls_config((*tls?).clone()).https_or_http().enable_http1().build();
         let exporter = SpanExporter::builder()
             .with_http()
             .with_http_client(HyperClient::new(connector, EXPORT_TIMEOUT, None))
@@ -118,13 +109,13 @@ impl Traces {
             .with_endpoint(format!("{}{PATH}", endpoint.to_string().trim_end_matches('/')))
             .with_timeout(EXPORT_TIMEOUT)
             .build();
-        let mut exporter = exporter.map_err(|error| format!("cannot be used: {error}"))?;
+        let mut exporter = exporter.map_err(|error| TracesError::Exporter(error.to_string()))?;
         let attributes = [KeyValue::new("service.version", env!("CARGO_PKG_VERSION"))];
         let resource = Resource::builder().with_service_name("prism-relay").with_attributes(attributes).build();
         exporter.set_resource(&resource);
         let (queue, items) = mpsc::channel(QUEUE_MAX);
-        let processor = Queue { items: queue.clone(), dropped: AtomicU64::new(0), told: Mutex::new(None) };
-        // Whether a sender's trace is kept is the sender's choice.
+        let processor = Enqueue { queue: queue.clone(), log_limiter: LogLimiter::default() };
+        // A sender's trace is exported if the sender sampled it.
         let sampler = Sampler::ParentBased(Box::new(Sampler::TraceIdRatioBased(settings.sample_ratio)));
         let provider = SdkTracerProvider::builder()
             .with_span_processor(processor)
@@ -132,7 +123,7 @@ impl Traces {
             .with_resource(resource)
             .build();
         let tracer = provider.tracer("prism-relay");
-        Ok(Self(Some(Telling {
+        Ok(Self(Some(Pipeline {
             tracer,
             exporter,
             queue,
@@ -141,20 +132,20 @@ impl Traces {
         })))
     }
 
-    /// `sent`: the sender's own context. `started`: when the request came.
-    pub fn webhook(&self, sent: Option<TraceContext>, started: SystemTime) -> Webhook {
-        let span = self.0.as_ref().map(|telling| {
+    /// Starts the span of a webhook. `sent` is the sender's context, `started_at` the time that the request began.
+    pub fn start_webhook(&self, sent: Option<TraceContext>, started_at: SystemTime) -> WebhookSpan {
+        let span = self.0.as_ref().map(|pipeline| {
             let builder =
-                telling.tracer.span_builder("prism webhook").with_kind(SpanKind::Server).with_start_time(started);
+                pipeline.tracer.span_builder("prism webhook").with_kind(SpanKind::Server).with_start_time(started_at);
             let builder = builder.with_attributes([KeyValue::new("http.request.method", "POST")]);
-            Box::new(builder.start_with_context(&telling.tracer, &extract(sent.as_ref())))
+            Box::new(builder.start_with_context(&pipeline.tracer, &extract(sent.as_ref())))
         });
-        Webhook { sent, span }
+        WebhookSpan { sent, span }
     }
 
     /// Starts the span of a publish.
-    pub fn publishing(&self, event: &Event, exchange: &str, routing_key: &str) -> Publishing {
-        let Some(telling) = &self.0 else { return Publishing(None) };
+    pub fn start_publish(&self, event: &Event, exchange: &str, routing_key: &str) -> PublishSpan {
+        let Some(pipeline) = &self.0 else { return PublishSpan(None) };
         let bytes = i64::try_from(event.body.len()).unwrap_or(i64::MAX);
         let attributes = [
             KeyValue::new("messaging.system", "rabbitmq"),
@@ -165,16 +156,16 @@ impl Traces {
             KeyValue::new("messaging.message.id", event.id.to_string()),
             KeyValue::new("messaging.message.body.size", bytes),
         ];
-        let builder = telling.tracer.span_builder(format!("publish {exchange}")).with_kind(SpanKind::Producer);
+        let builder = pipeline.tracer.span_builder(format!("publish {exchange}")).with_kind(SpanKind::Producer);
         let span =
-            builder.with_attributes(attributes).start_with_context(&telling.tracer, &extract(event.trace.as_ref()));
-        Publishing(Some(Box::new(span)))
+            builder.with_attributes(attributes).start_with_context(&pipeline.tracer, &extract(event.trace.as_ref()));
+        PublishSpan(Some(Box::new(span)))
     }
 
-    /// Exports for ever.
+    /// Exports spans until it is dropped.
     pub async fn export(&self) {
-        let Some(telling) = &self.0 else { return std::future::pending().await };
-        let mut items = telling.items.lock().await;
+        let Some(pipeline) = &self.0 else { return std::future::pending().await };
+        let mut items = pipeline.items.lock().await;
         loop {
             let Some(first) = items.recv().await else { return std::future::pending().await };
             let (mut batch, mut flushes) = (vec![first], Vec::new());
@@ -184,7 +175,7 @@ impl Traces {
                     batch.push(next);
                 }
             };
-            // Whatever has come by then is enough.
+            // On a timeout the batch is just smaller.
             let _ = timeout(BATCH_WAIT, more).await;
             let spans: Vec<_> = batch
                 .into_iter()
@@ -198,10 +189,10 @@ impl Traces {
                 .collect();
             let count = spans.len();
             if count > 0
-                && let Err(error) = telling.exporter.export(spans).await
-                && let Some(unreported) = telling.log_limiter.due("export", Instant::now())
+                && let Err(error) = pipeline.exporter.export(spans).await
+                && let Some(unreported) = pipeline.log_limiter.due("export", Instant::now())
             {
-                warn!(%error, count, unreported, "spans could not be exported to traces.endpoint");
+                warn!(%error, count, unreported, "cannot export spans to traces.endpoint; dropped them");
             }
             for done in flushes {
                 let _ = done.send(());
@@ -209,12 +200,12 @@ impl Traces {
         }
     }
 
-    /// Returns once what has ended by now is exported, or after `limit`.
+    /// Returns once all spans ended so far are exported, or after `limit`.
     pub async fn flush(&self, limit: Duration) {
-        let Some(telling) = &self.0 else { return };
+        let Some(pipeline) = &self.0 else { return };
         let (done, exported) = oneshot::channel();
         let flush = async {
-            if telling.queue.send(Item::Flush(done)).await.is_ok() {
+            if pipeline.queue.send(Item::Flush(done)).await.is_ok() {
                 let _ = exported.await;
             }
         };
@@ -222,14 +213,14 @@ impl Traces {
     }
 }
 
-impl Webhook {
-    /// What the event carries on.
+impl WebhookSpan {
+    /// The context that the event keeps: this span's, or without a collector the sender's.
     pub fn context(&self) -> Option<TraceContext> {
         self.span.as_deref().and_then(inject).or_else(|| self.sent.clone())
     }
 
-    /// The answer was a 200.
-    pub fn answered(self, id: Uuid, duplicate: bool) {
+    /// The event is stored, and the answer is 200.
+    pub fn accepted(self, id: Uuid, duplicate: bool) {
         if let Some(mut span) = self.span {
             span.set_attribute(KeyValue::new("http.response.status_code", 200));
             span.set_attribute(KeyValue::new("messaging.message.id", id.to_string()));
@@ -237,10 +228,8 @@ impl Webhook {
             span.end();
         }
     }
-}
 
-impl Webhook {
-    /// It could not be stored: the answer is a 503.
+    /// The event could not be stored, and the answer is 503.
     pub fn refused(self) {
         if let Some(mut span) = self.span {
             span.set_attribute(KeyValue::new("http.response.status_code", 503));
@@ -250,8 +239,8 @@ impl Webhook {
     }
 }
 
-impl Publishing {
-    /// The context for the message: workers continue from this span, or from the sender's without a collector.
+impl PublishSpan {
+    /// The context for the message: this span's, or without a collector the one that the event has.
     pub fn context(&self, event: &Event) -> Option<TraceContext> {
         self.0.as_deref().and_then(inject).or_else(|| event.trace.clone())
     }
@@ -262,7 +251,7 @@ impl Publishing {
         }
     }
 
-    /// `error` is one of few words.
+    /// `error` becomes the attribute `error.type`, so it has few values.
     pub fn failed(self, error: &'static str) {
         if let Some(mut span) = self.0 {
             span.set_attribute(KeyValue::new("error.type", error));
@@ -272,7 +261,7 @@ impl Publishing {
     }
 }
 
-/// What the W3C's propagator reads and writes.
+/// Reads a context with OpenTelemetry's propagator for the W3C headers.
 fn extract(trace: Option<&TraceContext>) -> Context {
     let Some(trace) = trace else { return Context::new() };
     let mut headers = HashMap::from([("traceparent".to_owned(), trace.traceparent.clone())]);
@@ -280,6 +269,7 @@ fn extract(trace: Option<&TraceContext>) -> Context {
     TraceContextPropagator::new().extract_with_context(&Context::new(), &headers)
 }
 
+/// Writes a span's context as the W3C headers.
 fn inject(span: &Span) -> Option<TraceContext> {
     let mut headers = HashMap::new();
     let context = Context::new().with_remote_span_context(span.span_context().clone());
