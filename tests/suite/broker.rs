@@ -1,4 +1,4 @@
-//! The broker and its moods: restarted, replaced, blocked, refusing, nacking. None of it reaches Prism.
+//! Faults of the broker: restarts, replacement, alarms, refusals, nacks. Prism is answered 200 throughout.
 
 use std::collections::HashSet;
 
@@ -10,7 +10,7 @@ fn scan(number: u32) -> String {
     json!({"eventType": "scan.processing.started", "payload": {"scanId": "s", "number": number}}).to_string()
 }
 
-/// One node for the tests that kill it, freeze it or starve it; they take turns.
+/// One node of its own, because the test kills, freezes and blocks it.
 #[tokio::test]
 async fn a_node_that_is_killed_restarted_frozen_and_blocked() {
     let node = Node::start().await;
@@ -20,24 +20,24 @@ async fn a_node_that_is_killed_restarted_frozen_and_blocked() {
     relay.post(scan(0)).await.expect(200);
     assert_eq!(vhost.messages("prism.scan", 1).await[0].text(), scan(0));
 
-    // Killed in mid-flow, and back with its disk.
+    // Killed while events flow, then restarted with its disk.
     node.kill().await;
     relay.post(scan(1)).await.expect(200);
     node.start_again().await;
     relay.post(scan(2)).await.expect(200);
     relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
-    // The broker may have forgotten that we had taken the first one.
+    // The broker may have lost the acknowledgement of the first event.
     let depth = vhost.depth("prism.scan").await as usize;
     let mut texts: Vec<_> = vhost.messages("prism.scan", depth).await.iter().map(|delivery| delivery.text()).collect();
-    // Each may have come twice, and both in turn.
+    // Each event may arrive twice, also as a repeated pair.
     let mut seen = HashSet::from([scan(0)]);
     texts.retain(|text| seen.insert(text.clone()));
     assert_eq!(texts, [scan(1), scan(2)]);
 
-    // Frozen: the heartbeat or the deadline finds out, and nothing is lost.
+    // Frozen: the heartbeat or the confirm deadline notices, and nothing is lost.
     node.freeze();
     let id = relay.post(scan(3)).await.id();
-    eventually("the relay to find out", async || {
+    eventually("the relay to give up the frozen connection", async || {
         let status = relay.status().await;
         if status["broker"]["connected"] == false { Ok(()) } else { Err(status) }
     })
@@ -45,15 +45,15 @@ async fn a_node_that_is_killed_restarted_frozen_and_blocked() {
     node.thaw();
     assert_eq!(vhost.messages("prism.scan", 1).await[0].id(), id);
     relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
-    // What the frozen node had in its sockets may come out as a duplicate.
-    eventually("the duplicates to be over", async || {
+    // Messages in the frozen node's sockets may arrive as duplicates.
+    eventually("no more duplicates", async || {
         let depth = vhost.depth("prism.scan").await as usize;
         vhost.messages("prism.scan", depth).await;
         if depth == 0 && relay.status().await["broker"]["connected"] == true { Ok(()) } else { Err(depth) }
     })
     .await;
 
-    // Blocked by an alarm: accepted, kept, published once after it; longer than the confirm deadline.
+    // Blocked by an alarm for longer than the confirm deadline: events are kept, and published once after it.
     node.memory_alarm(true).await;
     for number in 4..10 {
         relay.post(scan(number)).await.expect(200);
@@ -65,7 +65,7 @@ async fn a_node_that_is_killed_restarted_frozen_and_blocked() {
     .await;
     assert_eq!(relay.metric("prism_relay_broker_blocked", &[]).await, 1.0);
     let connects = relay.status().await["broker"]["connects"].clone();
-    // The deadline of 5 s passes in the time that an alarm takes.
+    // The alarm has to outlast the confirm deadline of 5 s.
     let blocked_at = std::time::Instant::now();
     eventually("the confirm deadline to pass", async || {
         let elapsed = blocked_at.elapsed();
@@ -76,10 +76,10 @@ async fn a_node_that_is_killed_restarted_frozen_and_blocked() {
     let texts: Vec<_> = vhost.messages("prism.scan", 6).await.iter().map(|delivery| delivery.text()).collect();
     assert_eq!(texts, (4..10).map(scan).collect::<Vec<_>>());
     relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
-    assert_eq!(relay.status().await["broker"]["connects"], connects, "no new connection, so nothing twice");
+    assert_eq!(relay.status().await["broker"]["connects"], connects, "the connection survives, so nothing comes twice");
     vhost.assert_empty("prism.scan").await;
 
-    // The same for the disk; and a relay that is stopped meanwhile does not wait for the end of the alarm.
+    // A disk alarm has the same effect. A relay that is stopped during the alarm does not wait for its end.
     node.disk_alarm(true).await;
     let id = relay.post(scan(10)).await.id();
     eventually("the relay to learn that it is blocked", async || {
@@ -94,11 +94,11 @@ async fn a_node_that_is_killed_restarted_frozen_and_blocked() {
 }
 
 #[tokio::test]
-async fn a_broker_that_is_replaced_gets_its_topology_anew() {
+async fn a_broker_that_is_replaced_gets_the_topology_again() {
     let old = Vhost::new(Node::shared().await).await;
     let new = Vhost::new(Node::shared().await).await;
     let wire = Wire::new(old.address());
-    // One url that stops working, and one that leads to an empty broker.
+    // The first URL stops working; the second leads to an empty broker.
     let setup = Setup::new("unused").set("broker.urls", json!([old.url_through(&wire), new.url()]));
     let mut wire = wire;
     let relay = setup.start().await;
@@ -132,7 +132,7 @@ async fn without_its_queue_an_event_goes_to_unrouted_until_the_queue_is_declared
     let mut relay = Relay::start(&vhost).await;
     relay.post(scan(0)).await.expect(200);
     vhost.eventually_depth("prism.scan", 1).await;
-    // What RabbitMQ has confirmed is RabbitMQ's: a purge concerns the operator and nobody else.
+    // The relay does not publish confirmed events again after an operator's purge.
     vhost.purge_queue("prism.scan").await;
     relay.post(scan(1)).await.expect(200);
     assert_eq!(vhost.messages("prism.scan", 1).await[0].text(), scan(1));
@@ -148,7 +148,7 @@ async fn without_its_queue_an_event_goes_to_unrouted_until_the_queue_is_declared
 async fn a_connection_that_an_operator_closes_comes_back() {
     let vhost = Vhost::new(Node::shared().await).await;
     let relay = Relay::start(&vhost).await;
-    // One that is closed before it is of any use is no reconnect.
+    // Closed before it is ready, the connection would not count as one, and the next would be no reconnect.
     relay.eventually_metric("prism_relay_broker_connected", &[], 1.0).await;
     eventually("the connection to be listed and closed", async || match vhost.close_connections().await {
         0 => Err("none listed yet"),
@@ -164,7 +164,7 @@ async fn a_connection_that_an_operator_closes_comes_back() {
 #[tokio::test]
 async fn nacks_keep_the_event_until_the_queue_has_room() {
     let vhost = Vhost::new(Node::shared().await).await;
-    // A connection that lives for shorter than that says nothing again.
+    // A connection that ends sooner than this does not repeat its warning.
     let relay = Setup::new(&vhost.url()).set("broker.reconnect_max", "100ms").start().await;
     let warnings = || relay.log_text().lines().filter(|line| line.contains("(nack)") && line.contains("WARN")).count();
     let policy_is = async |expected: serde_json::Value| {
@@ -174,9 +174,9 @@ async fn nacks_keep_the_event_until_the_queue_has_room() {
         })
         .await;
     };
-    // A queue that is full again is told of again.
+    // A queue that fills up a second time is logged a second time.
     for first in [0, 100_000] {
-        let told = warnings();
+        let logged = warnings();
         relay.post(scan(first)).await.expect(200);
         vhost.eventually_depth("prism.scan", 1).await;
         vhost.set_policy("limit", "^prism.scan$", json!({"max-length": 1})).await;
@@ -190,7 +190,7 @@ async fn nacks_keep_the_event_until_the_queue_has_room() {
             if nacked > nacks { Ok(()) } else { Err(nacked) }
         })
         .await;
-        eventually("a warning", async || if warnings() > told { Ok(()) } else { Err(relay.log_text()) }).await;
+        eventually("a warning", async || if warnings() > logged { Ok(()) } else { Err(relay.log_text()) }).await;
         vhost.delete_policy("limit").await;
         let texts: Vec<_> = vhost
             .messages("prism.scan", (next - first) as usize)
@@ -208,7 +208,7 @@ async fn nacks_keep_the_event_until_the_queue_has_room() {
 }
 
 #[tokio::test]
-async fn wrong_credentials_and_vhosts_are_told_and_do_not_stop_the_relay() {
+async fn wrong_credentials_and_vhosts_are_logged_and_do_not_stop_the_relay() {
     let vhost = Vhost::new(Node::shared().await).await;
     let wrong = [
         (vhost.url_for("guest", "hunter2", vhost.address()), "wrong user, password or virtual host?"),
@@ -227,7 +227,7 @@ async fn wrong_credentials_and_vhosts_are_told_and_do_not_stop_the_relay() {
 }
 
 #[tokio::test]
-async fn a_broker_that_says_nothing_is_given_up_in_time() {
+async fn a_broker_that_does_not_answer_is_given_up_in_time() {
     let vhost = Vhost::new(Node::shared().await).await;
     let wire = Wire::new(vhost.address());
     wire.stall();
@@ -235,7 +235,7 @@ async fn a_broker_that_says_nothing_is_given_up_in_time() {
     let relay = setup.start().await;
     relay.post(scan(1)).await.expect(200);
     relay.eventually_logs("no answer from").await;
-    // Each try takes its thread and its socket along when it ends.
+    // Each try ends its thread and closes its socket.
     eventually("several tries", async || {
         let text = relay.log_text();
         let tries = text.matches("no answer from").count();

@@ -1,5 +1,5 @@
-//! A cluster of three nodes: leaders die, nodes are restarted in turn, the majority goes and comes back, the network
-//! splits. Prism is answered 200 all the while, and nothing is lost, renamed or reordered.
+//! A cluster of three nodes: leaders die, nodes are restarted in turn, the majority is lost and regained, the network
+//! splits. Prism is answered 200 throughout, and nothing is lost, renamed or reordered.
 
 use serde_json::{Value, json};
 
@@ -19,7 +19,7 @@ fn setup(vhost: &Vhost, nodes: &[&Node]) -> Setup {
         .set("broker.connect_timeout", "5s")
 }
 
-/// Waits until the broker has confirmed `count` more.
+/// Waits until the broker has confirmed `count` more events.
 async fn deliveries_go_on(relay: &Relay, count: u32) {
     let confirms = async || relay.metric("prism_relay_publish_total", &[("outcome", "confirmed")]).await;
     let before = confirms().await;
@@ -30,7 +30,7 @@ async fn deliveries_go_on(relay: &Relay, count: u32) {
     .await;
 }
 
-/// Waits until the relay is connected, and not to this node.
+/// Waits until the relay is connected to another node than this one.
 async fn the_relay_leaves(relay: &Relay, node: &Node) {
     eventually(&format!("the relay to leave {}", node.name()), async || {
         let broker = relay.status().await["broker"].clone();
@@ -43,7 +43,7 @@ async fn the_relay_leaves(relay: &Relay, node: &Node) {
 #[tokio::test]
 async fn the_node_that_leads_the_queues_is_killed() {
     let mut cluster = Cluster::turn().await;
-    // Queues are led by the node on which they were declared. One relay is connected to it, and one to another.
+    // The node on which a queue is declared leads it. One relay is connected to that node, the other to another node.
     let (near, far) = (Vhost::new(cluster.node(0)).await, Vhost::new(cluster.node(0)).await);
     let [first, second, third] = [0, 1, 2].map(|index| cluster.node(index));
     let near_relay = setup(&near, &[first, second, third]).start().await;
@@ -86,9 +86,9 @@ async fn all_nodes_are_restarted_one_after_the_other() {
     traffic.arrives(&relay, &vhost).await;
 }
 
-/// A quorum queue that has lost and regained its majority may stay silent for the channels that had published to it:
-/// neither ack nor nack. One relay gives such a channel up while there is no majority; the other one's lives through it,
-/// and its queues lose their leader, too.
+/// A quorum queue that lost and regained its majority may send neither ack nor nack to channels that had published to
+/// it. One relay gives up its channel while there is no majority. The channel of the other relay survives, and its
+/// queues lose their leader as well.
 #[tokio::test]
 async fn the_majority_is_lost_and_regained() {
     let mut cluster = Cluster::turn().await;
@@ -114,7 +114,7 @@ async fn the_majority_is_lost_and_regained() {
     quick_traffic.arrives(&quick_relay, &quick).await;
     patient_traffic.arrives(&patient_relay, &patient).await;
     let silent = patient_relay.log_text().contains("did not confirm a publish within");
-    println!("the channel that lived through it was {}", if silent { "silent" } else { "confirmed" });
+    println!("the surviving channel was {}", if silent { "silent" } else { "confirmed" });
 }
 
 /// A real split of Erlang's network: see [`Cluster::isolate`].
@@ -130,7 +130,7 @@ async fn the_minority_side_of_a_partition_pauses() {
     deliveries_go_on(&bound_relay, 50).await;
 
     cluster.isolate(0).await;
-    // One goes over to the majority; the other one knows only the minority, and keeps everything.
+    // One relay moves to the majority. The other knows only the isolated node and keeps its events.
     the_relay_leaves(&roaming_relay, cluster.node(0)).await;
     deliveries_go_on(&roaming_relay, 50).await;
     bound_relay.eventually_metric("prism_relay_broker_connected", &[], 0.0).await;

@@ -1,4 +1,4 @@
-//! Promises 4 and 7, and the message contract: what goes in comes out, byte for byte, where it belongs.
+//! Promises 4 and 7 and the message contract: each body reaches its queue byte for byte.
 
 use crate::harness::http::{now, sign};
 use crate::harness::{Node, Relay, SECRET, Setup, Vhost};
@@ -36,7 +36,11 @@ async fn odd_but_authentic_bodies_are_relayed_unchanged() {
         format!("\n {{ \"eventType\"\t: \"{scan}\" ,\r\n\"payload\":{{ }} }} \n").into(),
         format!(r#"{{"eventType":"other","payload":1,"eventType":"{scan}"}}"#).into(),
         format!(r#"{{"eventType":"{scan}","payload":{{"n":1e99999,"m":-123456789012345678901234567890.5}}}}"#).into(),
-        r#"{"event\u0054ype":"scan\u002eprocessing.started","payload":{"userToken":"partner-user-42","scanId":"\ud83d\ude00"}}"#.to_string().into(),
+        concat!(
+            r#"{"event\u0054ype":"scan\u002eprocessing.started","#,
+            r#""payload":{"userToken":"partner-user-42","scanId":"\ud83d\ude00"}}"#
+        )
+        .into(),
         format!(r#"{{"eventType":"{scan}","payload":{{"userToken":"Zoë ✓ 日本"}}}}"#).into(),
         format!(r#"{{"eventType":"{scan}","payload":["a new shape"],"new":true}}"#).into(),
         format!(r#"{{"eventType":"{scan}"}}"#).into(),
@@ -50,7 +54,7 @@ async fn odd_but_authentic_bodies_are_relayed_unchanged() {
 }
 
 #[tokio::test]
-async fn what_is_unknown_or_no_envelope_ends_in_unrouted() {
+async fn unknown_types_and_bodies_without_an_envelope_end_in_unrouted() {
     let vhost = Vhost::new(Node::shared().await).await;
     let relay = Relay::start(&vhost).await;
     let long = format!(r#"{{"eventType":"{}"}}"#, "x".repeat(300));
@@ -114,7 +118,7 @@ async fn the_message_carries_the_properties_and_headers_of_the_contract() {
         "traceparent",
         "tracestate",
     ];
-    assert_eq!(names, expected, "neither more nor less");
+    assert_eq!(names, expected, "exactly the headers of the contract");
     use sha2::Digest;
     let fingerprint: String = sha2::Sha256::digest(body).iter().map(|byte| format!("{byte:02x}")).collect();
     assert_eq!(delivery.header("prism-fingerprint"), fingerprint);
@@ -128,7 +132,7 @@ async fn the_message_carries_the_properties_and_headers_of_the_contract() {
 }
 
 #[tokio::test]
-async fn unsigned_events_are_marked_and_signed_ones_among_them_too() {
+async fn signed_and_unsigned_events_are_marked_as_such() {
     let vhost = Vhost::new(Node::shared().await).await;
     let relay = Setup::new(&vhost.url()).set("signature.required", false).start().await;
     relay.eventually_logs("signature.required is false").await;

@@ -1,10 +1,10 @@
-//! The network between the relay and the broker, with its faults. None of them reaches Prism, and none loses anything.
+//! Faults of the network between relay and broker. Prism does not notice them, and no event is lost.
 
 use std::time::Duration;
 
 use crate::harness::{Node, Relay, Setup, Traffic, Vhost, Wire, eventually};
 
-/// Finds out about a silent broker within seconds.
+/// A relay that notices a silent broker within seconds.
 fn setup(vhost: &Vhost, wire: &Wire) -> Setup {
     Setup::new(&vhost.url_through(wire))
         .set("broker.heartbeat", "1s")
@@ -16,7 +16,7 @@ async fn confirms(relay: &Relay) -> f64 {
     relay.metric("prism_relay_publish_total", &[("outcome", "confirmed")]).await
 }
 
-/// Waits until the broker has confirmed something from now on.
+/// Waits until the broker has confirmed another event.
 async fn deliveries_go_on(relay: &Relay) {
     let before = confirms(relay).await;
     eventually("more confirms", async || {
@@ -26,8 +26,8 @@ async fn deliveries_go_on(relay: &Relay) {
     .await;
 }
 
-async fn the_relay_finds_out(relay: &Relay) {
-    eventually("the relay to give the connection up", async || {
+async fn the_relay_gives_up_the_connection(relay: &Relay) {
+    eventually("the relay to give up the connection", async || {
         let status = relay.status().await;
         let connects = status["broker"]["connects"].as_u64();
         if status["broker"]["connected"] == false || connects > Some(1) { Ok(()) } else { Err(status) }
@@ -62,8 +62,8 @@ async fn a_black_hole_without_a_reset() {
     let traffic = Traffic::start(&relay);
     deliveries_go_on(&relay).await;
     wire.stall();
-    the_relay_finds_out(&relay).await;
-    // New connections fall into it, too.
+    the_relay_gives_up_the_connection(&relay).await;
+    // New connections get no answer either.
     relay.eventually_logs("no answer from").await;
     traffic.more(50).await;
     wire.flow();
@@ -79,12 +79,12 @@ async fn a_connection_that_is_open_on_one_side_only() {
     let traffic = Traffic::start(&relay);
     deliveries_go_on(&relay).await;
     wire.lose_the_broker_side();
-    the_relay_finds_out(&relay).await;
+    the_relay_gives_up_the_connection(&relay).await;
     deliveries_go_on(&relay).await;
     traffic.arrives(&relay, &vhost).await;
 }
 
-/// With the relay's own deadlines. The topology is declared in one round trip after the other, and fits into them.
+/// With the default deadlines, which have to suffice for the many round trips that declare the topology.
 #[tokio::test]
 async fn half_a_second_of_latency_each_way() {
     let vhost = Vhost::new(Node::shared().await).await;
@@ -105,7 +105,7 @@ async fn a_thousand_bytes_a_second() {
     let wire = Wire::new(vhost.address());
     wire.set_bandwidth(Some(1000));
     let relay = Setup::new(&vhost.url_through(&wire)).start().await;
-    // More than the line can carry: what does not pass waits on disk.
+    // More than the line can carry: the rest waits on disk.
     let traffic = Traffic::start(&relay);
     deliveries_go_on(&relay).await;
     traffic.more(50).await;

@@ -1,4 +1,4 @@
-//! Events that the broker does not take: kept, counted, in nobody's way, and released when the cause is gone.
+//! Events that the broker does not take: kept and counted, no obstacle to others, released when the cause is gone.
 
 use std::collections::HashSet;
 
@@ -13,7 +13,7 @@ fn event(event_type: &str) -> String {
 #[tokio::test]
 async fn an_event_without_a_queue_is_parked_and_released_when_there_is_one() {
     let vhost = Vhost::new(Node::shared().await).await;
-    // An operator's own topology: no alternate exchange, so what is unknown is returned.
+    // An operator's own topology without an alternate exchange, so unroutable events are returned.
     vhost.create_exchange("prism.events", "topic", json!({})).await;
     vhost.create_queue("prism.scan", json!({"x-queue-type": "quorum"})).await;
     vhost.bind("prism.events", "prism.scan", "scan.#").await;
@@ -27,7 +27,7 @@ async fn an_event_without_a_queue_is_parked_and_released_when_there_is_one() {
         relay.post(event(&format!("other.n{number}"))).await.expect(200);
     }
     let texts: Vec<_> = vhost.messages("prism.scan", 30).await.iter().map(|delivery| delivery.text()).collect();
-    assert_eq!(texts, expected, "the others are not held up");
+    assert_eq!(texts, expected, "the other events are not held up");
     relay.eventually_metric("prism_relay_spool_parked_events", &[], 30.0).await;
     relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
     let spool = relay.status().await["spool"].clone();
@@ -35,9 +35,9 @@ async fn an_event_without_a_queue_is_parked_and_released_when_there_is_one() {
         (spool["accepted"].as_u64(), spool["confirmed"].as_u64(), spool["parked"].as_u64()),
         (Some(60), Some(30), Some(30))
     );
-    // Tried again, and still unroutable: they stay parked, and nothing else is disturbed.
+    // Retried and still unroutable: the events stay parked, and the connection stays open.
     let returned = relay.metric("prism_relay_publish_total", &[("outcome", "returned")]).await;
-    eventually("another try", async || {
+    eventually("another retry of the parked events", async || {
         let now = relay.metric("prism_relay_publish_total", &[("outcome", "returned")]).await;
         if now > returned { Ok(()) } else { Err(now) }
     })
@@ -83,7 +83,7 @@ async fn a_message_that_closes_the_channel_is_found_and_parked() {
             expected.push(body);
         }
     }
-    // The whole backlog at once, the culprits in the middle of the window.
+    // The whole backlog at once, with the culprits in the middle of the window.
     wire.accept();
     relay.eventually_metric("prism_relay_spool_parked_events", &[], 2.0).await;
     relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
@@ -95,7 +95,7 @@ async fn a_message_that_closes_the_channel_is_found_and_parked() {
     let reason = relay.eventually_logs("the broker refuses this event: parked").await;
     assert!(reason["reason"].as_str().unwrap().contains("access to topic"), "{reason}");
     assert_eq!(relay.metric("prism_relay_publish_total", &[("outcome", "refused")]).await, 2.0);
-    // And life goes on.
+    // Later events are delivered.
     relay.post(event("scan.after")).await.expect(200);
     assert_eq!(vhost.messages("prism.scan", 1).await[0].routing_key, "scan.after");
 }
@@ -104,9 +104,9 @@ async fn a_message_that_closes_the_channel_is_found_and_parked() {
 async fn a_message_that_is_too_large_for_the_broker_is_parked_and_released_when_it_is_not() {
     let node = Node::start().await;
     let vhost = Vhost::new(&node).await;
-    // In bytes; RabbitMQ 3 takes 128 MiB unless told otherwise, RabbitMQ 4 takes 16 MiB.
+    // In bytes. The default is 128 MiB in RabbitMQ 3 and 16 MiB in RabbitMQ 4.
     let limit = async |bytes: u32| {
-        // The second place is RabbitMQ 4's.
+        // RabbitMQ 3 reads the environment, RabbitMQ 4 the persistent term.
         let expression = "application:set_env(rabbit, max_message_size, N), persistent_term:put(max_message_size, N).";
         node.ctl(&["eval", &format!("N = {bytes}, {expression}")]).await;
     };
@@ -126,7 +126,7 @@ async fn a_message_that_is_too_large_for_the_broker_is_parked_and_released_when_
 }
 
 #[tokio::test]
-async fn parked_events_that_close_the_channel_again_and_again_hold_up_nobody() {
+async fn parked_events_that_keep_closing_the_channel_do_not_hold_up_others() {
     let node = Node::shared().await;
     let vhost = Vhost::new(node).await;
     let user = user_with_topic_permission(node, &vhost, "^scan\\..*").await;
@@ -162,7 +162,7 @@ async fn missing_permissions_hold_up_everything_and_park_nothing() {
     relay.post(event("scan.first")).await.expect(200);
     vhost.messages("prism.scan", 1).await;
     vhost.permit(&user, ".*", "^prism.(unrouted|dead|scan|future_me)$", ".*").await;
-    // The broker remembers for a while what a connection may do. Of connections the API tells some seconds late.
+    // The broker caches the permissions of a connection. The API lists new connections some seconds late.
     eventually("the relay's connection to be closed", async || {
         vhost.close_connections().await;
         let reconnects = relay.metric("prism_relay_broker_reconnects_total", &[]).await;

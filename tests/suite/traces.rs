@@ -1,4 +1,4 @@
-//! Traces go on through the relay, and an OpenTelemetry collector is told of them.
+//! Traces continue through the relay, and an OpenTelemetry collector gets the spans of the relay.
 
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex};
@@ -16,7 +16,7 @@ use crate::harness::{Node, Relay, SECRET, Setup, Vhost, background, eventually};
 const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
 const BODY: &str = r#"{"eventType":"scan.processing.started","payload":{"userToken":"partner-user-42","scanId":"s"}}"#;
 
-/// Takes what is exported, as the bytes of OTLP's protobuf messages, which hold their texts as they are.
+/// Keeps the bytes of all exports. OTLP's protobuf messages hold their texts unencoded, so tests can search for them.
 struct Collector {
     url: String,
     bodies: Arc<Mutex<Vec<u8>>>,
@@ -76,7 +76,7 @@ async fn post_traced(relay: &Relay, flags: &str) -> String {
 }
 
 #[tokio::test]
-async fn both_spans_of_an_event_are_told_and_the_message_goes_on_from_the_last_one() {
+async fn both_spans_of_an_event_are_exported_and_the_message_continues_the_last_one() {
     let (vhost, collector) = (Vhost::new(Node::shared().await).await, Collector::start().await);
     let mut relay = Setup::new(&vhost.url()).set("traces.endpoint", collector.url.as_str()).start().await;
     let id = post_traced(&relay, "01").await;
@@ -106,7 +106,7 @@ async fn both_spans_of_an_event_are_told_and_the_message_goes_on_from_the_last_o
         "the sender's span is the parent"
     );
     assert!(!collector.has(b"partner-user-42"));
-    // The last spans are not forgotten at the end.
+    // The last spans are exported before the relay exits.
     relay.post(r#"{"eventType":"scan.last","payload":{}}"#).await.expect(200);
     relay.sigterm();
     assert_eq!(relay.wait().await.code, Some(0));
@@ -114,7 +114,7 @@ async fn both_spans_of_an_event_are_told_and_the_message_goes_on_from_the_last_o
 }
 
 #[tokio::test]
-async fn a_trace_that_its_sender_does_not_keep_is_passed_on_and_not_told() {
+async fn a_trace_that_its_sender_did_not_sample_is_passed_on_and_not_exported() {
     let (vhost, collector) = (Vhost::new(Node::shared().await).await, Collector::start().await);
     let setup = Setup::new(&vhost.url()).set("traces.endpoint", collector.url.as_str()).set("traces.sample_ratio", 0);
     let mut relay = setup.start().await;
@@ -129,12 +129,12 @@ async fn a_trace_that_its_sender_does_not_keep_is_passed_on_and_not_told() {
 }
 
 #[tokio::test]
-async fn a_collector_that_is_away_changes_nothing_but_for_a_warning() {
+async fn a_collector_that_is_down_costs_only_a_warning() {
     let vhost = Vhost::new(Node::shared().await).await;
     let relay = Setup::new(&vhost.url()).set("traces.endpoint", "http://127.0.0.1:1").start().await;
     let id = relay.post(BODY).await.id();
     assert_eq!(vhost.messages("prism.scan", 1).await[0].id(), id);
-    relay.eventually_logs("could not be exported").await;
+    relay.eventually_logs("cannot export spans").await;
     let wrong = Setup::new(&vhost.url()).set("traces.endpoint", "collector:4317").run(&["serve"]).await;
     assert!(wrong.code == Some(64) && wrong.stderr.contains("traces.endpoint"), "{wrong:?}");
 }
