@@ -1,9 +1,9 @@
-//! How long to wait before the next try: exponential, with full jitter, so that many relays do not return to a
-//! broker in step. Pure but for the random number that the caller passes in.
+//! The delay before the next try: exponential, with full jitter, so that many relays do not reconnect at the same
+//! moment. Pure: the caller passes the random number.
 
 use std::time::Duration;
 
-/// Counts failures in a row and turns the count into a delay.
+/// Counts consecutive failures and turns the count into a delay.
 #[derive(Debug)]
 pub struct Backoff {
     min: Duration,
@@ -16,16 +16,15 @@ impl Backoff {
         Self { min, max, failures: 0 }
     }
 
-    /// The delay after one more failure: between `min` and `min * 2^failures`, never above `max`.
-    ///
-    /// `random` is a number in `0.0..1.0`.
+    /// The delay after one more failure: between `min` and `min * 2^failures`, and at most `max`. `random` is in
+    /// `0.0..1.0`.
     pub fn next(&mut self, random: f64) -> Duration {
         let ceiling = self.min.saturating_mul(1 << self.failures.min(20)).min(self.max);
         self.failures = self.failures.saturating_add(1);
         self.min + ceiling.saturating_sub(self.min).mul_f64(random.clamp(0.0, 1.0))
     }
 
-    /// Forgets the failures: the last try went well.
+    /// Forgets the failures after a successful try.
     pub fn reset(&mut self) {
         self.failures = 0;
     }

@@ -1,19 +1,20 @@
-//! The message that workers get: from a stored event to AMQP properties, headers and a routing key. Pure.
+//! Makes the message for the workers from a stored event: routing key, AMQP properties, headers. Pure.
 
 use bytes::Bytes;
 use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 
+use crate::broker::short_string;
 use crate::event::{Envelope, Event, INVALID_BODY, TraceContext};
 
-/// Who publishes, for the workers and the management pages.
+/// The publisher's name, for workers and for RabbitMQ's management pages.
 const APP_ID: &str = "prism-relay";
 const CONTENT_TYPE: &str = "application/json";
 /// AMQP 0-9-1: the message survives a restart of the broker.
 const PERSISTENT: u8 = 2;
 
-/// A longer value is left out of the headers. They travel in one frame that nobody checks: RabbitMQ 4.1 insists only
-/// on 8192 bytes for it, and there are at most eight headers. The body has the value anyhow.
+/// Longer values are left out of the headers, because the body has them as well. All headers travel in one frame, which
+/// lapin does not split and for which RabbitMQ 4.1 guarantees only 8192 bytes. There are at most nine headers.
 const HEADER_BYTES_MAX: usize = 512;
 
 /// The arguments of one `basic.publish`, apart from the exchange.
@@ -30,14 +31,14 @@ impl Message {
             .with_delivery_mode(PERSISTENT)
             .with_content_type(CONTENT_TYPE.into())
             .with_app_id(APP_ID.into())
-            .with_message_id(short(event.id.to_string()).unwrap_or_default())
+            .with_message_id(short_string(&event.id.to_string()).expect("a UUID has 36 bytes"))
             .with_timestamp(u64::try_from(event.accepted_ms / 1000).unwrap_or(0))
             .with_headers(headers(event, envelope, trace));
-        // A type that does not fit is in the body.
-        if let Some(event_type) = envelope.and_then(|envelope| short(envelope.event_type.as_ref())) {
+        // A type that is too long is only in the body.
+        if let Some(event_type) = envelope.and_then(|envelope| short_string(&envelope.event_type).ok()) {
             properties = properties.with_type(event_type);
         }
-        let routing_key = short(routing_key(envelope)).unwrap_or_default();
+        let routing_key = short_string(routing_key(envelope)).expect("a routing key has at most 200 bytes");
         Self { routing_key, properties, body: event.body.clone() }
     }
 }
@@ -70,14 +71,9 @@ fn headers(event: &Event, envelope: Option<&Envelope<'_>>, trace: Option<&TraceC
     headers
 }
 
-/// RFC 3339 in UTC, always with three digits for the milliseconds.
+/// RFC 3339 in UTC, always with milliseconds.
 fn received_at(ms: i64) -> Option<String> {
     jiff::Timestamp::from_millisecond(ms).ok().map(|time| format!("{time:.3}"))
-}
-
-/// AMQP's short strings end at 255 bytes.
-fn short(text: impl Into<String>) -> Option<ShortString> {
-    ShortString::try_new(text.into()).ok()
 }
 
 #[cfg(test)]
@@ -105,7 +101,7 @@ mod tests {
     fn header(message: &Message, name: &str) -> Option<String> {
         match message.properties.headers().as_ref()?.inner().get(name)? {
             AMQPValue::LongString(text) => Some(text.to_string()),
-            other => panic!("{name} is no long string: {other:?}"),
+            other => panic!("header {name} is not a long string: {other:?}"),
         }
     }
 
@@ -126,12 +122,12 @@ mod tests {
         assert_eq!(header(&message, "prism-scan-id").unwrap(), "7f2ec6e0-b06d-42b1-b2a1-fff59a458490");
         assert_eq!(header(&message, "prism-state").unwrap(), "READY");
         assert_eq!(header(&message, "prism-verified").unwrap(), "true");
-        assert!(!format!("{properties:?}").contains("partner-user-42"), "userToken is secret");
+        assert!(!format!("{properties:?}").contains("partner-user-42"), "userToken is a secret");
         assert!(!format!("{properties:?}").contains("5304329f"), "userId is not copied");
     }
 
     #[test]
-    fn what_does_not_fit_is_left_out_and_nothing_panics() {
+    fn values_that_are_too_long_are_left_out_and_nothing_panics() {
         let long = "x".repeat(100_000);
         let body = format!(r#"{{"eventType":"{long}","payload":{{"scanId":"{long}","state":"{long}"}}}}"#);
         let message = message(&event(body.as_bytes()));
@@ -141,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn a_body_without_an_envelope_has_a_key_of_its_own() {
+    fn a_body_without_an_envelope_gets_the_key_for_invalid_bodies() {
         let message = message(&event(b"\xff"));
         assert_eq!(message.routing_key.as_str(), "invalid.body");
         assert_eq!(message.properties.kind(), &None);

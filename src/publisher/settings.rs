@@ -6,12 +6,12 @@ use std::time::Duration;
 #[derive(Clone, Debug)]
 pub struct Settings {
     pub exchange: String,
-    /// Unconfirmed publishes at most; at least 1.
+    /// How many publishes may be unconfirmed; at least 1.
     pub window: usize,
     /// At least the heartbeat interval, which is in the URLs.
     pub confirm_timeout: Duration,
     pub reconnect_min: Duration,
     pub reconnect_max: Duration,
-    /// How long a parked event waits before it is tried again.
+    /// How long a parked event waits before the next try.
     pub parked_retry: Duration,
 }
