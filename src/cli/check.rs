@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use super::{Failure, say, topology};
 use crate::broker::{BrokerAccess, BrokerConnection, BrokerUrl};
-use crate::config::{Config, Declare};
+use crate::config::Config;
 use crate::spool::{Inspector, Presence, presence};
 use crate::text::chain;
-use crate::topology::{Comparison, Kind, Plan, compare};
+use crate::topology::{Comparison, Declare, Kind, Plan, compare};
 
 /// For one answer of the broker.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);

@@ -7,11 +7,11 @@ use tokio::time::timeout;
 
 use super::{Failure, Printed, say};
 use crate::broker::{BrokerConnection, BrokerUrl, Management};
-use crate::config::{Config, Declare};
+use crate::config::Config;
 use crate::text::chain;
 use crate::topology::{
-    self, Comparison, Difference, Entity, Kind, Live, Mending, Plan, Remedy, TopologyError, compare, definitions,
-    differences, kind, plain, quote,
+    self, Comparison, Declare, Difference, Entity, Kind, Live, Mending, Plan, Remedy, TopologyError, compare,
+    definitions, differences, kind, plain, quote,
 };
 
 #[derive(clap::Subcommand)]

@@ -18,7 +18,7 @@ pub use secrets::{password_in, read_secret, secrets_in, token_in};
 pub use sections::Purpose;
 use sections::{HOUR, MILLISECOND};
 
-use crate::{broker, ingress, logging, ops, publisher, signature, traces};
+use crate::{broker, ingress, logging, ops, publisher, signature, topology, traces};
 
 /// The whole configuration, checked.
 #[derive(Debug)]
@@ -29,7 +29,7 @@ pub struct Config {
     pub dedupe: Dedupe,
     pub broker: broker::Settings,
     pub publisher: publisher::Settings,
-    pub topology: Topology,
+    pub topology: topology::Spec,
     pub ops: ops::Settings,
     pub log: logging::Settings,
     pub traces: traces::Settings,
@@ -57,51 +57,6 @@ pub struct Dedupe {
     /// Zero: off.
     pub window: Duration,
     pub entries_max: usize,
-}
-
-#[derive(Clone, Debug)]
-pub struct Topology {
-    pub declare: Declare,
-    pub queues: Vec<Queue>,
-    pub archive: Option<Archive>,
-}
-
-/// What the relay does about the topology when it connects.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Declare {
-    /// Creates what is missing.
-    Active,
-    /// Checks that everything exists.
-    Passive,
-    /// Nothing.
-    Off,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Queue {
-    pub name: String,
-    /// At least one.
-    pub bindings: Vec<String>,
-    /// Returns to the queue before a message is given up.
-    pub delivery_limit: u32,
-    /// How long a rejected message waits before each further try; after the last one it is given up.
-    pub retry_delays: Vec<Duration>,
-    /// Implied by `partitions`.
-    pub single_active_consumer: bool,
-    /// At least two.
-    pub partitions: Option<usize>,
-    /// Messages in each queue; the relay keeps what is beyond.
-    pub max_length: Option<usize>,
-    /// After it a message that nobody has taken is given up.
-    pub ttl: Option<Duration>,
-}
-
-/// A stream of everything, from which can be replayed.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Archive {
-    pub name: String,
-    pub max_age: Duration,
-    pub max_bytes: Option<u64>,
 }
 
 /// The section `[shutdown]`.

@@ -10,7 +10,7 @@ use jiff::Timestamp;
 
 use super::raw::Raw;
 use super::secrets::{password_in, secrets_in, token_in};
-use super::{Archive, Declare, Dedupe, Durability, Queue, Spool, Topology};
+use super::{Dedupe, Durability, Spool};
 use crate::broker::{self, BrokerUrl, SHORT_STRING_BYTES_MAX};
 use crate::ingress::{self, HEALTH_PATH};
 use crate::logging::{self, Format};
@@ -18,7 +18,7 @@ use crate::secret::Secret;
 use crate::signature::{self, SECRETS_MAX};
 use crate::text::chain;
 use crate::tls::{self, ClientFiles, ServerFiles};
-use crate::topology::{ARCHIVE, DEAD, Plan, UNROUTED};
+use crate::topology::{ARCHIVE, ArchiveSpec, DEAD, Declare, Plan, QueueSpec, Spec, UNROUTED};
 use crate::{ops, publisher, traces};
 
 /// What the configuration is loaded for.
@@ -168,22 +168,22 @@ pub(super) fn broker(raw: &mut Raw) -> (broker::Settings, publisher::Settings) {
     (broker, publisher)
 }
 
-pub(super) fn topology(raw: &mut Raw, exchange: &str) -> Topology {
+pub(super) fn topology(raw: &mut Raw, exchange: &str) -> Spec {
     let choices = [("active", Declare::Active), ("passive", Declare::Passive), ("off", Declare::Off)];
     let declare = raw.one_of("topology.declare", &choices);
-    let queues: Vec<_> =
+    let queues =
         (0..raw.tables("topology.queues")).map(|index| queue(raw, &format!("topology.queues[{index}]"))).collect();
-    let topology = Topology { declare, queues, archive: archive(raw) };
+    let spec = Spec { declare, queues, archive: archive(raw) };
     // Retry steps and partitions get derived names, which may clash with configured ones.
-    for clash in Plan::new(&topology, exchange).clashes() {
+    for clash in Plan::new(&spec, exchange).clashes() {
         raw.mistake("topology", format_args!("two entities have the same name: {clash}"));
     }
-    topology
+    spec
 }
 
-fn queue(raw: &mut Raw, key: &str) -> Queue {
+fn queue(raw: &mut Raw, key: &str) -> QueueSpec {
     let at = |name: &str| format!("{key}.{name}");
-    let queue = Queue {
+    let queue = QueueSpec {
         name: raw.read(&at("name"), |text| derivable_name(text).map(|()| text.to_owned())).unwrap_or_default(),
         bindings: raw.list(&at("bindings"), |text| match text.len() {
             0..=SHORT_STRING_BYTES_MAX => Ok(text.to_owned()),
@@ -208,14 +208,14 @@ fn queue(raw: &mut Raw, key: &str) -> Queue {
     queue
 }
 
-fn archive(raw: &mut Raw) -> Option<Archive> {
+fn archive(raw: &mut Raw) -> Option<ArchiveSpec> {
     let name = raw.read("topology.archive.name", |text| own_name(text).map(|()| text.to_owned()));
     let max_age = raw.optional_duration("topology.archive.max_age", SECOND..=10_000 * DAY);
     let max_bytes = raw.optional_bytes("topology.archive.max_bytes", MIB..=MIB * MIB);
     if max_age.is_none() && (name.is_some() || max_bytes.is_some()) && !raw.has_mistake("topology.archive.max_age") {
         raw.mistake("topology.archive.max_age", "is missing: set how long events are kept, such as \"30d\"");
     }
-    Some(Archive { name: name.unwrap_or_else(|| ARCHIVE.to_owned()), max_age: max_age?, max_bytes })
+    Some(ArchiveSpec { name: name.unwrap_or_else(|| ARCHIVE.to_owned()), max_age: max_age?, max_bytes })
 }
 
 pub(super) fn ops(raw: &mut Raw) -> ops::Settings {

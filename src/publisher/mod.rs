@@ -32,11 +32,10 @@ pub use status::{BrokerState, ConnectionEvent, Status};
 
 use crate::backoff::Backoff;
 use crate::broker::{BrokerAccess, BrokerConnection, ConnectError, reply_text};
-use crate::config;
 use crate::metrics::Metrics;
 use crate::spool::{ReadError, Spool};
 use crate::text::chain;
-use crate::topology::{self, Plan, TopologyError};
+use crate::topology::{self, Declare, Plan, TopologyError};
 use crate::traces::Traces;
 use pacing::Pacing;
 use session::Session;
@@ -81,7 +80,7 @@ pub struct Publisher {
     settings: Settings,
     access: Arc<BrokerAccess>,
     plan: Plan,
-    declare: config::Declare,
+    declare: Declare,
     status: Arc<Status>,
     traces: Arc<Traces>,
     metrics: Arc<Metrics>,
@@ -92,7 +91,7 @@ impl Publisher {
         spool: Spool,
         settings: Settings,
         access: Arc<BrokerAccess>,
-        topology: &config::Topology,
+        topology: &topology::Spec,
         traces: Arc<Traces>,
         metrics: Arc<Metrics>,
     ) -> Self {

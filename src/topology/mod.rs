@@ -6,6 +6,7 @@ mod diff;
 mod live;
 mod mending;
 mod plan;
+mod spec;
 
 use lapin::options::{ExchangeBindOptions, ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions};
 use lapin::types::{FieldTable, ShortString};
@@ -16,9 +17,9 @@ pub use definitions::{definitions, kind, plain};
 pub use diff::{Difference, Kind, Live, differences};
 pub use mending::{Mending, Remedy, quote};
 pub use plan::{Binding, CONSISTENT_HASH, Entity, Exchange, Plan, Queue, Target};
+pub use spec::{ArchiveSpec, Declare, QueueSpec, Spec};
 
 use crate::broker::{reply_code, reply_text};
-use crate::config::Declare;
 
 /// Fanout exchange and queue for what no work queue is bound to. Fixed, so that every tool finds it.
 pub const UNROUTED: &str = "prism.unrouted";

@@ -19,8 +19,8 @@ use std::time::Duration;
 
 use lapin::types::{AMQPValue, FieldTable, LongString};
 
+use super::spec::{ArchiveSpec, QueueSpec, Spec};
 use super::{DEAD, ExchangeKind, UNROUTED};
-use crate::config::{self, Archive};
 
 /// Has to be enabled on the broker, with which it is shipped.
 pub const CONSISTENT_HASH: &str = "x-consistent-hash";
@@ -70,7 +70,7 @@ pub enum Target {
 }
 
 impl Plan {
-    pub fn new(topology: &config::Topology, exchange: &str) -> Self {
+    pub fn new(spec: &Spec, exchange: &str) -> Self {
         let mut plan = Self::default();
         plan.exchange(UNROUTED, ExchangeKind::Fanout, &[]);
         plan.queue(UNROUTED, &[]);
@@ -79,12 +79,12 @@ impl Plan {
         plan.queue(DEAD, &[]);
         plan.bind(DEAD, Target::Queue(DEAD.to_owned()), "#");
         plan.exchange(exchange, ExchangeKind::Topic, &[("alternate-exchange", text(UNROUTED))]);
-        for queue in &topology.queues {
+        for queue in &spec.queues {
             plan.work_queue(queue, exchange);
             plan.queues.push(queue.name.clone());
         }
-        if let Some(archive) = &topology.archive {
-            plan.archive(archive, &topology.queues, exchange);
+        if let Some(archive) = &spec.archive {
+            plan.archive(archive, &spec.queues, exchange);
         }
         plan
     }
@@ -133,7 +133,7 @@ impl Plan {
 
     /// One queue or several partitions, with what leads to them. What leads there from the exchange comes last, so that no
     /// event finds a way that ends half-way.
-    fn work_queue(&mut self, queue: &config::Queue, exchange: &str) {
+    fn work_queue(&mut self, queue: &QueueSpec, exchange: &str) {
         let name = &queue.name;
         let mut arguments = vec![("x-delivery-limit", AMQPValue::LongLongInt(queue.delivery_limit.into()))];
         if queue.single_active_consumer || queue.partitions.is_some() {
@@ -171,7 +171,7 @@ impl Plan {
     }
 
     /// The way up and back of a rejected message; the exchange where it begins. See the head of this file.
-    fn ladder(&mut self, queue: &config::Queue) -> String {
+    fn ladder(&mut self, queue: &QueueSpec) -> String {
         let name = &queue.name;
         let (rejected, retry) = (format!("{name}.rejected"), format!("{name}.retry"));
         let wait = |step: usize| format!("{retry}.{step}");
@@ -200,7 +200,7 @@ impl Plan {
 
     /// Bound like the work queues, and to what they leave over, instead of by `#`: that would make every event count as
     /// routed, so that none would ever reach the unrouted ones.
-    fn archive(&mut self, archive: &Archive, queues: &[config::Queue], exchange: &str) {
+    fn archive(&mut self, archive: &ArchiveSpec, queues: &[QueueSpec], exchange: &str) {
         let mut arguments = table(&[("x-queue-type", text("stream"))]);
         arguments.insert("x-max-age".into(), text(&format!("{}s", archive.max_age.as_secs())));
         if let Some(bytes) = archive.max_bytes {

@@ -1,0 +1,49 @@
+//! The section `[topology]` of the configuration: which queues there should be, and what the relay may do about them.
+
+use std::time::Duration;
+
+#[derive(Clone, Debug)]
+pub struct Spec {
+    pub declare: Declare,
+    pub queues: Vec<QueueSpec>,
+    pub archive: Option<ArchiveSpec>,
+}
+
+/// What the relay does about the topology when it connects.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Declare {
+    /// It creates what is missing.
+    Active,
+    /// It checks that everything exists.
+    Passive,
+    /// It neither creates nor checks anything.
+    Off,
+}
+
+/// A work queue, with everything that it needs on the broker.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct QueueSpec {
+    pub name: String,
+    /// Topic patterns; at least one.
+    pub bindings: Vec<String>,
+    /// How often a message may return to the queue before it becomes a dead letter.
+    pub delivery_limit: u32,
+    /// How long a rejected message waits before each further attempt; after the last one it becomes a dead letter.
+    pub retry_delays: Vec<Duration>,
+    /// Implied by `partitions`.
+    pub single_active_consumer: bool,
+    /// At least two.
+    pub partitions: Option<usize>,
+    /// The most messages in the queue, or in each partition; the relay keeps the others on disk.
+    pub max_length: Option<usize>,
+    /// A message that no worker has taken by then becomes a dead letter.
+    pub ttl: Option<Duration>,
+}
+
+/// A stream of all events, for `replay`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ArchiveSpec {
+    pub name: String,
+    pub max_age: Duration,
+    pub max_bytes: Option<u64>,
+}
