@@ -1,61 +1,70 @@
-//! What a service manager that listens (systemd, `Type=notify`) is told: ready, stopping, alive (sd_notify(3)); and what it
-//! hands over: sockets that it holds open while one relay ends and the next one begins (sd_listen_fds(3)). Without one
-//! nothing happens.
+//! Talks to the service manager (systemd with `Type=notify`): notifies it of ready, stopping and alive (sd_notify(3)), and
+//! takes the listening sockets that it holds open across restarts (sd_listen_fds(3)). Without a service manager these
+//! functions do nothing.
 
 use std::future::pending;
-use std::io;
 use std::net::TcpListener;
 
 use sd_notify::NotifyState;
+use thiserror::Error;
 use tracing::debug;
 
-/// Listening sockets that were handed over, by the name that they have in their unit (`FileDescriptorName=`).
+/// Listening sockets from the service manager, by their name in the socket unit (`FileDescriptorName=`).
 #[derive(Default)]
 pub struct Listeners {
-    /// `http`, or any other name if it is the only one.
+    /// The socket named `http`, or with any name but `ops`.
     pub http: Option<TcpListener>,
-    /// `ops`.
+    /// The socket named `ops`.
     pub ops: Option<TcpListener>,
 }
 
-/// Takes what was handed over. Each socket has one purpose: a second one for the same is an error, because nobody would
-/// accept its connections.
-pub fn listeners() -> io::Result<Listeners> {
+/// Why the sockets of the service manager cannot be used.
+#[derive(Debug, Error)]
+pub enum SocketActivationError {
+    #[error("cannot read the sockets passed by the service manager")]
+    Read(#[source] sd_listen_fds::Error),
+    #[error("the service manager passed two sockets for {0}; set FileDescriptorName=http on one and =ops on the other")]
+    Duplicate(&'static str),
+}
+
+/// Takes the sockets of the service manager. A second socket for the same listener is an error, because the relay would
+/// never accept its connections.
+pub fn listeners() -> Result<Listeners, SocketActivationError> {
     let mut listeners = Listeners::default();
-    for (name, socket) in sd_listen_fds::get().map_err(io::Error::other)? {
+    for (name, socket) in sd_listen_fds::get().map_err(SocketActivationError::Read)? {
         let (purpose, place) = match name.as_deref() {
             Some("ops") => ("ops", &mut listeners.ops),
             _ => ("http", &mut listeners.http),
         };
         if place.replace(TcpListener::from(socket)).is_some() {
-            let what = format!("the service manager hands over two sockets for {purpose}; name them http and ops");
-            return Err(io::Error::other(what));
+            return Err(SocketActivationError::Duplicate(purpose));
         }
     }
     Ok(listeners)
 }
 
-/// Webhooks are accepted.
+/// Reports that the relay accepts webhooks.
 pub fn ready() {
-    tell(&[NotifyState::Ready]);
+    notify(&[NotifyState::Ready]);
 }
 
+/// Reports that the relay is shutting down.
 pub fn stopping() {
-    tell(&[NotifyState::Stopping]);
+    notify(&[NotifyState::Stopping]);
 }
 
-/// Tells for ever that this process gets to run its tasks, twice as often as it is asked to (`WatchdogSec=`).
+/// Reports twice per `WatchdogSec=` that the process still runs its tasks. Never returns.
 pub async fn watchdog() {
     let Some(limit) = sd_notify::watchdog_enabled() else { return pending().await };
-    let mut beats = tokio::time::interval(limit / 2);
+    let mut ticks = tokio::time::interval(limit / 2);
     loop {
-        beats.tick().await;
-        tell(&[NotifyState::Watchdog]);
+        ticks.tick().await;
+        notify(&[NotifyState::Watchdog]);
     }
 }
 
-fn tell(state: &[NotifyState]) {
+fn notify(state: &[NotifyState]) {
     if let Err(error) = sd_notify::notify(state) {
-        debug!(%error, "the service manager cannot be told");
+        debug!(%error, "cannot notify the service manager");
     }
 }

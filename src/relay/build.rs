@@ -59,7 +59,7 @@ pub(super) async fn build(config: Config) -> Result<Built, RelayError> {
     raise_descriptor_limit(config.http.connections_max);
     let metrics = Arc::new(Metrics::new());
     let (spool, spool_writer) = open_spool(&config, Arc::clone(&metrics)).await?;
-    let sockets = service_manager::listeners().map_err(RelayError::SocketActivation)?;
+    let sockets = service_manager::listeners()?;
     let is_handed_over = sockets.http.is_some();
     let listener = server::listen(config.http.listen, "http.listen", sockets.http).await?;
     let ops_listener = server::listen(config.ops.listen, "ops.listen", sockets.ops).await?;

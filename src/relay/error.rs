@@ -4,6 +4,7 @@ use thiserror::Error;
 
 use crate::publisher::PublisherError;
 use crate::server::BindError;
+use crate::service_manager::SocketActivationError;
 use crate::spool::OpenError;
 use crate::tls::TlsError;
 use crate::traces::TracesError;
@@ -16,7 +17,7 @@ pub enum RelayError {
     #[error(transparent)]
     Spool(#[from] OpenError),
     #[error(transparent)]
-    SocketActivation(std::io::Error),
+    SocketActivation(#[from] SocketActivationError),
     #[error(transparent)]
     Bind(#[from] BindError),
     #[error("cannot read the address of {key}")]
