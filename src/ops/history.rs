@@ -15,17 +15,17 @@ const POINTS_MAX: usize = 180;
 #[derive(Default)]
 pub struct History {
     points: VecDeque<Point>,
-    before: Option<(Instant, Totals)>,
+    before: Option<(Instant, Counters)>,
 }
 
 /// Counters since the start of the process, or of the spool's life.
 #[derive(Clone, Debug, Default)]
-pub struct Totals {
+pub struct Counters {
     /// Webhooks that were answered 200, re-sends among them.
     pub accepted: u64,
     pub refused: u64,
     /// Of the refused ones, by code, those that were meant for us.
-    pub mistaken: BTreeMap<&'static str, u64>,
+    pub refused_by_code: BTreeMap<&'static str, u64>,
     pub confirmed: u64,
 }
 
@@ -43,44 +43,44 @@ pub struct Point {
     pub lag_p50_ms: Option<u64>,
     pub lag_p99_ms: Option<u64>,
     #[serde(skip)]
-    counts: Counts,
+    increase: Increase,
 }
 
 /// Webhooks since the point before.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Counts {
+pub struct Increase {
     pub accepted: u64,
-    pub mistaken: BTreeMap<&'static str, u64>,
+    pub refused_by_code: BTreeMap<&'static str, u64>,
 }
 
-impl Totals {
+impl Counters {
     /// Counters may fall when a spool is mended.
-    fn since(&self, before: &Self) -> Counts {
-        let mistaken = self
-            .mistaken
+    fn since(&self, before: &Self) -> Increase {
+        let refused_by_code = self
+            .refused_by_code
             .iter()
-            .map(|(code, count)| (*code, count.saturating_sub(before.mistaken.get(code).copied().unwrap_or(0))));
-        let mistaken = mistaken.filter(|(_, count)| *count > 0).collect();
-        Counts { accepted: self.accepted.saturating_sub(before.accepted), mistaken }
+            .map(|(code, count)| (*code, count.saturating_sub(before.refused_by_code.get(code).copied().unwrap_or(0))));
+        let refused_by_code = refused_by_code.filter(|(_, count)| *count > 0).collect();
+        Increase { accepted: self.accepted.saturating_sub(before.accepted), refused_by_code }
     }
 }
 
 impl History {
     /// Adds a point; the first call only learns where the counters stand. `at` is for the label, `now` measures.
-    pub fn add(&mut self, totals: Totals, depth: u64, lags: &Lags, at: Timestamp, now: Instant) -> Option<Point> {
-        let (then, before) = self.before.replace((now, totals.clone()))?;
+    pub fn add(&mut self, counters: Counters, depth: u64, lags: &Lags, at: Timestamp, now: Instant) -> Option<Point> {
+        let (then, before) = self.before.replace((now, counters.clone()))?;
         let seconds = now.saturating_duration_since(then).as_secs_f64().max(0.001);
-        let counts = totals.since(&before);
+        let increase = counters.since(&before);
         let rate = |count: u64| count as f64 / seconds;
         let point = Point {
             at: at.as_second(),
-            accepted: rate(counts.accepted),
-            refused: rate(totals.refused.saturating_sub(before.refused)),
-            confirmed: rate(totals.confirmed.saturating_sub(before.confirmed)),
+            accepted: rate(increase.accepted),
+            refused: rate(counters.refused.saturating_sub(before.refused)),
+            confirmed: rate(counters.confirmed.saturating_sub(before.confirmed)),
             depth,
             lag_p50_ms: lags.quantile(0.5),
             lag_p99_ms: lags.quantile(0.99),
-            counts,
+            increase,
         };
         if self.points.len() == POINTS_MAX {
             self.points.pop_front();
@@ -95,14 +95,14 @@ impl History {
     }
 
     /// Webhooks within about the last `span`, those since the last point included.
-    pub fn lately(&self, span: Duration, totals: &Totals) -> Counts {
+    pub fn recent_increase(&self, span: Duration, counters: &Counters) -> Increase {
         let points = (span.as_secs() / INTERVAL.as_secs()) as usize;
-        let newest = self.before.as_ref().map(|(_, before)| totals.since(before)).unwrap_or_default();
-        let recent = self.points.iter().rev().take(points).map(|point| &point.counts);
-        recent.fold(newest, |mut sum, counts| {
-            sum.accepted += counts.accepted;
-            for (code, count) in &counts.mistaken {
-                *sum.mistaken.entry(code).or_default() += count;
+        let newest = self.before.as_ref().map(|(_, before)| counters.since(before)).unwrap_or_default();
+        let recent = self.points.iter().rev().take(points).map(|point| &point.increase);
+        recent.fold(newest, |mut sum, increase| {
+            sum.accepted += increase.accepted;
+            for (code, count) in &increase.refused_by_code {
+                *sum.refused_by_code.entry(code).or_default() += count;
             }
             sum
         })
@@ -118,27 +118,27 @@ mod tests {
         let (mut history, start) = (History::default(), Instant::now());
         // The wall clock jumps back in the middle, which no rate may notice.
         let at = |second: i64| Timestamp::from_second(1_000_000 + if second == 10 { -3600 } else { second }).unwrap();
-        let totals = |count: u64| Totals {
+        let counters = |count: u64| Counters {
             accepted: count,
             refused: 2 * count,
-            mistaken: [("invalid-signature", count)].into(),
+            refused_by_code: [("invalid-signature", count)].into(),
             confirmed: count / 2,
         };
         let mut add = |count, depth, second: i64| {
             let now = start + Duration::from_secs(second as u64);
-            history.add(totals(count), depth, &Lags::default(), at(second), now)
+            history.add(counters(count), depth, &Lags::default(), at(second), now)
         };
         assert_eq!(add(100, 0, 0), None);
         let point = add(150, 7, 5).unwrap();
         assert_eq!((point.accepted, point.refused, point.confirmed, point.depth), (10.0, 20.0, 5.0, 7));
         assert_eq!(add(200, 0, 10).unwrap().accepted, 10.0);
         assert_eq!(add(0, 0, 15).unwrap().accepted, 0.0, "a counter that fell");
-        let lately = history.lately(Duration::from_secs(15), &totals(3));
-        assert_eq!(lately, Counts { accepted: 103, mistaken: [("invalid-signature", 103)].into() });
-        assert_eq!(history.lately(Duration::from_secs(5), &totals(3)).accepted, 3);
+        let recent = history.recent_increase(Duration::from_secs(15), &counters(3));
+        assert_eq!(recent, Increase { accepted: 103, refused_by_code: [("invalid-signature", 103)].into() });
+        assert_eq!(history.recent_increase(Duration::from_secs(5), &counters(3)).accepted, 3);
         for second in 4..1000 {
             let now = start + Duration::from_secs(second * 5);
-            history.add(totals(0), 0, &Lags::default(), at(0), now);
+            history.add(counters(0), 0, &Lags::default(), at(0), now);
         }
         assert_eq!(history.points().len(), POINTS_MAX);
     }

@@ -1,28 +1,25 @@
 //! The operators' listener: health, metrics, the console and its `/api`. It stays up until the very end, so that a drain
 //! can be watched.
 
+mod auth;
 mod console;
-mod gate;
 mod history;
 mod report;
+mod response;
 mod settings;
 mod summary;
 mod view;
 
-use std::convert::Infallible;
 use std::net::SocketAddr;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use futures_util::Stream;
 use futures_util::stream::{self, StreamExt};
-use http_body_util::{BodyExt, Either, Full, Limited, StreamBody};
-use hyper::body::{Frame, Incoming};
-use hyper::header::{ACCEPT, ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue, LOCATION, SET_COOKIE};
+use http_body_util::{BodyExt, Limited};
+use hyper::body::Incoming;
+use hyper::header::{ACCEPT, HeaderValue, SET_COOKIE};
 use hyper::{Method, Request, Response, StatusCode};
-use serde::Serialize;
 use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::sync::broadcast;
@@ -37,10 +34,12 @@ use crate::metrics;
 use crate::server::{Limits, Server};
 use crate::spool::AppendError;
 use crate::text::chain;
-use gate::Denied;
-pub use gate::Gate;
+use auth::Denied;
+pub use auth::OpsAuth;
+use response::{Answer, event_stream, json, method_not_allowed, not_found, problem, response, see_other};
+use response::{server_sent_event, text};
 pub use settings::Settings;
-pub use view::Parts;
+pub use view::Sources;
 use view::{Action, View, ViewError};
 
 /// Operators and their scrapers are few, and patient.
@@ -63,30 +62,29 @@ const FEED_CAPACITY: usize = 16;
 const LOGIN_BYTES_MAX: usize = 4096;
 const LOGIN_TIMEOUT: Duration = Duration::from_secs(10);
 
-type News = Pin<Box<dyn Stream<Item = Result<Frame<Bytes>, Infallible>> + Send>>;
-/// An answer that is there at once, or one that goes on.
-type Answer = Either<Full<Bytes>, StreamBody<News>>;
-
 /// The operators' listener, bound but not yet serving.
 pub struct Ops {
     server: Server,
-    desk: Desk,
+    handler: OpsHandler,
 }
 
 #[derive(Clone)]
-struct Desk {
+struct OpsHandler {
     view: Arc<View>,
-    gate: Arc<Gate>,
+    auth: Arc<OpsAuth>,
     feed: broadcast::Sender<Bytes>,
     log_limiter: Arc<LogLimiter>,
 }
 
 impl Ops {
     /// An operators' listener on a socket that is already bound.
-    pub fn new(listener: TcpListener, gate: Arc<Gate>, parts: Parts) -> Self {
-        let server = Server::new(listener, "ops", LIMITS, None, &parts.metrics);
+    pub fn new(listener: TcpListener, auth: Arc<OpsAuth>, sources: Sources) -> Self {
+        let server = Server::new(listener, "ops", LIMITS, None, &sources.metrics);
         let (feed, _) = broadcast::channel(FEED_CAPACITY);
-        Self { server, desk: Desk { view: Arc::new(View::new(parts)), gate, feed, log_limiter: Arc::default() } }
+        Self {
+            server,
+            handler: OpsHandler { view: Arc::new(View::new(sources)), auth, feed, log_limiter: Arc::default() },
+        }
     }
 
     pub fn address(&self) -> std::io::Result<SocketAddr> {
@@ -95,19 +93,19 @@ impl Ops {
 
     /// Serves, and keeps the charts going, for as long as the relay lives.
     pub async fn run(self, shutdown: CancellationToken) {
-        let Self { server, desk } = self;
-        let observer = desk.clone();
+        let Self { server, handler } = self;
+        let sampler = handler.clone();
         let handler = move |request: Request<Incoming>, peer| {
-            let desk = desk.clone();
-            async move { desk.answer(request, peer).await }
+            let handler = handler.clone();
+            async move { handler.answer(request, peer).await }
         };
-        tokio::join!(server.run(handler, shutdown), observer.observe());
+        tokio::join!(server.run(handler, shutdown), sampler.sample_and_announce());
     }
 }
 
-impl Desk {
+impl OpsHandler {
     /// Takes the points for the charts, and tells the consoles what is new.
-    async fn observe(self) {
+    async fn sample_and_announce(self) {
         let (mut status, mut points) = (interval(STATUS_EVERY), interval(history::INTERVAL));
         // The first point was taken at the start.
         points.tick().await;
@@ -120,36 +118,36 @@ impl Desk {
                     if self.feed.receiver_count() == 0 {
                         continue;
                     }
-                    Some(self.status_news().await)
+                    Some(self.status_event().await)
                 }
-                _ = points.tick() => self.view.sample().map(|point| news("point", &point)),
+                _ = points.tick() => self.view.sample().map(|point| server_sent_event("point", &point)),
             };
             // Nobody has to be listening.
             let _ = news.map(|news| self.feed.send(news));
         }
     }
 
-    async fn status_news(&self) -> Bytes {
-        news("status", &self.view.report().await)
+    async fn status_event(&self) -> Bytes {
+        server_sent_event("status", &self.view.report().await)
     }
 
     async fn answer(&self, request: Request<Incoming>, peer: SocketAddr) -> Response<Answer> {
         let path = request.uri().path().to_owned();
-        let looking = matches!(*request.method(), Method::GET | Method::HEAD);
-        match (looking, path.as_str()) {
+        let reading = matches!(*request.method(), Method::GET | Method::HEAD);
+        match (reading, path.as_str()) {
             (true, "/livez") => text(StatusCode::OK, "alive\n"),
             (true, "/readyz") => readiness(self.view.health()),
             (true, "/metrics") => self.metrics(&request).await,
             (true, "/login") => console::login(),
             (false, "/login") if request.method() == Method::POST => self.log_in(request, peer).await,
-            (true, "/") => match self.gate.may_look(request.headers()) {
-                Ok(()) => console::page(self.gate.action_token()),
+            (true, "/") => match self.auth.may_read(request.headers()) {
+                Ok(()) => console::page(self.auth.action_token()),
                 Err(Denied::LoginNeeded) => see_other("/login"),
                 Err(denied) => deny(denied),
             },
             (true, path) if !path.starts_with("/api/") => console::file(path).unwrap_or_else(not_found),
-            (looking, path) if path.starts_with("/api/") => {
-                let answer = if looking { self.tell(&request).await } else { self.act(&request).await };
+            (reading, path) if path.starts_with("/api/") => {
+                let answer = if reading { self.get(&request).await } else { self.post(&request).await };
                 answer.unwrap_or_else(|error| {
                     if let Some(unreported) = self.log_limiter.due("answer", Instant::now()) {
                         error!(error = chain(&error), path, unreported, "cannot answer an operator");
@@ -172,8 +170,8 @@ impl Desk {
     }
 
     /// `GET /api/...`
-    async fn tell(&self, request: &Request<Incoming>) -> Result<Response<Answer>, ViewError> {
-        if let Err(denied) = self.gate.may_look(request.headers()) {
+    async fn get(&self, request: &Request<Incoming>) -> Result<Response<Answer>, ViewError> {
+        if let Err(denied) = self.auth.may_read(request.headers()) {
             return Ok(deny(denied));
         }
         Ok(match request.uri().path() {
@@ -195,7 +193,7 @@ impl Desk {
     }
 
     /// `POST /api/parked/<id>/<what>`
-    async fn act(&self, request: &Request<Incoming>) -> Result<Response<Answer>, ViewError> {
+    async fn post(&self, request: &Request<Incoming>) -> Result<Response<Answer>, ViewError> {
         let parts: Vec<_> = request.uri().path().split('/').skip(1).collect();
         let (id, action) = match parts[..] {
             ["api", "parked", id, "retry"] => (id, Action::Retry),
@@ -205,7 +203,7 @@ impl Desk {
         if request.method() != Method::POST {
             return Ok(method_not_allowed("POST"));
         }
-        if let Err(denied) = self.gate.may_act(request.headers()) {
+        if let Err(denied) = self.auth.may_act(request.headers()) {
             return Ok(deny(denied));
         }
         let gone = || problem(StatusCode::NOT_FOUND, "there is no such parked event");
@@ -220,7 +218,7 @@ impl Desk {
     /// Server-sent events (the HTML standard, section 9.2): how things are now, and then whatever is new.
     async fn stream(&self) -> Response<Answer> {
         let feed = self.feed.subscribe();
-        let first = stream::iter([self.status_news().await]);
+        let first = stream::iter([self.status_event().await]);
         let rest = stream::unfold(feed, |mut feed| async {
             loop {
                 match feed.recv().await {
@@ -231,12 +229,7 @@ impl Desk {
                 }
             }
         });
-        let news: News = Box::pin(first.chain(rest).map(|news| Ok(Frame::data(news))));
-        let mut response = Response::new(Either::Right(StreamBody::new(news)));
-        let headers = response.headers_mut();
-        headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
-        headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
-        response
+        event_stream(first.chain(rest))
     }
 
     async fn log_in(&self, request: Request<Incoming>, peer: SocketAddr) -> Response<Answer> {
@@ -244,7 +237,7 @@ impl Desk {
         let Ok(Ok(body)) = body else { return problem(StatusCode::BAD_REQUEST, "the form could not be read") };
         let body = body.to_bytes();
         let token = form_urlencoded::parse(&body).find(|(name, _)| name == "token");
-        let cookie = token.and_then(|(_, token)| self.gate.log_in(&token));
+        let cookie = token.and_then(|(_, token)| self.auth.log_in(&token));
         match cookie.map(HeaderValue::try_from) {
             Some(Ok(cookie)) => {
                 let mut response = see_other("/");
@@ -261,42 +254,19 @@ impl Desk {
     }
 }
 
-/// A server-sent event.
-fn news(name: &str, data: &impl Serialize) -> Bytes {
-    // These types are made of strings and numbers, so serialising them cannot fail.
-    let data = serde_json::to_string(data).unwrap_or_default();
-    Bytes::from(format!("event: {name}\ndata: {data}\n\n"))
-}
-
 fn deny(denied: Denied) -> Response<Answer> {
     match denied {
         Denied::LoginNeeded => problem(StatusCode::UNAUTHORIZED, "this needs ops.token, as a bearer or by logging in"),
-        Denied::NoTokenSet => problem(
+        Denied::NoToken => problem(
             StatusCode::FORBIDDEN,
             "ops.listen is not on loopback, so the console and /api need ops.token, and it is not set",
         ),
-        Denied::ForeignName => problem(
+        Denied::UnknownHost => problem(
             StatusCode::FORBIDDEN,
             "without ops.token this listener answers only when it is asked for by its address or as localhost",
         ),
         Denied::ForeignOrigin => problem(StatusCode::FORBIDDEN, "actions are for the console's own page"),
     }
-}
-
-fn not_found() -> Response<Answer> {
-    text(StatusCode::NOT_FOUND, "there are /, /livez, /readyz, /metrics and /api/status\n")
-}
-
-fn see_other(place: &'static str) -> Response<Answer> {
-    let mut response = text(StatusCode::SEE_OTHER, "");
-    response.headers_mut().insert(LOCATION, HeaderValue::from_static(place));
-    response
-}
-
-fn method_not_allowed(allowed: &'static str) -> Response<Answer> {
-    let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "this path does not take that method\n");
-    response.headers_mut().insert(ALLOW, HeaderValue::from_static(allowed));
-    response
 }
 
 /// The answer to `GET /readyz`.
@@ -313,29 +283,4 @@ fn readiness(health: &Health) -> Response<Answer> {
         "type": "about:blank", "title": title, "status": status.as_u16(), "detail": reason.to_string(), "code": code,
     });
     response(status, "application/problem+json", problem.to_string())
-}
-
-/// RFC 9457.
-fn problem(status: StatusCode, detail: &str) -> Response<Answer> {
-    let title = status.canonical_reason().unwrap_or_default();
-    let problem = json!({ "type": "about:blank", "title": title, "status": status.as_u16(), "detail": detail });
-    response(status, "application/problem+json", problem.to_string())
-}
-
-fn json(status: StatusCode, body: &impl Serialize) -> Response<Answer> {
-    // These types are made of strings and numbers, so serialising them cannot fail.
-    let mut response = response(status, "application/json", serde_json::to_vec(body).unwrap_or_default());
-    response.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
-    response
-}
-
-fn text(status: StatusCode, text: &'static str) -> Response<Answer> {
-    response(status, "text/plain; charset=utf-8", text)
-}
-
-fn response(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>) -> Response<Answer> {
-    let mut response = Response::new(Either::Left(Full::new(body.into())));
-    *response.status_mut() = status;
-    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
-    response
 }

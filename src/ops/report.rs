@@ -5,7 +5,7 @@ use serde::Serialize;
 use std::collections::BTreeMap;
 use uuid::Uuid;
 
-use super::summary::{Refusing, Summary};
+use super::summary::{RecentRefusals, Summary};
 use crate::event::{Envelope, subject};
 use crate::publisher::{BrokerState, ConnectionEvent};
 use crate::recent::{Arrival, Counts, Tally};
@@ -24,7 +24,7 @@ pub struct Report {
     pub draining: bool,
     pub summary: Summary,
     /// Webhooks that were meant for us and are being refused.
-    pub refusing: Option<Refusing>,
+    pub refusing: Option<RecentRefusals>,
     pub webhooks: WebhookReport,
     pub last: LastReport,
     pub spool: SpoolReport,

@@ -26,7 +26,7 @@ pub enum Level {
 
 /// Webhooks that were meant for us are being refused.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Refusing {
+pub struct RecentRefusals {
     /// The most frequent `code`.
     pub reason: &'static str,
     /// Within the last five minutes.
@@ -53,13 +53,13 @@ pub struct Facts {
     /// Why there is no connection.
     pub error: Option<String>,
     /// For how long the connection has been as it is.
-    pub unchanged: Duration,
+    pub broker_state_age: Duration,
     pub last_confirm: Option<Duration>,
     pub last_accepted: Option<Duration>,
     /// Webhooks within the last five minutes.
-    pub lately_accepted: u64,
+    pub recent_accepted: u64,
     /// Those that were meant for us, by `code`.
-    pub lately_refused: BTreeMap<&'static str, u64>,
+    pub recent_refused: BTreeMap<&'static str, u64>,
 }
 
 /// A spool that is fuller than this is worth a warning.
@@ -74,7 +74,7 @@ const REFUSALS_MIN: u64 = 5;
 const UNSIGNED_REFUSALS_MIN: u64 = 20;
 
 impl Facts {
-    pub fn sum_up(&self) -> Summary {
+    pub fn summarize(&self) -> Summary {
         let (level, text) = self
             .not_accepting()
             .or_else(|| self.not_delivering())
@@ -89,11 +89,11 @@ impl Facts {
     }
 
     /// Webhooks that were meant for us and are being refused, if there are more than a few.
-    pub fn refusing(&self) -> Option<Refusing> {
-        let count = self.lately_refused.values().sum();
-        let (reason, _) = self.lately_refused.iter().max_by_key(|(_, count)| **count)?;
+    pub fn refusing(&self) -> Option<RecentRefusals> {
+        let count = self.recent_refused.values().sum();
+        let (reason, _) = self.recent_refused.iter().max_by_key(|(_, count)| **count)?;
         let enough = if *reason == "missing-signature" { UNSIGNED_REFUSALS_MIN } else { REFUSALS_MIN };
-        (count >= enough).then_some(Refusing { reason, count, all: self.lately_accepted == 0 })
+        (count >= enough).then_some(RecentRefusals { reason, count, all: self.recent_accepted == 0 })
     }
 
     fn not_accepting(&self) -> Option<(Level, String)> {
@@ -129,13 +129,13 @@ impl Facts {
         };
         let meanwhile =
             self.refusing().map_or("Prism is being answered normally.".to_owned(), |refusing| refusing.text());
-        let brief = !self.connected && self.unchanged < BRIEF;
+        let brief = !self.connected && self.broker_state_age < BRIEF;
         let level = if brief { Level::Warning } else { Level::Problem };
         Some((level, format!("{why}; {kept}. {meanwhile}")))
     }
 
     fn why_not_delivering(&self) -> Option<String> {
-        let time = span(self.unchanged);
+        let time = span(self.broker_state_age);
         if let (true, blocked) = (self.connected, &self.blocked) {
             return blocked.as_ref().map(|reason| format!("RabbitMQ has been refusing messages for {time} ({reason})"));
         }
@@ -221,7 +221,7 @@ impl Facts {
     }
 }
 
-impl Refusing {
+impl RecentRefusals {
     fn text(&self) -> String {
         let cause = match self.reason {
             "invalid-signature" => "they are signed with another secret than the relay knows, or a proxy changes them",
@@ -273,7 +273,7 @@ mod tests {
             writable: true,
             connected: true,
             max_bytes: 1 << 30,
-            unchanged: 60 * MINUTE,
+            broker_state_age: 60 * MINUTE,
             last_confirm: Some(Duration::from_secs(3)),
             last_accepted: Some(Duration::from_secs(3)),
             ..Facts::default()
@@ -281,7 +281,7 @@ mod tests {
     }
 
     fn says(facts: &Facts, level: Level, text: &str) {
-        assert_eq!(facts.sum_up(), Summary { level, text: text.to_owned() });
+        assert_eq!(facts.summarize(), Summary { level, text: text.to_owned() });
     }
 
     #[test]
@@ -294,7 +294,8 @@ mod tests {
 
     #[test]
     fn rabbitmq_is_down_or_blocked() {
-        let kept = Facts { pending: 1204, oldest: Some(Duration::from_secs(230)), unchanged: 4 * MINUTE, ..well() };
+        let kept =
+            Facts { pending: 1204, oldest: Some(Duration::from_secs(230)), broker_state_age: 4 * MINUTE, ..well() };
         let text = "1,204 events are safe on disk, the oldest for 3 min 50 s. Prism is being answered normally.";
         let down = Facts { connected: false, ..kept.clone() };
         says(&down, Level::Problem, &format!("RabbitMQ has been unreachable for 4 min; {text}"));
@@ -304,19 +305,19 @@ mod tests {
             Level::Problem,
             &format!("RabbitMQ has been refusing messages for 4 min (low on memory); {text}"),
         );
-        let brief = Facts { connected: false, unchanged: Duration::from_secs(2), ..well() };
-        assert_eq!(brief.sum_up().level, Level::Warning);
+        let brief = Facts { connected: false, broker_state_age: Duration::from_secs(2), ..well() };
+        assert_eq!(brief.summarize().level, Level::Warning);
     }
 
     #[test]
     fn the_spool_fills_up_or_cannot_be_written() {
         let nearly = Facts { bytes: 900 << 20, pending: 5, ..well() };
         says(&nearly, Level::Warning, "All is well; 5 events are on the way to RabbitMQ. The spool is 88 % full.");
-        let full = Facts { bytes: 1 << 30, connected: false, unchanged: 100 * MINUTE, ..well() };
-        let text = full.sum_up().text;
+        let full = Facts { bytes: 1 << 30, connected: false, broker_state_age: 100 * MINUTE, ..well() };
+        let text = full.summarize().text;
         assert!(text.starts_with("The spool is full, so webhooks are answered 503"), "{text}");
         assert!(text.ends_with("RabbitMQ has been unreachable for 1 h 40 min."), "{text}");
-        assert_eq!(Facts { writable: false, ..well() }.sum_up().level, Level::Problem);
+        assert_eq!(Facts { writable: false, ..well() }.summarize().level, Level::Problem);
     }
 
     #[test]
@@ -324,26 +325,26 @@ mod tests {
         let refused = |counts: &[(&'static str, u64)]| counts.iter().copied().collect::<BTreeMap<_, _>>();
         // One stray request does not hide the cause.
         let counts = refused(&[("invalid-signature", 86), ("unreadable-body", 1)]);
-        let refusing = Facts { lately_refused: counts, ..well() };
-        let Summary { level, text } = refusing.sum_up();
+        let refusing = Facts { recent_refused: counts, ..well() };
+        let Summary { level, text } = refusing.summarize();
         assert!(level == Level::Problem && text.starts_with("Every webhook is being refused (87 in"), "{text}");
         assert!(text.contains("another secret"), "{text}");
-        let some = Facts { lately_accepted: 500, ..refusing.clone() };
-        let Summary { level, text } = some.sum_up();
+        let some = Facts { recent_accepted: 500, ..refusing.clone() };
+        let Summary { level, text } = some.summarize();
         assert!(level == Level::Warning && text.starts_with("87 webhooks were refused"), "{text}");
-        let both = Facts { connected: false, ..refusing }.sum_up().text;
+        let both = Facts { connected: false, ..refusing }.summarize().text;
         assert!(both.contains("unreachable") && both.contains("Every webhook") && !both.contains("normally"), "{both}");
-        let scanner = Facts { lately_refused: refused(&[("missing-signature", 10)]), ..well() };
-        assert_eq!((scanner.sum_up().level, scanner.refusing()), (Level::Ok, None));
+        let scanner = Facts { recent_refused: refused(&[("missing-signature", 10)]), ..well() };
+        assert_eq!((scanner.summarize().level, scanner.refusing()), (Level::Ok, None));
     }
 
     #[test]
     fn rabbitmq_says_why() {
         let error = Some("the broker rejected a publish (nack): a queue is full, or has no leader".to_owned());
         let nacked = Facts { connected: false, error, ..well() };
-        let text = nacked.sum_up().text;
+        let text = nacked.summarize().text;
         assert!(text.starts_with("Nothing has been delivered to RabbitMQ for 1 h (the broker rejected"), "{text}");
-        let parked = Facts { connected: false, parked: 2, ..well() }.sum_up().text;
+        let parked = Facts { connected: false, parked: 2, ..well() }.summarize().text;
         assert!(parked.ends_with("2 events are parked, because RabbitMQ does not take them."), "{parked}");
     }
 

@@ -1,4 +1,4 @@
-//! What there is to see: gathers from the parts of the relay what the pages and `/api` tell.
+//! What there is to see: gathers from the sources of the relay what the pages and `/api` tell.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -8,7 +8,7 @@ use jiff::Timestamp;
 use thiserror::Error;
 use uuid::Uuid;
 
-use super::history::{History, Point, Totals};
+use super::history::{Counters, History, Point};
 use super::report::{
     BrokerReport, CertificateReport, EventReport, EventState, LastReport, ParkedEvent, ParkedReport, Report,
     SecretReport, SpoolReport, TypeReport, WebhookReport, matches,
@@ -24,14 +24,14 @@ use crate::spool::{Inspector, OpenError, ReadError, Spool};
 use crate::tls;
 
 /// What "lately" means in the sentence of truth.
-const LATELY: Duration = Duration::from_secs(5 * 60);
+const RECENT: Duration = Duration::from_secs(5 * 60);
 
 const EVENTS_MAX: usize = 200;
 const PARKED_MAX: u64 = 100;
 
 /// What there is to tell about.
 #[derive(Clone)]
-pub struct Parts {
+pub struct Sources {
     pub spool: Spool,
     pub health: Health,
     pub broker: Arc<Status>,
@@ -45,7 +45,7 @@ pub struct Parts {
 }
 
 pub struct View {
-    parts: Parts,
+    sources: Sources,
     started: (Instant, Timestamp),
     history: Mutex<History>,
 }
@@ -71,23 +71,23 @@ pub enum Action {
 }
 
 impl View {
-    pub fn new(parts: Parts) -> Self {
-        let view = Self { parts, started: (Instant::now(), Timestamp::now()), history: Mutex::default() };
+    pub fn new(sources: Sources) -> Self {
+        let view = Self { sources, started: (Instant::now(), Timestamp::now()), history: Mutex::default() };
         // The first point learns where the counters stand.
         view.sample();
         view
     }
 
     pub fn health(&self) -> &Health {
-        &self.parts.health
+        &self.sources.health
     }
 
     /// Adds a point to the charts.
     pub fn sample(&self) -> Option<Point> {
-        let ledger = self.parts.spool.gauges().ledger();
-        let totals = totals(&self.parts.recent.counts(), ledger.confirmed);
-        let lags = self.parts.broker.take_lags();
-        self.history().add(totals, ledger.pending, &lags, Timestamp::now(), Instant::now())
+        let ledger = self.sources.spool.gauges().ledger();
+        let counters = counters(&self.sources.recent.counts(), ledger.confirmed);
+        let lags = self.sources.broker.take_lags();
+        self.history().add(counters, ledger.pending, &lags, Timestamp::now(), Instant::now())
     }
 
     pub fn points(&self) -> Vec<Point> {
@@ -96,11 +96,11 @@ impl View {
 
     pub async fn report(&self) -> Report {
         let (gauges, broker, counts) =
-            (self.parts.spool.gauges(), self.parts.broker.snapshot(), self.parts.recent.counts());
+            (self.sources.spool.gauges(), self.sources.broker.snapshot(), self.sources.recent.counts());
         let now = Timestamp::now();
         // The rest is needed most when the spool is sick.
         let oldest = self.oldest_age(now).await.unwrap_or(None);
-        let (ledger, max_bytes) = (gauges.ledger(), self.parts.spool.max_bytes());
+        let (ledger, max_bytes) = (gauges.ledger(), self.sources.spool.max_bytes());
         let spool = SpoolReport::new(&ledger, gauges.lost(), max_bytes, gauges.writable(), oldest);
         let facts = self.facts(&spool, &broker, &counts, now);
         let (started, started_at) = self.started;
@@ -109,26 +109,26 @@ impl View {
             now,
             started_at,
             uptime_seconds: started.elapsed().as_secs(),
-            ready: self.parts.health.blocker().is_none(),
-            draining: self.parts.health.is_draining(),
-            summary: facts.sum_up(),
+            ready: self.sources.health.blocker().is_none(),
+            draining: self.sources.health.is_draining(),
+            summary: facts.summarize(),
             refusing: facts.refusing(),
             webhooks: WebhookReport::new(&counts),
-            last: LastReport::new(&counts, self.parts.broker.last_confirm()),
+            last: LastReport::new(&counts, self.sources.broker.last_confirm()),
             spool,
-            broker: BrokerReport { state: broker, in_flight: self.parts.broker.in_flight() },
-            timeline: self.parts.broker.timeline(),
+            broker: BrokerReport { state: broker, in_flight: self.sources.broker.in_flight() },
+            timeline: self.sources.broker.timeline(),
             types: TypeReport::list(&counts),
-            secrets: SecretReport::list(&counts, self.parts.verifier.secrets()),
+            secrets: SecretReport::list(&counts, self.sources.verifier.secrets()),
             certificate: self.certificate(now),
         }
     }
 
     fn facts(&self, spool: &SpoolReport, broker: &BrokerState, counts: &Counts, now: Timestamp) -> Facts {
         let age = |at: Timestamp| now.duration_since(at).unsigned_abs();
-        let lately = self.history().lately(LATELY, &totals(counts, spool.confirmed));
+        let recent = self.history().recent_increase(RECENT, &counters(counts, spool.confirmed));
         Facts {
-            draining: self.parts.health.is_draining(),
+            draining: self.sources.health.is_draining(),
             writable: spool.writable,
             pending: spool.pending,
             parked: spool.parked,
@@ -140,25 +140,25 @@ impl View {
             error: broker.error.clone(),
             removed: spool.removed,
             lost: spool.lost,
-            unchanged: age(broker.since),
-            last_confirm: self.parts.broker.last_confirm().map(age),
+            broker_state_age: age(broker.since),
+            last_confirm: self.sources.broker.last_confirm().map(age),
             last_accepted: counts.last_accepted.map(age),
-            lately_accepted: lately.accepted,
-            lately_refused: lately.mistaken,
+            recent_accepted: recent.accepted,
+            recent_refused: recent.refused_by_code,
         }
     }
 
     fn certificate(&self, now: Timestamp) -> Option<CertificateReport> {
-        let expires_at = self.parts.tls.as_ref()?.identity().expires_at;
+        let expires_at = self.sources.tls.as_ref()?.identity().expires_at;
         Some(CertificateReport { expires_at, days_left: days(expires_at, now).floor() as i64 })
     }
 
     /// The latest events that match, the newest first.
     pub async fn events(&self, find: &str) -> Result<Vec<EventReport>, ReadError> {
-        let found = self.parts.recent.latest(EVENTS_MAX, |arrival| matches(arrival, find));
+        let found = self.sources.recent.latest(EVENTS_MAX, |arrival| matches(arrival, find));
         let seqs = found.iter().map(|arrival| arrival.seq).collect();
-        let undelivered: HashMap<u64, bool> = self.parts.spool.states(seqs).await?.into_iter().collect();
-        let confirms: HashMap<u64, Timestamp> = self.parts.broker.confirms().into_iter().collect();
+        let undelivered: HashMap<u64, bool> = self.sources.spool.states(seqs).await?.into_iter().collect();
+        let confirms: HashMap<u64, Timestamp> = self.sources.broker.confirms().into_iter().collect();
         let report = |arrival: &Arrival| {
             let settled_at = confirms.get(&arrival.seq).copied();
             let state = match (settled_at, undelivered.get(&arrival.seq)) {
@@ -166,7 +166,7 @@ impl View {
                 (Some(_), _) => EventState::Confirmed,
                 (None, Some(true)) => EventState::Parked,
                 (None, Some(false)) => EventState::Pending,
-                (None, None) if self.parts.recent.was_removed(arrival.id) => EventState::Removed,
+                (None, None) if self.sources.recent.was_removed(arrival.id) => EventState::Removed,
                 (None, None) => EventState::Gone,
             };
             EventReport::new(arrival, state, settled_at)
@@ -175,20 +175,20 @@ impl View {
     }
 
     pub async fn parked(&self) -> Result<ParkedReport, ViewError> {
-        let path = self.parts.spool.path();
+        let path = self.sources.spool.path();
         let listing = move || {
             let mut parked = Vec::new();
             Inspector::open(&path)?.each(true, PARKED_MAX, |entry| parked.push(ParkedEvent::new(entry)))?;
             Ok(parked)
         };
-        let parked = in_the_background(listing).await?;
-        Ok(ParkedReport { total: self.parts.spool.gauges().ledger().parked, parked })
+        let parked = blocking(listing).await?;
+        Ok(ParkedReport { total: self.sources.spool.gauges().ledger().parked, parked })
     }
 
     /// Returns whether there was such a parked event.
     pub async fn act(&self, action: Action, id: Uuid) -> Result<bool, ViewError> {
-        let path = self.parts.spool.path();
-        let done = in_the_background(move || {
+        let path = self.sources.spool.path();
+        let done = blocking(move || {
             let mut inspector = Inspector::open_for_change(&path)?;
             let Some(seq) = inspector.parked(id)? else { return Ok(false) };
             Ok(match action {
@@ -198,30 +198,30 @@ impl View {
         })
         .await?;
         match action {
-            Action::Retry if done => self.parts.broker.retry_parked(),
-            Action::Remove if done => self.parts.recent.removed(id),
+            Action::Retry if done => self.sources.broker.retry_parked(),
+            Action::Remove if done => self.sources.recent.removed(id),
             Action::Retry | Action::Remove => {}
         }
         // So that the next look sees it.
-        self.parts.spool.flush().await;
+        self.sources.spool.flush().await;
         Ok(done)
     }
 
     pub async fn metrics(&self) -> String {
-        let (ledger, broker) = (self.parts.spool.gauges().ledger(), self.parts.broker.snapshot());
-        let (metrics, now) = (&self.parts.metrics, Timestamp::now());
+        let (ledger, broker) = (self.sources.spool.gauges().ledger(), self.sources.broker.snapshot());
+        let (metrics, now) = (&self.sources.metrics, Timestamp::now());
         let flag = |flag: bool| f64::from(u8::from(flag));
-        metrics.ready.set(flag(self.parts.health.blocker().is_none()));
+        metrics.ready.set(flag(self.sources.health.blocker().is_none()));
         metrics.spool.events.set(ledger.pending as f64);
         metrics.spool.bytes.set(ledger.bytes as f64);
-        metrics.spool.max_bytes.set(self.parts.spool.max_bytes() as f64);
+        metrics.spool.max_bytes.set(self.sources.spool.max_bytes() as f64);
         metrics.spool.parked_events.set(ledger.parked as f64);
-        metrics.spool.lost_events.set(self.parts.spool.gauges().lost() as f64);
+        metrics.spool.lost_events.set(self.sources.spool.gauges().lost() as f64);
         // Metrics are needed most when the spool is sick.
         if let Ok(age) = self.oldest_age(now).await {
             metrics.spool.oldest_age.set(age.unwrap_or(0.0));
         }
-        let census = self.parts.connections.census();
+        let census = self.sources.connections.census();
         metrics.connections.half_open.set(census.half_open as f64);
         metrics.connections.established.set(census.established as f64);
         if let Some(certificate) = self.certificate(now) {
@@ -234,7 +234,7 @@ impl View {
 
     /// Of the oldest pending event, in seconds.
     async fn oldest_age(&self, now: Timestamp) -> Result<Option<f64>, ReadError> {
-        let accepted_ms = self.parts.spool.oldest_pending_ms().await?;
+        let accepted_ms = self.sources.spool.oldest_pending_ms().await?;
         Ok(accepted_ms.map(|accepted_ms| (now.as_millisecond() - accepted_ms).max(0) as f64 / 1000.0))
     }
 
@@ -243,9 +243,9 @@ impl View {
     }
 }
 
-fn totals(counts: &Counts, confirmed: u64) -> Totals {
+fn counters(counts: &Counts, confirmed: u64) -> Counters {
     let refused = counts.refused.values().sum();
-    Totals { accepted: counts.accepted + counts.duplicates, refused, mistaken: counts.mistaken(), confirmed }
+    Counters { accepted: counts.accepted + counts.duplicates, refused, refused_by_code: counts.mistaken(), confirmed }
 }
 
 fn days(until: Timestamp, now: Timestamp) -> f64 {
@@ -253,7 +253,7 @@ fn days(until: Timestamp, now: Timestamp) -> f64 {
 }
 
 /// On a thread that may wait for the disk.
-async fn in_the_background<T: Send + 'static>(
+async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, ViewError> + Send + 'static,
 ) -> Result<T, ViewError> {
     tokio::task::spawn_blocking(work).await.map_err(|_| ViewError::Ended)?

@@ -14,7 +14,7 @@ use crate::config::{self, Config};
 use crate::health::Health;
 use crate::ingress::{self, Ingress};
 use crate::metrics::Metrics;
-use crate::ops::{self, Gate, Ops};
+use crate::ops::{self, Ops, OpsAuth};
 use crate::publisher::Publisher;
 use crate::recent::Recent;
 use crate::reload::Watched;
@@ -72,7 +72,7 @@ pub(super) async fn build(config: Config) -> Result<Built, RelayError> {
     let verifier = Arc::new(Verifier::new(&signature.secrets, signature.required, signature.tolerance));
     let tls = http.tls.clone().map(tls::Server::load).transpose()?.map(Arc::new);
     let access = Arc::new(BrokerAccess::new(&broker)?);
-    let auth = Arc::new(Gate::new(ops.token, ops_is_private));
+    let auth = Arc::new(OpsAuth::new(ops.token, ops_is_private));
     let recent = Arc::new(Recent::default());
     let traces = Arc::new(Traces::new(&traces)?);
     let stops = Stops::default();
@@ -95,7 +95,7 @@ pub(super) async fn build(config: Config) -> Result<Built, RelayError> {
     let ingress = Ingress::new(http, listener, tls.clone(), ingress_parts, stops.ingress.clone());
     let publisher =
         Publisher::new(spool.clone(), publisher, access, &topology, Arc::clone(&traces), Arc::clone(&metrics));
-    let ops_parts = ops::Parts {
+    let sources = ops::Sources {
         spool: spool.clone(),
         health: Health::new(spool.clone(), stops.ingress.clone()),
         broker: publisher.status(),
@@ -105,7 +105,7 @@ pub(super) async fn build(config: Config) -> Result<Built, RelayError> {
         tls: tls.clone(),
         metrics: Arc::clone(&metrics),
     };
-    let ops = Ops::new(ops_listener, auth, ops_parts);
+    let ops = Ops::new(ops_listener, auth, sources);
     announcement.log(spool.gauges().ledger().pending);
     service_manager::ready();
     Ok(Built { ingress, publisher, ops, spool, spool_writer, watched, tls, traces, metrics, stops, is_handed_over })
@@ -151,7 +151,7 @@ fn address(listener: &TcpListener, key: &'static str) -> Result<std::net::Socket
 struct Reloadable {
     secrets: (Option<PathBuf>, Arc<Verifier>, Arc<Recent>),
     password: (Option<PathBuf>, Arc<BrokerAccess>),
-    token: (Option<PathBuf>, Arc<Gate>),
+    token: (Option<PathBuf>, Arc<OpsAuth>),
     http_tls: Option<Arc<tls::Server>>,
     /// The broker's certificate files, if a URL uses TLS.
     broker_tls: Option<Vec<PathBuf>>,

@@ -1,4 +1,5 @@
-//! The console's files, compiled in: one page, nothing from outside. uPlot is Leon Sorokin's (MIT, see uplot.LICENSE).
+//! The console's files, compiled in; the page loads nothing from other hosts. uPlot is by Leon Sorokin (MIT, see
+//! uplot.LICENSE).
 
 use hyper::header::{
     CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderName, HeaderValue, REFERRER_POLICY,
@@ -6,20 +7,21 @@ use hyper::header::{
 };
 use hyper::{HeaderMap, Response, StatusCode};
 
-use super::Answer;
+use super::response::{Answer, response};
 use crate::secret::Secret;
 
 const PAGE: &str = include_str!("index.html");
 const LOGIN: &str = include_str!("login.html");
 
-/// Stands in the page where the token of its actions goes.
+/// The placeholder in the page for the action token.
 const ACTION_TOKEN: &str = "__ACTION_TOKEN__";
 
-/// Scripts, styles and data come from this listener alone, and nobody may frame it. uPlot sets styles on its elements.
+/// Scripts, styles and data come from this listener only, and no page may frame it. Inline styles are allowed because
+/// uPlot sets them on its elements.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; connect-src 'self'; \
                       img-src 'self' data:; form-action 'self'; frame-ancestors 'none'; base-uri 'none'";
 
-/// The page itself, with the token that its actions need.
+/// The console page, with the token that its actions need.
 pub fn page(action_token: &Secret) -> Response<Answer> {
     html(PAGE.replace(ACTION_TOKEN, action_token.expose()))
 }
@@ -28,7 +30,7 @@ pub fn login() -> Response<Answer> {
     html(LOGIN.to_owned())
 }
 
-/// What the pages are made of; there is nothing in it that not everybody may see.
+/// The scripts and styles of the pages. They hold nothing secret, so they need no token.
 pub fn file(path: &str) -> Option<Response<Answer>> {
     let (content_type, content) = match path {
         "/console.css" => ("text/css; charset=utf-8", include_str!("console.css")),
@@ -37,13 +39,13 @@ pub fn file(path: &str) -> Option<Response<Answer>> {
         "/uplot.js" => ("text/javascript; charset=utf-8", include_str!("uplot.js")),
         _ => return None,
     };
-    let mut response = super::response(StatusCode::OK, content_type, content);
+    let mut response = response(StatusCode::OK, content_type, content);
     protect(response.headers_mut());
     Some(response)
 }
 
 fn html(content: String) -> Response<Answer> {
-    let mut response = super::response(StatusCode::OK, "text/html; charset=utf-8", content);
+    let mut response = response(StatusCode::OK, "text/html; charset=utf-8", content);
     protect(response.headers_mut());
     response
 }
@@ -53,7 +55,7 @@ fn protect(headers: &mut HeaderMap) {
         (CONTENT_SECURITY_POLICY, POLICY),
         (X_CONTENT_TYPE_OPTIONS, "nosniff"),
         (REFERRER_POLICY, "no-referrer"),
-        // A new relay brings a new page.
+        // After an upgrade the browser must not mix old files with new ones.
         (CACHE_CONTROL, "no-store"),
     ];
     for (name, value) in lines {

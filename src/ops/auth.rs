@@ -18,13 +18,13 @@ const COOKIE_NAME: &str = "prism-relay";
 /// Carries the token of an action.
 const ACTION_HEADER: &str = "x-prism-token";
 
-pub struct Gate {
-    keys: RwLock<Keys>,
+pub struct OpsAuth {
+    credentials: RwLock<Credentials>,
     loopback: bool,
     action: Secret,
 }
 
-struct Keys {
+struct Credentials {
     token: Option<Secret>,
     /// What a browser gets for the token. It is good until the relay ends, or the token is another one.
     session: Secret,
@@ -36,28 +36,28 @@ pub enum Denied {
     /// Neither the token nor a session.
     LoginNeeded,
     /// There is no token to log in with, and the listener is not on loopback.
-    NoTokenSet,
+    NoToken,
     /// Asked for by a name that is not known to be ours.
-    ForeignName,
+    UnknownHost,
     /// Not from the console itself.
     ForeignOrigin,
 }
 
-impl Gate {
+impl OpsAuth {
     pub fn new(token: Option<Secret>, loopback: bool) -> Self {
-        Self { keys: RwLock::new(Keys { token, session: random() }), loopback, action: random() }
+        Self { credentials: RwLock::new(Credentials { token, session: random() }), loopback, action: random() }
     }
 
     /// Whoever has logged in with another token has to log in again.
     pub fn replace(&self, token: Secret) {
-        let mut keys = self.keys.write().unwrap_or_else(PoisonError::into_inner);
-        if keys.token.as_ref().is_none_or(|old| !is(token.expose(), old)) {
-            *keys = Keys { token: Some(token), session: random() };
+        let mut credentials = self.credentials.write().unwrap_or_else(PoisonError::into_inner);
+        if credentials.token.as_ref().is_none_or(|old| !matches(token.expose(), old)) {
+            *credentials = Credentials { token: Some(token), session: random() };
         }
     }
 
-    fn keys(&self) -> RwLockReadGuard<'_, Keys> {
-        self.keys.read().unwrap_or_else(PoisonError::into_inner)
+    fn credentials(&self) -> RwLockReadGuard<'_, Credentials> {
+        self.credentials.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Goes into the console's page, for its actions.
@@ -65,32 +65,32 @@ impl Gate {
         &self.action
     }
 
-    pub fn may_look(&self, headers: &HeaderMap) -> Result<(), Denied> {
-        let keys = self.keys();
-        match &keys.token {
-            Some(token) if bears(headers, token) || has_session(headers, &keys.session) => Ok(()),
+    pub fn may_read(&self, headers: &HeaderMap) -> Result<(), Denied> {
+        let credentials = self.credentials();
+        match &credentials.token {
+            Some(token) if bears(headers, token) || has_session(headers, &credentials.session) => Ok(()),
             Some(_) => Err(Denied::LoginNeeded),
-            None if !self.loopback => Err(Denied::NoTokenSet),
+            None if !self.loopback => Err(Denied::NoToken),
             None if is_asked_by_address(headers) => Ok(()),
-            None => Err(Denied::ForeignName),
+            None => Err(Denied::UnknownHost),
         }
     }
 
     /// A program that bears the token needs no other one: no browser sends that header by itself.
     pub fn may_act(&self, headers: &HeaderMap) -> Result<(), Denied> {
-        self.may_look(headers)?;
-        if self.keys().token.as_ref().is_some_and(|token| bears(headers, token)) {
+        self.may_read(headers)?;
+        if self.credentials().token.as_ref().is_some_and(|token| bears(headers, token)) {
             return Ok(());
         }
-        let own = text(headers, ACTION_HEADER).is_some_and(|given| is(given, &self.action));
+        let own = text(headers, ACTION_HEADER).is_some_and(|given| matches(given, &self.action));
         if own && is_same_origin(headers) { Ok(()) } else { Err(Denied::ForeignOrigin) }
     }
 
     /// The cookie for whoever knows the token.
     pub fn log_in(&self, given: &str) -> Option<String> {
-        let keys = self.keys();
-        let known = keys.token.as_ref().is_some_and(|token| is(given, token));
-        known.then(|| format!("{COOKIE_NAME}={}; Path=/; HttpOnly; SameSite=Strict", keys.session.expose()))
+        let credentials = self.credentials();
+        let known = credentials.token.as_ref().is_some_and(|token| matches(given, token));
+        known.then(|| format!("{COOKIE_NAME}={}; Path=/; HttpOnly; SameSite=Strict", credentials.session.expose()))
     }
 }
 
@@ -102,18 +102,20 @@ fn text(headers: &HeaderMap, name: impl hyper::header::AsHeaderName) -> Option<&
     headers.get(name)?.to_str().ok()
 }
 
-fn is(given: &str, secret: &Secret) -> bool {
+fn matches(given: &str, secret: &Secret) -> bool {
     given.as_bytes().ct_eq(secret.expose().as_bytes()).into()
 }
 
 fn bears(headers: &HeaderMap, token: &Secret) -> bool {
-    text(headers, AUTHORIZATION).and_then(|value| value.strip_prefix("Bearer ")).is_some_and(|given| is(given, token))
+    text(headers, AUTHORIZATION)
+        .and_then(|value| value.strip_prefix("Bearer "))
+        .is_some_and(|given| matches(given, token))
 }
 
 fn has_session(headers: &HeaderMap, session: &Secret) -> bool {
     let cookies = text(headers, COOKIE).unwrap_or_default().split(';');
     let mut ours = cookies.filter_map(|cookie| cookie.trim().split_once('=')).filter(|(name, _)| *name == COOKIE_NAME);
-    ours.any(|(_, given)| is(given, session))
+    ours.any(|(_, given)| matches(given, session))
 }
 
 /// `Host` without its port. HTTP/2 has it in the URI, and no browser speaks that without TLS.
@@ -141,63 +143,63 @@ mod tests {
         lines.iter().map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap())).collect::<HeaderMap>()
     }
 
-    fn with_token() -> Gate {
-        Gate::new(Some(Secret::new("a long enough token")), false)
+    fn with_token() -> OpsAuth {
+        OpsAuth::new(Some(Secret::new("a long enough token")), false)
     }
 
     #[test]
     fn without_a_token_only_loopback_is_open_and_only_by_address() {
-        let gate = Gate::new(None, true);
+        let auth = OpsAuth::new(None, true);
         for host in ["127.0.0.1:9090", "127.0.0.1", "[::1]:9090", "localhost:9090", "LOCALHOST"] {
-            assert_eq!(gate.may_look(&headers(&[("host", host)])), Ok(()), "{host}");
+            assert_eq!(auth.may_read(&headers(&[("host", host)])), Ok(()), "{host}");
         }
         for host in ["evil.example:9090", "127.0.0.1.evil.example", "localhost.evil.example", ""] {
-            assert_eq!(gate.may_look(&headers(&[("host", host)])), Err(Denied::ForeignName), "{host}");
+            assert_eq!(auth.may_read(&headers(&[("host", host)])), Err(Denied::UnknownHost), "{host}");
         }
-        assert_eq!(gate.may_look(&headers(&[])), Err(Denied::ForeignName));
-        let exposed = Gate::new(None, false);
-        assert_eq!(exposed.may_look(&headers(&[("host", "127.0.0.1")])), Err(Denied::NoTokenSet));
+        assert_eq!(auth.may_read(&headers(&[])), Err(Denied::UnknownHost));
+        let exposed = OpsAuth::new(None, false);
+        assert_eq!(exposed.may_read(&headers(&[("host", "127.0.0.1")])), Err(Denied::NoToken));
     }
 
     #[test]
     fn the_token_opens_as_a_bearer_or_through_a_session() {
-        let gate = with_token();
-        assert_eq!(gate.may_look(&headers(&[("host", "127.0.0.1")])), Err(Denied::LoginNeeded));
-        assert_eq!(gate.may_look(&headers(&[("authorization", "Bearer a long enough token")])), Ok(()));
-        assert_eq!(gate.may_look(&headers(&[("authorization", "Bearer a wrong token")])), Err(Denied::LoginNeeded));
-        assert_eq!(gate.log_in("a wrong token"), None);
-        let cookie = gate.log_in("a long enough token").unwrap();
+        let auth = with_token();
+        assert_eq!(auth.may_read(&headers(&[("host", "127.0.0.1")])), Err(Denied::LoginNeeded));
+        assert_eq!(auth.may_read(&headers(&[("authorization", "Bearer a long enough token")])), Ok(()));
+        assert_eq!(auth.may_read(&headers(&[("authorization", "Bearer a wrong token")])), Err(Denied::LoginNeeded));
+        assert_eq!(auth.log_in("a wrong token"), None);
+        let cookie = auth.log_in("a long enough token").unwrap();
         let pair = cookie.split(';').next().unwrap();
-        assert_eq!(gate.may_look(&headers(&[("cookie", &format!("other=1; {pair}"))])), Ok(()));
+        assert_eq!(auth.may_read(&headers(&[("cookie", &format!("other=1; {pair}"))])), Ok(()));
         assert_eq!(
-            with_token().may_look(&headers(&[("cookie", pair)])),
+            with_token().may_read(&headers(&[("cookie", pair)])),
             Err(Denied::LoginNeeded),
             "of another process"
         );
-        gate.replace(Secret::new("another long enough token"));
-        assert_eq!(gate.log_in("a long enough token"), None);
+        auth.replace(Secret::new("another long enough token"));
+        assert_eq!(auth.log_in("a long enough token"), None);
         assert_eq!(
-            gate.may_look(&headers(&[("cookie", pair)])),
+            auth.may_read(&headers(&[("cookie", pair)])),
             Err(Denied::LoginNeeded),
             "the session has ended, too"
         );
-        let cookie = gate.log_in("another long enough token").unwrap();
-        gate.replace(Secret::new("another long enough token"));
-        assert_eq!(gate.may_look(&headers(&[("cookie", cookie.split(';').next().unwrap())])), Ok(()), "the same token");
+        let cookie = auth.log_in("another long enough token").unwrap();
+        auth.replace(Secret::new("another long enough token"));
+        assert_eq!(auth.may_read(&headers(&[("cookie", cookie.split(';').next().unwrap())])), Ok(()), "the same token");
     }
 
     #[test]
     fn actions_need_the_consoles_own_token_from_its_own_origin() {
-        let gate = Gate::new(None, true);
-        let own = gate.action_token().expose().to_owned();
+        let auth = OpsAuth::new(None, true);
+        let own = auth.action_token().expose().to_owned();
         let act = |token: &str, origin: &str| {
             let host = ("host", "127.0.0.1:9090");
-            gate.may_act(&headers(&[host, ("x-prism-token", token), ("origin", origin)]))
+            auth.may_act(&headers(&[host, ("x-prism-token", token), ("origin", origin)]))
         };
         assert_eq!(act(&own, "http://127.0.0.1:9090"), Ok(()));
         assert_eq!(act(&own, "http://evil.example"), Err(Denied::ForeignOrigin));
         assert_eq!(act("guessed", "http://127.0.0.1:9090"), Err(Denied::ForeignOrigin));
-        assert_eq!(gate.may_act(&headers(&[("host", "127.0.0.1:9090")])), Err(Denied::ForeignOrigin));
+        assert_eq!(auth.may_act(&headers(&[("host", "127.0.0.1:9090")])), Err(Denied::ForeignOrigin));
         let bearer = [("authorization", "Bearer a long enough token")];
         assert_eq!(with_token().may_act(&headers(&bearer)), Ok(()));
         let session = with_token();
