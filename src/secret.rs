@@ -1,5 +1,4 @@
-//! A secret that can be used but not shown: it has no `Display`, no `Serialize` and no `PartialEq`.
-//! Knows nothing of what the secret is for.
+//! A secret that can be used but not printed or compared: it has no `Display`, no `Serialize` and no `PartialEq`.
 
 use std::fmt;
 
@@ -8,11 +7,12 @@ use std::fmt;
 pub struct Secret(String);
 
 impl Secret {
+    /// Wraps the text of a secret.
     pub fn new(text: impl Into<String>) -> Self {
         Self(text.into())
     }
 
-    /// The text itself. Each call is a place where the secret leaves its wrapping, so look twice.
+    /// The text itself. Review each call: the caller must not log, show or compare it.
     pub fn expose(&self) -> &str {
         &self.0
     }

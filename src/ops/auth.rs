@@ -1,8 +1,9 @@
-//! Who may look, and who may act. Probes and metrics are open; the console and `/api` are for people.
+//! Access to the console and `/api`. Probes and metrics need none.
 //!
-//! With `ops.token`: its bearer, or a browser that has logged in with it. Without: whoever reaches the listener, as long as
-//! it listens on loopback, and asks for it by an address or as localhost (a name could be anybody's who has it point
-//! here, from within the operator's own browser). Actions also need the console's own token from the same origin.
+//! - With `ops.token`: the token as a bearer token, or a browser session opened with it.
+//! - Without `ops.token`: any client, if the listener is on loopback and the `Host` header is an IP address or localhost.
+//!   Any other host name could belong to a foreign page that made its name resolve to this machine (DNS rebinding).
+//! - An action from a browser also needs the action token of the console's page, and the same origin.
 
 use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 
@@ -15,9 +16,10 @@ use crate::text::hex;
 use crate::tls;
 
 const COOKIE_NAME: &str = "prism-relay";
-/// Carries the token of an action.
+/// The header in which the console's page sends the action token.
 const ACTION_HEADER: &str = "x-prism-token";
 
+/// Decides which requests may read the console and `/api`, and which may act on parked events.
 pub struct OpsAuth {
     credentials: RwLock<Credentials>,
     loopback: bool,
@@ -26,20 +28,20 @@ pub struct OpsAuth {
 
 struct Credentials {
     token: Option<Secret>,
-    /// What a browser gets for the token. It is good until the relay ends, or the token is another one.
+    /// The cookie value of a logged-in browser: valid until the relay exits or the token changes.
     session: Secret,
 }
 
-/// Why somebody may not look or act.
+/// Why a request is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Denied {
-    /// Neither the token nor a session.
+    /// The request has neither the token nor a session.
     LoginNeeded,
-    /// There is no token to log in with, and the listener is not on loopback.
+    /// `ops.token` is not set, and the listener is not on loopback.
     NoToken,
-    /// Asked for by a name that is not known to be ours.
+    /// `Host` is neither an IP address nor localhost.
     UnknownHost,
-    /// Not from the console itself.
+    /// The action did not come from the console's own page.
     ForeignOrigin,
 }
 
@@ -48,7 +50,7 @@ impl OpsAuth {
         Self { credentials: RwLock::new(Credentials { token, session: random() }), loopback, action: random() }
     }
 
-    /// Whoever has logged in with another token has to log in again.
+    /// Sets a new token. Sessions opened with another token end.
     pub fn replace(&self, token: Secret) {
         let mut credentials = self.credentials.write().unwrap_or_else(PoisonError::into_inner);
         if credentials.token.as_ref().is_none_or(|old| !matches(token.expose(), old)) {
@@ -60,23 +62,24 @@ impl OpsAuth {
         self.credentials.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Goes into the console's page, for its actions.
+    /// The token that the console's page sends with each action.
     pub fn action_token(&self) -> &Secret {
         &self.action
     }
 
+    /// Checks a request that only reads.
     pub fn may_read(&self, headers: &HeaderMap) -> Result<(), Denied> {
         let credentials = self.credentials();
         match &credentials.token {
             Some(token) if bears(headers, token) || has_session(headers, &credentials.session) => Ok(()),
             Some(_) => Err(Denied::LoginNeeded),
             None if !self.loopback => Err(Denied::NoToken),
-            None if is_asked_by_address(headers) => Ok(()),
+            None if has_local_host(headers) => Ok(()),
             None => Err(Denied::UnknownHost),
         }
     }
 
-    /// A program that bears the token needs no other one: no browser sends that header by itself.
+    /// Checks a request that changes something. The bearer token is enough: no browser sends it by itself.
     pub fn may_act(&self, headers: &HeaderMap) -> Result<(), Denied> {
         self.may_read(headers)?;
         if self.credentials().token.as_ref().is_some_and(|token| bears(headers, token)) {
@@ -86,7 +89,7 @@ impl OpsAuth {
         if own && is_same_origin(headers) { Ok(()) } else { Err(Denied::ForeignOrigin) }
     }
 
-    /// The cookie for whoever knows the token.
+    /// Returns the session cookie if `given` is the token.
     pub fn log_in(&self, given: &str) -> Option<String> {
         let credentials = self.credentials();
         let known = credentials.token.as_ref().is_some_and(|token| matches(given, token));
@@ -118,8 +121,8 @@ fn has_session(headers: &HeaderMap, session: &Secret) -> bool {
     ours.any(|(_, given)| matches(given, session))
 }
 
-/// `Host` without its port. HTTP/2 has it in the URI, and no browser speaks that without TLS.
-fn is_asked_by_address(headers: &HeaderMap) -> bool {
+/// Whether `Host`, without its port, is an IP address or localhost.
+fn has_local_host(headers: &HeaderMap) -> bool {
     let Some(host) = text(headers, HOST) else { return false };
     let name = match host.rsplit_once(':') {
         Some((name, port)) if port.bytes().all(|digit| digit.is_ascii_digit()) => name,
@@ -129,7 +132,7 @@ fn is_asked_by_address(headers: &HeaderMap) -> bool {
     name.eq_ignore_ascii_case("localhost") || address.parse::<std::net::IpAddr>().is_ok()
 }
 
-/// Programs send no `Origin`; browsers do with each POST.
+/// Whether `Origin` is this listener. Browsers send it with each POST, other programs do not.
 fn is_same_origin(headers: &HeaderMap) -> bool {
     let Some(origin) = text(headers, ORIGIN) else { return true };
     origin.split_once("://").is_some_and(|(_, authority)| Some(authority) == text(headers, HOST))
@@ -148,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_token_only_loopback_is_open_and_only_by_address() {
+    fn without_a_token_only_loopback_answers_and_only_by_address() {
         let auth = OpsAuth::new(None, true);
         for host in ["127.0.0.1:9090", "127.0.0.1", "[::1]:9090", "localhost:9090", "LOCALHOST"] {
             assert_eq!(auth.may_read(&headers(&[("host", host)])), Ok(()), "{host}");
@@ -162,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn the_token_opens_as_a_bearer_or_through_a_session() {
+    fn the_token_works_as_a_bearer_token_or_through_a_session() {
         let auth = with_token();
         assert_eq!(auth.may_read(&headers(&[("host", "127.0.0.1")])), Err(Denied::LoginNeeded));
         assert_eq!(auth.may_read(&headers(&[("authorization", "Bearer a long enough token")])), Ok(()));
@@ -174,14 +177,14 @@ mod tests {
         assert_eq!(
             with_token().may_read(&headers(&[("cookie", pair)])),
             Err(Denied::LoginNeeded),
-            "of another process"
+            "a session of another process"
         );
         auth.replace(Secret::new("another long enough token"));
         assert_eq!(auth.log_in("a long enough token"), None);
         assert_eq!(
             auth.may_read(&headers(&[("cookie", pair)])),
             Err(Denied::LoginNeeded),
-            "the session has ended, too"
+            "the session ended with its token"
         );
         let cookie = auth.log_in("another long enough token").unwrap();
         auth.replace(Secret::new("another long enough token"));

@@ -1,4 +1,4 @@
-//! The last fifteen minutes in numbers, for the charts: a point every five seconds. Pure; takes `now`.
+//! The points of the console's charts: one every five seconds, for the last fifteen minutes. Pure; takes `now`.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
@@ -8,28 +8,29 @@ use serde::Serialize;
 
 use crate::publisher::Lags;
 
-/// Between two points.
+/// The time between two points.
 pub const INTERVAL: Duration = Duration::from_secs(5);
 const POINTS_MAX: usize = 180;
 
 #[derive(Default)]
+/// The latest points, and the counters at the last one.
 pub struct History {
     points: VecDeque<Point>,
     before: Option<(Instant, Counters)>,
 }
 
-/// Counters since the start of the process, or of the spool's life.
+/// Counters at one moment. Some count since the process started, some since the spool was created.
 #[derive(Clone, Debug, Default)]
 pub struct Counters {
-    /// Webhooks that were answered 200, re-sends among them.
+    /// Webhooks answered 200, including re-sends.
     pub accepted: u64,
     pub refused: u64,
-    /// Of the refused ones, by code, those that were meant for us.
+    /// Refused webhooks by code, without requests that cannot be webhooks (another path, another method).
     pub refused_by_code: BTreeMap<&'static str, u64>,
     pub confirmed: u64,
 }
 
-/// Rates are per second, over the time since the point before.
+/// One point of each chart. Rates are per second, over the time since the previous point.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Point {
     /// Seconds since 1970.
@@ -39,14 +40,15 @@ pub struct Point {
     pub confirmed: f64,
     /// Pending events.
     pub depth: u64,
-    /// Of the events that were confirmed since the point before.
+    /// Time from acceptance to confirm, for events confirmed since the previous point: the median.
     pub lag_p50_ms: Option<u64>,
+    /// Time from acceptance to confirm, for events confirmed since the previous point: 99 of 100 took at most this.
     pub lag_p99_ms: Option<u64>,
     #[serde(skip)]
     increase: Increase,
 }
 
-/// Webhooks since the point before.
+/// How much the counters of webhooks grew over some time.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Increase {
     pub accepted: u64,
@@ -54,7 +56,7 @@ pub struct Increase {
 }
 
 impl Counters {
-    /// Counters may fall when a spool is mended.
+    /// The increase since `before`. Counters fall when a damaged spool is repaired: no increase then.
     fn since(&self, before: &Self) -> Increase {
         let refused_by_code = self
             .refused_by_code
@@ -66,7 +68,8 @@ impl Counters {
 }
 
 impl History {
-    /// Adds a point; the first call only learns where the counters stand. `at` is for the label, `now` measures.
+    /// Adds a point; the first call only stores the counters. `at` labels the point, `now` measures the time between
+    /// points, because the wall clock may jump.
     pub fn add(&mut self, counters: Counters, depth: u64, lags: &Lags, at: Timestamp, now: Instant) -> Option<Point> {
         let (then, before) = self.before.replace((now, counters.clone()))?;
         let seconds = now.saturating_duration_since(then).as_secs_f64().max(0.001);
@@ -89,12 +92,12 @@ impl History {
         Some(point)
     }
 
-    /// The oldest first.
+    /// All points, oldest first.
     pub fn points(&self) -> Vec<Point> {
         self.points.iter().cloned().collect()
     }
 
-    /// Webhooks within about the last `span`, those since the last point included.
+    /// The increase within about the last `span`, up to `counters`, which are read now.
     pub fn recent_increase(&self, span: Duration, counters: &Counters) -> Increase {
         let points = (span.as_secs() / INTERVAL.as_secs()) as usize;
         let newest = self.before.as_ref().map(|(_, before)| counters.since(before)).unwrap_or_default();
@@ -114,9 +117,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn points_are_rates_and_do_not_pile_up() {
+    fn points_hold_rates_and_their_number_is_limited() {
         let (mut history, start) = (History::default(), Instant::now());
-        // The wall clock jumps back in the middle, which no rate may notice.
+        // The wall clock jumps back at second 10; the rates must not change.
         let at = |second: i64| Timestamp::from_second(1_000_000 + if second == 10 { -3600 } else { second }).unwrap();
         let counters = |count: u64| Counters {
             accepted: count,
@@ -132,7 +135,7 @@ mod tests {
         let point = add(150, 7, 5).unwrap();
         assert_eq!((point.accepted, point.refused, point.confirmed, point.depth), (10.0, 20.0, 5.0, 7));
         assert_eq!(add(200, 0, 10).unwrap().accepted, 10.0);
-        assert_eq!(add(0, 0, 15).unwrap().accepted, 0.0, "a counter that fell");
+        assert_eq!(add(0, 0, 15).unwrap().accepted, 0.0, "a counter that fell gives no rate");
         let recent = history.recent_increase(Duration::from_secs(15), &counters(3));
         assert_eq!(recent, Increase { accepted: 103, refused_by_code: [("invalid-signature", 103)].into() });
         assert_eq!(history.recent_increase(Duration::from_secs(5), &counters(3)).accepted, 3);

@@ -1,5 +1,5 @@
-//! The operators' listener: health, metrics, the console and its `/api`. It stays up until the very end, so that a drain
-//! can be watched.
+//! The operators' listener: `/livez`, `/readyz`, `/metrics`, the console and its `/api`. It keeps answering until the
+//! process exits, so that operators can watch the drain.
 
 mod auth;
 mod console;
@@ -42,7 +42,7 @@ pub use settings::Settings;
 pub use view::Sources;
 use view::{Action, View, ViewError};
 
-/// Operators and their scrapers are few, and patient.
+/// Operators and scrapers are few, so these limits are not configurable.
 const LIMITS: Limits = Limits {
     connections_max: 256,
     connections_per_source_max: 256,
@@ -53,16 +53,16 @@ const LIMITS: Limits = Limits {
     header_bytes_max: 16 * 1024,
 };
 
-/// How often the console hears how things are.
+/// How often open consoles receive the status.
 const STATUS_EVERY: Duration = Duration::from_secs(1);
-/// News that a slow console may be behind.
+/// Messages kept for a console that reads slowly; older ones are skipped.
 const FEED_CAPACITY: usize = 16;
 
-/// A form with a token in it.
+/// The log-in form holds one token.
 const LOGIN_BYTES_MAX: usize = 4096;
 const LOGIN_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The operators' listener, bound but not yet serving.
+/// The operators' listener: bound, but not serving yet.
 pub struct Ops {
     server: Server,
     handler: OpsHandler,
@@ -77,7 +77,7 @@ struct OpsHandler {
 }
 
 impl Ops {
-    /// An operators' listener on a socket that is already bound.
+    /// Takes a bound listener.
     pub fn new(listener: TcpListener, auth: Arc<OpsAuth>, sources: Sources) -> Self {
         let server = Server::new(listener, "ops", LIMITS, None, &sources.metrics);
         let (feed, _) = broadcast::channel(FEED_CAPACITY);
@@ -91,7 +91,7 @@ impl Ops {
         self.server.address()
     }
 
-    /// Serves, and keeps the charts going, for as long as the relay lives.
+    /// Serves requests and records the chart points until `shutdown`.
     pub async fn run(self, shutdown: CancellationToken) {
         let Self { server, handler } = self;
         let sampler = handler.clone();
@@ -104,16 +104,16 @@ impl Ops {
 }
 
 impl OpsHandler {
-    /// Takes the points for the charts, and tells the consoles what is new.
+    /// Records the chart points, and sends points and status to the open consoles.
     async fn sample_and_announce(self) {
         let (mut status, mut points) = (interval(STATUS_EVERY), interval(history::INTERVAL));
-        // The first point was taken at the start.
+        // `View::new` took the first point.
         points.tick().await;
-        // Points that come late are not made up for: each tells of the time since the one before.
+        // No burst after a delay: a point covers the time since the previous one.
         points.set_missed_tick_behavior(MissedTickBehavior::Delay);
         status.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            let news = tokio::select! {
+            let message = tokio::select! {
                 _ = status.tick() => {
                     if self.feed.receiver_count() == 0 {
                         continue;
@@ -122,8 +122,8 @@ impl OpsHandler {
                 }
                 _ = points.tick() => self.view.sample().map(|point| server_sent_event("point", &point)),
             };
-            // Nobody has to be listening.
-            let _ = news.map(|news| self.feed.send(news));
+            // Sending fails when no console is open.
+            let _ = message.map(|message| self.feed.send(message));
         }
     }
 
@@ -146,15 +146,7 @@ impl OpsHandler {
                 Err(denied) => deny(denied),
             },
             (true, path) if !path.starts_with("/api/") => console::file(path).unwrap_or_else(not_found),
-            (reading, path) if path.starts_with("/api/") => {
-                let answer = if reading { self.get(&request).await } else { self.post(&request).await };
-                answer.unwrap_or_else(|error| {
-                    if let Some(unreported) = self.log_limiter.due("answer", Instant::now()) {
-                        error!(error = chain(&error), path, unreported, "cannot answer an operator");
-                    }
-                    problem(StatusCode::INTERNAL_SERVER_ERROR, "the spool cannot be read or changed at the moment")
-                })
-            }
+            (reading, path) if path.starts_with("/api/") => self.api(&request, reading).await,
             (_, _) => method_not_allowed("GET, HEAD"),
         }
     }
@@ -167,6 +159,20 @@ impl OpsHandler {
         } else {
             response(StatusCode::OK, metrics::TEXT_TYPE, text)
         }
+    }
+
+    async fn api(&self, request: &Request<Incoming>, reading: bool) -> Response<Answer> {
+        let answer = if reading { self.get(request).await } else { self.post(request).await };
+        answer.unwrap_or_else(|error| {
+            if let Some(unreported) = self.log_limiter.due("answer", Instant::now()) {
+                let path = request.uri().path();
+                error!(
+                    error = chain(&error),
+                    path, unreported, "cannot answer an API request; webhooks are not affected"
+                );
+            }
+            problem(StatusCode::INTERNAL_SERVER_ERROR, "the spool cannot be read or changed now; see the relay's log")
+        })
     }
 
     /// `GET /api/...`
@@ -192,7 +198,7 @@ impl OpsHandler {
         })
     }
 
-    /// `POST /api/parked/<id>/<what>`
+    /// `POST /api/parked/<id>/<action>`
     async fn post(&self, request: &Request<Incoming>) -> Result<Response<Answer>, ViewError> {
         let parts: Vec<_> = request.uri().path().split('/').skip(1).collect();
         let (id, action) = match parts[..] {
@@ -206,24 +212,24 @@ impl OpsHandler {
         if let Err(denied) = self.auth.may_act(request.headers()) {
             return Ok(deny(denied));
         }
-        let gone = || problem(StatusCode::NOT_FOUND, "there is no such parked event");
-        let Ok(id) = id.parse::<Uuid>() else { return Ok(gone()) };
+        let unknown = || problem(StatusCode::NOT_FOUND, "no parked event has this id");
+        let Ok(id) = id.parse::<Uuid>() else { return Ok(unknown()) };
         if !self.view.act(action, id).await? {
-            return Ok(gone());
+            return Ok(unknown());
         }
-        info!(%id, ?action, "an operator has dealt with a parked event");
+        info!(%id, ?action, "parked event changed by an operator");
         Ok(json(StatusCode::OK, &json!({ "ok": true })))
     }
 
-    /// Server-sent events (the HTML standard, section 9.2): how things are now, and then whatever is new.
+    /// `GET /api/stream`: the current status, then each status and chart point as it comes.
     async fn stream(&self) -> Response<Answer> {
         let feed = self.feed.subscribe();
         let first = stream::iter([self.status_event().await]);
         let rest = stream::unfold(feed, |mut feed| async {
             loop {
                 match feed.recv().await {
-                    Ok(news) => return Some((news, feed)),
-                    // A console that was too slow goes on with what is new.
+                    Ok(message) => return Some((message, feed)),
+                    // A console that reads too slowly misses the oldest messages.
                     Err(broadcast::error::RecvError::Lagged(_)) => {}
                     Err(broadcast::error::RecvError::Closed) => return None,
                 }
@@ -234,7 +240,7 @@ impl OpsHandler {
 
     async fn log_in(&self, request: Request<Incoming>, peer: SocketAddr) -> Response<Answer> {
         let body = timeout(LOGIN_TIMEOUT, Limited::new(request.into_body(), LOGIN_BYTES_MAX).collect()).await;
-        let Ok(Ok(body)) = body else { return problem(StatusCode::BAD_REQUEST, "the form could not be read") };
+        let Ok(Ok(body)) = body else { return problem(StatusCode::BAD_REQUEST, "the log-in form could not be read") };
         let body = body.to_bytes();
         let token = form_urlencoded::parse(&body).find(|(name, _)| name == "token");
         let cookie = token.and_then(|(_, token)| self.auth.log_in(&token));
@@ -246,7 +252,7 @@ impl OpsHandler {
             }
             Some(Err(_)) | None => {
                 if let Some(unreported) = self.log_limiter.due("login", Instant::now()) {
-                    warn!(%peer, unreported, "somebody tries to log in to the console with a wrong token");
+                    warn!(%peer, unreported, "console log-in refused: wrong token");
                 }
                 see_other("/login?wrong")
             }
@@ -256,16 +262,20 @@ impl OpsHandler {
 
 fn deny(denied: Denied) -> Response<Answer> {
     match denied {
-        Denied::LoginNeeded => problem(StatusCode::UNAUTHORIZED, "this needs ops.token, as a bearer or by logging in"),
+        Denied::LoginNeeded => {
+            problem(StatusCode::UNAUTHORIZED, "send ops.token as a bearer token, or log in at /login")
+        }
         Denied::NoToken => problem(
             StatusCode::FORBIDDEN,
-            "ops.listen is not on loopback, so the console and /api need ops.token, and it is not set",
+            "ops.listen is not a loopback address, so the console and /api stay closed until ops.token is set",
         ),
-        Denied::UnknownHost => problem(
+        Denied::UnknownHost => {
+            problem(StatusCode::FORBIDDEN, "without ops.token the Host header must be an IP address or localhost")
+        }
+        Denied::ForeignOrigin => problem(
             StatusCode::FORBIDDEN,
-            "without ops.token this listener answers only when it is asked for by its address or as localhost",
+            "actions are accepted only from the console's own page, or with ops.token as a bearer token",
         ),
-        Denied::ForeignOrigin => problem(StatusCode::FORBIDDEN, "actions are for the console's own page"),
     }
 }
 

@@ -1,4 +1,4 @@
-//! What `/api` tells, as JSON. Made of strings and numbers; never a body, never a `userToken`.
+//! The JSON answers of `/api`. They hold strings and numbers only: never a body, never a `userToken`.
 
 use jiff::Timestamp;
 use serde::Serialize;
@@ -11,42 +11,43 @@ use crate::publisher::{BrokerState, ConnectionEvent};
 use crate::recent::{Arrival, Counts, Tally};
 use crate::spool::{Entry, Ledger};
 
-/// `/api/status`.
+/// The answer of `/api/status`.
 #[derive(Serialize)]
 pub struct Report {
     pub version: &'static str,
     pub now: Timestamp,
     pub started_at: Timestamp,
     pub uptime_seconds: u64,
-    /// Whether a webhook would be answered 200.
+    /// Whether a valid webhook would be answered 200 now.
     pub ready: bool,
-    /// Whether the relay is on its way out.
+    /// Whether the relay is shutting down.
     pub draining: bool,
     pub summary: Summary,
-    /// Webhooks that were meant for us and are being refused.
+    /// Recent refusals of webhooks, if there are more than a few.
     pub refusing: Option<RecentRefusals>,
     pub webhooks: WebhookReport,
     pub last: LastReport,
     pub spool: SpoolReport,
     pub broker: BrokerReport,
-    /// The newest first.
+    /// Changes of the connection to RabbitMQ, newest first.
     pub timeline: Vec<ConnectionEvent>,
     pub types: Vec<TypeReport>,
-    /// The signature's secrets by position.
+    /// The use of each signature secret, in the order of the configuration.
     pub secrets: Vec<SecretReport>,
-    /// Of the public listener, if it speaks TLS.
+    /// The public listener's certificate, if it has TLS.
     pub certificate: Option<CertificateReport>,
 }
 
-/// Since the start of the process.
+/// Answers of the public listener since the process started.
 #[derive(Serialize)]
 pub struct WebhookReport {
     pub accepted: u64,
     pub duplicate: u64,
-    /// By `code`.
+    /// Counts by the `code` of the answer.
     pub refused: BTreeMap<&'static str, u64>,
 }
 
+/// When each kind of outcome last happened.
 #[derive(Serialize)]
 pub struct LastReport {
     pub accepted_at: Option<Timestamp>,
@@ -55,7 +56,7 @@ pub struct LastReport {
     pub refused_reason: Option<&'static str>,
 }
 
-/// Over the life of the spool. `accepted = confirmed + pending + parked + removed`.
+/// Counts since the spool was created: `accepted = confirmed + pending + parked + removed`.
 #[derive(Serialize)]
 pub struct SpoolReport {
     pub accepted: u64,
@@ -63,24 +64,26 @@ pub struct SpoolReport {
     pub pending: u64,
     pub parked: u64,
     pub removed: u64,
-    /// Of the removed ones, those that could not be read any more after the file was damaged.
+    /// Events lost because the spool file was damaged. `removed` includes them.
     pub lost: u64,
     pub duplicates: u64,
     pub bytes: u64,
     pub max_bytes: u64,
     pub writable: bool,
-    /// Of the oldest pending event.
+    /// Age of the oldest pending event.
     pub oldest_age_seconds: Option<f64>,
 }
 
+/// The connection to RabbitMQ.
 #[derive(Serialize)]
 pub struct BrokerReport {
     #[serde(flatten)]
     pub state: BrokerState,
-    /// Published and not yet confirmed.
+    /// Events published and not yet confirmed.
     pub in_flight: usize,
 }
 
+/// Accepted events of one type since the process started.
 #[derive(Serialize)]
 pub struct TypeReport {
     pub r#type: String,
@@ -88,22 +91,24 @@ pub struct TypeReport {
     pub last_seen: Option<Timestamp>,
 }
 
+/// How often one signature secret verified a webhook.
 #[derive(Serialize)]
 pub struct SecretReport {
-    /// 1 is the first in the list.
+    /// Position in the configuration, from 1.
     pub position: usize,
     pub verified: u64,
     pub last_verified_at: Option<Timestamp>,
 }
 
+/// The validity of the public listener's certificate.
 #[derive(Serialize)]
 pub struct CertificateReport {
     pub expires_at: Timestamp,
-    /// Whole days; negative if it has expired.
+    /// Whole days until it expires; negative afterwards.
     pub days_left: i64,
 }
 
-/// One of `/api/events`.
+/// One event of `/api/events`.
 #[derive(Serialize)]
 pub struct EventReport {
     pub id: Uuid,
@@ -114,29 +119,31 @@ pub struct EventReport {
     pub state: Option<String>,
     pub accepted_at: Timestamp,
     pub status: EventState,
-    /// When it was confirmed, if that is not too long ago to be known.
+    /// When RabbitMQ confirmed the event; only the latest confirms are kept.
     pub settled_at: Option<Timestamp>,
 }
 
+/// What became of an accepted event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum EventState {
     Pending,
     Confirmed,
     Parked,
-    /// An operator has taken it out.
+    /// Removed by an operator.
     Removed,
-    /// Not in the spool any more, and it is not remembered how it went.
+    /// No longer in the spool, and too old for its outcome to be kept.
     Gone,
 }
 
-/// `/api/parked`.
+/// The answer of `/api/parked`.
 #[derive(Serialize)]
 pub struct ParkedReport {
     pub total: u64,
     pub parked: Vec<ParkedEvent>,
 }
 
+/// One parked event of `/api/parked`.
 #[derive(Serialize)]
 pub struct ParkedEvent {
     pub id: Uuid,
@@ -184,7 +191,7 @@ impl SpoolReport {
 }
 
 impl TypeReport {
-    /// The most frequent ones first.
+    /// One report per type, the most frequent first.
     pub fn list(counts: &Counts) -> Vec<Self> {
         let report =
             |name: &str, tally: &Tally| Self { r#type: name.to_owned(), accepted: tally.count, last_seen: tally.last };
@@ -225,7 +232,7 @@ impl EventReport {
     }
 }
 
-/// Whether the text is a part of what an operator may look for.
+/// Whether `find` is part of the event's id, type, scan id or prediction id.
 pub fn matches(arrival: &Arrival, find: &str) -> bool {
     let texts = [&arrival.event_type, &arrival.scan_id, &arrival.prediction_id];
     texts.into_iter().flatten().any(|text| text.contains(find)) || arrival.id.to_string().contains(find)

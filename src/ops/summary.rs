@@ -1,4 +1,4 @@
-//! The sentence of truth: what an operator has to know first, in words. Pure.
+//! The one-line status shown first: the most important fact about the relay, in words. Pure.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -8,34 +8,35 @@ use serde::Serialize;
 
 use crate::text::span;
 
+/// The one-line status.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Summary {
     pub level: Level,
     pub text: String,
 }
 
+/// How serious the status is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Level {
     Ok,
-    /// Nothing is lost, and somebody should look.
+    /// No event is lost, but an operator should look.
     Warning,
-    /// Events are being refused, or do not reach the workers.
+    /// Webhooks are being refused, or events do not reach the workers.
     Problem,
 }
 
-/// Webhooks that were meant for us are being refused.
+/// Webhooks refused within the last five minutes, without requests that cannot be webhooks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct RecentRefusals {
-    /// The most frequent `code`.
+    /// The most frequent `code` of the answers.
     pub reason: &'static str,
-    /// Within the last five minutes.
     pub count: u64,
-    /// None was accepted meanwhile.
+    /// Whether no webhook was accepted in the same time.
     pub all: bool,
 }
 
-/// What the sentence is made of. Ages are those of now.
+/// The facts that the summary is made from. Ages are measured now.
 #[derive(Clone, Debug, Default)]
 pub struct Facts {
     pub draining: bool,
@@ -43,33 +44,35 @@ pub struct Facts {
     pub pending: u64,
     pub parked: u64,
     pub removed: u64,
-    /// Of the removed ones, those that could not be read any more.
+    /// Events lost because the spool file was damaged. `removed` includes them.
     pub lost: u64,
     pub bytes: u64,
     pub max_bytes: u64,
+    /// Age of the oldest pending event.
     pub oldest: Option<Duration>,
     pub connected: bool,
+    /// RabbitMQ's reason for blocking the connection.
     pub blocked: Option<String>,
-    /// Why there is no connection.
+    /// Why the relay is not connected.
     pub error: Option<String>,
-    /// For how long the connection has been as it is.
+    /// Time since the connection was last made, lost, blocked or unblocked.
     pub broker_state_age: Duration,
     pub last_confirm: Option<Duration>,
     pub last_accepted: Option<Duration>,
-    /// Webhooks within the last five minutes.
+    /// Webhooks accepted within the last five minutes.
     pub recent_accepted: u64,
-    /// Those that were meant for us, by `code`.
+    /// Webhooks refused within the last five minutes, by `code`.
     pub recent_refused: BTreeMap<&'static str, u64>,
 }
 
-/// A spool that is fuller than this is worth a warning.
+/// From this share on the summary warns that the spool fills up.
 const NEARLY_FULL: f64 = 0.8;
-/// An event that has waited so long is late.
+/// From this age of the oldest pending event on, deliveries are behind.
 const LATE: Duration = Duration::from_secs(30);
-/// A connection that has been gone for less is being made again.
+/// An outage shorter than this is only a warning: a reconnect usually takes less.
 const BRIEF: Duration = Duration::from_secs(5);
-/// Fewer refusals than these are nobody's concern on an address that anybody can reach; without a signature anybody may
-/// have sent them.
+/// Fewer refusals are not reported, because scanners cause some on every public address. Unsigned requests are more
+/// often from scanners, so their limit is higher.
 const REFUSALS_MIN: u64 = 5;
 const UNSIGNED_REFUSALS_MIN: u64 = 20;
 
@@ -83,12 +86,12 @@ impl Facts {
             .or_else(|| self.refusing_some())
             .or_else(|| self.stuck())
             .unwrap_or_else(|| (Level::Ok, self.well()));
-        let asides = self.asides(&text);
-        let level = if level == Level::Ok && !asides.is_empty() { Level::Warning } else { level };
-        Summary { level, text: text + &asides }
+        let notes = self.notes(&text);
+        let level = if level == Level::Ok && !notes.is_empty() { Level::Warning } else { level };
+        Summary { level, text: text + &notes }
     }
 
-    /// Webhooks that were meant for us and are being refused, if there are more than a few.
+    /// The recent refusals, if there are enough to report.
     pub fn refusing(&self) -> Option<RecentRefusals> {
         let count = self.recent_refused.values().sum();
         let (reason, _) = self.recent_refused.iter().max_by_key(|(_, count)| **count)?;
@@ -99,19 +102,18 @@ impl Facts {
     fn not_accepting(&self) -> Option<(Level, String)> {
         if self.draining {
             let text =
-                format!("The relay is stopping; what is not delivered ({}) stays on disk.", events(self.pending));
+                format!("The relay is shutting down. Undelivered events stay on disk: {}.", grouped(self.pending));
             return Some((Level::Warning, text));
         }
         if !self.writable {
-            let text =
-                "The spool cannot be written, so webhooks are answered 503; Prism gives each event up after 35 s. \
-                        Look at the disk."
-                    .to_owned();
+            let text = "The spool cannot be written, so webhooks are answered 503. Prism gives up on each after 35 s. \
+                        Check the disk."
+                .to_owned();
             return Some((Level::Problem, text));
         }
         if self.share() >= 1.0 {
             let mut text =
-                "The spool is full, so webhooks are answered 503; Prism gives each event up after 35 s.".to_owned();
+                "The spool is full, so webhooks are answered 503. Prism gives up on each after 35 s.".to_owned();
             if let Some(why) = self.why_not_delivering() {
                 let _ = write!(text, " {why}.");
             }
@@ -122,16 +124,15 @@ impl Facts {
 
     fn not_delivering(&self) -> Option<(Level, String)> {
         let why = self.why_not_delivering()?;
-        let kept = match (self.pending, self.oldest) {
-            (0, _) => "nothing is waiting for it".to_owned(),
+        let waiting = match (self.pending, self.oldest) {
+            (0, _) => "no event is waiting".to_owned(),
             (count, Some(oldest)) => format!("{} safe on disk, the oldest for {}", are(count), span(oldest)),
             (count, None) => format!("{} safe on disk", are(count)),
         };
-        let meanwhile =
-            self.refusing().map_or("Prism is being answered normally.".to_owned(), |refusing| refusing.text());
+        let webhooks = self.refusing().map_or("Webhooks are still accepted.".to_owned(), |refusing| refusing.text());
         let brief = !self.connected && self.broker_state_age < BRIEF;
         let level = if brief { Level::Warning } else { Level::Problem };
-        Some((level, format!("{why}; {kept}. {meanwhile}")))
+        Some((level, format!("{why}; {waiting}. {webhooks}")))
     }
 
     fn why_not_delivering(&self) -> Option<String> {
@@ -174,7 +175,7 @@ impl Facts {
     fn parked_text(&self) -> String {
         let verb = if self.parked == 1 { "is" } else { "are" };
         format!(
-            "{} {verb} parked, because RabbitMQ does not take {}",
+            "{} {verb} parked because RabbitMQ does not accept {}",
             events(self.parked),
             if self.parked == 1 { "it" } else { "them" }
         )
@@ -182,7 +183,7 @@ impl Facts {
 
     fn well(&self) -> String {
         match (self.pending, self.last_confirm, self.last_accepted) {
-            // What an operator has taken out was not delivered.
+            // Removed events were not delivered, so "all" would be wrong.
             (0, Some(confirm), _) if self.removed > 0 => {
                 format!("Nothing is waiting; the last event was delivered {} ago.", span(confirm))
             }
@@ -194,14 +195,15 @@ impl Facts {
         }
     }
 
-    /// What is true beside the first sentence, unless that has said so.
-    fn asides(&self, first: &str) -> String {
+    /// Further facts worth a warning, unless `first` contains them.
+    fn notes(&self, first: &str) -> String {
         let mut text = String::new();
         if self.lost > 0 {
             let _ = write!(
                 text,
-                " {} could not be read any more after the file was damaged; see the log.",
-                events(self.lost)
+                " {} {} lost because the spool file was damaged; see the log.",
+                events(self.lost),
+                if self.lost == 1 { "was" } else { "were" }
             );
         }
         let full = self.share();
@@ -214,8 +216,8 @@ impl Facts {
         text
     }
 
+    /// The used share of the spool; 1 if the next event would not fit.
     fn share(&self) -> f64 {
-        // The next event would not fit any more.
         let used = self.bytes + crate::spool::EVENT_OVERHEAD_BYTES;
         if used > self.max_bytes { 1.0 } else { self.bytes as f64 / self.max_bytes.max(1) as f64 }
     }
@@ -224,10 +226,10 @@ impl Facts {
 impl RecentRefusals {
     fn text(&self) -> String {
         let cause = match self.reason {
-            "invalid-signature" => "they are signed with another secret than the relay knows, or a proxy changes them",
+            "invalid-signature" => "they are signed with another secret, or a proxy changes them",
             "missing-signature" => "they are not signed",
-            "stale-timestamp" => "their time of signing is too far from this machine's clock",
-            "invalid-timestamp" => "their time of signing cannot be read",
+            "stale-timestamp" => "their timestamp is too far from this machine's clock",
+            "invalid-timestamp" => "their timestamp cannot be read",
             "body-too-large" => "they are larger than http.body_bytes_max",
             "request-timeout" => "they arrive too slowly",
             "spool-full" => "the spool was full",
@@ -237,7 +239,7 @@ impl RecentRefusals {
         let count = grouped(self.count);
         if self.all {
             format!(
-                "Every webhook is being refused ({count} in the last 5 min): {cause}. Prism gives each up after 35 s."
+                "Every webhook is being refused ({count} in the last 5 min): {cause}. Prism gives up on each after 35 s."
             )
         } else {
             format!(
@@ -296,7 +298,7 @@ mod tests {
     fn rabbitmq_is_down_or_blocked() {
         let kept =
             Facts { pending: 1204, oldest: Some(Duration::from_secs(230)), broker_state_age: 4 * MINUTE, ..well() };
-        let text = "1,204 events are safe on disk, the oldest for 3 min 50 s. Prism is being answered normally.";
+        let text = "1,204 events are safe on disk, the oldest for 3 min 50 s. Webhooks are still accepted.";
         let down = Facts { connected: false, ..kept.clone() };
         says(&down, Level::Problem, &format!("RabbitMQ has been unreachable for 4 min; {text}"));
         let blocked = Facts { blocked: Some("low on memory".to_owned()), ..kept };
@@ -323,7 +325,7 @@ mod tests {
     #[test]
     fn prism_signs_with_another_secret() {
         let refused = |counts: &[(&'static str, u64)]| counts.iter().copied().collect::<BTreeMap<_, _>>();
-        // One stray request does not hide the cause.
+        // One other refusal must not hide the main cause.
         let counts = refused(&[("invalid-signature", 86), ("unreadable-body", 1)]);
         let refusing = Facts { recent_refused: counts, ..well() };
         let Summary { level, text } = refusing.summarize();
@@ -333,38 +335,40 @@ mod tests {
         let Summary { level, text } = some.summarize();
         assert!(level == Level::Warning && text.starts_with("87 webhooks were refused"), "{text}");
         let both = Facts { connected: false, ..refusing }.summarize().text;
-        assert!(both.contains("unreachable") && both.contains("Every webhook") && !both.contains("normally"), "{both}");
+        assert!(
+            both.contains("unreachable") && both.contains("Every webhook") && !both.contains("still accepted"),
+            "{both}"
+        );
         let scanner = Facts { recent_refused: refused(&[("missing-signature", 10)]), ..well() };
         assert_eq!((scanner.summarize().level, scanner.refusing()), (Level::Ok, None));
     }
 
     #[test]
-    fn rabbitmq_says_why() {
+    fn the_error_of_the_broker_is_shown() {
         let error = Some("the broker rejected a publish (nack): a queue is full, or has no leader".to_owned());
         let nacked = Facts { connected: false, error, ..well() };
         let text = nacked.summarize().text;
         assert!(text.starts_with("Nothing has been delivered to RabbitMQ for 1 h (the broker rejected"), "{text}");
         let parked = Facts { connected: false, parked: 2, ..well() }.summarize().text;
-        assert!(parked.ends_with("2 events are parked, because RabbitMQ does not take them."), "{parked}");
+        assert!(parked.ends_with("2 events are parked because RabbitMQ does not accept them."), "{parked}");
     }
 
     #[test]
     fn events_are_parked_or_late() {
         let parked = Facts { parked: 3, ..well() };
-        let text =
-            "3 events are parked, because RabbitMQ does not take them; all others are delivered, the last one 3 s ago.";
+        let text = "3 events are parked because RabbitMQ does not accept them; all others are delivered, the last one 3 s ago.";
         says(&parked, Level::Warning, text);
         let both = Facts { parked: 1, pending: 2, ..well() };
         let text =
-            "All is well; 2 events are on the way to RabbitMQ. 1 event is parked, because RabbitMQ does not take it.";
+            "All is well; 2 events are on the way to RabbitMQ. 1 event is parked because RabbitMQ does not accept it.";
         says(&both, Level::Warning, text);
         let late = Facts { pending: 70, oldest: Some(2 * MINUTE), ..well() };
         says(&late, Level::Warning, "Deliveries are behind: 70 events are waiting, the oldest for 2 min.");
         let damaged = Facts { lost: 2, removed: 2, ..well() };
-        let text = "Nothing is waiting; the last event was delivered 3 s ago. 2 events could not be read any more after the file \
+        let text = "Nothing is waiting; the last event was delivered 3 s ago. 2 events were lost because the spool file \
                     was damaged; see the log.";
         says(&damaged, Level::Warning, text);
         let draining = Facts { draining: true, pending: 1, ..well() };
-        says(&draining, Level::Warning, "The relay is stopping; what is not delivered (1 event) stays on disk.");
+        says(&draining, Level::Warning, "The relay is shutting down. Undelivered events stay on disk: 1.");
     }
 }

@@ -1,4 +1,4 @@
-//! What there is to see: gathers from the sources of the relay what the pages and `/api` tell.
+//! Collects the data of `/api`, the console and `/metrics` from the relay's parts, and acts on parked events.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -23,13 +23,13 @@ use crate::signature::Verifier;
 use crate::spool::{Inspector, OpenError, ReadError, Spool};
 use crate::tls;
 
-/// What "lately" means in the sentence of truth.
+/// The time over which refusals count as recent in the summary.
 const RECENT: Duration = Duration::from_secs(5 * 60);
 
 const EVENTS_MAX: usize = 200;
 const PARKED_MAX: u64 = 100;
 
-/// What there is to tell about.
+/// The relay's parts whose state is shown.
 #[derive(Clone)]
 pub struct Sources {
     pub spool: Spool,
@@ -39,18 +39,19 @@ pub struct Sources {
     pub verifier: Arc<Verifier>,
     /// Connections to the public listener.
     pub connections: Arc<Admission>,
-    /// Of the public listener.
+    /// TLS of the public listener.
     pub tls: Option<Arc<tls::Server>>,
     pub metrics: Arc<Metrics>,
 }
 
+/// The state of the relay, as operators see it.
 pub struct View {
     sources: Sources,
     started: (Instant, Timestamp),
     history: Mutex<History>,
 }
 
-/// Something could not be looked up, or done.
+/// Why a request could not be answered.
 #[derive(Debug, Error)]
 pub enum ViewError {
     #[error(transparent)]
@@ -59,8 +60,8 @@ pub enum ViewError {
     Open(#[from] OpenError),
     #[error("cannot change the spool")]
     Change(#[from] rusqlite::Error),
-    #[error("the look into the spool was broken off")]
-    Ended,
+    #[error("reading the spool was interrupted")]
+    Interrupted,
 }
 
 /// What an operator may do with a parked event.
@@ -73,7 +74,7 @@ pub enum Action {
 impl View {
     pub fn new(sources: Sources) -> Self {
         let view = Self { sources, started: (Instant::now(), Timestamp::now()), history: Mutex::default() };
-        // The first point learns where the counters stand.
+        // The first call only stores the counters.
         view.sample();
         view
     }
@@ -82,7 +83,7 @@ impl View {
         &self.sources.health
     }
 
-    /// Adds a point to the charts.
+    /// Adds a point to the charts, and returns it.
     pub fn sample(&self) -> Option<Point> {
         let ledger = self.sources.spool.gauges().ledger();
         let counters = counters(&self.sources.recent.counts(), ledger.confirmed);
@@ -98,7 +99,7 @@ impl View {
         let (gauges, broker, counts) =
             (self.sources.spool.gauges(), self.sources.broker.snapshot(), self.sources.recent.counts());
         let now = Timestamp::now();
-        // The rest is needed most when the spool is sick.
+        // The status matters most when the spool cannot be read, so it is sent without the age.
         let oldest = self.oldest_age(now).await.unwrap_or(None);
         let (ledger, max_bytes) = (gauges.ledger(), self.sources.spool.max_bytes());
         let spool = SpoolReport::new(&ledger, gauges.lost(), max_bytes, gauges.writable(), oldest);
@@ -153,7 +154,7 @@ impl View {
         Some(CertificateReport { expires_at, days_left: days(expires_at, now).floor() as i64 })
     }
 
-    /// The latest events that match, the newest first.
+    /// The latest events that match `find`, newest first.
     pub async fn events(&self, find: &str) -> Result<Vec<EventReport>, ReadError> {
         let found = self.sources.recent.latest(EVENTS_MAX, |arrival| matches(arrival, find));
         let seqs = found.iter().map(|arrival| arrival.seq).collect();
@@ -162,7 +163,7 @@ impl View {
         let report = |arrival: &Arrival| {
             let settled_at = confirms.get(&arrival.seq).copied();
             let state = match (settled_at, undelivered.get(&arrival.seq)) {
-                // Perhaps not yet deleted.
+                // Confirmed, though perhaps not yet deleted from the spool.
                 (Some(_), _) => EventState::Confirmed,
                 (None, Some(true)) => EventState::Parked,
                 (None, Some(false)) => EventState::Pending,
@@ -185,7 +186,7 @@ impl View {
         Ok(ParkedReport { total: self.sources.spool.gauges().ledger().parked, parked })
     }
 
-    /// Returns whether there was such a parked event.
+    /// Retries or removes a parked event. Returns whether the event was parked.
     pub async fn act(&self, action: Action, id: Uuid) -> Result<bool, ViewError> {
         let path = self.sources.spool.path();
         let done = blocking(move || {
@@ -202,7 +203,7 @@ impl View {
             Action::Remove if done => self.sources.recent.removed(id),
             Action::Retry | Action::Remove => {}
         }
-        // So that the next look sees it.
+        // The next request must see the change.
         self.sources.spool.flush().await;
         Ok(done)
     }
@@ -217,7 +218,7 @@ impl View {
         metrics.spool.max_bytes.set(self.sources.spool.max_bytes() as f64);
         metrics.spool.parked_events.set(ledger.parked as f64);
         metrics.spool.lost_events.set(self.sources.spool.gauges().lost() as f64);
-        // Metrics are needed most when the spool is sick.
+        // Metrics matter most when the spool cannot be read; the age then keeps its last value.
         if let Ok(age) = self.oldest_age(now).await {
             metrics.spool.oldest_age.set(age.unwrap_or(0.0));
         }
@@ -232,7 +233,7 @@ impl View {
         metrics.render()
     }
 
-    /// Of the oldest pending event, in seconds.
+    /// The age of the oldest pending event in seconds.
     async fn oldest_age(&self, now: Timestamp) -> Result<Option<f64>, ReadError> {
         let accepted_ms = self.sources.spool.oldest_pending_ms().await?;
         Ok(accepted_ms.map(|accepted_ms| (now.as_millisecond() - accepted_ms).max(0) as f64 / 1000.0))
@@ -252,9 +253,9 @@ fn days(until: Timestamp, now: Timestamp) -> f64 {
     until.duration_since(now).as_secs_f64() / 86_400.0
 }
 
-/// On a thread that may wait for the disk.
+/// Runs `work` on a thread that may wait for the disk.
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, ViewError> + Send + 'static,
 ) -> Result<T, ViewError> {
-    tokio::task::spawn_blocking(work).await.map_err(|_| ViewError::Ended)?
+    tokio::task::spawn_blocking(work).await.map_err(|_| ViewError::Interrupted)?
 }
