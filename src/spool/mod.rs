@@ -57,8 +57,13 @@ pub enum OpenError {
     Foreign { path: PathBuf },
     #[error("{path} is on a file system without shared memory, such as NFS; a spool needs a local disk")]
     NoWal { path: PathBuf },
-    #[error("{path} was written by a newer prism-relay (format {found}, this one knows {known})")]
+    #[error("{path} was written by a newer prism-relay (format {found}, this one reads {known})")]
     Newer { path: PathBuf, found: i64, known: i64 },
+    #[error(
+        "{path} was written by an older prism-relay (format {found}, this one reads {known}); \
+         deliver its events with that one, then move the file away"
+    )]
+    Older { path: PathBuf, found: i64, known: i64 },
 }
 
 /// The event was not taken, and will not appear later.

@@ -15,15 +15,11 @@ use crate::event::{Event, Fingerprint};
 
 /// "PRLY", so that `file` and other programs can tell what this is.
 const APPLICATION_ID: i64 = 0x5052_4c59;
-/// The version of the schema below; raised with each change that an older relay could not read.
+/// The version of the schema below, raised with each change of it.
 const FORMAT: i64 = 2;
 
 /// How long to wait for another process that has the file open, such as `sqlite3` in an operator's hands.
 pub(super) const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// From one format to the next, the oldest first.
-const MIGRATIONS: [(i64, &str); 1] =
-    [(1, "ALTER TABLE seen ADD COLUMN signatures BLOB; ALTER TABLE ledger ADD COLUMN lost INTEGER NOT NULL DEFAULT 0")];
 
 const SCHEMA: &str = "
     CREATE TABLE event (
@@ -56,7 +52,7 @@ const SCHEMA: &str = "
         duplicates    INTEGER NOT NULL,
         bytes         INTEGER NOT NULL,
         touches       INTEGER NOT NULL,    -- counts transactions whose only purpose was to write something
-        lost          INTEGER NOT NULL DEFAULT 0 -- of the removed ones: unreadable after damage of the file
+        lost          INTEGER NOT NULL     -- of the removed ones: unreadable after damage of the file
     ) STRICT;
     INSERT INTO ledger VALUES (1, 0, 0, 0, 0, 0, 0, 0, 0, 0);
 ";
@@ -93,8 +89,6 @@ impl Store {
         }
         if empty {
             create(&connection).map_err(sqlite)?;
-        } else {
-            migrate(&connection).map_err(sqlite)?;
         }
         // The first read opens the log.
         Ledger::read(&connection).map_err(sqlite)?;
@@ -328,16 +322,6 @@ fn create(connection: &Connection) -> Result<()> {
     ))
 }
 
-/// Brings the file of an older relay to this one's format.
-fn migrate(connection: &Connection) -> Result<()> {
-    let found = pragma(connection, "user_version")?;
-    for (format, change) in MIGRATIONS.iter().filter(|(format, _)| *format >= found) {
-        let next = format + 1;
-        connection.execute_batch(&format!("BEGIN IMMEDIATE; {change}; PRAGMA user_version = {next}; COMMIT;"))?;
-    }
-    Ok(())
-}
-
 /// How many events were deleted, and what they counted for.
 pub(super) struct Deleted {
     pub pending: u64,
@@ -369,8 +353,9 @@ pub(super) fn check_format(connection: &Connection, path: &Path) -> Result<(), O
         return Err(OpenError::Foreign { path: path.to_owned() });
     }
     match pragma(connection, "user_version").map_err(sqlite)? {
+        FORMAT => Ok(()),
         found if found > FORMAT => Err(OpenError::Newer { path: path.to_owned(), found, known: FORMAT }),
-        _ => Ok(()),
+        found => Err(OpenError::Older { path: path.to_owned(), found, known: FORMAT }),
     }
 }
 
