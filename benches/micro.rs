@@ -8,13 +8,12 @@ use bytes::Bytes;
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use futures_util::future::join_all;
 use jiff::Timestamp;
-use prism_relay::config::{self, Durability};
 use prism_relay::event::{Envelope, Event, Fingerprint};
 use prism_relay::metrics::Metrics;
 use prism_relay::publisher::message::Message;
 use prism_relay::secret::Secret;
 use prism_relay::signature::{Verifier, sign};
-use prism_relay::spool::Spool;
+use prism_relay::spool::{self, Durability, Spool};
 
 /// Appended at once, as by as many senders.
 const SENDERS: usize = 64;
@@ -61,8 +60,8 @@ fn envelope(criterion: &mut Criterion) {
 fn append(criterion: &mut Criterion) {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("spool.db");
-    let spool = config::Spool { path, max_bytes: u64::MAX, durability: Durability::Disk };
-    let dedupe = config::Dedupe { window: Duration::from_secs(120), entries_max: 100_000 };
+    let spool = spool::Settings { path, max_bytes: u64::MAX, durability: Durability::Disk };
+    let dedupe = spool::dedupe::Settings { window: Duration::from_secs(120), entries_max: 100_000 };
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
     let guard = runtime.enter();
     let (spool, _end) = Spool::open(&spool, &dedupe, Arc::new(Metrics::new())).expect("a spool");

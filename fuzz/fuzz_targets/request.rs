@@ -12,13 +12,13 @@ use std::time::Duration;
 
 use hyper::service::service_fn;
 use libfuzzer_sys::fuzz_target;
-use prism_relay::config::{Config, Dedupe, Durability, Purpose};
+use prism_relay::config::{Config, Purpose};
 use prism_relay::ingress::{Ingress, Parts};
 use prism_relay::metrics::Metrics;
 use prism_relay::server::{Activity, Limits, Protocol};
 use prism_relay::signature::Verifier;
 use prism_relay::traces::Traces;
-use prism_relay::spool::{Settlement, Spool, WriterEnd};
+use prism_relay::spool::{Durability, Settlement, Spool, WriterEnd, dedupe};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
 use tokio::runtime::{Builder, Runtime};
 use tokio_util::sync::CancellationToken;
@@ -63,7 +63,7 @@ impl Relay {
         let runtime = Builder::new_current_thread().enable_all().build().unwrap();
         let guard = runtime.enter();
         let metrics = Arc::new(Metrics::new());
-        let dedupe = Dedupe { window: Duration::from_secs(60), entries_max: 100 };
+        let dedupe = dedupe::Settings { window: Duration::from_secs(60), entries_max: 100 };
         let (spool, end) = Spool::open(&config.spool, &dedupe, Arc::clone(&metrics)).unwrap();
         // Without a secret, so that bodies get through to the spool.
         let verifier = Arc::new(Verifier::new(&[], false, Duration::from_secs(300)));

@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::{Failure, say, topology};
 use crate::broker::{BrokerAccess, BrokerConnection, BrokerUrl};
 use crate::config::Config;
-use crate::spool::{Inspector, Presence, presence};
+use crate::spool::{Inspector, SpoolState};
 use crate::text::chain;
 use crate::topology::{Comparison, Declare, Kind, Plan, compare};
 
@@ -89,17 +89,17 @@ fn check_signature(config: &Config, table: &Table) {
 
 fn check_spool(config: &Config, table: &mut Table) {
     let path = config.spool.path.display();
-    let presence = presence(&config.spool.path);
-    if presence == Presence::Damaged {
-        return table.good("spool", &format!("{path} is damaged: it is mended when the relay starts"));
+    let state = SpoolState::of(&config.spool.path);
+    if state == SpoolState::Damaged {
+        return table.good("spool", &format!("{path} is damaged: the relay recovers it when it starts"));
     }
-    if let Presence::Absent(folder) = presence {
+    if let SpoolState::Absent(folder) = state {
         return match tempfile_in(&folder) {
             Ok(()) => table.good("spool", &format!("{path} will be created")),
             Err(error) => table.bad("spool", &format!("{path} cannot be created: {}: {error}", folder.display())),
         };
     }
-    let user = if presence == Presence::InUse { ", in use by a running relay" } else { "" };
+    let user = if state == SpoolState::InUse { ", in use by a running relay" } else { "" };
     match Inspector::open(&config.spool.path)
         .map_err(|error| chain(&error))
         .and_then(|spool| spool.ledger().map_err(|error| error.to_string()))

@@ -7,7 +7,7 @@ mod raw;
 mod secrets;
 mod sections;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use thiserror::Error;
@@ -18,15 +18,16 @@ pub use secrets::{password_in, read_secret, secrets_in, token_in};
 pub use sections::Purpose;
 use sections::{HOUR, MILLISECOND};
 
-use crate::{broker, ingress, logging, ops, publisher, signature, topology, traces};
+use crate::spool::dedupe;
+use crate::{broker, ingress, logging, ops, publisher, signature, spool, topology, traces};
 
 /// The whole configuration, checked.
 #[derive(Debug)]
 pub struct Config {
     pub http: ingress::Settings,
     pub signature: signature::Settings,
-    pub spool: Spool,
-    pub dedupe: Dedupe,
+    pub spool: spool::Settings,
+    pub dedupe: dedupe::Settings,
     pub broker: broker::Settings,
     pub publisher: publisher::Settings,
     pub topology: topology::Spec,
@@ -34,29 +35,6 @@ pub struct Config {
     pub log: logging::Settings,
     pub traces: traces::Settings,
     pub shutdown: Shutdown,
-}
-
-#[derive(Clone, Debug)]
-pub struct Spool {
-    pub path: PathBuf,
-    pub max_bytes: u64,
-    pub durability: Durability,
-}
-
-/// What an event survives once it has been answered 200.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Durability {
-    /// A power loss: every commit is synced to the disk.
-    Disk,
-    /// A crash of the relay, but not one of the machine.
-    Process,
-}
-
-#[derive(Clone, Debug)]
-pub struct Dedupe {
-    /// Zero: off.
-    pub window: Duration,
-    pub entries_max: usize,
 }
 
 /// The section `[shutdown]`.

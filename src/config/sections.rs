@@ -10,12 +10,12 @@ use jiff::Timestamp;
 
 use super::raw::Raw;
 use super::secrets::{password_in, secrets_in, token_in};
-use super::{Dedupe, Durability, Spool};
 use crate::broker::{self, BrokerUrl, SHORT_STRING_BYTES_MAX};
 use crate::ingress::{self, HEALTH_PATH};
 use crate::logging::{self, Format};
 use crate::secret::Secret;
 use crate::signature::{self, SECRETS_MAX};
+use crate::spool::{self, Durability, dedupe};
 use crate::text::chain;
 use crate::tls::{self, ClientFiles, ServerFiles};
 use crate::topology::{ARCHIVE, ArchiveSpec, DEAD, Declare, Plan, QueueSpec, Spec, UNROUTED};
@@ -98,17 +98,17 @@ pub(super) fn signature(raw: &mut Raw, purpose: Purpose) -> signature::Settings 
     }
 }
 
-pub(super) fn spool(raw: &mut Raw) -> Spool {
+pub(super) fn spool(raw: &mut Raw) -> spool::Settings {
     let path = |text: &str| if text.is_empty() { Err("is empty".to_owned()) } else { Ok(PathBuf::from(text)) };
-    Spool {
+    spool::Settings {
         path: raw.read("spool.path", path).unwrap_or_default(),
         max_bytes: raw.bytes("spool.max_bytes", 1..=u64::from(u32::MAX) * KIB),
         durability: raw.one_of("spool.durability", &[("disk", Durability::Disk), ("process", Durability::Process)]),
     }
 }
 
-pub(super) fn dedupe(raw: &mut Raw) -> Dedupe {
-    Dedupe {
+pub(super) fn dedupe(raw: &mut Raw) -> dedupe::Settings {
+    dedupe::Settings {
         window: raw.duration("dedupe.window", Duration::ZERO..=DAY),
         entries_max: raw.number("dedupe.entries_max", 1..=10_000_000),
     }

@@ -6,6 +6,7 @@ use super::sections::SECOND;
 use super::*;
 use crate::logging::Format;
 use crate::secret::Secret;
+use crate::spool::Durability;
 use crate::topology::Declare;
 
 const EXAMPLE: &str = include_str!("../../config/production.example.toml");

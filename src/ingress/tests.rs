@@ -9,10 +9,11 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
 use tokio::runtime::Runtime;
 
 use super::*;
-use crate::config::{Config, Dedupe, Durability, Purpose};
+use crate::config::{Config, Purpose};
 use crate::secret::Secret;
 use crate::server::{Activity, Protocol};
 use crate::signature::sign;
+use crate::spool::{Durability, dedupe};
 
 const PEER: SocketAddr = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 1);
 const SECRET: &str = "whsec_test";
@@ -36,7 +37,7 @@ impl Door {
         let runtime = Runtime::new().unwrap();
         let (ingress, protocol, spool) = runtime.block_on(async {
             let metrics = Arc::new(Metrics::new());
-            let dedupe = Dedupe { window: Duration::from_secs(60), entries_max: 100 };
+            let dedupe = dedupe::Settings { window: Duration::from_secs(60), entries_max: 100 };
             let (spool, _) = Spool::open(&config.spool, &dedupe, Arc::clone(&metrics)).unwrap();
             let verifier = Arc::new(Verifier::new(&[Secret::new(SECRET)], true, Duration::from_secs(300)));
             let traces = Arc::new(Traces::new(&config.traces).unwrap());
@@ -78,7 +79,7 @@ impl Door {
 
     fn accepted(&self) -> u64 {
         self.runtime.block_on(self.spool.flush());
-        self.spool.gauges().ledger().accepted
+        self.spool.status().ledger().accepted
     }
 }
 

@@ -85,7 +85,7 @@ impl View {
 
     /// Adds a point to the charts, and returns it.
     pub fn sample(&self) -> Option<Point> {
-        let ledger = self.sources.spool.gauges().ledger();
+        let ledger = self.sources.spool.status().ledger();
         let counters = counters(&self.sources.recent.counts(), ledger.confirmed);
         let lags = self.sources.broker.take_lags();
         self.history().add(counters, ledger.pending, &lags, Timestamp::now(), Instant::now())
@@ -96,13 +96,13 @@ impl View {
     }
 
     pub async fn report(&self) -> Report {
-        let (gauges, broker, counts) =
-            (self.sources.spool.gauges(), self.sources.broker.snapshot(), self.sources.recent.counts());
+        let (status, broker, counts) =
+            (self.sources.spool.status(), self.sources.broker.snapshot(), self.sources.recent.counts());
         let now = Timestamp::now();
         // The status matters most when the spool cannot be read, so it is sent without the age.
         let oldest = self.oldest_age(now).await.unwrap_or(None);
-        let (ledger, max_bytes) = (gauges.ledger(), self.sources.spool.max_bytes());
-        let spool = SpoolReport::new(&ledger, gauges.lost(), max_bytes, gauges.writable(), oldest);
+        let (ledger, max_bytes) = (status.ledger(), self.sources.spool.max_bytes());
+        let spool = SpoolReport::new(&ledger, status.lost(), max_bytes, status.writable(), oldest);
         let facts = self.facts(&spool, &broker, &counts, now);
         let (started, started_at) = self.started;
         Report {
@@ -158,7 +158,8 @@ impl View {
     pub async fn events(&self, find: &str) -> Result<Vec<EventReport>, ReadError> {
         let found = self.sources.recent.latest(EVENTS_MAX, |arrival| matches(arrival, find));
         let seqs = found.iter().map(|arrival| arrival.seq).collect();
-        let undelivered: HashMap<u64, bool> = self.sources.spool.states(seqs).await?.into_iter().collect();
+        let undelivered: HashMap<u64, bool> =
+            self.sources.spool.undelivered(seqs).await?.iter().map(|event| (event.seq, event.parked)).collect();
         let confirms: HashMap<u64, Timestamp> = self.sources.broker.confirms().into_iter().collect();
         let report = |arrival: &Arrival| {
             let settled_at = confirms.get(&arrival.seq).copied();
@@ -183,7 +184,7 @@ impl View {
             Ok(parked)
         };
         let parked = blocking(listing).await?;
-        Ok(ParkedReport { total: self.sources.spool.gauges().ledger().parked, parked })
+        Ok(ParkedReport { total: self.sources.spool.status().ledger().parked, parked })
     }
 
     /// Retries or removes a parked event. Returns whether the event was parked.
@@ -209,7 +210,7 @@ impl View {
     }
 
     pub async fn metrics(&self) -> String {
-        let (ledger, broker) = (self.sources.spool.gauges().ledger(), self.sources.broker.snapshot());
+        let (ledger, broker) = (self.sources.spool.status().ledger(), self.sources.broker.snapshot());
         let (metrics, now) = (&self.sources.metrics, Timestamp::now());
         let flag = |flag: bool| f64::from(u8::from(flag));
         metrics.ready.set(flag(self.sources.health.blocker().is_none()));
@@ -217,7 +218,7 @@ impl View {
         metrics.spool.bytes.set(ledger.bytes as f64);
         metrics.spool.max_bytes.set(self.sources.spool.max_bytes() as f64);
         metrics.spool.parked_events.set(ledger.parked as f64);
-        metrics.spool.lost_events.set(self.sources.spool.gauges().lost() as f64);
+        metrics.spool.lost_events.set(self.sources.spool.status().lost() as f64);
         // Metrics matter most when the spool cannot be read; the age then keeps its last value.
         if let Ok(age) = self.oldest_age(now).await {
             metrics.spool.oldest_age.set(age.unwrap_or(0.0));

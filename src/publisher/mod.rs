@@ -140,7 +140,7 @@ impl Publisher {
             if text == warned[index] || matches!(error, PublisherError::Poison(_)) {
                 debug!(%url, error = %text, ?delay, "still not delivering");
             } else {
-                let pending = self.spool.gauges().ledger().pending;
+                let pending = self.spool.status().ledger().pending;
                 warn!(%url, error = %text, ?delay, pending, "not delivering; events are kept on disk");
                 warned[index].clone_from(&text);
             }
@@ -168,7 +168,7 @@ impl Publisher {
         if self.status.on_connected(&url) == Connect::Again {
             self.metrics.broker.reconnects.increment(1);
         }
-        info!(%url, pending = self.spool.gauges().ledger().pending, "connected to the broker");
+        info!(%url, pending = self.spool.status().ledger().pending, "connected to the broker");
         Session::new(self, &broker, channel, pacing).run(drain).await?;
         broker.close().await;
         Ok(())
@@ -178,7 +178,7 @@ impl Publisher {
     async fn drained_before_connecting(&self, drain: &CancellationToken) {
         drain.cancelled().await;
         self.spool.flush().await;
-        if self.spool.gauges().ledger().pending > 0 {
+        if self.spool.status().ledger().pending > 0 {
             std::future::pending().await
         }
     }

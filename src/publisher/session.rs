@@ -32,7 +32,7 @@ use super::read_ahead::ReadAhead;
 use super::{Interruption, Publisher, PublisherError};
 use crate::broker::BrokerConnection;
 use crate::event::Envelope;
-use crate::spool::{Batch, ReadError, Settlement, Stored};
+use crate::spool::{Batch, ReadError, Settlement, Stored, Undelivered};
 
 /// How often the confirm deadline and the parked events are checked.
 const TICK: Duration = Duration::from_millis(250);
@@ -208,7 +208,7 @@ impl<'a> Session<'a> {
             spool.settle(vec![Settlement::Tried(stored.seq)]).await;
             spool.flush().await;
             // An operator may have removed the event since it was read.
-            if spool.states(vec![stored.seq]).await? == [(stored.seq, true)] {
+            if spool.undelivered(vec![stored.seq]).await? == [Undelivered { seq: stored.seq, parked: true }] {
                 self.retrying = Some(stored.seq);
                 self.last_retried = Some(stored.seq);
                 self.publish(stored).await;
@@ -394,9 +394,9 @@ impl<'a> Session<'a> {
     /// Reads parked events that are due for a retry.
     async fn read_parked(&mut self) -> Result<(), ReadError> {
         let retry = self.publisher.settings.parked_retry;
-        let gauges = self.publisher.spool.gauges();
+        let status = self.publisher.spool.status();
         // While the spool cannot record a retry or a delivery, the same events would be tried without end.
-        if !self.parked.is_empty() || gauges.ledger().parked == 0 || !gauges.takes_settlements() {
+        if !self.parked.is_empty() || status.ledger().parked == 0 || !status.takes_settlements() {
             return Ok(());
         }
         if !self.publisher.status.take_retry_request() && !self.pacing.is_parked_retry_due(retry, Instant::now()) {

@@ -9,7 +9,6 @@ use tracing::{info, warn};
 
 use super::error::RelayError;
 use crate::broker::{BrokerAccess, BrokerUrl};
-use crate::config::Durability;
 use crate::config::{self, Config};
 use crate::health::Health;
 use crate::ingress::{self, Ingress};
@@ -22,7 +21,7 @@ use crate::secret::Secret;
 use crate::server;
 use crate::service_manager;
 use crate::signature::Verifier;
-use crate::spool::{Spool, WriterEnd};
+use crate::spool::{Durability, Spool, WriterEnd};
 use crate::text::chain;
 use crate::tls;
 use crate::traces::Traces;
@@ -106,7 +105,7 @@ pub(super) async fn build(config: Config) -> Result<Built, RelayError> {
         metrics: Arc::clone(&metrics),
     };
     let ops = Ops::new(ops_listener, auth, sources);
-    announcement.log(spool.gauges().ledger().pending);
+    announcement.log(spool.status().ledger().pending);
     service_manager::ready();
     Ok(Built { ingress, publisher, ops, spool, spool_writer, watched, tls, traces, metrics, stops, is_handed_over })
 }

@@ -51,7 +51,7 @@ impl Tasks {
             task.abort();
         }
         reload.abort();
-        let pending = spool.gauges().ledger().pending;
+        let pending = spool.status().ledger().pending;
         drop(spool);
         // The writer ends when no sender is left, and closes the file. A failing disk gets a limited time.
         let written = timeout_at(deadline + WRITER_TIMEOUT, spool_writer).await;

@@ -16,7 +16,7 @@ use crate::metrics::Metrics;
 use crate::publisher::PublisherError;
 use crate::reload;
 use crate::service_manager;
-use crate::spool::{Gauges, Spool, WriterEnd};
+use crate::spool::{Spool, SpoolStatus, WriterEnd};
 use crate::tls;
 use crate::traces::Traces;
 
@@ -46,14 +46,14 @@ impl Built {
     /// Spawns the tasks. `hangup` asks for a reload of secrets and certificates.
     pub(super) fn run(self, hangup: Signal) -> Tasks {
         let Self { ingress, publisher, ops, spool, spool_writer, watched, tls, traces, metrics, stops, .. } = self;
-        let (exported, gauges) = (Arc::clone(&traces), Arc::clone(spool.gauges()));
+        let (exported, status) = (Arc::clone(&traces), Arc::clone(spool.status()));
         Tasks {
             ingress: tokio::spawn(ingress.run()),
             publisher: tokio::spawn(publisher.run(stops.publisher.clone())),
             ops: tokio::spawn(ops.run(CancellationToken::new())),
             reload: tokio::spawn(reload::run(watched, hangup, Arc::clone(&metrics))),
             upkeep: tokio::spawn(async move {
-                tokio::join!(upkeep(metrics, tls, gauges), service_manager::watchdog(), exported.export());
+                tokio::join!(upkeep(metrics, tls, status), service_manager::watchdog(), exported.export());
             }),
             traces,
             spool,
@@ -85,14 +85,14 @@ impl Tasks {
         if let PublisherError::Spool(cause) = &error
             && cause.is_damage()
         {
-            self.spool.mend_at_next_start();
+            self.spool.recover_at_next_start();
         }
         RelayError::Publisher(error)
     }
 }
 
 /// Folds histograms, and logs when the spool's disk stops answering and when the certificate is about to expire.
-async fn upkeep(metrics: Arc<Metrics>, tls: Option<Arc<tls::Server>>, spool: Arc<Gauges>) {
+async fn upkeep(metrics: Arc<Metrics>, tls: Option<Arc<tls::Server>>, spool: Arc<SpoolStatus>) {
     let mut ticks = tokio::time::interval(UPKEEP_EVERY);
     let (mut warned_at, mut was_stalled) = (None, false);
     loop {
@@ -119,16 +119,16 @@ async fn upkeep(metrics: Arc<Metrics>, tls: Option<Arc<tls::Server>>, spool: Arc
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::config;
+    use crate::spool;
 
     /// Tasks that never end, on a spool of their own.
     pub(in crate::relay) fn idle_tasks(folder: &tempfile::TempDir) -> Tasks {
-        let settings = config::Spool {
+        let settings = spool::Settings {
             path: folder.path().join("spool.db"),
             max_bytes: 1 << 20,
-            durability: config::Durability::Disk,
+            durability: spool::Durability::Disk,
         };
-        let dedupe = config::Dedupe { window: Duration::ZERO, entries_max: 1 };
+        let dedupe = spool::dedupe::Settings { window: Duration::ZERO, entries_max: 1 };
         let (spool, spool_writer) = Spool::open(&settings, &dedupe, Arc::new(Metrics::new())).unwrap();
         let idle = || tokio::spawn(std::future::pending());
         Tasks {

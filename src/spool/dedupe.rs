@@ -13,6 +13,14 @@ use uuid::Uuid;
 
 use crate::event::Fingerprint;
 
+/// The settings of the dedupe window.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Zero: off.
+    pub window: Duration,
+    pub entries_max: usize,
+}
+
 /// How many signatures of one body are kept in mind: far more than Prism's retries.
 const SIGNATURES_MAX: usize = 16;
 

@@ -7,21 +7,21 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsE
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use super::OpenError;
+use super::error::OpenError;
 
-/// The file beside the spool with this ending.
-pub(super) fn beside(path: &Path, ending: &str) -> PathBuf {
+/// The path with `suffix` appended to its file name.
+pub(super) fn sibling(path: &Path, suffix: &str) -> PathBuf {
     let mut name = OsString::from(path.as_os_str());
-    name.push(ending);
+    name.push(suffix);
     PathBuf::from(name)
 }
 
-/// Creates the folder of `path` if need be.
+/// Creates the missing folders above `path`.
 fn create_folder(path: &Path) -> io::Result<()> {
     let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) else { return Ok(()) };
     let new: Vec<&Path> = folder.ancestors().take_while(|folder| !folder.exists()).collect();
     fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
-    // The entries of the new folders have to survive a power loss, too.
+    // The entries of the new folders have to survive a power loss as well.
     new.into_iter().try_for_each(sync_folder)
 }
 
@@ -31,8 +31,8 @@ pub(super) fn sync_folder(path: &Path) -> io::Result<()> {
     File::open(parent)?.sync_all()
 }
 
-/// The file holds people's data and the relay's only copy of it: it is the owner's alone. SQLite gives its
-/// companions (-wal, -shm) the mode of the file.
+/// Creates the file, readable and writable for its owner only: it holds people's data. SQLite gives the `-wal` and `-shm` files
+/// the mode of the database.
 pub(super) fn create_private(path: &Path) -> io::Result<()> {
     match OpenOptions::new().write(true).create_new(true).mode(0o600).open(path) {
         Ok(file) => {
@@ -46,70 +46,71 @@ pub(super) fn create_private(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Tells whether the files that were opened are still the ones that the names lead to. If a folder is deleted or
-/// unmounted, open files go on working, and what is written to them is gone with the process.
-pub(super) struct Presence(Vec<(PathBuf, u64)>);
+/// Detects that the opened files were deleted, replaced or unmounted. Open files go on working then, but the data written to
+/// them is gone with the process.
+pub(super) struct FileIdentity(Vec<(PathBuf, u64)>);
 
-impl Presence {
-    /// Of the open spool and its log.
+impl FileIdentity {
+    /// Identifies the open spool and its log.
     pub fn of(spool: &Path) -> io::Result<Self> {
-        let paths = [spool.to_owned(), beside(spool, "-wal")];
+        let paths = [spool.to_owned(), sibling(spool, "-wal")];
         let numbered = paths.into_iter().map(|path| fs::metadata(&path).map(|metadata| (path, metadata.ino())));
         Ok(Self(numbered.collect::<io::Result<_>>()?))
     }
 
-    pub fn holds(&self) -> bool {
+    /// Whether the paths still lead to the same files.
+    pub fn is_unchanged(&self) -> bool {
         self.0.iter().all(|(path, number)| fs::metadata(path).is_ok_and(|metadata| metadata.ino() == *number))
     }
 }
 
-/// Disk space that is given up when there is no other left: carrying the log over, and noting what has been delivered,
-/// takes some, and only that makes room again.
+/// Disk space to give up when the disk is full: a checkpoint and the deletion of delivered events need some, and only they
+/// free space again.
 pub(super) struct Reserve {
     path: PathBuf,
     held: bool,
     tried: Instant,
 }
 
-/// The file of the reserve ends with this.
+/// Suffix of the reserve's file.
 pub(super) const RESERVE: &str = ".reserve";
 
-/// More than the log grows to before it is carried over (4 MiB and a batch).
+/// More than the log grows to before a checkpoint (4 MiB and one batch).
 const RESERVE_BYTES: usize = 8 * 1024 * 1024;
 
-/// While the disk is full, how often the reserve is tried to be got back.
+/// How often to try to get the reserve back while the disk is full.
 const RESERVE_EVERY: Duration = Duration::from_secs(1);
 
 impl Reserve {
-    /// Takes the space, or finds it taken by an earlier relay.
+    /// Allocates the space, unless an earlier relay left it allocated.
     pub fn of(spool: &Path) -> Self {
-        let path = beside(spool, RESERVE);
+        let path = sibling(spool, RESERVE);
         let held = fs::metadata(&path).is_ok_and(|metadata| metadata.len() == RESERVE_BYTES as u64);
         let mut reserve = Self { path, held, tried: Instant::now() };
         if !held {
-            reserve.held = reserve.take().is_ok();
+            reserve.held = reserve.allocate().is_ok();
         }
         reserve
     }
 
-    /// Gives the space up. Returns whether there was any.
+    /// Frees the space. Returns whether there was any.
     pub fn give_up(&mut self) -> bool {
         let was_held = std::mem::replace(&mut self.held, false);
         self.tried = Instant::now();
         was_held && fs::remove_file(&self.path).is_ok()
     }
 
-    /// Whether the space is held, after another try to get it back if it is time for one.
+    /// Whether the space is allocated. Tries to allocate it again when the last try is long enough ago.
     pub fn is_held(&mut self) -> bool {
         if !self.held && self.tried.elapsed() >= RESERVE_EVERY {
             self.tried = Instant::now();
-            self.held = self.take().is_ok();
+            self.held = self.allocate().is_ok();
         }
         self.held
     }
 
-    /// Random bytes, because some file systems store zeros in no space at all.
-    fn take(&self) -> io::Result<()> {
+    /// Writes random bytes, because some file systems store zeros without using space.
+    fn allocate(&self) -> io::Result<()> {
         let mut bytes = vec![0; RESERVE_BYTES];
         fastrand::fill(&mut bytes);
         let written = OpenOptions::new()
@@ -120,16 +121,16 @@ impl Reserve {
             .open(&self.path)
             .and_then(|mut file| file.write_all(&bytes).and_then(|()| file.sync_all()));
         if written.is_err() {
-            // Half a reserve is none, and the half is missed elsewhere.
+            // Half a reserve helps nothing and takes space from the rest.
             let _ = fs::remove_file(&self.path);
         }
         written
     }
 }
 
-/// The right to a spool. It is a file of its own, because SQLite loses its locks when a process opens and closes the
-/// database a second time (<https://www.sqlite.org/howtocorrupt.html>, section 2.2). In it stands the pid of the relay,
-/// for people, and to tell a spool that was closed from one whose relay has died.
+/// The right to use a spool. The lock is a file of its own, because SQLite loses its locks when a process opens and closes the
+/// database a second time (<https://www.sqlite.org/howtocorrupt.html>, section 2.2). The file holds the pid of the relay, for
+/// operators, and is emptied when the spool is closed, so that the next relay can detect a crash.
 pub(super) struct Lock {
     file: File,
     is_old: bool,
@@ -137,7 +138,7 @@ pub(super) struct Lock {
 }
 
 impl Lock {
-    /// Takes the lock, or says who has it.
+    /// Takes the lock, or fails with the pid of the relay that has it.
     pub fn take(path: &Path) -> Result<Self, OpenError> {
         create_folder(path).map_err(|source| OpenError::Io { path: path.to_owned(), source })?;
         let lock_path = Self::path(path);
@@ -161,27 +162,27 @@ impl Lock {
     }
 
     pub fn path(spool: &Path) -> PathBuf {
-        beside(spool, ".lock")
+        sibling(spool, ".lock")
     }
 
-    /// Whether there has been a relay on this spool before.
+    /// Whether a relay used this spool before.
     pub fn is_old(&self) -> bool {
         self.is_old
     }
 
-    /// Whether the last relay on this spool has died without closing it.
+    /// Whether the last relay on this spool ended without closing it.
     pub fn crashed(&self) -> bool {
         self.crashed
     }
 
-    /// Gives the lock back, for a spool that has been closed.
+    /// Releases the lock after the spool was closed.
     pub fn release(self) {
-        // Should it fail, the next relay looks more closely, and that is all.
+        // If this fails, the next relay assumes a crash, which is harmless.
         let _ = self.file.set_len(0);
     }
 }
 
-/// Tries for a moment: `check` holds the lock for an instant when it asks whether somebody has it.
+/// Retries for 200 ms: `check` holds the lock for an instant to find out whether a relay has it.
 fn try_lock(file: &File) -> Result<(), TryLockError> {
     for _ in 0..10 {
         match file.try_lock() {

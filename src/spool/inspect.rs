@@ -5,17 +5,20 @@ use std::path::{Path, PathBuf};
 use rusqlite::{Connection, OpenFlags, OptionalExtension, Result, Row, TransactionBehavior};
 use uuid::Uuid;
 
+use super::error::OpenError;
 use super::files::Lock;
-use super::reader::{COLUMNS, open_read_only, stored};
+use super::ledger::Ledger;
+use super::reader::{self, COLUMNS, open_read_only, stored};
+use super::salvage;
 use super::store;
-use super::{EVENT_OVERHEAD_BYTES, Ledger, OpenError, Stored, salvage};
+use super::types::{Stored, cost};
 
 /// The few parked events among the many: without the index SQLite would read the whole file.
 const PARKED: &str = "INDEXED BY parked WHERE parked_reason IS NOT NULL";
 
 /// Whether there is a spool, and whether a relay has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Presence {
+pub enum SpoolState {
     /// No file yet. With the folder, or the nearest one above it that exists.
     Absent(PathBuf),
     /// It is being mended, or will be at the next start.
@@ -24,17 +27,19 @@ pub enum Presence {
     InUse,
 }
 
-/// Looks without changing anything.
-pub fn presence(path: &Path) -> Presence {
-    if salvage::is_due(path) {
-        return Presence::Damaged;
+impl SpoolState {
+    /// Looks without changing anything.
+    pub fn of(path: &Path) -> Self {
+        if salvage::is_due(path) {
+            return Self::Damaged;
+        }
+        if !path.exists() {
+            let folder = path.ancestors().skip(1).find(|folder| folder.is_dir()).unwrap_or(Path::new("."));
+            return Self::Absent(folder.to_owned());
+        }
+        let held = std::fs::File::open(Lock::path(path)).is_ok_and(|lock| lock.try_lock_shared().is_err());
+        if held { Self::InUse } else { Self::Idle }
     }
-    if !path.exists() {
-        let folder = path.ancestors().skip(1).find(|folder| folder.is_dir()).unwrap_or(Path::new("."));
-        return Presence::Absent(folder.to_owned());
-    }
-    let held = std::fs::File::open(Lock::path(path)).is_ok_and(|lock| lock.try_lock_shared().is_err());
-    if held { Presence::InUse } else { Presence::Idle }
 }
 
 /// An open spool that somebody else may be writing to.
@@ -94,7 +99,7 @@ impl Inspector {
 
     /// When the oldest pending event was accepted, in milliseconds since 1970.
     pub fn oldest_pending_ms(&self) -> Result<Option<i64>> {
-        super::reader::oldest_pending_ms(&self.connection)
+        reader::oldest_pending_ms(&self.connection)
     }
 
     /// Calls `each` with the events in the order of acceptance, at most `limit` of them.
@@ -139,7 +144,7 @@ impl Inspector {
         while let Some(row) = rows.next()? {
             let Entry { stored: Stored { seq, event }, parked_reason, .. } = entry(row)?;
             *(if parked_reason.is_some() { &mut parked } else { &mut pending }) += 1;
-            bytes += event.body.len() as u64 + EVENT_OVERHEAD_BYTES;
+            bytes += cost(&event.body);
             if !event.is_intact() {
                 problems.push(format!("event {} (seq {seq}): the body does not match its fingerprint", event.id));
             }

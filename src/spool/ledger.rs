@@ -1,25 +1,42 @@
 //! The lifetime totals, kept in the same transactions as the events, so that they balance at every instant.
 
+use rusqlite::Error::FromSqlConversionFailure;
+use rusqlite::types::Type;
 use rusqlite::{Connection, Result, Row};
-
-use super::store::{Deleted, wrong_totals};
 
 /// `accepted = confirmed + pending + parked + removed`, always.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Ledger {
-    /// Events ever taken; also the `seq` of the last one.
+    /// Events ever accepted; also the `seq` of the last one.
     pub accepted: u64,
     pub confirmed: u64,
     /// Waiting for their confirm.
     pub pending: u64,
     /// Kept because the broker does not take them.
     pub parked: u64,
-    /// Taken out by an operator.
+    /// Removed by an operator, or unreadable after damage of the file.
     pub removed: u64,
     /// Re-sends answered with the first id; no part of the balance.
     pub duplicates: u64,
     /// What pending and parked events count for in `spool.max_bytes`.
     pub bytes: u64,
+}
+
+/// How many events were deleted, and what they counted for.
+pub(super) struct Deleted {
+    pub pending: u64,
+    pub parked: u64,
+    pub bytes: u64,
+}
+
+impl Deleted {
+    pub fn events(&self) -> u64 {
+        self.pending + self.parked
+    }
+}
+
+pub(super) fn wrong_totals() -> rusqlite::Error {
+    FromSqlConversionFailure(0, Type::Integer, "the totals do not add up".into())
 }
 
 impl Ledger {
@@ -28,7 +45,7 @@ impl Ledger {
         u128::from(self.accepted) == parts.map(u128::from).iter().sum()
     }
 
-    /// Takes events out that waited. An error if there were fewer of them than is asked for: the totals are wrong.
+    /// Subtracts deleted events. Fails if the totals are smaller than that: then they are wrong.
     pub(super) fn take_out(&mut self, deleted: &Deleted) -> Result<()> {
         let left = |total: u64, by: u64| total.checked_sub(by).ok_or_else(wrong_totals);
         self.pending = left(self.pending, deleted.pending)?;
@@ -37,7 +54,7 @@ impl Ledger {
         Ok(())
     }
 
-    /// Sets one of those that are pending aside.
+    /// Counts one pending event as parked.
     pub(super) fn park(&mut self) -> Result<()> {
         self.pending = self.pending.checked_sub(1).ok_or_else(wrong_totals)?;
         self.parked += 1;

@@ -1,5 +1,4 @@
-//! Reading, on a connection of its own, so that the publisher never waits for the writer (WAL lets them run side by
-//! side).
+//! Reading, on a connection of its own, so that the publisher never waits for the writer: WAL mode lets both run at once.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -8,12 +7,14 @@ use bytes::Bytes;
 use rusqlite::{Connection, OpenFlags, OptionalExtension, Result, Row};
 use uuid::Uuid;
 
-use super::{Batch, ReadError, Stored};
+use super::error::ReadError;
+use super::types::{Batch, Stored, Undelivered};
 use crate::event::{Event, Fingerprint, TraceContext};
 
 /// Bodies read at a time, so that large ones do not fill the memory. At least one event is read.
 const READ_BYTES: usize = 4 * 1024 * 1024;
 
+/// The columns that [`stored`] reads, in its order.
 pub(super) const COLUMNS: &str = "seq, id, accepted_ms, authentic, traceparent, tracestate, fingerprint, body";
 
 #[derive(Clone)]
@@ -24,7 +25,7 @@ pub(super) struct Reader {
 impl Reader {
     pub fn open(path: &Path) -> Result<Self> {
         let connection = open_read_only(path)?;
-        // SQLite opens the file at the first query. From then on it stays readable, even if its folder vanishes.
+        // SQLite opens the file at the first query. From then on it stays readable, even if its folder is deleted.
         oldest_pending_ms(&connection)?;
         Ok(Self { connection: Arc::new(Mutex::new(connection)) })
     }
@@ -37,14 +38,14 @@ impl Reader {
     {
         let connection = Arc::clone(&self.connection);
         let answer = tokio::task::spawn_blocking(move || {
-            // A query that panicked leaves nothing behind that the next one could trip over.
+            // A query that panicked changed nothing that the next one depends on.
             query(&connection.lock().unwrap_or_else(PoisonError::into_inner))
         });
         match answer.await {
             Ok(result) => Ok(result?),
             Err(ended) => match ended.try_into_panic() {
                 Ok(panic) => std::panic::resume_unwind(panic),
-                // The runtime is being shut down, and we with it.
+                // The runtime is shutting down and drops this future as well.
                 Err(_) => std::future::pending().await,
             },
         }
@@ -63,7 +64,7 @@ pub(super) fn pending_after(connection: &Connection, seq: u64, limit: usize) -> 
     batch(statement.query((seq, limit as i64))?, limit)
 }
 
-/// A try that seems to lie in the future was made before the clock was set back.
+/// A try that lies in the future was made before the clock was set back, so it does not count.
 pub(super) fn parked_due(connection: &Connection, now_ms: i64, retry_ms: i64, limit: usize) -> Result<Batch> {
     let sql = format!(
         "SELECT {COLUMNS} FROM event WHERE parked_reason IS NOT NULL AND tried_ms NOT BETWEEN ?1 AND ?2
@@ -73,12 +74,14 @@ pub(super) fn parked_due(connection: &Connection, now_ms: i64, retry_ms: i64, li
     batch(statement.query((now_ms.saturating_sub(retry_ms), now_ms, limit as i64))?, limit)
 }
 
-/// Of these events, those that are still there, and whether they are parked.
-pub(super) fn states(connection: &Connection, seqs: &[u64]) -> Result<Vec<(u64, bool)>> {
+/// Those of these events that are still in the spool.
+pub(super) fn undelivered(connection: &Connection, seqs: &[u64]) -> Result<Vec<Undelivered>> {
     let mut statement = connection.prepare_cached("SELECT parked_reason IS NOT NULL FROM event WHERE seq = ?1")?;
-    let state = |seq: &u64| statement.query_row([*seq], |row| row.get(0)).optional();
-    let states: Vec<Option<bool>> = seqs.iter().map(state).collect::<Result<_>>()?;
-    Ok(seqs.iter().zip(states).filter_map(|(seq, parked)| Some((*seq, parked?))).collect())
+    let find = |seq: &u64| {
+        let parked = statement.query_row([*seq], |row| row.get(0)).optional()?;
+        Ok(parked.map(|parked| Undelivered { seq: *seq, parked }))
+    };
+    seqs.iter().map(find).filter_map(Result::transpose).collect()
 }
 
 pub(super) fn oldest_pending_ms(connection: &Connection) -> Result<Option<i64>> {
@@ -87,7 +90,7 @@ pub(super) fn oldest_pending_ms(connection: &Connection) -> Result<Option<i64>> 
     statement.query_row([], |row| row.get(0)).optional()
 }
 
-/// Of at most `limit` rows, as many as may be in memory.
+/// As many of the rows as fit into [`READ_BYTES`].
 fn batch(mut rows: rusqlite::Rows<'_>, limit: usize) -> Result<Batch> {
     let (mut events, mut bytes) = (Vec::new(), 0);
     while bytes < READ_BYTES
@@ -105,7 +108,7 @@ pub(super) fn stored(row: &Row<'_>) -> Result<Stored> {
     with_trace(row, trace(row)?)
 }
 
-/// Where the trace cannot be read, without it.
+/// Reads an event of a damaged file: without its trace if that is unreadable.
 pub(super) fn stored_at_least(row: &Row<'_>) -> Result<Stored> {
     with_trace(row, trace(row).unwrap_or(None))
 }

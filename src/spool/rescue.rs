@@ -2,9 +2,10 @@
 
 use rusqlite::{Connection, ErrorCode, Result, Row};
 
+use super::ledger::Ledger;
 use super::reader::{COLUMNS, stored_at_least};
 use super::store::{Store, lost};
-use super::{EVENT_OVERHEAD_BYTES, Ledger, Stored};
+use super::types::{Stored, cost};
 
 /// Looks in vain at single numbers. Each takes a microsecond or two.
 const LOOKS_MAX: u64 = 3_000_000;
@@ -124,7 +125,7 @@ impl Found {
     fn keep(&mut self, stored: &Stored, parked_reason: Option<&str>, store: &mut Store) -> Result<()> {
         let Stored { seq, event } = stored;
         store.insert(*seq, event)?;
-        self.bytes += event.body.len() as u64 + EVENT_OVERHEAD_BYTES;
+        self.bytes += cost(&event.body);
         match parked_reason {
             Some(reason) => {
                 store.park(*seq, reason, 0)?;

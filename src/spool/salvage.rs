@@ -12,23 +12,12 @@ use jiff::Timestamp;
 use rusqlite::{Connection, ErrorCode, Result};
 use tracing::{error, warn};
 
-use super::OpenError;
-use super::files::{Lock, RESERVE, beside, sync_folder};
+use super::error::{OpenError, is_damage};
+use super::files::{Lock, RESERVE, sibling, sync_folder};
 use super::reader::open_read_only;
 use super::rescue::{Saved, copy, readable};
+use super::settings::Durability;
 use super::store::Store;
-use crate::config::Durability;
-
-/// Whether SQLite says that the file is not what it should be, as opposed to a disk that is full or away.
-pub(super) fn is_damage(error: &rusqlite::Error) -> bool {
-    use rusqlite::Error::{FromSqlConversionFailure, IntegralValueOutOfRange, InvalidColumnType, QueryReturnedNoRows};
-    match error {
-        FromSqlConversionFailure(..) | IntegralValueOutOfRange(..) | InvalidColumnType(..) | QueryReturnedNoRows => {
-            true
-        }
-        error => matches!(error.sqlite_error_code(), Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase)),
-    }
-}
 
 /// A file beside the spool with this ending asks the next start to mend the spool: the damage was found in the middle.
 const ORDER: &str = ".mend";
@@ -53,26 +42,26 @@ const PLACE_BYTES: u64 = 4096;
 
 /// Asks the next start to mend the spool.
 pub(super) fn order(path: &Path) {
-    match fs::write(beside(path, ORDER), b"") {
+    match fs::write(sibling(path, ORDER), b"") {
         Ok(()) => warn!("the spool is damaged: it will be mended at the next start"),
         Err(error) => warn!(%error, "the spool is damaged, and cannot be marked for mending"),
     }
 }
 
 fn is_ordered(path: &Path) -> bool {
-    beside(path, ORDER).exists()
+    sibling(path, ORDER).exists()
 }
 
 /// Whether the spool is being mended, or will be at the next start.
 pub(super) fn is_due(path: &Path) -> bool {
-    [ORDER, SAVING, SAVED].iter().any(|ending| beside(path, ending).exists())
+    [ORDER, SAVING, SAVED].iter().any(|ending| sibling(path, ending).exists())
 }
 
 /// Opens the file; if it is damaged, saves what can be saved and opens that. A file that no relay has used before is
 /// left alone, whatever it is.
 pub(super) fn open_or_mend(path: &Path, durability: Durability, lock: &Lock) -> Result<Store, OpenError> {
     let io = |source| OpenError::Io { path: path.to_owned(), source };
-    let is_saved = beside(path, SAVED).try_exists().map_err(io)?;
+    let is_saved = sibling(path, SAVED).try_exists().map_err(io)?;
     if is_saved {
         let aside = put_in_place(path).map_err(io)?;
         warn!(
@@ -81,7 +70,7 @@ pub(super) fn open_or_mend(path: &Path, durability: Durability, lock: &Lock) -> 
             "the spool had been mended when the last start ended; the damaged file is kept"
         );
     }
-    if !is_saved && lock.crashed() && !beside(path, "-wal").exists() {
+    if !is_saved && lock.crashed() && !sibling(path, "-wal").exists() {
         // SQLite makes the log when it opens the file, and removes it only when it closes it.
         if fs::metadata(path).is_ok_and(|metadata| metadata.len() > 0) {
             error!(
@@ -113,7 +102,7 @@ pub(super) fn open_or_mend(path: &Path, durability: Durability, lock: &Lock) -> 
 /// SQLite would take an empty file for a new one, and throw the log away.
 fn is_emptied(path: &Path) -> bool {
     let length = |path: &Path| fs::metadata(path).map_or(0, |metadata| metadata.len());
-    length(path) == 0 && length(&beside(path, "-wal")) > 0
+    length(path) == 0 && length(&sibling(path, "-wal")) > 0
 }
 
 /// Saves what can be read of the file into a new one, puts that in its place, and opens it. It takes as much space again as
@@ -121,14 +110,14 @@ fn is_emptied(path: &Path) -> bool {
 pub(super) fn mend(path: &Path, durability: Durability, cause: &str) -> Result<Store, OpenError> {
     let io = |source| OpenError::Io { path: path.to_owned(), source };
     error!(path = %path.display(), cause, "the spool is damaged: saving what can be read");
-    let saving = beside(path, SAVING);
+    let saving = sibling(path, SAVING);
     // It is for times like this.
-    remove(&beside(path, RESERVE)).map_err(io)?;
+    remove(&sibling(path, RESERVE)).map_err(io)?;
     let saved = save_patiently(path, &saving, durability).inspect_err(|_| {
         // Room for whatever comes next; should it fail, the next try begins with it.
         let _ = discard(&saving);
     })?;
-    let aside = fs::rename(&saving, beside(path, SAVED))
+    let aside = fs::rename(&saving, sibling(path, SAVED))
         .and_then(|()| sync_folder(path))
         .and_then(|()| put_in_place(path))
         .map_err(io)?;
@@ -197,23 +186,23 @@ fn save(path: &Path, saving: &Path, durability: Durability) -> Result<Saved, Ope
         let _ = chown(saving, Some(old.uid()), Some(old.gid()));
     }
     // The log is empty now.
-    ["-wal", "-shm"].into_iter().try_for_each(|ending| remove(&beside(saving, ending))).map_err(io)?;
+    ["-wal", "-shm"].into_iter().try_for_each(|ending| remove(&sibling(saving, ending))).map_err(io)?;
     Ok(saved)
 }
 
 fn discard(saving: &Path) -> io::Result<()> {
-    FILES.into_iter().chain([RESERVE]).try_for_each(|ending| remove(&beside(saving, ending)))
+    FILES.into_iter().chain([RESERVE]).try_for_each(|ending| remove(&sibling(saving, ending)))
 }
 
 /// Sets the damaged file aside and renames the new one, also where that has been begun before. Under which name it was set
 /// aside.
 fn put_in_place(path: &Path) -> io::Result<PathBuf> {
-    let saved = beside(path, SAVED);
+    let saved = sibling(path, SAVED);
     let aside = aside(path, fs::metadata(&saved)?.modified()?.try_into().unwrap_or(Timestamp::UNIX_EPOCH));
     for ending in FILES {
-        if_there(fs::rename(beside(path, ending), beside(&aside, ending)))?;
+        if_there(fs::rename(sibling(path, ending), sibling(&aside, ending)))?;
     }
-    remove(&beside(path, ORDER))?;
+    remove(&sibling(path, ORDER))?;
     // The old log must not be there when the new file comes: SQLite would take it for the new one's.
     sync_folder(path)?;
     fs::rename(saved, path)?;
@@ -226,9 +215,10 @@ fn put_in_place(path: &Path) -> io::Result<PathBuf> {
 pub(super) fn aside(path: &Path, at: Timestamp) -> PathBuf {
     let name = |count: u32| {
         let more = if count > 1 { format!("-{count}") } else { String::new() };
-        beside(path, &format!(".damaged-{}{more}", at.strftime("%Y%m%dT%H%M%SZ")))
+        sibling(path, &format!(".damaged-{}{more}", at.strftime("%Y%m%dT%H%M%SZ")))
     };
-    let is_taken = |aside: &PathBuf| FILES.iter().any(|end| beside(path, end).exists() && beside(aside, end).exists());
+    let is_taken =
+        |aside: &PathBuf| FILES.iter().any(|end| sibling(path, end).exists() && sibling(aside, end).exists());
     (1..).map(name).find(|aside| !is_taken(aside)).unwrap_or_else(|| name(0))
 }
 

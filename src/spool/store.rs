@@ -3,14 +3,15 @@
 use std::path::Path;
 use std::time::Duration;
 
-use rusqlite::Error::FromSqlConversionFailure;
-use rusqlite::types::Type;
 use rusqlite::{Connection, OptionalExtension, Result};
 use uuid::Uuid;
 
 use super::dedupe::{Seen, Signatures};
-use super::{EVENT_OVERHEAD_BYTES, Ledger, OpenError, files};
-use crate::config::Durability;
+use super::error::OpenError;
+use super::files::{self, FileIdentity, Reserve};
+use super::ledger::{Deleted, Ledger, wrong_totals};
+use super::settings::Durability;
+use super::types::EVENT_OVERHEAD_BYTES;
 use crate::event::{Event, Fingerprint};
 
 /// "PRLY", so that `file` and other programs can tell what this is.
@@ -63,8 +64,8 @@ pub(super) struct Store {
     durability: Durability,
     /// Whether commits are synced at the moment; setting it anew for each transaction would cost time.
     synced: bool,
-    files: files::Presence,
-    reserve: files::Reserve,
+    files: FileIdentity,
+    reserve: Reserve,
 }
 
 impl Store {
@@ -92,20 +93,20 @@ impl Store {
         }
         // The first read opens the log.
         Ledger::read(&connection).map_err(sqlite)?;
-        let files = files::Presence::of(path).map_err(|source| OpenError::Io { path: path.to_owned(), source })?;
-        let mut store = Self { connection, durability, synced: true, files, reserve: files::Reserve::of(path) };
+        let files = FileIdentity::of(path).map_err(|source| OpenError::Io { path: path.to_owned(), source })?;
+        let mut store = Self { connection, durability, synced: true, files, reserve: Reserve::of(path) };
         store.set_synced(true).map_err(sqlite)?;
         Ok(store)
     }
 
     /// Space for the worst case.
-    pub fn reserve(&mut self) -> &mut files::Reserve {
+    pub fn reserve(&mut self) -> &mut Reserve {
         &mut self.reserve
     }
 
     /// Whether what is written can be found again by name.
     pub fn is_in_place(&self) -> bool {
-        self.files.holds()
+        self.files.is_unchanged()
     }
 
     /// An error if the totals do not add up: they are counted on with.
@@ -307,10 +308,6 @@ impl Store {
     }
 }
 
-pub(super) fn wrong_totals() -> rusqlite::Error {
-    FromSqlConversionFailure(0, Type::Integer, "the totals do not add up".into())
-}
-
 pub(super) fn lost(connection: &Connection) -> Result<u64> {
     connection.query_row("SELECT lost FROM ledger", [], |row| row.get(0))
 }
@@ -320,19 +317,6 @@ fn create(connection: &Connection) -> Result<()> {
         "BEGIN IMMEDIATE; {SCHEMA}
          PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {FORMAT}; COMMIT;"
     ))
-}
-
-/// How many events were deleted, and what they counted for.
-pub(super) struct Deleted {
-    pub pending: u64,
-    pub parked: u64,
-    pub bytes: u64,
-}
-
-impl Deleted {
-    pub fn events(&self) -> u64 {
-        self.pending + self.parked
-    }
 }
 
 /// Counted first: a DELETE with RETURNING would keep a journal of its own, in memory that it takes and gives back each time.

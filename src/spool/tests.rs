@@ -1,7 +1,7 @@
 //! The spool against a model, with reopening among the operations; and the failures that a model cannot reach.
 
 use std::collections::{BTreeMap, HashMap};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,17 +9,17 @@ use bytes::Bytes;
 use proptest::prelude::*;
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
+use uuid::Uuid;
 
 use super::*;
-use crate::config::Durability;
 use crate::event::{Fingerprint, TraceContext};
 
-fn settings(path: &Path, max_bytes: u64) -> config::Spool {
-    config::Spool { path: path.to_owned(), max_bytes, durability: Durability::Disk }
+fn settings(path: &Path, max_bytes: u64) -> Settings {
+    Settings { path: path.to_owned(), max_bytes, durability: Durability::Disk }
 }
 
-fn dedupe(window: Duration) -> config::Dedupe {
-    config::Dedupe { window, entries_max: 1000 }
+fn deduped(window: Duration) -> dedupe::Settings {
+    dedupe::Settings { window, entries_max: 1000 }
 }
 
 const WINDOW: Duration = Duration::from_secs(3600);
@@ -44,7 +44,7 @@ struct Opened {
 impl Opened {
     fn open(path: &Path, max_bytes: u64, window: Duration) -> Self {
         let metrics = Arc::new(Metrics::new());
-        let (spool, end) = Spool::open(&settings(path, max_bytes), &dedupe(window), metrics).unwrap();
+        let (spool, end) = Spool::open(&settings(path, max_bytes), &deduped(window), metrics).unwrap();
         Self { spool, end }
     }
 
@@ -131,7 +131,7 @@ fn nth(events: &BTreeMap<u64, Event>, n: usize) -> Option<u64> {
 
 async fn check(spool: &Spool, model: &Model) {
     spool.flush().await;
-    let ledger = spool.gauges().ledger();
+    let ledger = spool.status().ledger();
     assert_eq!(ledger, model.ledger);
     assert!(ledger.balances(), "{ledger:?}");
     let expect = |events: &BTreeMap<u64, Event>| -> Vec<Stored> {
@@ -230,7 +230,7 @@ async fn many_senders_share_commits_and_one_body_is_taken_once() {
     }
     assert_eq!(ids.len(), 100);
     assert!(ids.values().all(|duplicates| duplicates.iter().filter(|duplicate| **duplicate).count() == 1));
-    let ledger = opened.spool.gauges().ledger();
+    let ledger = opened.spool.status().ledger();
     assert_eq!((ledger.accepted, ledger.duplicates), (100, 100));
     opened.close().await;
 }
@@ -283,11 +283,11 @@ async fn a_failed_commit_refuses_its_events_and_they_never_appear() {
     // The same body again: the failed one has left no trace in the dedupe window.
     let receipt = opened.spool.append(event("during"), None).await.unwrap();
     assert!(!receipt.duplicate && receipt.id != refused.id);
-    assert!(opened.spool.gauges().writable());
+    assert!(opened.spool.status().writable());
     let events = opened.spool.pending_after(0, 10).await.unwrap().events;
     assert_eq!(events.len(), 2);
     assert!(events.iter().all(|stored| stored.event.id != refused.id));
-    assert_eq!(opened.spool.gauges().ledger().accepted, 2);
+    assert_eq!(opened.spool.status().ledger().accepted, 2);
     opened.close().await;
 }
 
@@ -301,13 +301,13 @@ async fn settlements_survive_a_failed_commit() {
     meddler.execute_batch("CREATE TRIGGER keep BEFORE DELETE ON event BEGIN SELECT RAISE(ABORT, 'no'); END").unwrap();
     opened.spool.settle(vec![Settlement::Confirmed(1)]).await;
     opened.spool.flush().await;
-    assert_eq!(opened.spool.gauges().ledger().pending, 1);
-    assert!(!opened.spool.gauges().writable() && !opened.spool.gauges().takes_settlements());
+    assert_eq!(opened.spool.status().ledger().pending, 1);
+    assert!(!opened.spool.status().writable() && !opened.spool.status().takes_settlements());
     meddler.execute_batch("DROP TRIGGER keep").unwrap();
     opened.spool.flush().await;
-    assert!(opened.spool.gauges().takes_settlements());
-    assert_eq!(opened.spool.gauges().ledger().confirmed, 1);
-    assert!(opened.spool.gauges().writable());
+    assert!(opened.spool.status().takes_settlements());
+    assert_eq!(opened.spool.status().ledger().confirmed, 1);
+    assert!(opened.spool.status().writable());
     opened.close().await;
 }
 
@@ -322,12 +322,12 @@ async fn the_file_is_private_and_has_one_relay() {
         let mode = std::fs::metadata(path.with_file_name(name)).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600, "{name}");
     }
-    let second = Spool::open(&settings(&path, 1), &dedupe(WINDOW), Arc::new(Metrics::new())).map(|_| ());
+    let second = Spool::open(&settings(&path, 1), &deduped(WINDOW), Arc::new(Metrics::new())).map(|_| ());
     let text = second.unwrap_err().to_string();
     assert!(text.contains("in use by another relay") && text.contains(&std::process::id().to_string()), "{text}");
-    assert_eq!(presence(&path), Presence::InUse);
+    assert_eq!(SpoolState::of(&path), SpoolState::InUse);
     opened.close().await;
-    assert_eq!(presence(&path), Presence::Idle);
+    assert_eq!(SpoolState::of(&path), SpoolState::Idle);
 }
 
 #[tokio::test]
@@ -335,7 +335,7 @@ async fn files_that_are_no_spool_are_left_alone() {
     let folder = TempDir::new().unwrap();
     let open = |name: &str| {
         let settings = settings(&folder.path().join(name), 1);
-        Spool::open(&settings, &dedupe(WINDOW), Arc::new(Metrics::new())).map(|_| ()).unwrap_err()
+        Spool::open(&settings, &deduped(WINDOW), Arc::new(Metrics::new())).map(|_| ()).unwrap_err()
     };
     std::fs::write(folder.path().join("text"), "x".repeat(10_000)).unwrap();
     assert!(matches!(open("text"), OpenError::Sqlite { .. }));
@@ -362,7 +362,7 @@ async fn left_by_a_kill(count: usize) -> (TempDir, PathBuf) {
         opened.spool.append(event(number.to_string()), None).await.unwrap();
     }
     for ending in ["", "-wal", ".lock"] {
-        std::fs::copy(files::beside(&path, ending), files::beside(&after, ending)).unwrap();
+        std::fs::copy(files::sibling(&path, ending), files::sibling(&after, ending)).unwrap();
     }
     opened.close().await;
     (folder, after)
@@ -388,10 +388,10 @@ async fn what_an_interrupted_mend_has_saved_is_not_taken_for_the_spool() {
     let (_folder, path) = left_by_a_kill(20).await;
     salvage::order(&path);
     for ending in [".mending", ".mending-wal"] {
-        std::fs::write(files::beside(&path, ending), "half of it").unwrap();
+        std::fs::write(files::sibling(&path, ending), "half of it").unwrap();
     }
     let opened = Opened::open(&path, u64::MAX, WINDOW);
-    assert_eq!(opened.spool.gauges().ledger().pending, 20);
+    assert_eq!(opened.spool.status().ledger().pending, 20);
     opened.close().await;
     let remains = remains(&path);
     assert!(remains.iter().all(|name| name.starts_with("spool.db.damaged")), "{remains:?}");
@@ -403,23 +403,23 @@ async fn a_mended_file_takes_its_place_wherever_that_was_interrupted() {
     for moved in 0..=3 {
         let (folder, path) = left_by_a_kill(20).await;
         salvage::order(&path);
-        let (whole, saved) = (folder.path().join("whole"), files::beside(&path, ".mended"));
+        let (whole, saved) = (folder.path().join("whole"), files::sibling(&path, ".mended"));
         std::fs::copy(&path, &whole).unwrap();
-        std::fs::copy(files::beside(&path, "-wal"), files::beside(&whole, "-wal")).unwrap();
+        std::fs::copy(files::sibling(&path, "-wal"), files::sibling(&whole, "-wal")).unwrap();
         let vacuum = format!("VACUUM INTO '{}'", saved.display());
         rusqlite::Connection::open(&whole).unwrap().execute_batch(&vacuum).unwrap();
         std::fs::write(&path, "damaged").unwrap();
-        std::fs::write(files::beside(&path, "-shm"), "").unwrap();
+        std::fs::write(files::sibling(&path, "-shm"), "").unwrap();
         let at = std::fs::metadata(&saved).unwrap().modified().unwrap().try_into().unwrap();
         let aside = salvage::aside(&path, at);
         for ending in &["", "-wal", "-shm"][..moved] {
-            std::fs::rename(files::beside(&path, ending), files::beside(&aside, ending)).unwrap();
+            std::fs::rename(files::sibling(&path, ending), files::sibling(&aside, ending)).unwrap();
         }
         if moved == 3 {
-            std::fs::remove_file(files::beside(&path, ".mend")).unwrap();
+            std::fs::remove_file(files::sibling(&path, ".mend")).unwrap();
         }
         let opened = Opened::open(&path, u64::MAX, WINDOW);
-        assert_eq!(opened.spool.gauges().ledger().pending, 20, "{moved} moved");
+        assert_eq!(opened.spool.status().ledger().pending, 20, "{moved} moved");
         opened.close().await;
         assert_eq!(std::fs::read(&aside).unwrap(), b"damaged");
         assert_eq!(remains(&path).len(), 3, "{:?}", remains(&path));
@@ -432,7 +432,7 @@ async fn no_damaged_file_takes_the_place_of_another() {
     for mends in 1..=3 {
         salvage::order(&path);
         let opened = Opened::open(&path, u64::MAX, WINDOW);
-        assert_eq!(opened.spool.gauges().ledger().pending, 20);
+        assert_eq!(opened.spool.status().ledger().pending, 20);
         opened.close().await;
         let remains = remains(&path);
         let aside = remains.iter().filter(|name| !name.ends_with("-wal") && !name.ends_with("-shm"));
@@ -453,7 +453,7 @@ async fn damage_that_the_first_look_does_not_find_is_mended() {
         let (_folder, path) = left_by_a_kill(20).await;
         rusqlite::Connection::open(&path).unwrap().execute_batch(damage).unwrap();
         let opened = Opened::open(&path, u64::MAX, WINDOW);
-        let ledger = opened.spool.gauges().ledger();
+        let ledger = opened.spool.status().ledger();
         assert_eq!((ledger.pending, ledger.removed), (20, 0), "{damage}");
         opened.close().await;
     }
@@ -468,7 +468,7 @@ async fn totals_that_turn_out_to_be_too_small_are_counted_anew() {
     assert!(opened.end.await.is_err(), "the writer ends, and with it the relay");
     drop(opened.spool);
     let opened = Opened::open(&path, u64::MAX, WINDOW);
-    let ledger = opened.spool.gauges().ledger();
+    let ledger = opened.spool.status().ledger();
     assert_eq!((ledger.pending, ledger.bytes), (20, 20 * EVENT_OVERHEAD_BYTES + 30));
     opened.close().await;
 }
@@ -512,8 +512,8 @@ async fn of_two_events_of_one_number_both_are_saved() {
     std::fs::write(&path, bytes).unwrap();
     salvage::order(&path);
     let opened = Opened::open(&path, u64::MAX, WINDOW);
-    let ledger = opened.spool.gauges().ledger();
-    assert_eq!((ledger.pending, ledger.removed, opened.spool.gauges().lost()), (10, 0, 0));
+    let ledger = opened.spool.status().ledger();
+    assert_eq!((ledger.pending, ledger.removed, opened.spool.status().lost()), (10, 0, 0));
     opened.close().await;
     assert_eq!(Inspector::open(&path).unwrap().verify().unwrap().problems, [""; 0]);
 }
@@ -536,8 +536,8 @@ async fn everything_that_is_readable_is_saved() {
     drop(damaged);
     salvage::order(&path);
     let opened = Opened::open(&path, u64::MAX, WINDOW);
-    let ledger = opened.spool.gauges().ledger();
-    assert_eq!((ledger.pending, opened.spool.gauges().lost()), (readable, 2000 - readable));
+    let ledger = opened.spool.status().ledger();
+    assert_eq!((ledger.pending, opened.spool.status().lost()), (readable, 2000 - readable));
     opened.close().await;
     assert_eq!(Inspector::open(&path).unwrap().verify().unwrap().problems, [""; 0]);
 }
@@ -557,8 +557,8 @@ async fn what_is_readable_is_found_however_far_away_its_numbers_are() {
     std::fs::write(&path, bytes).unwrap();
     salvage::order(&path);
     let opened = Opened::open(&path, u64::MAX, WINDOW);
-    let pending = opened.spool.gauges().ledger().pending;
-    assert!((900..1000).contains(&pending) && opened.spool.gauges().lost() > 0, "{pending}");
+    let pending = opened.spool.status().ledger().pending;
+    assert!((900..1000).contains(&pending) && opened.spool.status().lost() > 0, "{pending}");
     opened.close().await;
 }
 
@@ -576,8 +576,8 @@ async fn a_made_up_number_costs_no_event() {
     std::fs::write(&path, bytes).unwrap();
     salvage::order(&path);
     let opened = Opened::open(&path, u64::MAX, WINDOW);
-    let gauges = opened.spool.gauges();
-    assert_eq!((gauges.ledger().pending, gauges.lost()), (300 - destroyed, destroyed));
+    let status = opened.spool.status();
+    assert_eq!((status.ledger().pending, status.lost()), (300 - destroyed, destroyed));
     opened.close().await;
 }
 
@@ -593,7 +593,7 @@ async fn numbers_that_cannot_be_are_passed_over() {
         drop(damaged);
         salvage::order(&path);
         let opened = Opened::open(&path, u64::MAX, WINDOW);
-        assert_eq!((opened.spool.gauges().ledger().pending, opened.spool.gauges().lost()), (19, 1), "{number}");
+        assert_eq!((opened.spool.status().ledger().pending, opened.spool.status().lost()), (19, 1), "{number}");
         assert!(opened.spool.append(event("one more"), None).await.unwrap().seq < 100);
         opened.close().await;
     }
@@ -609,9 +609,9 @@ async fn without_the_totals_what_was_delivered_is_not_taken_for_lost() {
     rusqlite::Connection::open(&path).unwrap().execute_batch("DELETE FROM ledger").unwrap();
     salvage::order(&path);
     let opened = Opened::open(&path, u64::MAX, WINDOW);
-    let ledger = opened.spool.gauges().ledger();
+    let ledger = opened.spool.status().ledger();
     assert_eq!((ledger.accepted, ledger.confirmed, ledger.pending, ledger.parked), (20, 10, 9, 1));
-    assert_eq!((ledger.removed, opened.spool.gauges().lost()), (0, 0));
+    assert_eq!((ledger.removed, opened.spool.status().lost()), (0, 0));
     opened.close().await;
 }
 
@@ -623,17 +623,17 @@ async fn a_damaged_file_that_is_locked_is_not_taken_for_an_empty_one() {
     let owner = rusqlite::Connection::open(&path).unwrap();
     owner.execute_batch("PRAGMA locking_mode = EXCLUSIVE; BEGIN EXCLUSIVE").unwrap();
     let metrics = Arc::new(Metrics::new());
-    let refused = Spool::open(&settings(&path, u64::MAX), &dedupe(WINDOW), metrics).map(|_| ()).unwrap_err();
+    let refused = Spool::open(&settings(&path, u64::MAX), &deduped(WINDOW), metrics).map(|_| ()).unwrap_err();
     assert!(matches!(refused, OpenError::Sqlite { .. }), "{refused}");
     owner.execute_batch("ROLLBACK").unwrap();
     drop(owner);
     assert_eq!(remains(&path), ["spool.db.mend"]);
     // Nor is anything removed that is about to be copied.
-    assert_eq!(presence(&path), Presence::Damaged);
+    assert_eq!(SpoolState::of(&path), SpoolState::Damaged);
     let refused = Inspector::open_for_change(&path).map(|_| ()).unwrap_err();
     assert!(matches!(refused, OpenError::Damaged { .. }), "{refused}");
     let opened = Opened::open(&path, u64::MAX, WINDOW);
-    assert_eq!(opened.spool.gauges().ledger().pending, 20);
+    assert_eq!(opened.spool.status().ledger().pending, 20);
     opened.close().await;
 }
 

@@ -4,7 +4,6 @@
 //! settlements are kept for the next commit.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
@@ -14,11 +13,12 @@ use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tracing::{error, info, warn};
 
-use super::dedupe::{Now, Window};
-use super::salvage::is_damage;
+use super::dedupe::{self, Now, Window};
+use super::error::{AppendError, is_damage};
+use super::ledger::Ledger;
+use super::status::SpoolStatus;
 use super::store::Store;
-use super::{AppendError, EVENT_OVERHEAD_BYTES, Gauges, Ledger, Receipt, Settlement};
-use crate::config;
+use super::types::{Receipt, Settlement, cost};
 use crate::event::Event;
 use crate::log_limiter::LogLimiter;
 use crate::metrics::Metrics;
@@ -66,7 +66,7 @@ pub(super) struct Writer {
     gone: bool,
     /// No later try can do better.
     damaged: bool,
-    gauges: Arc<Gauges>,
+    status: Arc<SpoolStatus>,
     committed: Arc<Notify>,
     metrics: Arc<Metrics>,
     log_limiter: LogLimiter,
@@ -114,8 +114,8 @@ impl Writer {
     pub fn new(
         store: Store,
         max_bytes: u64,
-        dedupe: &config::Dedupe,
-        gauges: Arc<Gauges>,
+        dedupe: &dedupe::Settings,
+        status: Arc<SpoolStatus>,
         committed: Arc<Notify>,
         metrics: Arc<Metrics>,
     ) -> Result<Self> {
@@ -131,7 +131,7 @@ impl Writer {
             suspect: None,
             gone: false,
             damaged: false,
-            gauges,
+            status,
             committed,
             metrics,
             log_limiter: LogLimiter::default(),
@@ -141,7 +141,7 @@ impl Writer {
     /// Runs until every sender of commands is gone, if nothing ends it before.
     pub fn run(mut self, mut commands: mpsc::Receiver<Command>, runtime: &Handle) -> End {
         while !self.damaged {
-            let first = if self.gauges.writable() {
+            let first = if self.status.writable() {
                 commands.blocking_recv()
             } else {
                 match runtime.block_on(async { tokio::time::timeout(PROBE_EVERY, commands.recv()).await }) {
@@ -162,7 +162,7 @@ impl Writer {
                 batch.push(next);
             }
             self.busy(|writer| writer.process(batch));
-            if self.gone && self.gauges.ledger().pending == 0 {
+            if self.gone && self.status.ledger().pending == 0 {
                 return End::Gone;
             }
         }
@@ -171,9 +171,9 @@ impl Writer {
 
     /// Does what the disk may not answer to.
     fn busy<T>(&mut self, work: impl FnOnce(&mut Self) -> T) -> T {
-        self.gauges.set_busy(Some(Instant::now()));
+        self.status.set_busy(Some(Instant::now()));
         let done = work(self);
-        self.gauges.set_busy(None);
+        self.status.set_busy(None);
         done
     }
 
@@ -190,7 +190,7 @@ impl Writer {
         }
         if !self.gone && !appends.is_empty() && !self.store.is_in_place() {
             self.gone = true;
-            self.gauges.writable.store(false, Ordering::Relaxed);
+            self.status.set_writable(false);
             error!(
                 "the files of the spool are gone: webhooks are answered 503 until what is known is delivered, then the relay ends"
             );
@@ -302,7 +302,7 @@ impl Writer {
             ledger.duplicates += 1;
             return Ok(Ok(Receipt { seq: found.seq, id: found.id, duplicate: true }));
         }
-        let cost = event.body.len() as u64 + EVENT_OVERHEAD_BYTES;
+        let cost = cost(&event.body);
         if ledger.bytes + cost > self.max_bytes {
             return Ok(Err(AppendError::Full));
         }
@@ -334,7 +334,7 @@ impl Writer {
             return false;
         }
         let held = self.store.reserve().is_held();
-        if held != self.gauges.writable.swap(held, Ordering::Relaxed) {
+        if held != self.status.set_writable(held) {
             match held {
                 true => info!("the spool can be written again"),
                 false => error!("the disk of the spool is full: webhooks are answered 503 until there is room"),
@@ -380,13 +380,13 @@ impl Writer {
 
     fn succeeded(&mut self, ledger: &Ledger) {
         self.settlements.clear();
-        self.gauges.failing.store(false, Ordering::Relaxed);
-        self.gauges.publish(ledger);
+        self.status.set_failing(false);
+        self.status.set_ledger(ledger);
     }
 
     /// Says so once, not with each commit.
     fn failed(&mut self, cause: &rusqlite::Error) {
-        self.gauges.failing.store(true, Ordering::Relaxed);
+        self.status.set_failing(true);
         self.suspect = self.suspect.max(Some(Failure::of(cause)));
         // That a number has been given already means that the totals lag behind the events.
         let given = cause.sqlite_error().map(|error| error.extended_code) == Some(SQLITE_CONSTRAINT_PRIMARYKEY);
@@ -394,7 +394,7 @@ impl Writer {
         if may_lack_space(cause) && self.store.reserve().give_up() {
             warn!(error = %cause, "the reserve of the spool is given up, so that deliveries can go on");
         }
-        if self.gauges.writable.swap(false, Ordering::Relaxed) {
+        if self.status.set_writable(false) {
             error!(error = %cause, "the spool cannot be written: webhooks are answered 503 until it can");
         }
     }

@@ -1,0 +1,64 @@
+//! What can go wrong with a spool, one type for each operation.
+
+use std::path::PathBuf;
+
+use rusqlite::ErrorCode;
+use thiserror::Error;
+
+/// The spool could not be opened.
+#[derive(Debug, Error)]
+pub enum OpenError {
+    #[error("cannot create or open {path}")]
+    Io { path: PathBuf, source: std::io::Error },
+    #[error("{path} is in use by another relay (process {pid}); each relay needs a spool.path of its own")]
+    Locked { path: PathBuf, pid: String },
+    #[error("{path} is damaged; the relay recovers it when it starts: try again afterwards")]
+    Damaged { path: PathBuf },
+    #[error("{path} cannot be used as a spool")]
+    Sqlite { path: PathBuf, source: rusqlite::Error },
+    #[error("{path} is an SQLite file, but not a spool of prism-relay")]
+    Foreign { path: PathBuf },
+    #[error("{path} is on a file system without shared memory, such as NFS; a spool needs a local disk")]
+    NoWal { path: PathBuf },
+    #[error("{path} was written by a newer prism-relay (format {found}, this one reads {known})")]
+    Newer { path: PathBuf, found: i64, known: i64 },
+    #[error(
+        "{path} was written by an older prism-relay (format {found}, this one reads {known}); \
+         deliver its events with that one, then move the file away"
+    )]
+    Older { path: PathBuf, found: i64, known: i64 },
+}
+
+/// The event was not accepted, and will not appear later.
+#[derive(Debug, Error, Clone, Copy, PartialEq, Eq)]
+pub enum AppendError {
+    #[error("the spool is full (spool.max_bytes)")]
+    Full,
+    #[error("the spool cannot be written")]
+    Unavailable,
+    #[error("the relay is shutting down")]
+    Closed,
+}
+
+/// The spool could not be read.
+#[derive(Debug, Error)]
+#[error("cannot read the spool")]
+pub struct ReadError(#[from] rusqlite::Error);
+
+impl ReadError {
+    /// Whether the file itself is damaged, so that trying again cannot help.
+    pub fn is_damage(&self) -> bool {
+        is_damage(&self.0)
+    }
+}
+
+/// Whether SQLite reports damage of the file, as opposed to a disk that is full or away.
+pub(super) fn is_damage(error: &rusqlite::Error) -> bool {
+    use rusqlite::Error::{FromSqlConversionFailure, IntegralValueOutOfRange, InvalidColumnType, QueryReturnedNoRows};
+    match error {
+        FromSqlConversionFailure(..) | IntegralValueOutOfRange(..) | InvalidColumnType(..) | QueryReturnedNoRows => {
+            true
+        }
+        error => matches!(error.sqlite_error_code(), Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase)),
+    }
+}

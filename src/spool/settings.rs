@@ -1,0 +1,21 @@
+//! The settings of the spool.
+
+use std::path::PathBuf;
+
+/// Where the spool is, how large it may become, and what its events survive.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    pub path: PathBuf,
+    /// Limit for the pending and parked events, counted with [`super::EVENT_OVERHEAD_BYTES`] for each.
+    pub max_bytes: u64,
+    pub durability: Durability,
+}
+
+/// What an event survives once it has been answered 200.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Durability {
+    /// A power loss: every commit is synced to the disk.
+    Disk,
+    /// A crash of the relay, but not one of the machine.
+    Process,
+}

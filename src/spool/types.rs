@@ -1,0 +1,58 @@
+//! What goes into the spool and comes out of it.
+
+use uuid::Uuid;
+
+use crate::event::Event;
+
+/// What an event counts for in `spool.max_bytes` in addition to its body: its row, its share of the dedupe window, and the
+/// space that SQLite leaves between rows.
+pub const EVENT_OVERHEAD_BYTES: u64 = 256;
+
+/// What an event with this body counts for in `spool.max_bytes`.
+pub(super) fn cost(body: &[u8]) -> u64 {
+    body.len() as u64 + EVENT_OVERHEAD_BYTES
+}
+
+/// The answer to an accepted event: it is on disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Receipt {
+    /// Its number in the order of acceptance; for a re-send, the number of the first one.
+    pub seq: u64,
+    /// Its id; for a re-send, the id of the first one.
+    pub id: Uuid,
+    pub duplicate: bool,
+}
+
+/// An event as the publisher gets it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stored {
+    /// Its number in the order of acceptance.
+    pub seq: u64,
+    pub event: Event,
+}
+
+/// Some of the requested events, in order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Batch {
+    pub events: Vec<Stored>,
+    /// Whether there may be more behind them.
+    pub more: bool,
+}
+
+/// What became of a published event.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Settlement {
+    /// The broker has it, in at least one queue: it leaves the spool.
+    Confirmed(u64),
+    /// The broker does not take it: it stays, is counted apart, and is retried slowly.
+    Parked { seq: u64, reason: String },
+    /// A parked event is about to be retried.
+    Tried(u64),
+}
+
+/// An event that is still in the spool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Undelivered {
+    pub seq: u64,
+    pub parked: bool,
+}
