@@ -4,7 +4,7 @@ use rusqlite::{Connection, ErrorCode, Result, Row};
 
 use super::ledger::Ledger;
 use super::reader::{COLUMNS, stored_at_least};
-use super::store::{Store, lost};
+use super::store::{NUMBER_MAX, Store, lost};
 use super::types::{Stored, cost};
 
 /// Looks in vain at single numbers. Each takes a microsecond or two.
@@ -13,9 +13,8 @@ const LOOKS_MAX: u64 = 3_000_000;
 /// So far from the events that were found others are looked for, where nothing tells how many there were.
 const AROUND: u64 = 200_000;
 
-/// Further ahead than this of what is known to have been accepted, or ever, no number of an event can be.
+/// Further ahead than this of what is known to have been accepted no number of an event can be.
 const AHEAD_MAX: u64 = 1_000_000;
-const NUMBER_MAX: u64 = 1 << 48;
 
 /// Numbers that are kept in mind, because the damage may have given their events other ones.
 const FREE_MAX: usize = 1000;

@@ -6,18 +6,18 @@ use std::time::Duration;
 use rusqlite::{Connection, OptionalExtension, Result};
 use uuid::Uuid;
 
-use super::dedupe::{Seen, Signatures};
+use super::dedupe::Seen;
 use super::error::OpenError;
 use super::files::{self, FileIdentity, Reserve};
 use super::ledger::{Deleted, Ledger, wrong_totals};
 use super::settings::Durability;
 use super::types::EVENT_OVERHEAD_BYTES;
-use crate::event::{Event, Fingerprint};
+use crate::event::Event;
 
 /// "PRLY", so that `file` and other programs can tell what this is.
 const APPLICATION_ID: i64 = 0x5052_4c59;
 /// The version of the schema below, raised with each change of it.
-const FORMAT: i64 = 2;
+const FORMAT: i64 = 3;
 
 /// How long to wait for another process that has the file open, such as `sqlite3` in an operator's hands.
 pub(super) const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
@@ -36,12 +36,10 @@ const SCHEMA: &str = "
         tried_ms      INTEGER              -- of a parked event: the last try
     ) STRICT;
     CREATE INDEX parked ON event (tried_ms) WHERE parked_reason IS NOT NULL;
-    CREATE TABLE seen (                    -- the dedupe window, in the order of acceptance
-        seq           INTEGER PRIMARY KEY,
-        fingerprint   BLOB    NOT NULL,    -- SHA-256 of the body
-        id            BLOB    NOT NULL,
-        accepted_ms   INTEGER NOT NULL,
-        signatures    BLOB                 -- until when each signed request that carried it can be replayed, 8 bytes each
+    CREATE TABLE seen (                    -- the dedupe window, in the order of acceptance: a row for each transaction
+        last          INTEGER PRIMARY KEY, -- the number of the last entry in it
+        entries       BLOB    NOT NULL     -- 56 bytes each: seq 8, SHA-256 of the body 16 (its first half), id 16,
+                                           -- accepted_ms 8, when the signature expires 8 (ms since 1970; 0: unsigned)
     ) STRICT;
     CREATE TABLE ledger (                  -- accepted = confirmed + pending + parked + removed
         id            INTEGER PRIMARY KEY CHECK (id = 1),
@@ -57,6 +55,17 @@ const SCHEMA: &str = "
     ) STRICT;
     INSERT INTO ledger VALUES (1, 0, 0, 0, 0, 0, 0, 0, 0, 0);
 ";
+
+/// No number of an event or an entry can be higher.
+pub(super) const NUMBER_MAX: u64 = 1 << 48;
+
+/// The dedupe window as it is on disk.
+pub(super) struct SeenEntries {
+    /// The oldest first.
+    pub entries: Vec<Seen>,
+    /// The number of the last one; 0 without any.
+    pub last: u64,
+}
 
 /// The open file, for the writer alone.
 pub(super) struct Store {
@@ -210,45 +219,38 @@ impl Store {
         statement.execute((seq, now_ms)).map(|_| ())
     }
 
-    pub fn remember(&self, seq: u64, event: &Event, signatures: &Signatures) -> Result<()> {
-        let mut statement = self.connection.prepare_cached(
-            "INSERT INTO seen (seq, fingerprint, id, accepted_ms, signatures) VALUES (?1, ?2, ?3, ?4, ?5)",
-        )?;
-        let (fingerprint, id) = (event.fingerprint.0, event.id.as_bytes());
-        statement.execute((seq, fingerprint, id, event.accepted_ms, signatures.to_bytes()))?;
-        Ok(())
+    /// Appends entries to the dedupe window; `last` is the number of the last one.
+    pub fn remember(&self, last: u64, entries: &[u8]) -> Result<()> {
+        let mut statement = self.connection.prepare_cached("INSERT INTO seen (last, entries) VALUES (?1, ?2)")?;
+        statement.execute((last, entries)).map(|_| ())
     }
 
-    /// Replaces the signatures that are kept in mind.
-    pub fn set_signatures(&self, seq: u64, signatures: &Signatures) -> Result<()> {
-        let mut statement = self.connection.prepare_cached("UPDATE seen SET signatures = ?2 WHERE seq = ?1")?;
-        statement.execute((seq, signatures.to_bytes())).map(|_| ())
+    /// Deletes the entries of the dedupe window up to number `last`. Rows with a later entry stay as they are.
+    pub fn forget(&self, last: u64) -> Result<()> {
+        let mut statement = self.connection.prepare_cached("DELETE FROM seen WHERE last <= ?1")?;
+        statement.execute([last]).map(|_| ())
     }
 
-    /// Forgets the dedupe window up to `seq`, itself included.
-    pub fn forget(&self, seq: u64) -> Result<()> {
-        let mut statement = self.connection.prepare_cached("DELETE FROM seen WHERE seq <= ?1")?;
-        statement.execute([seq])?;
-        Ok(())
-    }
-
-    /// The newest `limit` entries of the dedupe window, the oldest first.
-    pub fn seen(&self, limit: usize) -> Result<Vec<Seen>> {
-        let mut statement = self.connection.prepare(
-            "SELECT seq, fingerprint, id, accepted_ms, coalesce(signatures, x'') FROM seen ORDER BY seq DESC LIMIT ?1",
-        )?;
-        let rows = statement.query_map([limit as i64], |row| {
-            Ok(Seen {
-                seq: row.get(0)?,
-                fingerprint: Fingerprint(row.get(1)?),
-                id: Uuid::from_bytes(row.get(2)?),
-                accepted_ms: row.get(3)?,
-                signatures: Signatures::from_bytes(row.get_ref(4)?.as_blob()?),
-            })
-        })?;
-        let mut seen = rows.collect::<Result<Vec<_>>>()?;
-        seen.reverse();
-        Ok(seen)
+    /// At least the newest `limit` entries of the dedupe window, the oldest first.
+    pub fn seen(&self, limit: usize) -> Result<SeenEntries> {
+        let mut statement = self.connection.prepare("SELECT last, entries FROM seen ORDER BY last DESC")?;
+        let (mut entries, mut last) = (Vec::new(), 0);
+        let mut rows = statement.query([])?;
+        while entries.len() < limit
+            && let Some(row) = rows.next()?
+        {
+            last = u64::max(last, row.get(0)?);
+            let (chunks, rest) = row.get_ref(1)?.as_blob()?.as_chunks();
+            if !rest.is_empty() {
+                return Err(wrong_totals());
+            }
+            entries.extend(chunks.iter().rev().map(Seen::from_bytes));
+        }
+        if last < entries.len() as u64 || last > NUMBER_MAX {
+            return Err(wrong_totals());
+        }
+        entries.reverse();
+        Ok(SeenEntries { entries, last })
     }
 
     /// The id of the event of a number.

@@ -246,6 +246,30 @@ async fn without_a_window_every_body_counts() {
 }
 
 #[tokio::test]
+async fn captured_requests_are_recognised_after_a_restart() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("spool.db");
+    let opened = Opened::open(&path, 1 << 20, Duration::from_millis(1));
+    let until = |seconds| Some(Timestamp::now().checked_add(jiff::SignedDuration::from_secs(seconds)).unwrap());
+    let [first, second] = [until(300), until(310)];
+    let mut ids = Vec::new();
+    for until in [first, second] {
+        let receipt = opened.spool.append(event("a"), until).await.unwrap();
+        assert!(!receipt.duplicate, "the window has passed");
+        ids.push(receipt.id);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    opened.close().await;
+    let opened = Opened::open(&path, 1 << 20, Duration::from_millis(1));
+    for (until, id) in [(first, ids[0]), (second, ids[1])] {
+        let receipt = opened.spool.append(event("a"), until).await.unwrap();
+        assert_eq!((receipt.id, receipt.duplicate), (id, true));
+    }
+    assert!(!opened.spool.append(event("a"), until(320)).await.unwrap().duplicate, "signed again, so sent again");
+    opened.close().await;
+}
+
+#[tokio::test]
 async fn reading_is_bounded_by_number_and_by_bytes() {
     let folder = TempDir::new().unwrap();
     let opened = Opened::open(&folder.path().join("spool.db"), 1 << 30, WINDOW);
@@ -445,7 +469,7 @@ async fn no_damaged_file_takes_the_place_of_another() {
 #[tokio::test]
 async fn damage_that_the_first_look_does_not_find_is_mended() {
     for damage in [
-        "UPDATE seen SET fingerprint = x'00' WHERE seq = 7",
+        "UPDATE seen SET entries = x'00' WHERE last = 7",
         "UPDATE ledger SET pending = 7",
         "UPDATE ledger SET accepted = 15, pending = 15",
         "DELETE FROM ledger",

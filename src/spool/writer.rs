@@ -13,7 +13,7 @@ use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tracing::{error, info, warn};
 
-use super::dedupe::{self, Now, Window};
+use super::dedupe::{self, First, Now, Purged, Window};
 use super::error::{AppendError, is_damage};
 use super::ledger::Ledger;
 use super::status::SpoolStatus;
@@ -119,9 +119,10 @@ impl Writer {
         committed: Arc<Notify>,
         metrics: Arc<Metrics>,
     ) -> Result<Self> {
-        let mut window = Window::new(dedupe.window, dedupe.entries_max);
+        let mut window = Window::new(dedupe);
         if window.is_on() {
-            window.load(store.seen(dedupe.entries_max)?, Now::read());
+            let seen = store.seen(dedupe.entries_max)?;
+            window.load(seen.entries, seen.last, Now::read());
         }
         Ok(Self {
             store,
@@ -243,14 +244,14 @@ impl Writer {
     ) -> Result<Outcome, (Vec<Reply>, rusqlite::Error)> {
         let mut outcome = Outcome::default();
         let mut waiting = appends.into_iter();
-        let mut before = None;
         let result = (|| {
             self.store.begin(durable)?;
             outcome.ledger = self.store.ledger()?;
-            before = Some(outcome.ledger.accepted);
-            if let Some((seq, early)) = self.window.purge(Instant::now()) {
-                self.store.forget(seq)?;
-                self.tell_of_short_window(early);
+            if let Some(Purged { last, early }) = self.window.purge(Instant::now()) {
+                self.store.forget(last)?;
+                if early {
+                    self.warn_of_short_window();
+                }
             }
             // First, because they make room.
             settle(&self.store, &mut outcome.ledger, &self.settlements)?;
@@ -259,6 +260,9 @@ impl Writer {
                 let answer = self.append(&mut outcome.ledger, &event, replayable_until_ms)?;
                 outcome.appended += u64::from(matches!(answer, Ok(Receipt { duplicate: false, .. })));
                 outcome.replies.last_mut().expect("just pushed").1 = answer;
+            }
+            if let Some((last, entries)) = self.window.uncommitted() {
+                self.store.remember(last, entries)?;
             }
             self.store.write_ledger(&outcome.ledger)?;
             if self.suspect.is_some() {
@@ -272,9 +276,7 @@ impl Writer {
                 Ok(outcome)
             }
             Err(cause) => {
-                if let Some(seq) = before {
-                    self.window.undo_after(seq);
-                }
+                self.window.roll_back();
                 if let Err(error) = self.store.rollback() {
                     error!(%error, "cannot roll back");
                 }
@@ -292,15 +294,9 @@ impl Writer {
         replayable_until_ms: Option<i64>,
     ) -> Result<Result<Receipt, AppendError>> {
         let now = Now::read();
-        if let Some(found) = self.window.find(&event.fingerprint, replayable_until_ms, now.monotonic) {
-            if found.signed_anew
-                && let Some(until_ms) = replayable_until_ms
-                && let Some(signatures) = self.window.signed_anew(&event.fingerprint, until_ms, now)
-            {
-                self.store.set_signatures(found.seq, signatures)?;
-            }
+        if let Some(First { seq, id }) = self.window.recognise(&event.fingerprint, replayable_until_ms, now) {
             ledger.duplicates += 1;
-            return Ok(Ok(Receipt { seq: found.seq, id: found.id, duplicate: true }));
+            return Ok(Ok(Receipt { seq, id, duplicate: true }));
         }
         let cost = cost(&event.body);
         if ledger.bytes + cost > self.max_bytes {
@@ -308,22 +304,18 @@ impl Writer {
         }
         let seq = ledger.accepted + 1;
         self.store.insert(seq, event)?;
-        if self.window.is_on() {
-            let signatures = self.window.insert(seq, event.fingerprint, event.id, replayable_until_ms, now);
-            self.store.remember(seq, event, signatures)?;
-        }
+        self.window.insert(seq, &event.fingerprint, event.id, replayable_until_ms, now);
         ledger.accepted = seq;
         ledger.pending += 1;
         ledger.bytes += cost;
         Ok(Ok(Receipt { seq, id: event.id, duplicate: false }))
     }
 
-    /// More events come in than the window may hold, so re-sends and replays are recognised for less time than they should.
-    fn tell_of_short_window(&self, early: bool) {
-        if early && let Some(unreported) = self.log_limiter.due("short-window", Instant::now()) {
+    fn warn_of_short_window(&self) {
+        if let Some(unreported) = self.log_limiter.due("short-window", Instant::now()) {
             warn!(
                 unreported,
-                "dedupe.entries_max is too small for this traffic: re-sends, or requests that somebody has captured, may be published again"
+                "dedupe.entries_max is too small for this traffic: re-sends and captured requests may be published again"
             );
         }
     }
