@@ -1,22 +1,23 @@
-// The operators' console: shows what /api tells, and asks for a retry or the removal of a parked event.
+// The operators' console: shows the data of /api, and retries or removes parked events.
 //
-// In reading order: words (numbers and times for people), answers (pure: facts in, words out), page (words into the
-// document), charts, questions (the dialog), feed (where the facts come from), start.
+// In reading order: words (numbers and times as text), answers (pure: facts in, words out), page (words into the
+// document), charts, actions (the dialog), feed (data from the relay), start.
 //
-// Whatever the API tells is untrusted text: it enters the page as text nodes only, never as markup.
+// All data from the API is untrusted: it enters the page as text nodes only, never as markup.
 
-/** The facts so far. `ahead` is how far the relay's clock is ahead of ours, so that ages are right on a wrong clock. */
+/** The latest data. `ahead`: how far the relay's clock is ahead of the browser's, so that ages are right anyway. */
 const facts = { status: null, points: [], interval: 5, ahead: 0, heardAt: null, lost: false };
 
-/** As long as `/api/history` reaches back, in seconds. */
+/** The time that `/api/history` covers, in seconds. */
 const SPAN = 900;
 
 // ---- words ----------------------------------------------------------------------------------------------------------
 
 const whole = new Intl.NumberFormat("en-US");
 const compact = new Intl.NumberFormat("en-US", { notation: "compact", maximumFractionDigits: 1 });
-const clockFormat = new Intl.DateTimeFormat("en-GB", { hour: "2-digit", minute: "2-digit", second: "2-digit" });
-const dayFormat = new Intl.DateTimeFormat("en-GB", { day: "numeric", month: "short", hour: "2-digit", minute: "2-digit" });
+const TIME = { hour: "2-digit", minute: "2-digit" };
+const clockFormat = new Intl.DateTimeFormat("en-GB", { ...TIME, second: "2-digit" });
+const dayFormat = new Intl.DateTimeFormat("en-GB", { day: "numeric", month: "short", ...TIME });
 
 const relayNow = () => Date.now() + facts.ahead;
 const secondsSince = (time) => Math.max(0, (relayNow() - Date.parse(time)) / 1000);
@@ -24,7 +25,7 @@ const short = (number) => (number < 10000 ? whole.format(number) : compact.forma
 const rate = (number) => (number >= 9.95 ? whole.format(Math.round(number)) : String(Math.round(number * 10) / 10));
 const count = (number, one, many = one + "s") => `${whole.format(number)} ${number === 1 ? one : many}`;
 
-/** A number and its unit stay on one line. */
+/** A number and its unit, kept on one line. */
 const unit = (number, name) => `${number}\u00a0${name}`;
 
 function duration(seconds) {
@@ -59,42 +60,52 @@ function clock(time) {
   return date.toDateString() === new Date().toDateString() ? clockFormat.format(date) : dayFormat.format(date);
 }
 
-/** A detail of the API, as a sentence of its own. */
+/** A detail of an API error as a sentence. */
 const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1) + (/[.!?]$/.test(text) ? "" : ".");
 
 const agoText = (time) => (secondsSince(time) < 1 ? "just now" : `${duration(secondsSince(time))} ago`);
 
 // ---- answers --------------------------------------------------------------------------------------------------------
 
-/** Refusals after which Prism may have given a webhook up, so that it is lost to us. */
-const COSTLY = ["spool-full", "spool-unavailable", "shutting-down", "overloaded", "invalid-signature", "stale-timestamp",
-  "request-timeout", "body-too-large"];
+/** Refusals that can lose a webhook, because Prism gives up on it. */
+const COSTLY = ["spool-full", "spool-unavailable", "shutting-down", "overloaded", "invalid-signature",
+  "stale-timestamp", "request-timeout", "body-too-large"];
 
-const OTHER_REFUSAL = "This page does not know this reason. The relay's log tells more.";
+const OTHER_REFUSAL = "This page does not know this reason. See the relay's log.";
 const REFUSALS = {
-  "overloaded": "Bodies that arrive slowly have used up http.buffer_bytes_max. They need not be Prism's: set http.allowed_sources, or raise it.",
-  "invalid-signature": "The signature does not fit: the secret here is not Prism's, or a proxy on the way changes the body. Compare signature.secrets with your Prism account.",
-  "missing-signature": "The request carries no signature. Either it is not from Prism, or your Prism account does not sign: then set signature.required to false.",
-  "invalid-timestamp": "The prism-timestamp header is not a time. Look for a proxy that changes headers, or somebody who plays Prism.",
-  "stale-timestamp": "A clock is off by more than signature.tolerance allows. Check this machine's clock (NTP) first.",
+  "overloaded": "Bodies that arrive slowly used up http.buffer_bytes_max; they may not be Prism's. "
+    + "Set http.allowed_sources, or raise the limit.",
+  "invalid-signature": "The signature does not match: the secret differs from Prism's, or a proxy changes the body. "
+    + "Compare signature.secrets with your Prism account.",
+  "missing-signature": "The request is not signed. Either it is not from Prism, or your Prism account does not sign: "
+    + "then set signature.required to false.",
+  "invalid-timestamp": "The prism-timestamp header is not a time. Either a proxy changes headers, or the request is "
+    + "not from Prism.",
+  "stale-timestamp": "The timestamp is further from this machine's clock than signature.tolerance allows. "
+    + "Check this machine's clock (NTP) first.",
   "source-not-allowed": "The sender's address is not in http.allowed_sources. If it is Prism or your proxy, add it.",
-  "spool-full": "There was no room on disk for more events. Bring RabbitMQ back so that the spool drains, or raise spool.max_bytes.",
-  "spool-unavailable": "The spool could not be written: the disk is full, read-only or failing. Repair the disk; accepting goes on by itself.",
-  "shutting-down": "The relay was stopping. Prism tries again for about 35 s: restart quickly, or run a second relay.",
-  "body-too-large": "The body is larger than http.body_bytes_max. If it comes from Prism, raise that limit.",
-  "request-timeout": "The body did not arrive within http.body_timeout. Look at the network, or at the proxy in front of the relay.",
-  "unreadable-body": "The connection broke off in the middle of the body. Look at the network, or at the proxy in front of the relay.",
-  "not-found": "Somebody asked for another path than http.path. If it is Prism, correct the URL in your Prism account; else ignore it.",
-  "method-not-allowed": "The request was no POST: a browser or a scanner. Ignore it.",
-  "invalid-json": "The body is not JSON, and no signature vouches for it. It is hardly from Prism.",
-  "invalid-encoding": "The body is not UTF-8 text, and no signature vouches for it. It is hardly from Prism.",
-  "not-an-envelope": "The body has no eventType, and no signature vouches for it. It is hardly from Prism.",
+  "spool-full": "The spool had no room for more events. Restore RabbitMQ so that the spool drains, or raise "
+    + "spool.max_bytes.",
+  "spool-unavailable": "The spool could not be written: the disk is full, read-only or failing. Fix the disk; "
+    + "accepting resumes by itself.",
+  "shutting-down": "The relay was shutting down. Prism retries for about 35 s: restart quickly, or run a second relay.",
+  "body-too-large": "The body is larger than http.body_bytes_max. If it is from Prism, raise the limit.",
+  "request-timeout": "The body did not arrive within http.body_timeout. Check the network and the proxy in front of "
+    + "the relay.",
+  "unreadable-body": "The connection broke before the body was complete. Check the network and the proxy in front of "
+    + "the relay.",
+  "not-found": "The request was for another path than http.path. If it is from Prism, correct the URL in your Prism "
+    + "account; otherwise ignore it.",
+  "method-not-allowed": "The request was not a POST: probably a browser or a scanner. Ignore it.",
+  "invalid-json": "The body is not JSON, and the request is not signed. It is probably not from Prism.",
+  "invalid-encoding": "The body is not UTF-8, and the request is not signed. It is probably not from Prism.",
+  "not-an-envelope": "The body has no eventType, and the request is not signed. It is probably not from Prism.",
 };
 
 const fullness = ({ spool }) => (spool.max_bytes ? spool.bytes / spool.max_bytes : 0);
 const unaccounted = ({ spool }) => spool.accepted - spool.confirmed - spool.pending - spool.parked - spool.removed;
 
-/** How many webhooks there were in the points that `keep` chooses. */
+/** The number of webhooks in the points selected by `keep`. */
 function sum(key, keep) {
   return facts.points.filter(keep).reduce((total, point) => total + point[key] * facts.interval, 0);
 }
@@ -104,11 +115,11 @@ function lastMinute(key) {
   return sum(key, (point) => point.at > from);
 }
 
-/** What to do about the webhooks that are being refused. */
+/** What to do about the refused webhooks. */
 const remedy = ({ refusing }) => REFUSALS[refusing.reason] ?? OTHER_REFUSAL;
 
-/** Where the depth is heading, from the last minute: `{fullIn}` or `{doneIn}` in seconds, or nothing worth telling. */
-function heading({ spool }) {
+/** A forecast from the depth of the last minute: `{fullIn}` or `{doneIn}` in seconds, or neither if it is unclear. */
+function forecast({ spool }) {
   const points = facts.points.slice(-13);
   if (points.length < 4 || spool.pending < 100) return {};
   const [first, latest] = [points[0], points.at(-1)];
@@ -119,111 +130,151 @@ function heading({ spool }) {
 }
 
 function isPrismSending({ refusing, last, started_at: start }) {
-  if (refusing?.all) return ["warning", "Yes", `${count(refusing.count, "webhook")} came lately, and all of them were refused.`];
-  if (!last.accepted_at) return ["quiet", "Not yet", `No webhook has been accepted since the start, ${agoText(start)}.`];
+  if (refusing?.all) {
+    return ["warning", "Yes", `${count(refusing.count, "webhook")} in the last 5 minutes, all of them refused.`];
+  }
+  if (!last.accepted_at) return ["quiet", "Not yet", `No webhook was accepted since the start, ${agoText(start)}.`];
   const latest = `the last one ${agoText(last.accepted_at)}`;
-  if (secondsSince(last.accepted_at) > 300) return ["quiet", "Not now", `No webhook was accepted lately, ${latest}. That is normal when nobody scans.`];
+  if (secondsSince(last.accepted_at) > 300) {
+    return ["quiet", "Not now", `No webhook was accepted recently, ${latest}. That is normal while no user scans.`];
+  }
   const minute = lastMinute("accepted");
-  return ["ok", "Yes", `${minute >= 60 ? `${rate(minute / 60)} webhooks per second` : `${count(Math.round(minute), "webhook")} in the last minute`}, ${latest}.`];
+  const pace = minute >= 60 ? `${rate(minute / 60)} webhooks per second`
+    : `${count(Math.round(minute), "webhook")} in the last minute`;
+  return ["ok", "Yes", `${pace}, ${latest}.`];
 }
 
 function areWeAccepting(status) {
   const { refusing } = status;
   const share = fullness(status);
-  if (status.draining) return ["warning", "Not any more", "The relay is shutting down. Prism tries again, but only for about 35 s."];
-  if (!status.spool.writable) return ["problem", "No", "The disk cannot be written, so every webhook is refused for now."];
-  if (!status.ready && share < 0.9) return ["problem", "No", "The relay says that it is not ready."];
-  if (!status.ready) return ["problem", "No", `The spool is ${percent(share)} full: there is no room for another event.`];
+  if (status.draining) {
+    return ["warning", "Not any more", "The relay is shutting down. Prism retries, but only for about 35 s."];
+  }
+  if (!status.spool.writable) return ["problem", "No", "The spool cannot be written: webhooks are answered 503."];
+  if (!status.ready && share < 0.9) return ["problem", "No", "The relay is not ready."];
+  if (!status.ready) return ["problem", "No", `The spool is ${percent(share)} full: no room for another event.`];
   if (refusing?.all) return ["problem", "No", `Every webhook is refused: ${refusing.reason}.`];
-  const { fullIn } = heading(status);
-  const room = `The spool is ${percent(share)} full${fullIn === undefined ? "" : `, and has room for about ${duration(fullIn)}`}.`;
+  const { fullIn } = forecast(status);
+  const left = fullIn === undefined ? "" : `, with room for about ${duration(fullIn)}`;
+  const room = `The spool is ${percent(share)} full${left}.`;
   if (refusing) {
-    const refused = `${count(refusing.count, "webhook was", "webhooks were")} refused lately, mostly for ${refusing.reason}.`;
+    const turnedAway = count(refusing.count, "webhook was", "webhooks were");
+    const refused = `${turnedAway} refused in the last 5 minutes, most of them for ${refusing.reason}.`;
     return ["warning", "Yes, but not all", share >= 0.8 ? `${refused} ${room}` : refused];
   }
   if (share >= 0.8) return ["warning", "Yes, for now", room];
-  return ["ok", "Yes", `${count(status.webhooks.accepted, "webhook")} since the start. The spool is ${percent(share)} full.`];
+  const accepted = count(status.webhooks.accepted, "webhook");
+  return ["ok", "Yes", `${accepted} since the start. The spool is ${percent(share)} full.`];
 }
 
-function isRabbitTaking({ broker, last }) {
-  if (broker.blocked !== null) return ["problem", "No, it is blocked", `Blocked for ${duration(secondsSince(broker.since))}; RabbitMQ says: ${broker.blocked}.`];
+function isRabbitAccepting({ broker, last }) {
+  const time = duration(secondsSince(broker.since));
+  if (broker.blocked !== null) return ["problem", "No, it is blocked", `Blocked for ${time}: ${broker.blocked}.`];
   if (!broker.connected && !broker.error) return ["quiet", "Connecting", "There is no connection yet."];
-  if (!broker.connected) return ["problem", "No", `Not connected for ${duration(secondsSince(broker.since))}: ${broker.error}.`];
+  if (!broker.connected) return ["problem", "No", `Not connected for ${time}: ${broker.error}.`];
   const minute = lastMinute("confirmed");
   if (minute >= 60) return ["ok", "Yes", `${rate(minute / 60)} events confirmed per second.`];
-  const latest = last.confirmed_at ? `the last event was confirmed ${agoText(last.confirmed_at)}` : "there was nothing to deliver yet";
+  const latest = last.confirmed_at ? `the last event was confirmed ${agoText(last.confirmed_at)}`
+    : "there was nothing to deliver yet";
   return ["ok", "Yes", `Connected; ${latest}.`];
 }
 
 function howFarBehind(status) {
   const { pending, oldest_age_seconds: age = null } = status.spool;
-  const { fullIn, doneIn } = heading(status);
-  if (!pending) return ["ok", "Not at all", "Nothing waits for delivery."];
+  const { fullIn, doneIn } = forecast(status);
+  if (!pending) return ["ok", "Not at all", "No event is waiting for delivery."];
   if (age === null) {
     const smooth = status.broker.connected && status.broker.blocked === null && pending <= 100;
-    return [smooth ? "quiet" : "warning", count(pending, "event"), `${pending === 1 ? "It waits" : "They wait"}, safe on disk. For how long is not known yet.`];
+    const level = smooth ? "quiet" : "warning";
+    return [level, count(pending, "event"), "Waiting, safe on disk. Their age is not known yet."];
   }
-  if (age < 10) return ["ok", age >= 1 ? duration(age) : `Less than ${unit(1, "s")}`, `${count(pending, "event")} under way.`];
+  if (age < 10) {
+    const word = age >= 1 ? duration(age) : `Less than ${unit(1, "s")}`;
+    return ["ok", word, `${count(pending, "event is", "events are")} being delivered.`];
+  }
   const outlook = doneIn !== undefined ? ` Caught up in about ${duration(doneIn)}.`
     : fullIn !== undefined ? ` At this rate there is room for about ${duration(fullIn)}.` : "";
-  return [age > 600 ? "problem" : "warning", duration(age), `${count(pending, "event waits", "events wait")}, safe on disk.${outlook}`];
+  const waiting = count(pending, "event is", "events are");
+  return [age > 600 ? "problem" : "warning", duration(age), `${waiting} waiting, safe on disk.${outlook}`];
 }
 
-function whatIsStuck({ spool }) {
-  if (!spool.parked) return ["ok", "Nothing", spool.pending > 100 ? "No event is parked. Those that wait go out by themselves." : "No event is parked."];
-  return ["warning", count(spool.parked, "event"), "RabbitMQ does not take them. They are kept, and hold up nothing else.", ["#parked", "See why"]];
+function isAnythingParked({ spool }) {
+  if (!spool.parked) return ["ok", "No", "RabbitMQ accepts all events that were tried."];
+  const detail = "RabbitMQ does not accept them. They stay on disk and are tried again; other events are delivered.";
+  return ["warning", count(spool.parked, "event"), detail, ["#parked", "See why"]];
 }
 
 function isAnythingLost(status) {
   const { accepted, confirmed, pending, parked, removed, lost = 0 } = status.spool;
   const gap = unaccounted(status);
   const refused = COSTLY.reduce((total, reason) => total + (status.webhooks.refused[reason] ?? 0), 0);
-  const ledger = `${whole.format(accepted)} accepted = ${whole.format(confirmed)} delivered + ${whole.format(pending)} waiting`
-    + ` + ${whole.format(parked)} parked + ${whole.format(removed)} removed`
-    + (lost ? ` (${whole.format(lost)} lost, ${whole.format(removed - lost)} by hand).` : ".");
-  if (lost) return ["problem", "Yes", `${count(lost, "accepted event")} could not be read any more after the file was damaged; see the log. ${ledger}`];
-  if (gap) return ["problem", "Perhaps", `The books do not balance, by ${count(Math.abs(gap), "event")}. Run: prism-relay spool verify`];
+  const ledger = `${whole.format(accepted)} accepted = ${whole.format(confirmed)} delivered`
+    + ` + ${whole.format(pending)} waiting + ${whole.format(parked)} parked + ${whole.format(removed)} removed`
+    + (lost ? ` (${whole.format(lost)} lost, ${whole.format(removed - lost)} by an operator).` : ".");
+  if (lost) {
+    const text = `${count(lost, "accepted event was", "accepted events were")} lost because the spool file was damaged`;
+    return ["problem", "Yes", `${text}; see the log. ${ledger}`];
+  }
+  if (gap) {
+    const events = count(Math.abs(gap), "event");
+    return ["problem", "Perhaps", `The totals differ by ${events}. Run: prism-relay spool verify`];
+  }
   const see = ["#refusals", "See the refused webhooks.", ledger];
+  const closed = status.refusing?.all || !(status.ready || status.draining);
   if (refused) {
     const turnedAway = count(refused, "webhook was", "webhooks were");
-    return ["warning", "Nothing we accepted", `${turnedAway} refused since the start: whatever Prism did not send again in time is lost to us.`, see];
+    const text = `${turnedAway} refused since the start. Those that Prism did not send again in time are lost.`;
+    return ["warning", "Refused webhooks", text, see];
   }
-  const closed = status.refusing?.all || !(status.ready || status.draining);
-  if (closed || status.refusing) return [closed ? "problem" : "warning", "What we refuse", "Prism gives a webhook up after about 35 s. What was accepted is safe.", see];
+  if (closed || status.refusing) {
+    const text = "Prism gives up on a webhook after about 35 s. Accepted events are safe.";
+    return [closed ? "problem" : "warning", "Refused webhooks", text, see];
+  }
   return ["ok", "No", ledger];
 }
 
-/** By a name that tests can rely on. */
+/** Each question with the name that tests use. */
 const QUESTIONS = [
-  ["sending", "Is Prism sending?", isPrismSending], ["accepting", "Are we accepting?", areWeAccepting],
-  ["taking", "Is RabbitMQ taking?", isRabbitTaking], ["behind", "How far behind are we?", howFarBehind],
-  ["stuck", "What is stuck?", whatIsStuck], ["lost", "Did we lose anything?", isAnythingLost],
+  ["sending", "Is Prism sending?", isPrismSending],
+  ["accepting", "Are we accepting webhooks?", areWeAccepting],
+  ["broker", "Is RabbitMQ accepting events?", isRabbitAccepting],
+  ["lag", "How far behind are we?", howFarBehind],
+  ["parked", "Is anything parked?", isAnythingParked],
+  ["lost", "Did we lose anything?", isAnythingLost],
 ];
 
-/** The relay's own verdict, except that the page is never green beside an answer that is red. */
+/** The level of the relay's summary, but never green while an answer is red. */
 function overallLevel(status) {
   const { level } = status.summary;
   if (level !== "ok") return level in LEVELS ? level : "warning";
   return QUESTIONS.some(([, , answer]) => answer(status)[0] === "problem") ? "warning" : "ok";
 }
 
-/** What to do next, about the worst thing first. */
+/** What to do next about the most serious fact. */
 function advice(status) {
   const { spool, broker, draining, refusing } = status;
-  if (unaccounted(status)) return "Run “prism-relay spool verify” on this machine, and keep what it prints.";
-  if (draining) return "Start the relay again, or leave it to the service manager. What waits is on disk and goes out after the start.";
-  if (!spool.writable) return "Free or repair the disk under the spool. Accepting goes on by itself as soon as it can be written.";
+  if (unaccounted(status)) return "Run prism-relay spool verify on this machine, and keep its output.";
+  if (draining) {
+    return "Start the relay again, or let the service manager do it. It then delivers the events that wait on disk.";
+  }
+  if (!spool.writable) return "Free space on the spool's disk, or repair it. Accepting resumes by itself.";
   const scarce = !status.ready || fullness(status) >= 0.8;
-  const meanwhile = (scarce ? " If that takes longer than the room lasts, raise spool.max_bytes and restart the relay." : "")
-    + (refusing && refusing.reason !== "spool-full" ? ` As to the refused webhooks: ${remedy(status)}` : "")
-    || " Meanwhile webhooks are accepted and kept on disk.";
-  if (broker.blocked !== null) return `Free memory or disk on the RabbitMQ node; deliveries then go on by themselves.${meanwhile}`;
-  if (!broker.connected && broker.error) return `Bring RabbitMQ back, or check broker.urls; deliveries then go on by themselves.${meanwhile}`;
+  const room = scarce ? " If the spool fills up before that, raise spool.max_bytes and restart the relay." : "";
+  const refused = refusing && refusing.reason !== "spool-full" ? ` About the refused webhooks: ${remedy(status)}` : "";
+  const meanwhile = room + refused || " Until then webhooks are accepted and kept on disk.";
+  if (broker.blocked !== null) {
+    return `Free memory or disk on the RabbitMQ node; deliveries then resume by themselves.${meanwhile}`;
+  }
+  if (!broker.connected && broker.error) {
+    return `Restore RabbitMQ, or check broker.urls; deliveries then resume by themselves.${meanwhile}`;
+  }
   if (refusing?.all) return remedy(status);
-  if (scarce) return "Look at why RabbitMQ does not take the events, or raise spool.max_bytes.";
+  if (scarce) return "Find out why RabbitMQ does not accept the events, or raise spool.max_bytes.";
   if (refusing) return remedy(status);
-  if (spool.parked) return "Read the reason below. Mostly a queue is not bound, or a permission is missing: repair it at RabbitMQ, then retry.";
-  if (spool.lost) return "Read in the relay's log what was damaged, and check the disk under the spool.";
+  if (spool.parked) {
+    return "Read the reason below. Usually a queue is not bound or a permission is missing: fix that, then retry.";
+  }
+  if (spool.lost) return "The relay's log says what was damaged. Check the spool's disk.";
   return overallLevel(status) === "ok" ? "Nothing to do." : "";
 }
 
@@ -233,7 +284,7 @@ const $ = (id) => document.getElementById(id);
 const svgIcon = document.createElement("template");
 svgIcon.innerHTML = '<svg class="icon" aria-hidden="true"><use href="#icon-quiet"></use></svg>'; // A constant, no data.
 
-/** Makes an element. Children that are strings become text. */
+/** Makes an element. String children become text nodes. */
 function el(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
@@ -241,7 +292,7 @@ function el(tag, attributes = {}, ...children) {
   return made;
 }
 
-/** Text is touched only when it changes, so that selections survive. */
+/** Sets text only when it changes, so that selections survive. */
 function say(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
@@ -257,15 +308,16 @@ function setIcon(svg, level) {
   svg.firstElementChild.setAttribute("href", `#icon-${level}`);
 }
 
-/** A time that goes on counting; see tick(). */
+/** An age that tick() keeps current. */
 const ago = (time) => el("time", { datetime: time, title: time, "data-ago": time }, agoText(time));
-const cell = (label, className, ...children) => el("td", { role: "cell", class: className, ...(label && { "data-label": label }) }, ...children);
+const cell = (label, className, ...children) =>
+  el("td", { role: "cell", class: className, ...(label && { "data-label": label }) }, ...children);
 const row = (...cells) => el("tr", { role: "row" }, ...cells);
 const mono = (text) => el("span", { class: "mono" }, text);
 const second = (...children) => el("span", { class: "second" }, ...children);
 const fact = (name, value) => [el("dt", {}, name), el("dd", {}, value)];
 
-/** Makes the children of `parent` show `items`. What has not changed stays, with its focus and its selection. */
+/** Makes the children of `parent` show `items`. Unchanged children stay, with focus and selection. */
 function fill(parent, items, keyOf, build) {
   const before = new Map([...parent.children].map((child) => [child.dataset.key, child]));
   const after = items.map((item) => {
@@ -288,28 +340,32 @@ function fill(parent, items, keyOf, build) {
   }
 }
 
-const LEVELS = { ok: "All well", warning: "Needs attention", problem: "Problem" };
+const LEVELS = { ok: "OK", warning: "Needs attention", problem: "Problem" };
 
-function showTruth(status) {
+function showSummary(status) {
   const { text } = status.summary;
   const level = overallLevel(status);
   document.body.dataset.level = level;
-  $("truth-icon").setAttribute("href", `#icon-${level}`);
-  say($("truth-level"), LEVELS[level]);
-  say($("truth-text"), text);
-  say($("truth-advice"), advice(status));
+  $("summary-icon").setAttribute("href", `#icon-${level}`);
+  say($("summary-level"), LEVELS[level]);
+  say($("summary-text"), text);
+  say($("summary-advice"), advice(status));
   document.title = `${LEVELS[level]} - prism-relay`;
   const colour = { ok: "1a7f4e", warning: "d98a00", problem: "c4281e" }[level];
-  const shape = { ok: "<circle cx='8' cy='8' r='7'/>", warning: "<path d='M8 1l7 14H1z'/>", problem: "<path d='M1 1h14v14H1z'/>" }[level];
-  $("favicon").href = `data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16' fill='%23${colour}'>${shape}</svg>`;
+  const triangle = "<path d='M8 1l7 14H1z'/>";
+  const square = "<path d='M1 1h14v14H1z'/>";
+  const shape = { ok: "<circle cx='8' cy='8' r='7'/>", warning: triangle, problem: square }[level];
+  const svg = `<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16' fill='%23${colour}'>${shape}</svg>`;
+  $("favicon").href = `data:image/svg+xml,${svg}`;
   announce(`${LEVELS[level]}. ${text}`);
 }
 
 let announced = "";
 
-/** Tells screen readers, but not for a number or a time that has merely moved on. */
+/** Has screen readers read the text, unless only numbers or times in it changed. */
 function announce(text) {
-  const gist = text.replace(/[\d.,]+(\s?(ms|s|min|h|days?)\b)?/g, "#").replace(/less than |just now/g, "").replace(/(#\s?)+/g, "#");
+  const masked = text.replace(/[\d.,]+(\s?(ms|s|min|h|days?)\b)?/g, "#");
+  const gist = masked.replace(/less than |just now/g, "").replace(/(#\s?)+/g, "#");
   if (gist === announced) return;
   announced = gist;
   $("announcer").textContent = text;
@@ -339,18 +395,21 @@ function showAnswers(status) {
 }
 
 function showParked({ total, parked }) {
-  // The section stays while a notice in it has not been read, and while the dialog has to give the focus back.
+  // The section stays while it shows a notice, and while the dialog must return the focus to it.
   $("parked").hidden = total === 0 && !$("parked-notice").textContent;
-  say($("parked-lead"), total === 0 ? "Nothing is parked any more."
-    : "RabbitMQ has returned these events, or does not let them in. They are kept on disk and tried again now and then, until one is delivered or you remove it."
-      + (total > parked.length ? ` These are the first ${parked.length} of ${whole.format(total)}; “prism-relay spool list --parked” lists them all.` : ""));
+  const kept = "RabbitMQ could not route these events or did not accept them. They stay on disk and are tried again "
+    + "from time to time, until they are delivered or you remove them.";
+  const more = total <= parked.length ? ""
+    : ` These are the first ${parked.length} of ${whole.format(total)}; prism-relay spool list --parked lists all.`;
+  say($("parked-lead"), total === 0 ? "No event is parked any more." : kept + more);
   $("parked-rows").closest("table").hidden = total === 0;
   fill($("parked-rows"), parked, (event) => event.id, parkedRow);
 }
 
 function parkedRow(event) {
   const button = (action, label) => {
-    const made = el("button", { type: "button", "data-action": action, "aria-label": `${label} event ${event.id}` }, label);
+    const attributes = { type: "button", "data-action": action, "aria-label": `${label} event ${event.id}` };
+    const made = el("button", attributes, label);
     made.addEventListener("click", () => ask(action, event));
     return made;
   };
@@ -363,16 +422,19 @@ function parkedRow(event) {
 }
 
 function showRefusals(status) {
-  const refusals = Object.entries(status.webhooks.refused).filter(([, times]) => times > 0).sort((a, b) => b[1] - a[1]);
+  const refusals = Object.entries(status.webhooks.refused).filter(([, times]) => times > 0);
+  refusals.sort((a, b) => b[1] - a[1]);
   placeRefusals(Boolean(status.refusing));
   $("refusals-table").hidden = !refusals.length;
   const latest = status.last.refused_at ? agoText(status.last.refused_at) : "long ago";
   say($("refusals-lead"), refusals.length ? `Since the start; the last one ${latest}.` : "None since the start.");
   fill($("refusals-rows"), refusals, ([reason]) => reason, ([reason, times]) => row(
-    cell("", "nowrap", mono(reason)), cell("Count:", "number", whole.format(times)), cell("", "", REFUSALS[reason] ?? OTHER_REFUSAL)));
+    cell("", "nowrap", mono(reason)),
+    cell("Count:", "number", whole.format(times)),
+    cell("", "", REFUSALS[reason] ?? OTHER_REFUSAL)));
 }
 
-/** High up while it matters. It is moved in the document itself, so that reading and tabbing follow what is seen. */
+/** Moves the section up while webhooks are refused: in the document, so that the reading and tab order follow. */
 function placeRefusals(urgent) {
   const section = $("refusals");
   if (urgent && section.parentElement !== $("main")) $("charts").before(section);
@@ -382,32 +444,43 @@ function placeRefusals(urgent) {
 function showTypes({ types }) {
   const most = Math.max(1, ...types.map((type) => type.accepted));
   $("types-table").hidden = !types.length;
-  say($("types-lead"), types.length ? "Accepted since the start." : "No event has come since the start.");
+  say($("types-lead"), types.length ? "Accepted since the start." : "No event since the start.");
   fill($("types-rows"), types, (type) => type.type, ({ type, accepted, last_seen: seen }) => {
     const bar = el("span", { class: "share", "aria-hidden": "true" });
     bar.style.width = `${(100 * accepted) / most}%`;
-    return row(cell("", "", type, bar), cell("Accepted:", "number", whole.format(accepted)), cell("Last seen:", "number", ago(seen)));
+    return row(
+      cell("", "", type, bar),
+      cell("Accepted:", "number", whole.format(accepted)),
+      cell("Last seen:", "number", ago(seen)));
   });
 }
 
-const HAPPENINGS = {
+const CONNECTION_CHANGES = {
   connected: ["ok", "Connected"], lost: ["problem", "Connection lost"],
   blocked: ["warning", "Blocked by RabbitMQ"], unblocked: ["ok", "Unblocked"],
 };
 
 function showBroker({ broker, timeline }) {
-  const state = broker.blocked !== null ? `connected, but blocked: ${broker.blocked}` : broker.connected ? "connected, takes events" : "not connected";
-  const lines = [["State", state], ["Since", `${clock(broker.since)}, ${duration(secondsSince(broker.since))}`], ["Address", broker.url ?? "none yet"],
-    ["Error", broker.error], ["Connections so far", whole.format(broker.connects)],
-    ["Sent, not yet confirmed", whole.format(broker.in_flight)]].filter(([, value]) => value);
+  const state = broker.blocked !== null ? `connected, but blocked: ${broker.blocked}`
+    : broker.connected ? "connected" : "not connected";
+  const lines = [
+    ["State", state],
+    ["Since", `${clock(broker.since)}, ${duration(secondsSince(broker.since))}`],
+    ["Address", broker.url ?? "none yet"],
+    ["Error", broker.error],
+    ["Connections since the start", whole.format(broker.connects)],
+    ["Published, not yet confirmed", whole.format(broker.in_flight)],
+  ].filter(([, value]) => value);
+  const list = $("broker-facts");
   const names = lines.map(([name]) => name).join();
-  if ($("broker-facts").dataset.names !== names) $("broker-facts").replaceChildren(...lines.flatMap(([name]) => fact(name, "")));
-  $("broker-facts").dataset.names = names;
-  lines.forEach(([, value], place) => say($("broker-facts").children[2 * place + 1], value));
-  say($("timeline-lead"), timeline.length ? "" : "Nothing yet.");
+  if (list.dataset.names !== names) list.replaceChildren(...lines.flatMap(([name]) => fact(name, "")));
+  list.dataset.names = names;
+  lines.forEach(([, value], place) => say(list.children[2 * place + 1], value));
+  say($("timeline-lead"), timeline.length ? "" : "No change yet.");
   fill($("timeline"), timeline, (entry) => entry.at + entry.what, ({ at, what, detail }) => {
-    const [level, words] = HAPPENINGS[what] ?? ["quiet", what];
-    return el("li", {}, icon(level), el("span", {}, words, second(detail ?? "")), el("time", { datetime: at, title: at }, clock(at)));
+    const [level, words] = CONNECTION_CHANGES[what] ?? ["quiet", what];
+    const time = el("time", { datetime: at, title: at }, clock(at));
+    return el("li", {}, icon(level), el("span", {}, words, second(detail ?? "")), time);
   });
 }
 
@@ -415,19 +488,25 @@ const DELIVERIES = { confirmed: "ok", pending: "quiet", parked: "warning", remov
 
 function showEvents({ events }) {
   const find = $("find").value.trim();
-  say($("events-lead"), !events.length ? (find ? `None of the latest events matches “${find}”. Older ones are not kept here.` : "No event yet.")
-    : find ? `${count(events.length, "event matches", "events match")} “${find}”.` : "Newest first. The list holds still while you point at it.");
+  const none = find ? `None of the latest events matches “${find}”. Older events are not listed.` : "No event yet.";
+  const some = find ? `${count(events.length, "event matches", "events match")} “${find}”.`
+    : "Newest first. The list does not change while the pointer is over it.";
+  say($("events-lead"), events.length ? some : none);
   $("events-table").hidden = !events.length;
   fill($("events-rows"), events, (event) => event.id, (event) => {
     const took = event.settled_at ? Date.parse(event.settled_at) - Date.parse(event.accepted_at) : null;
     const delivered = took === null ? "delivered" : `delivered in ${took < 1 ? "less than 1 ms" : latency(took)}`;
-    const delivery = { pending: "waits", parked: "parked", confirmed: delivered, removed: "removed by an operator", gone: "no longer in the spool" };
+    const texts = { pending: "waiting", parked: "parked", confirmed: delivered, removed: "removed by an operator",
+      gone: "no longer in the spool" };
+    const at = event.accepted_at;
+    const state = [icon(DELIVERIES[event.status] ?? "quiet"), texts[event.status] ?? event.status];
+    const prediction = event.prediction_id ? second("prediction ", mono(event.prediction_id)) : null;
     return row(
-      cell("", "", el("time", { datetime: event.accepted_at, title: event.accepted_at, class: "nowrap" }, clock(event.accepted_at))),
+      cell("", "", el("time", { datetime: at, title: at, class: "nowrap" }, clock(at))),
       cell("", "", event.type),
-      cell("", "", event.scan_id ? mono(event.scan_id) : mono(event.subject ?? "-"), event.prediction_id ? second("prediction ", mono(event.prediction_id)) : null),
+      cell("", "", mono(event.scan_id || (event.subject ?? "-")), prediction),
       cell("State at Prism:", "wide", event.state ?? "-"),
-      cell("", "", el("span", { class: "state" }, icon(DELIVERIES[event.status] ?? "quiet"), delivery[event.status] ?? event.status)),
+      cell("", "", el("span", { class: "state" }, ...state)),
       cell("Event id:", "", mono(event.id)));
   });
 }
@@ -436,13 +515,18 @@ function secretLine({ position, last_verified_at: last }, newest, uptime) {
   const used = last ? `last used ${agoText(last)}` : `not used since the start, ${duration(uptime)} ago`;
   const name = `Secret ${position}${position === 1 ? ", the newest" : ""}`;
   if (position === 1) return [last ? "ok" : "quiet", name, `${used[0].toUpperCase()}${used.slice(1)}.`];
-  if (last && secondsSince(last) < 86400) return ["warning", name, `It was ${used}: Prism may still sign with it. Do not remove it yet.`];
-  if (!last && uptime < 86400) return ["quiet", name, `It was ${used}: too early to tell whether it can be removed.`];
-  return newest?.last_verified_at ? ["ok", name, `It was ${used}: it can be removed.`] : ["quiet", name, `It was ${used}.`];
+  if (last && secondsSince(last) < 86400) {
+    return ["warning", name, `It was ${used}: Prism may still sign with it. Do not remove it yet.`];
+  }
+  if (!last && uptime < 86400) return ["quiet", name, `It was ${used}: too early to say whether it can be removed.`];
+  if (!newest?.last_verified_at) return ["quiet", name, `It was ${used}.`];
+  return ["ok", name, `It was ${used}: it can be removed.`];
 }
 
 function certificateLine(certificate) {
-  if (!certificate) return ["quiet", "No certificate here", "The relay takes plain HTTP; a proxy in front of it has to do TLS."];
+  if (!certificate) {
+    return ["quiet", "No certificate", "The relay listens on plain HTTP. Terminate TLS in a proxy in front of it."];
+  }
   const { days_left: days, expires_at: end } = certificate;
   const level = days <= 7 ? "problem" : days <= 30 ? "warning" : "ok";
   const when = dayFormat.format(new Date(end));
@@ -458,7 +542,7 @@ function showKeys({ secrets, certificate, uptime_seconds: uptime }) {
 
 function showStatus() {
   const { status } = facts;
-  showTruth(status);
+  showSummary(status);
   showAnswers(status);
   showRefusals(status);
   showTypes(status);
@@ -466,10 +550,11 @@ function showStatus() {
   showKeys(status);
   showFullness(status);
   const zone = Intl.DateTimeFormat().resolvedOptions().timeZone;
-  say($("about"), `prism-relay ${status.version}, up for ${duration(status.uptime_seconds)}. Times are those of ${zone}.`);
+  const uptime = duration(status.uptime_seconds);
+  say($("about"), `prism-relay ${status.version}, running for ${uptime}. Times are in ${zone}.`);
 }
 
-/** Once a second: times count on, and silence is noticed. */
+/** Once a second: updates the ages, and notices that the relay is silent. */
 function tick() {
   for (const time of document.querySelectorAll("time[data-ago]")) say(time, agoText(time.dataset.ago));
   const silence = facts.heardAt === null ? 0 : (Date.now() - facts.heardAt) / 1000;
@@ -478,7 +563,7 @@ function tick() {
   $("lost").hidden = !facts.lost;
   if (!facts.lost) return say($("live"), facts.status ? `live, ${clockFormat.format(relayNow())}` : "connecting");
   say($("live"), "not live");
-  if (facts.status) say($("truth-level"), `When last heard of: ${(LEVELS[document.body.dataset.level] ?? "").toLowerCase()}`);
+  if (facts.status) say($("summary-level"), `Last known status: ${LEVELS[document.body.dataset.level] ?? ""}`);
   const since = facts.heardAt === null ? "The relay cannot be reached. Trying again."
     : `Connection to the relay lost ${duration(silence)} ago; what you see is old. Trying again.`;
   say($("lost"), since);
@@ -488,15 +573,19 @@ function tick() {
 
 // ---- charts ---------------------------------------------------------------------------------------------------------
 
-/** Lines differ by colour and by dashes. Colours are names of custom properties, so they follow the colour scheme. */
+/** Lines differ in colour and dashes. Colours are names of CSS custom properties, so they follow the colour scheme. */
 const CHARTS = [
   { title: "Webhooks per second", format: rate, floor: 1, lines: [
     { name: "Accepted", key: "accepted", colour: "--accepted", fill: true },
     { name: "Refused", key: "refused", colour: "--refused", dash: [5, 4] },
   ] },
-  { title: "Confirmed by RabbitMQ per second", format: rate, floor: 1, lines: [{ name: "Confirmed", key: "confirmed", colour: "--confirmed", fill: true }] },
-  { title: "Events waiting in the spool", format: whole.format, floor: 5, lines: [{ name: "Waiting", key: "depth", colour: "--depth", fill: true }] },
-  { title: "From accepted to confirmed", format: latency, log: true, lines: [
+  { title: "Confirmed by RabbitMQ per second", format: rate, floor: 1, lines: [
+    { name: "Confirmed", key: "confirmed", colour: "--confirmed", fill: true },
+  ] },
+  { title: "Events waiting in the spool", format: whole.format, floor: 5, lines: [
+    { name: "Waiting", key: "depth", colour: "--depth", fill: true },
+  ] },
+  { title: "Time from accepted to confirmed", format: latency, log: true, lines: [
     { name: "Half within", key: "lag_p50_ms", colour: "--p50" },
     { name: "99 % within", key: "lag_p99_ms", colour: "--p99", dash: [5, 4] },
   ] },
@@ -513,40 +602,57 @@ function makeChart(spec) {
   spec.values = keys.map((key) => key.lastChild);
   spec.when = el("span", { class: "when" });
   spec.plot = el("div", { class: "plot", role: "img" });
-  const panel = el("li", { class: "panel chart" }, el("h2", {}, spec.title), el("p", { class: "keys-line" }, ...keys, spec.when), spec.plot);
+  const legend = el("p", { class: "keys-line" }, ...keys, spec.when);
+  const panel = el("li", { class: "panel chart" }, el("h2", {}, spec.title), legend, spec.plot);
   $("chart-list").append(panel);
   spec.chart = new uPlot(chartOptions(spec), [[], ...spec.lines.map(() => [])], spec.plot);
-  new ResizeObserver(() => spec.chart.setSize({ width: spec.plot.clientWidth, height: spec.plot.clientHeight })).observe(spec.plot);
+  const resize = () => spec.chart.setSize({ width: spec.plot.clientWidth, height: spec.plot.clientHeight });
+  new ResizeObserver(resize).observe(spec.plot);
   if (spec.lines[0].key === "depth") panel.append(makeFullness());
 }
 
 function chartOptions(spec) {
-  const axis = { stroke: () => colour("--soft"), font: `12px ${colour("--text")}`, ticks: { show: false }, grid: { stroke: () => colour("--line"), width: 1 } };
-  const time = { ...axis, grid: { show: false }, space: 72, size: 26, values: (_, splits) => splits.map((at) => clockFormat.format(at * 1000).slice(0, 5)) };
+  const axis = { stroke: () => colour("--soft"), font: `12px ${colour("--text")}`, ticks: { show: false },
+    grid: { stroke: () => colour("--line"), width: 1 } };
+  const clocks = (_, splits) => splits.map((at) => clockFormat.format(at * 1000).slice(0, 5));
+  const time = { ...axis, grid: { show: false }, space: 72, size: 26, values: clocks };
   const label = spec.log ? latency : short;
-  const value = { ...axis, size: 58, gap: 6, space: 34, values: (_, splits) => splits.map((split) => label(split)) };
+  const labels = (_, splits) => splits.map((split) => label(split));
+  const value = { ...axis, size: 58, gap: 6, space: 34, values: labels };
   if (spec.log) Object.assign(value, { splits: decades, filter: (_, splits) => splits });
   const linear = { range: (_, low, high) => [0, Math.max(spec.floor, (high ?? 0) * 1.15)] };
   return {
-    width: spec.plot.clientWidth, height: spec.plot.clientHeight, legend: { show: false }, padding: [8, 8, 0, 0],
+    width: spec.plot.clientWidth,
+    height: spec.plot.clientHeight,
+    legend: { show: false },
+    padding: [8, 8, 0, 0],
     cursor: { y: false, drag: { x: false, y: false }, sync: { key: "console" }, points: { size: 7 } },
-    scales: { x: { range: () => [relayNow() / 1000 - SPAN, relayNow() / 1000] }, y: spec.log ? { distr: 3, range: decadeRange } : linear },
-    axes: [time, value], hooks: { setCursor: [() => showKeyLine(spec)] }, series: [{}, ...spec.lines.map(chartSeries)],
+    scales: {
+      x: { range: () => [relayNow() / 1000 - SPAN, relayNow() / 1000] },
+      y: spec.log ? { distr: 3, range: decadeRange } : linear,
+    },
+    axes: [time, value],
+    hooks: { setCursor: [() => showKeyLine(spec)] },
+    series: [{}, ...spec.lines.map(chartSeries)],
   };
 }
 
 function chartSeries({ colour: name, dash, fill: filled }) {
+  // A line needs two points, so a single value between gaps is drawn as a dot.
+  const lonely = (chart, place) => {
+    const at = (i) => chart.data[place][i] ?? null;
+    return [...chart.data[place].keys()].filter((i) => at(i) !== null && at(i - 1) === null && at(i + 1) === null);
+  };
   return {
-    stroke: () => colour(name), width: 1.75, dash, fill: filled ? () => `${colour(name)}22` : undefined,
-    // A line needs two points; a single value between gaps is drawn as a dot, or nobody would see it.
-    points: { show: true, size: 4, fill: () => colour(name), filter: (chart, place) => {
-      const values = chart.data[place];
-      return [...values.keys()].filter((i) => values[i] !== null && (values[i - 1] ?? null) === null && (values[i + 1] ?? null) === null);
-    } },
+    stroke: () => colour(name),
+    width: 1.75,
+    dash,
+    fill: filled ? () => `${colour(name)}22` : undefined,
+    points: { show: true, size: 4, fill: () => colour(name), filter: lonely },
   };
 }
 
-/** Lag spans from parts of a millisecond to hours, so its axis is logarithmic, with a line at each power of ten. */
+/** The lag ranges from below a millisecond to hours: a logarithmic axis, with a line at each power of ten. */
 function decadeRange(_, low, high) {
   const [from, to] = [Math.floor(Math.log10(low || 1)), Math.ceil(Math.log10(high || 100))];
   return [10 ** from, 10 ** Math.max(to, from + 2)];
@@ -561,23 +667,27 @@ function decades(chart) {
 function drawCharts() {
   const times = facts.points.map((point) => point.at);
   for (const spec of CHARTS) {
-    const columns = spec.lines.map(({ key }) => facts.points.map((point) => (spec.log && point[key] !== null ? Math.max(0.1, point[key]) : point[key])));
+    const shown = (value) => (spec.log && value !== null ? Math.max(0.1, value) : value);
+    const columns = spec.lines.map(({ key }) => facts.points.map((point) => shown(point[key])));
     spec.chart.setData([times, ...columns]);
     showKeyLine(spec);
     spec.plot.setAttribute("aria-label", describe(spec, columns));
   }
 }
 
-/** The values under the cursor, or else the latest. */
+/** Shows the values under the cursor, else the latest ones. */
 function showKeyLine(spec) {
   const pointed = spec.chart?.cursor.idx ?? null;
   const point = facts.points[pointed ?? facts.points.length - 1];
-  spec.lines.forEach(({ key }, place) => say(spec.values[place], point && point[key] !== null ? spec.format(point[key]) : "-"));
+  spec.lines.forEach(({ key }, place) => {
+    say(spec.values[place], point && point[key] !== null ? spec.format(point[key]) : "-");
+  });
   const empty = spec.lines.every(({ key }) => facts.points.every((each) => each[key] === null));
-  say(spec.when, empty ? "nothing in these 15 minutes" : pointed !== null && point ? `at ${clockFormat.format(point.at * 1000)}` : "");
+  const at = pointed !== null && point ? `at ${clockFormat.format(point.at * 1000)}` : "";
+  say(spec.when, empty ? "no event in the last 15 minutes" : at);
 }
 
-/** What a screen reader says in place of the picture. */
+/** The chart as text, for screen readers. */
 function describe(spec, columns) {
   const sentences = spec.lines.map(({ name }, place) => {
     const values = columns[place].filter((value) => value !== null);
@@ -598,25 +708,26 @@ function makeFullness() {
 function showFullness(status) {
   const share = fullness(status);
   const words = `${bytes(status.spool.bytes)} of ${bytes(status.spool.max_bytes)} used (${percent(share)})`;
-  const { fullIn } = heading(status);
+  const { fullIn } = forecast(status);
   $("fullness").dataset.level = share >= 0.95 ? "problem" : share >= 0.8 ? "warning" : "ok";
   $("fullness-track").setAttribute("aria-valuenow", String(Math.min(100, Math.floor(share * 100))));
   $("fullness-track").setAttribute("aria-valuetext", words);
   $("fullness-track").firstChild.style.width = `${Math.min(100, share * 100)}%`;
-  say($("fullness").lastChild, words + (fullIn === undefined ? "" : `; at this rate full in about ${duration(fullIn)}`));
+  const outlook = fullIn === undefined ? "" : `; at this rate full in about ${duration(fullIn)}`;
+  say($("fullness").lastChild, words + outlook);
 }
 
-// ---- questions ------------------------------------------------------------------------------------------------------
+// ---- actions --------------------------------------------------------------------------------------------------------
 
 const ACTIONS = {
   retry: {
     title: "Try this event again?", go: "Retry", busy: "Asking…", style: "primary",
-    text: "It will be sent to RabbitMQ again within a second or so. If RabbitMQ still does not take it, it stays here.",
-    done: (id) => `Event ${id} will be tried again within a second or so. If it stays in this list, the reason still holds.`,
+    text: "It will be sent to RabbitMQ again within about a second. If RabbitMQ does not accept it, it stays parked.",
+    done: (id) => `Event ${id} will be sent again within about a second. If it stays here, the cause is not fixed yet.`,
   },
   remove: {
-    title: "Remove this event for good?", go: "Remove for good", busy: "Removing…", style: "danger",
-    text: "The event will be gone for good: it is deleted from disk, never delivered, and Prism will not send it again.",
+    title: "Remove this event permanently?", go: "Remove permanently", busy: "Removing…", style: "danger",
+    text: "The event is deleted from disk and never delivered. Prism will not send it again.",
     done: (id) => `Event ${id} was removed.`,
   },
 };
@@ -636,7 +747,7 @@ function ask(action, event) {
   say($("ask-mistake"), "");
   Object.assign($("ask-go"), { textContent: go, className: style, disabled: false });
   $("ask").showModal();
-  // What is dangerous never has the focus first.
+  // A dangerous button must not have the focus first.
   (action === "remove" ? $("ask-typed") : $("ask-cancel")).focus();
 }
 
@@ -650,12 +761,13 @@ async function act(submit) {
   Object.assign($("ask-go"), { textContent: ACTIONS[action].busy, disabled: true });
   try {
     const token = document.querySelector('meta[name="prism-token"]').content;
-    await api(`/api/parked/${encodeURIComponent(event.id)}/${action}`, { method: "POST", headers: { "X-Prism-Token": token } });
+    const path = `/api/parked/${encodeURIComponent(event.id)}/${action}`;
+    await api(path, { method: "POST", headers: { "X-Prism-Token": token } });
     finish(ACTIONS[action].done(event.id));
   } catch (error) {
-    if (error.status === 404) return finish(`Event ${event.id} is not parked any more: it was delivered or removed meanwhile.`);
-    say($("ask-mistake"), error.status === 403 ? `${sentence(error.message)} Reload the page if the relay was restarted.`
-      : `It did not work: ${error.message}.`);
+    if (error.status === 404) return finish(`Event ${event.id} is no longer parked: it was delivered or removed.`);
+    const hint = error.status === 403 ? " If the relay was restarted, reload this page." : "";
+    say($("ask-mistake"), `Failed: ${sentence(error.message)}${hint}`);
     Object.assign($("ask-go"), { textContent: ACTIONS[action].go, disabled: false });
   }
 }
@@ -667,7 +779,7 @@ async function finish(notice) {
   keepFocus();
 }
 
-/** The button that opened the dialog may have been replaced, or be gone for good: then the keyboard must not be lost. */
+/** Restores the keyboard focus if the button that opened the dialog was replaced or removed. */
 function keepFocus() {
   if (document.activeElement !== document.body) return;
   const place = [...$("parked-rows").children].find((child) => child.dataset.key === asked.event.id);
@@ -676,7 +788,7 @@ function keepFocus() {
 
 // ---- feed -----------------------------------------------------------------------------------------------------------
 
-/** Asks the relay. Whoever is not logged in is sent to the log-in page. */
+/** Sends a request to the relay. Goes to the log-in page if the session has ended. */
 async function api(path, options = {}) {
   const response = await fetch(path, { signal: AbortSignal.timeout(10_000), ...options });
   if (response.status === 401) location.assign("/login");
@@ -690,7 +802,7 @@ let finding = 0;
 async function loadEvents() {
   const mine = ++finding;
   const found = await api(`/api/events?find=${encodeURIComponent($("find").value.trim())}`);
-  // An answer that was overtaken by a later question is of no use.
+  // Ignore the answer if a later request was sent meanwhile.
   if (mine === finding) showEvents(found);
 }
 
@@ -722,17 +834,17 @@ function hearPoint(point) {
   drawCharts();
 }
 
-/** The totals that the lists were fetched for, and when. */
+/** The totals at the last fetch of each list, and the time of the fetch. */
 const seen = { events: "", parked: "", eventsAt: 0, parkedAt: 0 };
 
 const parkedTotals = ({ parked, removed }) => `${parked}/${removed}`;
 const eventsTotals = (spool) => `${spool.accepted}/${spool.confirmed}/${parkedTotals(spool)}`;
 
-/** Fetches the lists again when the totals say that they have changed; that of the events every two seconds at most. */
+/** Fetches each list again when its totals have changed; the events at most every two seconds. */
 function followTotals({ spool }) {
   if (document.hidden) return;
   const [parked, events, now] = [parkedTotals(spool), eventsTotals(spool), Date.now()];
-  // A parked event that was tried in vain changes no total, only its time, so that list is fetched now and then as well.
+  // A failed retry changes no total, only the time of the last try, so the parked list is also fetched every 10 s.
   if (parked !== seen.parked || (spool.parked && now - seen.parkedAt >= 10_000)) {
     seen.parked = parked;
     loadParked().catch(() => { seen.parked = ""; });
@@ -743,23 +855,24 @@ function followTotals({ spool }) {
   }
 }
 
-/** The next status tries again; that the relay is silent is shown by tick(). */
+/** For requests that the next status repeats; tick() shows that the relay is silent. */
 function ignore() {}
 
 let stream = null;
 
-/** Follows the relay, and starts anew whenever the stream breaks or falls silent. */
+/** Follows the relay, and starts again when the stream breaks or falls silent. */
 async function follow() {
   stream?.close();
   try {
     const status = await api("/api/status");
     hearStatus(status);
     await Promise.all([loadHistory(), loadEvents(), loadParked()]);
-    Object.assign(seen, { events: eventsTotals(status.spool), parked: parkedTotals(status.spool), eventsAt: Date.now() });
+    const { spool } = status;
+    Object.assign(seen, { events: eventsTotals(spool), parked: parkedTotals(spool), eventsAt: Date.now() });
     showStatus();
     await listen();
   } catch (error) {
-    // Whatever the reason, the way on is the same: say that the page is old, and begin again.
+    // For any error: show that the page is outdated, then start again.
     console.warn("prism-relay:", error);
   }
   facts.lost = true;
@@ -767,13 +880,16 @@ async function follow() {
   setTimeout(follow, 3000);
 }
 
-/** Returns when the stream is of no more use. */
+/** Resolves when the stream has broken or fallen silent. */
 function listen() {
   return new Promise((done) => {
     stream = new EventSource("/api/stream");
     const guard = setInterval(() => Date.now() - facts.heardAt > 10_000 && end(), 1000);
     const end = () => { clearInterval(guard); stream.close(); done(); };
-    stream.addEventListener("status", (message) => { hearStatus(JSON.parse(message.data)); followTotals(facts.status); });
+    stream.addEventListener("status", (message) => {
+      hearStatus(JSON.parse(message.data));
+      followTotals(facts.status);
+    });
     stream.addEventListener("point", (message) => hearPoint(JSON.parse(message.data)));
     stream.addEventListener("error", end);
   });
@@ -787,14 +903,16 @@ function start() {
   $("ask-form").addEventListener("submit", act);
   $("ask-cancel").addEventListener("click", () => $("ask").close());
   $("ask").addEventListener("close", keepFocus);
-  $("find-form").addEventListener("submit", (submit) => { submit.preventDefault(); loadEvents().catch(ignore); });
+  const search = () => loadEvents().catch(ignore);
+  $("find-form").addEventListener("submit", (submit) => { submit.preventDefault(); search(); });
   let typing;
-  $("find").addEventListener("input", () => { clearTimeout(typing); typing = setTimeout(() => loadEvents().catch(ignore), 200); });
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => CHARTS.forEach(({ chart }) => chart.redraw()));
+  $("find").addEventListener("input", () => { clearTimeout(typing); typing = setTimeout(search, 200); });
+  const redraw = () => CHARTS.forEach(({ chart }) => chart.redraw());
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
   setInterval(tick, 1000);
   follow();
 }
 
-// The log-in page has nothing to follow; it only wants to know whether the last try failed.
+// The log-in page only shows whether the last attempt failed.
 if ($("login")) say($("wrong"), new URLSearchParams(location.search).has("wrong") ? "Wrong token." : "");
 else start();
