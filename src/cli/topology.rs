@@ -1,17 +1,17 @@
-//! `topology`: what the relay wants on the broker: shown, declared, compared, or exported for whoever owns the broker.
+//! `topology`: shows, declares, compares or exports the exchanges, queues and bindings that the relay needs.
 
 use std::path::Path;
 
 use thiserror::Error;
 use tokio::time::timeout;
 
-use super::{Failure, Printed, say};
+use super::{Failure, say};
 use crate::broker::{BrokerConnection, BrokerUrl, Management};
 use crate::config::Config;
 use crate::text::chain;
 use crate::topology::{
-    self, Comparison, Declare, Difference, Entity, Kind, Live, Mending, Plan, Remedy, TopologyError, compare,
-    definitions, differences, kind, plain, quote,
+    self, Commands, Comparison, Declare, Difference, Kind, Live, Plan, Remedy, TopologyError, compare, definitions,
+    differences, quote, show,
 };
 
 #[derive(clap::Subcommand)]
@@ -30,14 +30,17 @@ pub enum Action {
 enum BrokerError {
     #[error(transparent)]
     Refused(#[from] TopologyError),
-    #[error("the broker did not answer in time")]
+    #[error("timed out waiting for the broker's answers")]
     Timeout,
 }
 
 pub async fn run(config: &Config, file: Option<&Path>, action: Action) -> Result<(), Failure> {
     let plan = Plan::new(&config.topology, &config.publisher.exchange);
     match action {
-        Action::Show => show(&plan),
+        Action::Show => {
+            say(show(&plan).trim_end());
+            Ok(())
+        }
         Action::Declare => declare(config, &plan).await,
         Action::Diff => diff(config, file, &plan).await,
         Action::Export => {
@@ -48,57 +51,35 @@ pub async fn run(config: &Config, file: Option<&Path>, action: Action) -> Result
     }
 }
 
-fn show(plan: &Plan) -> Result<(), Failure> {
-    let mut printed = Printed::default();
-    for entity in plan.entities() {
-        let what = match entity {
-            Entity::Exchange(exchange) => kind(&exchange.kind),
-            Entity::Queue(_) => "durable".to_owned(),
-        };
-        printed.line(format!("{entity}  ({what})"));
-        for (name, value) in entity.arguments().inner() {
-            printed.line(format!("    {name} = {}", plain(value)));
-        }
-    }
-    for binding in &plan.bindings {
-        printed.line(format!("{binding}"));
-        for (name, value) in binding.arguments.inner() {
-            printed.line(format!("    {name} = {}", plain(value)));
-        }
-    }
-    Ok(printed.out()?)
-}
-
 async fn declare(config: &Config, plan: &Plan) -> Result<(), Failure> {
-    let link = super::connect(config, "prism-relay topology").await?;
+    let broker = super::connect(config, "prism-relay topology").await?;
     // Each declaration is a round trip.
     let limit = config.broker.connect_timeout * (plan.steps() + 1);
-    let declared = timeout(limit, topology::establish(&link.connection, plan, Declare::Active)).await;
-    link.close().await;
+    let declared = timeout(limit, topology::establish(&broker.connection, plan, Declare::Active)).await;
+    broker.close().await;
     declared.map_err(|_| BrokerError::Timeout)?.map_err(BrokerError::from)?;
-    say(&format!("{} exchanges and queues and {} bindings are there", plan.entities().len(), plan.bindings.len()));
+    say(&format!("{} exchanges and queues and {} bindings exist as configured", plan.entities().len(), plan.bindings.len()));
     Ok(())
 }
 
 async fn diff(config: &Config, file: Option<&Path>, plan: &Plan) -> Result<(), Failure> {
-    let link = super::connect(config, "prism-relay topology").await?;
-    let found = match look(config, file, plan, &link.url).await {
+    let broker = super::connect(config, "prism-relay topology").await?;
+    let found = match look(config, file, plan, &broker.url).await {
         Ok(found) => Ok(found),
         Err(reason) => {
-            say(&format!("bindings and policies are not compared, because AMQP cannot tell: {reason}"));
+            say(&format!("bindings and policies are not compared, because the management API is not available: {reason}"));
             let limit = config.broker.connect_timeout * (plan.steps() + 1);
-            match timeout(limit, compare_over_amqp(config, &link, plan, &mending(config, file, &link.url))).await {
+            match timeout(limit, compare_over_amqp(config, &broker, plan, &commands(config, file, &broker.url))).await {
                 Ok(found) => found.map_err(Failure::from),
                 Err(_) => Err(BrokerError::Timeout.into()),
             }
         }
     };
-    link.close().await;
+    broker.close().await;
     let found = found?;
     print_all(found.iter().filter(|difference| !difference.kind.is_last()));
-    let needs_declare = |remedy: &Remedy| matches!(remedy, Remedy::Declare | Remedy::CommandThenDeclare(_));
-    if found.iter().any(|difference| needs_declare(&difference.remedy)) {
-        say(&format!("and then\n    {} topology declare", command(file)));
+    if found.iter().any(|difference| difference.remedy.needs_declare()) {
+        say(&format!("then create what is missing:\n    {} topology declare", command(file)));
     }
     print_all(found.iter().filter(|difference| difference.kind.is_last()));
     match found.iter().filter(|difference| difference.kind != Kind::Advice).count() {
@@ -113,7 +94,7 @@ async fn diff(config: &Config, file: Option<&Path>, plan: &Plan) -> Result<(), F
     }
 }
 
-/// A remedy that several differences share is printed once, below the last of them.
+/// Prints each difference with its remedy below it. A remedy that several of them share is printed once, below the last.
 fn print_all<'a>(found: impl Iterator<Item = &'a Difference>) {
     let mut found = found.peekable();
     while let Some(Difference { entity, what, kind, remedy }) = found.next() {
@@ -121,16 +102,14 @@ fn print_all<'a>(found: impl Iterator<Item = &'a Difference>) {
         if found.peek().is_some_and(|next| next.remedy == *remedy) {
             continue;
         }
-        match remedy {
-            Remedy::Declare => {}
-            Remedy::Command(text) | Remedy::CommandThenDeclare(text) | Remedy::Steps(text) => {
-                say(&format!("    {}", text.replace('\n', "\n    ")));
-            }
+        // One declaration for all of them comes later.
+        if *remedy != Remedy::Declare {
+            say(&format!("    {}", remedy.text("").replace('\n', "\n    ")));
         }
     }
 }
 
-/// What the management API says, or why it says nothing.
+/// Compares by the management API. The error says why the API is not available.
 pub(super) async fn look(
     config: &Config,
     file: Option<&Path>,
@@ -139,36 +118,39 @@ pub(super) async fn look(
 ) -> Result<Vec<Difference>, String> {
     let management = Management::new(&config.broker, url).map_err(|error| chain(&error))?;
     let live = Live::read(&management).await.map_err(|error| chain(&error))?;
-    Ok(differences(plan, &live, &mending(config, file, url)))
+    Ok(differences(plan, &live, &commands(config, file, url)))
 }
 
 async fn compare_over_amqp(
     config: &Config,
-    link: &BrokerConnection,
+    broker: &BrokerConnection,
     plan: &Plan,
-    mending: &Mending,
+    commands: &Commands,
 ) -> Result<Vec<Difference>, lapin::Error> {
-    // For a passive relay policies may stand in for arguments, and of those AMQP says nothing.
+    // A passive relay accepts policies in place of arguments, and AMQP does not show policies.
     let declare = if config.topology.declare == Declare::Active { Declare::Active } else { Declare::Passive };
     let mut found = Vec::new();
     for entity in plan.entities() {
-        found.extend(match compare(&link.connection, entity, declare).await? {
+        found.extend(match compare(&broker.connection, entity, declare).await? {
             Comparison::Same | Comparison::Present => None,
             Comparison::Absent => Some(Difference::missing(entity)),
-            Comparison::Differs(error) => Some(Difference::wrong(plan, entity, chain(&error), mending)),
+            Comparison::Differs(TopologyError::Clash { reply, .. }) => {
+                Some(Difference::replace(plan, entity, reply, commands))
+            }
+            Comparison::Differs(error) => Some(Difference::replace(plan, entity, chain(&error), commands)),
         });
     }
     Ok(found)
 }
 
-/// Our own command with its configuration.
+/// The command that runs this program with the same configuration.
 pub(super) fn command(file: Option<&Path>) -> String {
     let option = file.map(|file| format!(" --config {}", quote(&file.display().to_string()))).unwrap_or_default();
     format!("prism-relay{option}")
 }
 
-fn mending(config: &Config, file: Option<&Path>, url: &BrokerUrl) -> Mending {
-    Mending {
+fn commands(config: &Config, file: Option<&Path>, url: &BrokerUrl) -> Commands {
+    Commands {
         relay: command(file),
         vhost: url.vhost().to_owned(),
         api: Management::place(&config.broker, url),

@@ -1,22 +1,21 @@
-//! The plan as RabbitMQ writes it: in definitions for import, and in the names that its management API uses. Pure.
+//! The plan in RabbitMQ's own terms: as definitions for import, and with the names of the management API. Pure.
 
 use lapin::ExchangeKind;
 use lapin::types::{AMQPValue, FieldTable};
 use serde_json::{Map, Value, json};
 
-use super::{Binding, DEAD, Entity, Plan, Target, UNROUTED};
+use super::plan::{Binding, DEAD, Entity, Plan, Target, UNROUTED};
 
-/// What no policy can say; the rest may be changed by one while there are messages.
+/// Arguments that no policy can set. Policies can set all others, and change them while the queue has messages.
 const ARGUMENTS_ONLY: [&str; 3] = ["x-queue-type", "x-single-active-consumer", "hash-header"];
 
-/// The two queues without dead letters, which must not drop a message that somebody has looked at 20 times: RabbitMQ 4 does
-/// so by default.
+/// The two queues without dead letters. By default RabbitMQ 4 drops a message of theirs after it was returned 20 times.
 pub(super) const KEEPERS: [&str; 2] = [UNROUTED, DEAD];
-/// More than anybody looks; both versions take it, where -1 is new in RabbitMQ 4.
+/// So many returns never happen. RabbitMQ 3 takes this, but not -1.
 pub(super) const KEEPERS_LIMIT: i64 = 1_000_000;
 
-/// Definitions for `rabbitmqctl import_definitions` (<https://www.rabbitmq.com/docs/definitions>), with policies in place of
-/// arguments where that is possible.
+/// Writes definitions for `rabbitmqctl import_definitions` (<https://www.rabbitmq.com/docs/definitions>), with policies in
+/// place of arguments where that is possible.
 pub fn definitions(plan: &Plan, vhost: &str) -> Value {
     let (mut exchanges, mut queues, mut policies) = (Vec::new(), Vec::new(), Vec::new());
     for entity in plan.entities() {
@@ -48,7 +47,7 @@ pub fn definitions(plan: &Plan, vhost: &str) -> Value {
     json!({ "exchanges": exchanges, "queues": queues, "bindings": bindings, "policies": policies })
 }
 
-/// There may be an exchange and a queue of the same name, but not two policies.
+/// The name of an entity's policy. An exchange and a queue may have the same name, but two policies may not.
 pub(super) fn policy_name(entity: &Entity) -> String {
     match entity {
         Entity::Exchange(exchange) => format!("{}-exchange", exchange.name),
@@ -56,12 +55,12 @@ pub(super) fn policy_name(entity: &Entity) -> String {
     }
 }
 
-/// A name as a regular expression that matches nothing else.
+/// A regular expression that matches this name only.
 pub(super) fn pattern(name: &str) -> String {
     format!("^{}$", escaped(name))
 }
 
-/// A binding as definitions and the management API have it.
+/// Writes a binding as definitions and the management API do.
 fn described(binding: &Binding) -> Value {
     let arguments: Map<_, _> =
         binding.arguments.inner().iter().map(|(name, value)| (name.to_string(), plain(value))).collect();
@@ -71,7 +70,7 @@ fn described(binding: &Binding) -> Value {
     })
 }
 
-/// What has to be an argument, and what a policy says as well; there the names have no `x-`.
+/// Separates the arguments that no policy can set from those for a policy.
 fn split(arguments: &FieldTable) -> (Map<String, Value>, Map<String, Value>) {
     let (mut fixed, mut policy) = (Map::new(), Map::new());
     for (name, value) in arguments.inner() {
@@ -83,13 +82,13 @@ fn split(arguments: &FieldTable) -> (Map<String, Value>, Map<String, Value>) {
     (fixed, policy)
 }
 
-/// What an argument is called in a policy.
+/// The name of an argument in a policy.
 pub(super) fn policy_key(argument: &str) -> &str {
     argument.strip_prefix("x-").unwrap_or(argument)
 }
 
-/// The type of an exchange as RabbitMQ spells it.
-pub fn kind(kind: &ExchangeKind) -> String {
+/// RabbitMQ's name for a type of exchange.
+pub(super) fn kind(kind: &ExchangeKind) -> String {
     match kind {
         ExchangeKind::Custom(name) => name.clone(),
         kind => format!("{kind:?}").to_lowercase(),
@@ -103,8 +102,8 @@ pub(super) fn target_kind(target: &Target) -> &'static str {
     }
 }
 
-/// The value of an argument.
-pub fn plain(value: &AMQPValue) -> Value {
+/// The JSON value of an argument.
+pub(super) fn plain(value: &AMQPValue) -> Value {
     match value {
         AMQPValue::LongString(text) => Value::from(text.to_string()),
         AMQPValue::LongLongInt(number) => Value::from(*number),

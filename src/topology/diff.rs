@@ -1,62 +1,17 @@
-//! How the broker differs from the plan, by what its management API tells, and the command that mends each difference. Pure.
+//! How the broker differs from the plan, as far as its management API shows it, and what fixes each difference. Pure.
 
 use std::fmt::Display;
 
-use serde::Deserialize;
+use lapin::types::FieldTable;
 use serde_json::{Map, Value};
 
 use super::definitions::{KEEPERS, kind, pattern, plain, policy_key, policy_name, target_kind};
-use super::mending::{Mending, Remedy, TOUCHES_MESSAGES, quote};
-use super::{Binding, CONSISTENT_HASH, DEAD, Entity, Plan};
+use super::live::{Live, LiveBinding, LiveEntity, LivePolicy};
+use super::plan::{Binding, CONSISTENT_HASH, DEAD, Entity, Plan};
+use super::remedy::{Commands, MESSAGE_KEYS, Remedy, quote};
 use crate::text::clean;
 
-/// What the API tells of a virtual host.
-#[derive(Debug, Default)]
-pub struct Live {
-    /// Such as `4.0.5`.
-    pub version: String,
-    pub exchanges: Vec<LiveEntity>,
-    pub queues: Vec<LiveEntity>,
-    pub bindings: Vec<LiveBinding>,
-    pub policies: Vec<LivePolicy>,
-}
-
-#[derive(Debug, Deserialize)]
-pub struct LiveEntity {
-    name: String,
-    /// Of queues: all of them, also those that are with a worker or on their way to the dead letters. `None`: not known yet.
-    #[serde(default)]
-    messages: Option<u64>,
-    r#type: String,
-    durable: bool,
-    #[serde(default)]
-    arguments: Map<String, Value>,
-    policy: Option<String>,
-    operator_policy: Option<String>,
-    /// Of queues only.
-    #[serde(default)]
-    effective_policy_definition: Option<Map<String, Value>>,
-}
-
-#[derive(Debug, Deserialize)]
-pub struct LiveBinding {
-    pub(super) source: String,
-    pub(super) destination: String,
-    pub(super) destination_type: String,
-    routing_key: String,
-    #[serde(default)]
-    arguments: Map<String, Value>,
-    pub(super) properties_key: String,
-}
-
-#[derive(Debug, Deserialize)]
-pub struct LivePolicy {
-    name: String,
-    pattern: String,
-    definition: Map<String, Value>,
-}
-
-/// One thing that is not as planned.
+/// One thing that is not as configured.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Difference {
     /// The exchange, queue or binding that differs.
@@ -73,102 +28,52 @@ pub enum Kind {
     Changed,
     /// It exists and is not configured.
     Surplus,
-    /// The configuration says nothing against it, but an operator should know.
+    /// It does not contradict the configuration, but an operator should know it.
     Advice,
 }
 
 impl Kind {
-    /// Whether to change it only when everything else is as configured: until then events may have no other route.
+    /// Whether to fix it only when everything else is as configured, because until then events may have no other route.
     pub fn is_last(self) -> bool {
         matches!(self, Self::Surplus | Self::Advice)
     }
 }
 
 impl Difference {
+    /// Other people choose the names on the broker, so everything here is made safe to print.
     fn new(kind: Kind, entity: impl Display, what: impl Display, remedy: Remedy) -> Self {
-        Self { entity: entity.to_string(), what: what.to_string(), kind, remedy }
+        let (entity, what) = (clean(&entity.to_string()), clean(&what.to_string()));
+        Self { entity, what, kind, remedy: remedy.printable() }
     }
 
     pub fn missing(entity: impl Display) -> Self {
         Self::new(Kind::Missing, entity, "does not exist", Remedy::Declare)
     }
 
-    /// Properties that a command can change.
-    fn changed(entity: &Entity, what: impl Display, command: String) -> Self {
-        Self::new(Kind::Changed, entity, what, Remedy::Command(command))
-    }
-
-    /// An entity whose properties can only be changed by replacing it.
-    pub fn wrong(plan: &Plan, entity: &Entity, what: impl Display, mending: &Mending) -> Self {
-        Self::new(Kind::Changed, entity, what, mending.replace(plan, entity))
+    /// An entity with properties that can only be changed by replacing it.
+    pub fn replace(plan: &Plan, entity: &Entity, what: impl Display, commands: &Commands) -> Self {
+        Self::new(Kind::Changed, entity, what, commands.replace(plan, entity))
     }
 }
 
-/// In the order of the plan; what is too much comes last.
-pub fn differences(plan: &Plan, live: &Live, mending: &Mending) -> Vec<Difference> {
+/// Lists what is missing or differs in the order of the plan, and then what is not configured.
+pub fn differences(plan: &Plan, live: &Live, commands: &Commands) -> Vec<Difference> {
+    let comparison = Comparison { plan, live, commands };
     let mut found = Vec::new();
     for entity in plan.entities() {
-        match entity_of(live, entity) {
+        match live.entity(entity.kind(), entity.name()) {
             None => found.push(Difference::missing(entity)),
-            Some(there) => {
-                let mut differences = merged(compare(plan, entity, there, live, mending));
-                let foreign = live.bindings.iter().filter(|there| there.source == entity.name() && !there.is_in(plan));
-                let foreign: Vec<_> = foreign.map(|there| there.destination.as_str()).collect();
-                if let (Entity::Exchange(_), [_, ..]) = (entity, &foreign[..]) {
-                    let is_deleted = |remedy: &Remedy| matches!(remedy, Remedy::CommandThenDeclare(_));
-                    for difference in differences.iter_mut().filter(|difference| is_deleted(&difference.remedy)) {
-                        difference.what += &format!("; bindings of others go with it: {}", foreign.join(", "));
-                    }
-                }
-                found.extend(differences);
-            }
+            Some(there) => found.extend(comparison.entity(entity, there)),
         }
     }
-    for binding in &plan.bindings {
-        if !live.bindings.iter().any(|there| there.is(binding)) {
-            found.push(Difference::missing(binding));
-        }
-    }
-    found.extend(surplus(plan, live, mending));
-    for difference in &mut found {
-        // Other people choose the names on the broker, which could steer the terminal.
-        difference.entity = clean(&difference.entity);
-        difference.what = clean(&difference.what);
-        difference.remedy.refuse_control_characters();
-    }
+    let is_missing = |binding: &&Binding| !live.bindings.iter().any(|there| is_same(there, binding));
+    found.extend(plan.bindings.iter().filter(is_missing).map(Difference::missing));
+    found.extend(comparison.surplus_bindings());
+    found.extend(comparison.surplus_queues());
     found
 }
 
-/// Whatever else is on the broker is not ours. But no unknown binding may lead from one of our exchanges to one of our queues, or
-/// away from the inner exchanges of a queue; and an earlier configuration may have left queues, which still get events.
-fn surplus(plan: &Plan, live: &Live, mending: &Mending) -> Vec<Difference> {
-    let mut found = Vec::new();
-    let ours =
-        |kind: &str, name: &str| plan.entities().iter().any(|entity| entity.name() == name && kind == entity.kind());
-    let left_over =
-        |kind: &str, name: &str| kind == "queue" && !ours(kind, name) && plan.configured_queue(name).is_some();
-    for there in live.bindings.iter().filter(|there| ours("exchange", &there.source) && !there.is_in(plan)) {
-        let LiveBinding { source, destination, destination_type, routing_key, .. } = there;
-        let to_ours = ours(destination_type, destination) || left_over(destination_type, destination);
-        let entity = format!("binding of {destination_type} {destination} to exchange {source} by {routing_key:?}");
-        let unbind = Remedy::Command(mending.unbind(there));
-        if to_ours || plan.is_inner_exchange(source) {
-            found.push(Difference::new(Kind::Surplus, entity, "is not configured", unbind));
-        } else if live.may_be_a_former_queue(destination_type, destination) {
-            let what = "is not configured. If an earlier configuration had it, unbind it: until then it gets a copy of each event";
-            found.push(Difference::new(Kind::Advice, entity, what, unbind));
-        }
-    }
-    for there in live.queues.iter().filter(|there| left_over("queue", &there.name)) {
-        let count = there.messages.map_or("an unknown number of".to_owned(), |count| count.to_string());
-        let what = format!("is left over, with {count} messages; delete it when it has none");
-        let redrive = Remedy::Command(mending.redrive(&there.name));
-        found.push(Difference::new(Kind::Surplus, format!("queue {}", there.name), what, redrive));
-    }
-    found
-}
-
-/// Those of one entity that the same command mends are one.
+/// Joins the differences of one entity that have the same remedy.
 fn merged(differences: Vec<Difference>) -> Vec<Difference> {
     let mut merged: Vec<Difference> = Vec::new();
     for difference in differences {
@@ -180,154 +85,200 @@ fn merged(differences: Vec<Difference>) -> Vec<Difference> {
     merged
 }
 
-fn entity_of<'a>(live: &'a Live, entity: &Entity) -> Option<&'a LiveEntity> {
-    let list = match entity {
-        Entity::Exchange(_) => &live.exchanges,
-        Entity::Queue(_) => &live.queues,
-    };
-    list.iter().find(|there| there.name == entity.name())
+struct Comparison<'a> {
+    plan: &'a Plan,
+    live: &'a Live,
+    commands: &'a Commands,
 }
 
-fn compare(plan: &Plan, entity: &Entity, there: &LiveEntity, live: &Live, mending: &Mending) -> Vec<Difference> {
-    let mut found = Vec::new();
-    if let Entity::Exchange(exchange) = entity
-        && there.r#type != kind(&exchange.kind)
-    {
-        let what = format!("is of type {}, where {} is configured", there.r#type, kind(&exchange.kind));
-        found.push(Difference::wrong(plan, entity, what, mending));
-    }
-    if !there.durable {
-        found.push(Difference::wrong(plan, entity, "is not durable", mending));
-    }
-    let policy = there.policy_in(live);
-    for (name, planned) in entity.arguments().inner() {
-        let (name, planned) = (name.as_str(), plain(planned));
-        match (there.arguments.get(name), policy.get(policy_key(name))) {
-            (Some(value), _) if *value != planned => {
-                let what = format!("{name} is {value}, where {planned} is configured");
-                found.push(Difference::wrong(plan, entity, what, mending));
-            }
-            (None, None) => {
-                let what = format!("{name} is not set, where {planned} is configured");
-                found.push(match mending.set(entity) {
-                    Some(command) => Difference::changed(entity, what, command),
-                    None => Difference::wrong(plan, entity, what, mending),
-                });
-            }
-            // Of two numbers the lower one counts, and of two others the argument.
-            (argument, Some(value))
-                if *value != planned && (argument.is_none() || value.as_i64() < planned.as_i64()) =>
-            {
-                let than = format!("where {planned} is configured");
-                found.push(there.differs_by_policy(entity, name, value, &than, live, mending));
-            }
-            _ => {}
+impl Comparison<'_> {
+    fn entity(&self, entity: &Entity, there: &LiveEntity) -> Vec<Difference> {
+        let mut found = Vec::new();
+        if let Entity::Exchange(exchange) = entity
+            && there.r#type != kind(&exchange.kind)
+        {
+            let what = format!("is of type {}, where {} is configured", there.r#type, kind(&exchange.kind));
+            found.push(self.replace(entity, what));
         }
-    }
-    for (name, value) in there.arguments.iter().filter(|(name, _)| !entity.arguments().contains_key(name.as_str())) {
-        let what = format!("{name} is {value}, and not configured");
-        found.push(Difference::wrong(plan, entity, what, mending));
-    }
-    let planned: Vec<_> = entity.arguments().inner().keys().map(|name| policy_key(name.as_str())).collect();
-    let keeper = KEEPERS.contains(&entity.name());
-    let matters = |name: &str| match entity {
-        Entity::Exchange(_) => name == "alternate-exchange",
-        Entity::Queue(_) => TOUCHES_MESSAGES.contains(&name) && !(keeper && name == "delivery-limit"),
-    };
-    for (name, value) in policy.iter().filter(|(name, _)| matters(name) && !planned.contains(&name.as_str())) {
-        found.push(there.differs_by_policy(entity, name, value, "and not configured", live, mending));
-    }
-    if keeper && entity.kind() == "queue" && live.major() >= 4 && !policy.contains_key("delivery-limit") {
-        let what = "RabbitMQ 4 drops a message of this queue after it was returned 20 times";
-        found.push(Difference::new(Kind::Advice, entity, what, Remedy::Command(mending.keep())));
-    }
-    found
-}
-
-impl Live {
-    /// Whether a relay may have made it for a queue that is not configured any more: it has the arguments of one.
-    fn may_be_a_former_queue(&self, kind: &str, name: &str) -> bool {
-        let list = if kind == "queue" { &self.queues } else { &self.exchanges };
-        let Some(there) = list.iter().find(|there| there.name == name) else { return false };
-        let policy = there.policy_in(self);
-        let dead_letters = there.arguments.get("x-dead-letter-exchange").or_else(|| policy.get("dead-letter-exchange"));
-        let dead_letters = dead_letters.and_then(Value::as_str).unwrap_or_default();
-        dead_letters == DEAD || dead_letters == format!("{name}.rejected") || there.r#type == CONSISTENT_HASH
+        if !there.durable {
+            found.push(self.replace(entity, "is not durable"));
+        }
+        let policy = self.live.policy_of(there);
+        found.extend(self.planned_arguments(entity, there, &policy));
+        found.extend(self.other_arguments(entity, there, &policy));
+        let is_keeper = entity.kind() == "queue" && KEEPERS.contains(&entity.name());
+        if is_keeper && self.live.major_version() >= 4 && !policy.contains_key("delivery-limit") {
+            let what = "RabbitMQ 4 drops a message of this queue after it was returned 20 times";
+            found.push(Difference::new(Kind::Advice, entity, what, Remedy::Command(self.commands.keep())));
+        }
+        let mut found = merged(found);
+        let foreign = |there: &&LiveBinding| there.source == entity.name() && !self.is_planned(there);
+        let foreign: Vec<_> = self.live.bindings.iter().filter(foreign).map(|there| there.destination.as_str()).collect();
+        if entity.kind() == "exchange" && !foreign.is_empty() {
+            let deletes_it = |found: &&mut Difference| matches!(found.remedy, Remedy::CommandThenDeclare(_));
+            for difference in found.iter_mut().filter(deletes_it) {
+                let bindings = clean(&foreign.join(", "));
+                difference.what += &format!("; bindings that are not configured are deleted with it: {bindings}");
+            }
+        }
+        found
     }
 
-    fn major(&self) -> u32 {
-        self.version.split('.').next().and_then(|major| major.parse().ok()).unwrap_or(0)
-    }
-}
-
-impl LiveEntity {
-    /// What policies have set. For exchanges the API names the policy, but not what it says.
-    fn policy_in(&self, live: &Live) -> Map<String, Value> {
-        let named = || live.policies.iter().find(|policy| Some(&policy.name) == self.policy.as_ref());
-        self.effective_policy_definition
-            .clone()
-            .or_else(|| named().map(|policy| policy.definition.clone()))
-            .unwrap_or_default()
-    }
-
-    /// Our own policy is set anew. One that concerns nothing else, and says nothing that is wanted, can go. Of any other only
-    /// its owner knows what it is for.
-    fn differs_by_policy(
-        &self,
-        entity: &Entity,
-        key: &str,
-        value: &Value,
-        than: &str,
-        live: &Live,
-        mending: &Mending,
-    ) -> Difference {
-        let what = |by: &str| format!("{by} sets {} to {value}, {than}", policy_key(key));
-        let vhost = quote(&mending.vhost);
-        let mine = |policy: &&LivePolicy| Some(&policy.name) == self.policy.as_ref();
-        match (live.policies.iter().find(mine), &self.operator_policy) {
-            (Some(policy), _) if policy.definition.get(policy_key(key)) == Some(value) => {
-                let own = policy.pattern == pattern(&self.name) || policy.pattern == format!("^{}$", self.name);
-                let wanted = |name: &String| {
-                    let argument =
-                        |argument: &&str| policy_key(argument) == name && !self.arguments.contains_key(*argument);
-                    entity.arguments().inner().keys().any(|name| argument(&name.as_str()))
-                };
-                let what = what(&format!("the policy {}", quote(&policy.name)));
-                match mending.set(entity) {
-                    Some(command) if own && policy.name == policy_name(entity) => {
-                        Difference::changed(entity, what, command)
-                    }
-                    _ if own && !policy.definition.keys().any(wanted) => {
-                        let command = format!("rabbitmqctl clear_policy -p {vhost} {}", quote(&policy.name));
-                        Difference::changed(entity, what, command)
-                    }
-                    _ => Difference::changed(entity, what, format!("rabbitmqctl list_policies -p {vhost}")),
+    /// Arguments that are missing or have another value, also by a policy.
+    fn planned_arguments(&self, entity: &Entity, there: &LiveEntity, policy: &Map<String, Value>) -> Vec<Difference> {
+        let mut found = Vec::new();
+        for (name, planned) in entity.arguments().inner() {
+            let (name, planned) = (name.as_str(), plain(planned));
+            let than = format!("where {planned} is configured");
+            match (there.arguments.get(name), policy.get(policy_key(name))) {
+                (Some(value), _) if *value != planned => {
+                    found.push(self.replace(entity, format!("{name} is {value}, {than}")));
                 }
+                (None, None) => {
+                    let what = format!("{name} is not set, {than}");
+                    found.push(match self.commands.set(entity) {
+                        Some(command) => Difference::new(Kind::Changed, entity, what, Remedy::Command(command)),
+                        None => self.replace(entity, what),
+                    });
+                }
+                // RabbitMQ takes the lower one of two numbers, and the argument of two other values.
+                (argument, Some(value))
+                    if *value != planned && (argument.is_none() || value.as_i64() < planned.as_i64()) =>
+                {
+                    found.push(self.by_policy(entity, there, policy_key(name), value, &than));
+                }
+                _ => {}
+            }
+        }
+        found
+    }
+
+    /// Arguments and keys of policies that are set and not configured.
+    fn other_arguments(&self, entity: &Entity, there: &LiveEntity, policy: &Map<String, Value>) -> Vec<Difference> {
+        let planned = entity.arguments();
+        let other = there.arguments.iter().filter(|(name, _)| !planned.contains_key(name.as_str()));
+        let mut found: Vec<_> = other
+            .map(|(name, value)| self.replace(entity, format!("{name} is {value}, and not configured")))
+            .collect();
+        let matters = |key: &str| match entity {
+            Entity::Exchange(_) => key == "alternate-exchange",
+            Entity::Queue(queue) => {
+                let is_kept = key == "delivery-limit" && KEEPERS.contains(&queue.name.as_str());
+                MESSAGE_KEYS.contains(&key) && !is_kept
+            }
+        };
+        let is_planned = |key: &str| planned.inner().keys().any(|name| policy_key(name.as_str()) == key);
+        for (key, value) in policy.iter().filter(|(key, _)| matters(key) && !is_planned(key)) {
+            found.push(self.by_policy(entity, there, key, value, "and not configured"));
+        }
+        found
+    }
+
+    fn replace(&self, entity: &Entity, what: impl Display) -> Difference {
+        Difference::replace(self.plan, entity, what, self.commands)
+    }
+
+    /// A key that a policy sets. The relay's own policy is set again. A policy that concerns only this entity, and sets nothing
+    /// that is configured, is cleared. For any other, only its owner knows what it is for.
+    fn by_policy(&self, entity: &Entity, there: &LiveEntity, key: &str, value: &Value, than: &str) -> Difference {
+        let (live, commands) = (self.live, self.commands);
+        let policy = live.policies.iter().find(|policy| Some(&policy.name) == there.policy.as_ref());
+        let (by, command) = match (policy, &there.operator_policy) {
+            (Some(policy), _) if policy.definition.get(key) == Some(value) => {
+                let only = policy.pattern == pattern(&there.name) || policy.pattern == format!("^{}$", there.name);
+                let command = match commands.set(entity) {
+                    Some(command) if only && policy.name == policy_name(entity) => command,
+                    _ if only && !sets_something_planned(policy, entity, there) => commands.clear_policy(&policy.name),
+                    _ => commands.list_policies(),
+                };
+                (format!("the policy {}", quote(&policy.name)), command)
             }
             (_, Some(policy)) => {
-                let command = format!("rabbitmqctl list_operator_policies -p {vhost}");
-                Difference::changed(entity, what(&format!("the operator policy {}", quote(policy))), command)
+                (format!("the operator policy {}", quote(policy)), commands.list_operator_policies())
             }
-            _ => Difference::changed(entity, what("a policy"), format!("rabbitmqctl list_policies -p {vhost}")),
+            _ => ("a policy".to_owned(), commands.list_policies()),
+        };
+        let what = format!("{by} sets {key} to {value}, {than}");
+        Difference::new(Kind::Changed, entity, what, Remedy::Command(command))
+    }
+
+    /// Finds unknown bindings from an exchange of the plan: to its own queues, away from the inside of a queue, or to a queue that
+    /// an earlier configuration may have left. All others belong to somebody else.
+    fn surplus_bindings(&self) -> Vec<Difference> {
+        let mut found = Vec::new();
+        for there in &self.live.bindings {
+            let LiveBinding { source, destination, destination_type, routing_key, .. } = there;
+            if self.plan.entity("exchange", source).is_none() || self.is_planned(there) {
+                continue;
+            }
+            let ours = self.plan.entity(destination_type, destination).is_some()
+                || self.is_left_over(destination_type, destination)
+                || self.plan.is_inner_exchange(source);
+            let (kind, what) = if ours {
+                (Kind::Surplus, "is not configured")
+            } else if self.may_be_a_former_queue(destination_type, destination) {
+                let what = "is not configured. If it was earlier, unbind it: until then it gets a copy of each event";
+                (Kind::Advice, what)
+            } else {
+                continue;
+            };
+            let entity = format!("binding of {destination_type} {destination} to exchange {source} by {routing_key:?}");
+            found.push(Difference::new(kind, entity, what, Remedy::Command(self.commands.unbind(there))));
         }
+        found
+    }
+
+    fn surplus_queues(&self) -> Vec<Difference> {
+        let left_over = self.live.queues.iter().filter(|there| self.is_left_over("queue", &there.name));
+        left_over
+            .map(|there| {
+                let count = there.messages.map_or("an unknown number of".to_owned(), |count| count.to_string());
+                let what = format!("is left over, with {count} messages; delete it when it has none");
+                let redrive = Remedy::Command(self.commands.redrive(&there.name));
+                Difference::new(Kind::Surplus, format!("queue {}", there.name), what, redrive)
+            })
+            .collect()
+    }
+
+    /// Whether a queue has the name of a partition or a retry queue that is not configured any more.
+    fn is_left_over(&self, kind: &str, name: &str) -> bool {
+        kind == "queue" && self.plan.entity(kind, name).is_none() && self.plan.configured_queue(name).is_some()
+    }
+
+    /// Whether a relay may have made it for a queue or an archive that is not configured any more.
+    fn may_be_a_former_queue(&self, kind: &str, name: &str) -> bool {
+        let Some(there) = self.live.entity(kind, name) else { return false };
+        let policy = self.live.policy_of(there);
+        let dead_letters = there.arguments.get("x-dead-letter-exchange").or_else(|| policy.get("dead-letter-exchange"));
+        let has_dead_letters =
+            dead_letters.is_some_and(|exchange| *exchange == DEAD || *exchange == format!("{name}.rejected"));
+        has_dead_letters || ["stream", CONSISTENT_HASH].contains(&there.r#type.as_str())
+    }
+
+    fn is_planned(&self, there: &LiveBinding) -> bool {
+        self.plan.bindings.iter().any(|binding| is_same(there, binding))
     }
 }
 
-impl LiveBinding {
-    fn is_in(&self, plan: &Plan) -> bool {
-        plan.bindings.iter().any(|binding| self.is(binding))
-    }
+/// Whether clearing the policy would take away what is configured and not set by an argument.
+fn sets_something_planned(policy: &LivePolicy, entity: &Entity, there: &LiveEntity) -> bool {
+    let planned = entity.arguments().inner().keys().map(|name| name.as_str());
+    planned
+        .filter(|name| !there.arguments.contains_key(*name))
+        .any(|name| policy.definition.contains_key(policy_key(name)))
+}
 
-    fn is(&self, binding: &Binding) -> bool {
-        self.source == binding.exchange
-            && self.destination == binding.to.name()
-            && self.destination_type == target_kind(&binding.to)
-            && self.routing_key == binding.key
-            && self.arguments.len() == binding.arguments.inner().len()
-            && binding
-                .arguments
-                .inner()
-                .iter()
-                .all(|(name, value)| self.arguments.get(name.as_str()) == Some(&plain(value)))
-    }
+fn is_same(there: &LiveBinding, binding: &Binding) -> bool {
+    there.source == binding.exchange
+        && there.destination == binding.to.name()
+        && there.destination_type == target_kind(&binding.to)
+        && there.routing_key == binding.key
+        && are_same(&there.arguments, &binding.arguments)
+}
+
+fn are_same(there: &Map<String, Value>, planned: &FieldTable) -> bool {
+    let is_there = |(name, value): (&lapin::types::ShortString, &lapin::types::AMQPValue)| {
+        there.get(name.as_str()) == Some(&plain(value))
+    };
+    there.len() == planned.inner().len() && planned.inner().iter().all(is_there)
 }

@@ -1,7 +1,56 @@
-//! Reads the topology that is on the broker from its management API.
+//! What is on the broker, as RabbitMQ's management API shows it.
 
-use super::Live;
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
 use crate::broker::{Management, ManagementError, encoded};
+
+/// Everything in a virtual host that can be compared with a plan.
+#[derive(Debug, Deserialize)]
+pub struct Live {
+    /// RabbitMQ's version, such as `4.0.5`.
+    pub(super) version: String,
+    pub(super) exchanges: Vec<LiveEntity>,
+    pub(super) queues: Vec<LiveEntity>,
+    pub(super) bindings: Vec<LiveBinding>,
+    pub(super) policies: Vec<LivePolicy>,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct LiveEntity {
+    pub name: String,
+    /// All messages of a queue, also those that a worker has not acknowledged and those that wait for room among the dead
+    /// letters. `None`: not counted yet.
+    #[serde(default)]
+    pub messages: Option<u64>,
+    pub r#type: String,
+    pub durable: bool,
+    #[serde(default)]
+    pub arguments: Map<String, Value>,
+    pub policy: Option<String>,
+    pub operator_policy: Option<String>,
+    /// Only queues have it.
+    #[serde(default)]
+    effective_policy_definition: Option<Map<String, Value>>,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct LiveBinding {
+    pub source: String,
+    pub destination: String,
+    pub destination_type: String,
+    pub routing_key: String,
+    #[serde(default)]
+    pub arguments: Map<String, Value>,
+    pub properties_key: String,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct LivePolicy {
+    pub name: String,
+    pub pattern: String,
+    pub definition: Map<String, Value>,
+}
 
 impl Live {
     /// Reads exchanges, queues, bindings and policies of the virtual host.
@@ -14,5 +63,25 @@ impl Live {
             bindings: api.get(&format!("bindings/{vhost}")).await?,
             policies: api.get(&format!("policies/{vhost}")).await?,
         })
+    }
+
+    /// An entity of a kind, `exchange` or `queue`.
+    pub(super) fn entity(&self, kind: &str, name: &str) -> Option<&LiveEntity> {
+        let list = if kind == "queue" { &self.queues } else { &self.exchanges };
+        list.iter().find(|there| there.name == name)
+    }
+
+    pub(super) fn major_version(&self) -> u32 {
+        self.version.split('.').next().and_then(|major| major.parse().ok()).unwrap_or(0)
+    }
+
+    /// What policies set for an entity. The API names the policy of an exchange, but does not show its definition there.
+    pub(super) fn policy_of(&self, there: &LiveEntity) -> Map<String, Value> {
+        let named = || self.policies.iter().find(|policy| Some(&policy.name) == there.policy.as_ref());
+        there
+            .effective_policy_definition
+            .clone()
+            .or_else(|| named().map(|policy| policy.definition.clone()))
+            .unwrap_or_default()
     }
 }

@@ -1,6 +1,6 @@
-//! The plan: from the configuration to exchanges, queues and bindings. Pure.
+//! Makes a plan out of the configuration: exchanges, queues and bindings. Pure.
 //!
-//! The ladder of a queue `q` with `retry_delays`, in nothing but what every RabbitMQ has:
+//! A queue `q` with `retry_delays` has a retry ladder, made of what every RabbitMQ has:
 //!
 //! ```text
 //! q --rejected--> q.rejected --> q.retry --first time--> q.retry.1 --after the delay, as q:1--> exchange q --> q
@@ -9,31 +9,38 @@
 //!                     `--expired, or returned too often--> prism.dead
 //! ```
 //!
-//! A message carries its step in its routing key, because that is all that RabbitMQ lets a queue change. No event has such a
-//! key: event types with a colon are published under another one. What has expired or was returned too often must not climb
-//! the ladder: RabbitMQ takes a way back to the same queue for a loop, unless a consumer's rejection is part of it.
+//! The routing key of a message says how often it was rejected, because a queue can change nothing else when it passes a message
+//! on. No event has such a key: event types with a colon are published under another one. Messages that expired or were returned
+//! too often must not climb the ladder: RabbitMQ drops a message that comes back to the same queue, as a loop, unless a
+//! consumer rejected it on the way.
 
 use std::collections::BTreeSet;
 use std::fmt;
 use std::time::Duration;
 
+use lapin::ExchangeKind;
 use lapin::types::{AMQPValue, FieldTable, LongString};
 
 use super::spec::{ArchiveSpec, QueueSpec, Spec};
-use super::{DEAD, ExchangeKind, UNROUTED};
 
-/// Has to be enabled on the broker, with which it is shipped.
+/// Exchange and queue for events that match no work queue. The name is fixed, so that every tool finds it.
+pub const UNROUTED: &str = "prism.unrouted";
+/// Exchange and queue for dead letters: messages that workers rejected or that expired. The name is fixed.
+pub const DEAD: &str = "prism.dead";
+
+/// The exchange type of a plugin that RabbitMQ comes with, and that has to be enabled.
 pub const CONSISTENT_HASH: &str = "x-consistent-hash";
 
 /// Everything that has to exist, in the order in which it can be created.
 #[derive(Clone, Debug, Default)]
 pub struct Plan {
     entities: Vec<Entity>,
-    /// The names in the configuration, from which those of their parts are made.
+    /// The names in the configuration. The names of partitions, retry queues and inner exchanges begin with them.
     queues: Vec<String>,
     pub bindings: Vec<Binding>,
 }
 
+/// What has to be declared, apart from bindings.
 #[derive(Clone, Debug)]
 pub enum Entity {
     Exchange(Exchange),
@@ -89,7 +96,7 @@ impl Plan {
         plan
     }
 
-    /// How many declarations it takes.
+    /// The number of declarations, each of which is a round trip.
     pub fn steps(&self) -> u32 {
         u32::try_from(self.entities.len() + self.bindings.len()).unwrap_or(u32::MAX)
     }
@@ -98,14 +105,16 @@ impl Plan {
         &self.entities
     }
 
-    pub fn queue_named(&self, name: &str) -> Option<&Queue> {
-        self.entities.iter().find_map(|entity| match entity {
-            Entity::Queue(queue) if queue.name == name => Some(queue),
-            _ => None,
-        })
+    /// An entity of a kind, `exchange` or `queue`.
+    pub fn entity(&self, kind: &str, name: &str) -> Option<&Entity> {
+        self.entities.iter().find(|entity| entity.kind() == kind && entity.name() == name)
     }
 
-    /// Whether nothing but what is planned may be bound to an exchange: it is a part of a queue.
+    pub fn has_queue(&self, name: &str) -> bool {
+        self.entity("queue", name).is_some()
+    }
+
+    /// Whether an exchange is a part of a queue, so that nothing but what is planned may be bound to it.
     pub fn is_inner_exchange(&self, name: &str) -> bool {
         self.queues.iter().any(|queue| {
             let rest = name.strip_prefix(queue.as_str());
@@ -113,7 +122,7 @@ impl Plan {
         })
     }
 
-    /// The queue of the configuration to which a queue belongs by its name: as itself, a partition or a retry queue, also of an
+    /// The configured queue to which `name` belongs: as the queue itself, or as a partition or a retry queue of this or an
     /// earlier configuration.
     pub fn configured_queue(&self, name: &str) -> Option<&str> {
         let number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
@@ -125,14 +134,14 @@ impl Plan {
         self.queues.iter().find(|queue| name.strip_prefix(queue.as_str()).is_some_and(is_part)).map(String::as_str)
     }
 
-    /// Entities that would be the same one.
+    /// Entities that occur more than once.
     pub fn clashes(&self) -> Vec<String> {
         let mut seen = BTreeSet::new();
         self.entities.iter().map(Entity::to_string).filter(|entity| !seen.insert(entity.clone())).collect()
     }
 
-    /// One queue or several partitions, with what leads to them. What leads there from the exchange comes last, so that no
-    /// event finds a way that ends half-way.
+    /// Plans one queue or several partitions. Their bindings to the exchange come last, so that no event is routed to a queue
+    /// that is not complete.
     fn work_queue(&mut self, queue: &QueueSpec, exchange: &str) {
         let name = &queue.name;
         let mut arguments = vec![("x-delivery-limit", AMQPValue::LongLongInt(queue.delivery_limit.into()))];
@@ -142,7 +151,7 @@ impl Plan {
         arguments.extend(queue.max_length.map(|length| ("x-max-length", AMQPValue::LongLongInt(length as i64))));
         arguments.extend(queue.ttl.map(|ttl| ("x-message-ttl", milliseconds(ttl))));
         let dead = if queue.retry_delays.is_empty() { DEAD.to_owned() } else { self.ladder(queue) };
-        let arguments = [given_up_to(&dead, None), arguments].concat();
+        let arguments = [dead_lettered_to(&dead, None), arguments].concat();
 
         let entry = match queue.partitions {
             Some(partitions) => {
@@ -170,7 +179,7 @@ impl Plan {
         }
     }
 
-    /// The way up and back of a rejected message; the exchange where it begins. See the head of this file.
+    /// Plans the retry ladder (see the module's documentation) and returns the exchange that takes rejected messages.
     fn ladder(&mut self, queue: &QueueSpec) -> String {
         let name = &queue.name;
         let (rejected, retry) = (format!("{name}.rejected"), format!("{name}.retry"));
@@ -178,7 +187,7 @@ impl Plan {
         self.exchange(&wait(1), ExchangeKind::Fanout, &[]);
         self.exchange(&retry, ExchangeKind::Direct, &[("alternate-exchange", text(&wait(1)))]);
         self.exchange(&rejected, ExchangeKind::Headers, &[("alternate-exchange", text(&retry))]);
-        // RabbitMQ tells about the last death from 3.13 on, and before that only about the first one.
+        // RabbitMQ has a header for the last death from 3.13 on; before that, only for the first one.
         for which in ["x-first-death-reason", "x-last-death-reason"] {
             for reason in ["delivery_limit", "expired"] {
                 let matches = [("x-match", text("all-with-x")), (which, text(reason))];
@@ -187,7 +196,7 @@ impl Plan {
         }
         let steps = queue.retry_delays.len();
         for (step, delay) in (1..=steps).zip(&queue.retry_delays) {
-            let back = given_up_to(name, Some(&step_key(name, step)));
+            let back = dead_lettered_to(name, Some(&step_key(name, step)));
             self.queue(&wait(step), &[back, vec![("x-message-ttl", milliseconds(*delay))]].concat());
             match step {
                 1 => self.bind(&wait(1), Target::Queue(wait(1)), ""),
@@ -198,8 +207,8 @@ impl Plan {
         rejected
     }
 
-    /// Bound like the work queues, and to what they leave over, instead of by `#`: that would make every event count as
-    /// routed, so that none would ever reach the unrouted ones.
+    /// Plans the archive, bound like the work queues and to the unrouted events. With `#` in place of that every event would
+    /// count as routed, and none would ever reach the unrouted ones.
     fn archive(&mut self, archive: &ArchiveSpec, queues: &[QueueSpec], exchange: &str) {
         let mut arguments = table(&[("x-queue-type", text("stream"))]);
         arguments.insert("x-max-age".into(), text(&format!("{}s", archive.max_age.as_secs())));
@@ -235,14 +244,14 @@ impl Plan {
     }
 }
 
-/// The routing key of what comes back after so many rejections.
+/// The routing key of a message that comes back after `step` rejections.
 fn step_key(queue: &str, step: usize) -> String {
     format!("{queue}:{step}")
 }
 
-/// Arguments that send on what a queue gives up. Without the last two it could get lost on its way
+/// Arguments that dead-letter to an exchange. Without strategy and overflow a message could get lost on the way
 /// (<https://www.rabbitmq.com/docs/quorum-queues#dead-lettering>).
-fn given_up_to(exchange: &str, key: Option<&str>) -> Vec<(&'static str, AMQPValue)> {
+fn dead_lettered_to(exchange: &str, key: Option<&str>) -> Vec<(&'static str, AMQPValue)> {
     let mut arguments = vec![
         ("x-dead-letter-exchange", text(exchange)),
         ("x-dead-letter-strategy", text("at-least-once")),
@@ -282,7 +291,7 @@ impl Entity {
         }
     }
 
-    /// As RabbitMQ has it: `exchange` or `queue`.
+    /// RabbitMQ's word for it: `exchange` or `queue`.
     pub fn kind(&self) -> &'static str {
         match self {
             Self::Exchange(_) => "exchange",

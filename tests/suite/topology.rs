@@ -149,7 +149,7 @@ async fn the_topology_can_be_shown_declared_and_exported() {
     }
     for _ in 0..2 {
         let declared = setup.run(&["topology", "declare"]).await;
-        assert!(declared.code == Some(0) && declared.stdout.contains("4 bindings are there"), "{declared:?}");
+        assert!(declared.code == Some(0) && declared.stdout.contains("4 bindings exist as configured"), "{declared:?}");
     }
     assert_eq!(vhost.queue("prism.scan").await.unwrap()["arguments"], work_queue());
     let away = Setup::new("amqp://guest:guest@127.0.0.1:1/%2f").run(&["topology", "declare"]).await;
@@ -192,7 +192,7 @@ async fn each_difference_is_printed_with_what_fixes_it() {
     let setup =
         watched(node, &vhost).set("topology.queues", queues).set("topology.archive", json!({ "max_age": "1d" }));
     let missing = setup.run(&["topology", "diff"]).await;
-    assert!(missing.code == Some(1) && missing.stdout.contains("and then\n    prism-relay --config "), "{missing:?}");
+    assert!(missing.code == Some(1) && missing.stdout.contains("then create what is missing:\n    prism-relay --config "), "{missing:?}");
     assert_eq!(setup.run(&["topology", "declare"]).await.code, Some(0));
     let same = setup.run(&["topology", "diff"]).await;
     assert!(same.code == Some(0) && same.stdout.ends_with("the broker is as configured"), "{same:?}");

@@ -1,14 +1,15 @@
-//! The shell commands that mend what differs on the broker. Pure.
+//! What fixes a difference between the broker and the configuration: shell commands, or steps for an operator. Pure.
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::definitions::{KEEPERS, KEEPERS_LIMIT, escaped, pattern, plain, policy_key, policy_name};
-use super::diff::LiveBinding;
-use super::{Entity, Plan};
+use super::live::LiveBinding;
+use super::plan::{Entity, Plan};
 use crate::broker::encoded;
 
-/// What of a policy decides about messages. Others, such as where a queue's leader lives, are the operator's business.
-pub(super) const TOUCHES_MESSAGES: [&str; 11] = [
+/// The keys of a policy that decide what happens to messages. All others, such as where the leader of a queue lives, are the
+/// operator's choice.
+pub(super) const MESSAGE_KEYS: [&str; 11] = [
     "alternate-exchange",
     "dead-letter-exchange",
     "dead-letter-routing-key",
@@ -22,21 +23,21 @@ pub(super) const TOUCHES_MESSAGES: [&str; 11] = [
     "overflow",
 ];
 
-/// How to make the broker as configured.
+/// How to fix a difference.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Remedy {
-    /// Declaring the topology creates what is missing.
+    /// Declare the topology.
     Declare,
-    /// A shell command.
+    /// Run a shell command.
     Command(String),
-    /// A shell command; afterwards the topology has to be declared.
+    /// Run a shell command, and then declare the topology.
     CommandThenDeclare(String),
-    /// What an operator has to do, where no single command can.
+    /// Follow these steps, one a line; no single command can do it.
     Steps(String),
 }
 
 impl Remedy {
-    /// `declare`: the command that declares the topology.
+    /// The text to print. `declare`: the command that declares the topology.
     pub fn text<'a>(&'a self, declare: &'a str) -> &'a str {
         match self {
             Self::Declare => declare,
@@ -44,33 +45,38 @@ impl Remedy {
         }
     }
 
-    /// A command with a name that could steer the terminal must not be copied.
-    pub(super) fn refuse_control_characters(&mut self) {
-        if let Self::Command(text) | Self::CommandThenDeclare(text) | Self::Steps(text) = self
-            && text.chars().any(|c| c.is_control() && c != '\n')
-        {
-            *self = Self::Steps(
-                "a name with control characters cannot be printed: use RabbitMQ's management page".to_owned(),
-            );
+    pub fn needs_declare(&self) -> bool {
+        matches!(self, Self::Declare | Self::CommandThenDeclare(_))
+    }
+
+    /// Replaces a command that contains control characters, which could steer the terminal into which it is copied.
+    pub(super) fn printable(self) -> Self {
+        match &self {
+            Self::Command(text) | Self::CommandThenDeclare(text) | Self::Steps(text)
+                if text.chars().any(|c| c.is_control() && c != '\n') =>
+            {
+                Self::Steps("a name has control characters: fix it on RabbitMQ's management page".to_owned())
+            }
+            _ => self,
         }
     }
 }
 
-/// What the commands need to know.
+/// Writes the commands, with what all of them need.
 #[derive(Debug)]
-pub struct Mending {
+pub struct Commands {
     /// The relay's own command with its configuration, such as `prism-relay --config relay.toml`.
     pub relay: String,
     pub vhost: String,
-    /// Of the management API, without `/` at the end.
+    /// The URL of the management API, without `/` at the end.
     pub api: String,
     pub user: String,
-    /// Whether the relay itself declares the arguments, so that a policy in their place would be a clash.
+    /// Whether the relay declares the arguments itself: then a policy in their place would clash with them.
     pub active: bool,
 }
 
-impl Mending {
-    /// For an entity that has to be replaced. An exchange holds no messages, so it can be deleted; a queue gets a new name.
+impl Commands {
+    /// Replaces an entity. An exchange holds no messages, so it can be deleted and declared again. A queue gets a new name.
     pub(super) fn replace(&self, plan: &Plan, entity: &Entity) -> Remedy {
         match entity {
             Entity::Exchange(exchange) => {
@@ -84,16 +90,15 @@ impl Mending {
         }
     }
 
-    /// `configured`: the name in the configuration of the queue to which `queue` belongs.
+    /// `configured`: a queue of the configuration, which may be several on the broker.
     fn new_name(&self, plan: &Plan, configured: &str) -> String {
-        let (relay, delete) = (&self.relay, self.delete_queue(configured));
-        let is_partitioned = plan.queue_named(configured).is_none();
-        let rest = match is_partitioned {
-            false => format!("or move them: {} --to NEW", self.redrive(configured)),
-            true => format!(
-                "or publish them again, to every queue that is bound for them: {}, and so on for each partition",
-                self.redrive(&format!("{configured}.1"))
-            ),
+        let relay = &self.relay;
+        let (old, rest) = if plan.has_queue(configured) {
+            (configured.to_owned(), format!("or move them: {} --to NEW", self.redrive(configured)))
+        } else {
+            let partition = format!("{configured}.1");
+            let redrive = self.redrive(&partition);
+            (partition, format!("or publish them again, to every queue bound for them: {redrive}, and so on"))
         };
         format!(
             "a queue cannot be changed: give {configured} a new name in topology.queues, and then\n\
@@ -101,29 +106,30 @@ impl Mending {
              2. unbind the old one: {relay} topology diff prints the command\n\
              3. move the workers to the new queue\n\
              4. let workers finish the messages in the old queue, {rest}\n\
-             5. delete the old queue and its retry queues when they have no messages: {delete}"
+             5. delete the old queue, with its retry queues and partitions, when there are no messages: {}",
+            self.delete_queue(&old)
         )
     }
 
     fn new_archive(&self, stream: &str) -> String {
+        let (relay, delete) = (&self.relay, self.delete_queue(stream));
         format!(
-            "a stream cannot be changed: give it a new name in topology.archive, and declare the topology. replay --from {stream} \
-             still reads the old one; unbind and delete it when you do not need it any more: {}",
-            self.delete_queue(stream)
+            "a stream cannot be changed: give the archive a new name in topology.archive, and then\n\
+             1. create the new stream: {relay} topology declare\n\
+             2. unbind the old one: {relay} topology diff prints the command; replay --from {stream} still reads it\n\
+             3. delete the old one when you do not need it any more: {delete}"
         )
     }
 
-    /// Every tool finds this queue by its name, so it has to be replaced by one with the same name.
+    /// Every tool finds the queue by its name, so the new one gets the same.
     fn same_name(&self, queue: &str) -> String {
+        let (redrive, delete, relay) = (self.redrive(queue), self.delete_queue(queue), &self.relay);
         format!(
-            "a queue cannot be changed, and the name of this one is fixed: set topology.declare to \"passive\" to take it as it \
-             is, or\n\
-             1. move its messages to a queue of your own: {} --to OTHER\n\
-             2. delete it: {}\n\
-             3. create it: {} topology declare",
-            self.redrive(queue),
-            self.delete_queue(queue),
-            self.relay
+            "a queue cannot be changed, and the name of this one is fixed: set topology.declare to \"passive\" to take it as \
+             it is, or\n\
+             1. move its messages to a queue of your own: {redrive} --to OTHER\n\
+             2. delete it: {delete}\n\
+             3. create it: {relay} topology declare"
         )
     }
 
@@ -135,14 +141,14 @@ impl Mending {
         format!("{} redrive --from {}", self.relay, quote(queue))
     }
 
-    /// Sets what is missing by a policy, as whoever owns the broker would; not where the relay itself declares arguments.
+    /// Sets missing arguments by a policy, as the owner of a broker does. `None` where the relay declares the arguments itself.
     pub(super) fn set(&self, entity: &Entity) -> Option<String> {
         let definition: Map<_, _> = entity
             .arguments()
             .inner()
             .iter()
             .map(|(name, value)| (policy_key(name.as_str()).to_owned(), plain(value)))
-            .filter(|(name, _)| TOUCHES_MESSAGES.contains(&name.as_str()))
+            .filter(|(name, _)| MESSAGE_KEYS.contains(&name.as_str()))
             .collect();
         if self.active || definition.is_empty() {
             return None;
@@ -151,9 +157,10 @@ impl Mending {
         Some(self.policy(&policy_name(entity), &pattern(entity.name()), &Value::from(definition), &apply_to))
     }
 
+    /// Keeps RabbitMQ 4 from dropping messages of the queues without dead letters.
     pub(super) fn keep(&self) -> String {
         let names: Vec<_> = KEEPERS.iter().map(|name| escaped(name)).collect();
-        let definition = serde_json::json!({ "delivery-limit": KEEPERS_LIMIT });
+        let definition = json!({ "delivery-limit": KEEPERS_LIMIT });
         self.policy("prism-keep", &format!("^({})$", names.join("|")), &definition, "queues")
     }
 
@@ -163,20 +170,32 @@ impl Mending {
         format!("rabbitmqctl set_policy -p {vhost} --apply-to {apply_to} {name} {pattern} {definition}")
     }
 
+    pub(super) fn clear_policy(&self, name: &str) -> String {
+        format!("rabbitmqctl clear_policy -p {} {}", quote(&self.vhost), quote(name))
+    }
+
+    pub(super) fn list_policies(&self) -> String {
+        format!("rabbitmqctl list_policies -p {}", quote(&self.vhost))
+    }
+
+    pub(super) fn list_operator_policies(&self) -> String {
+        format!("rabbitmqctl list_operator_policies -p {}", quote(&self.vhost))
+    }
+
     pub(super) fn unbind(&self, binding: &LiveBinding) -> String {
         let LiveBinding { source, destination, destination_type, properties_key, .. } = binding;
         self.delete(&["bindings", &self.vhost, "e", source, &destination_type[..1], destination, properties_key])
     }
 
-    /// RabbitMQ has no command of its own for this; curl asks for the password.
-    pub(super) fn delete(&self, path: &[&str]) -> String {
+    /// Deletes by the management API, because rabbitmqctl has no command for it. curl asks for the password.
+    fn delete(&self, path: &[&str]) -> String {
         let path: Vec<_> = path.iter().map(|segment| encoded(segment)).collect();
         let url = format!("{}/api/{}", self.api, path.join("/"));
         format!("curl -fsS -u {} -X DELETE {}", quote(&self.user), quote(&url))
     }
 }
 
-/// As one word of a shell.
+/// Quotes a text as one word of a shell.
 pub fn quote(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=@%+,".contains(c);
     if !word.is_empty() && word.chars().all(plain) {
