@@ -1,7 +1,7 @@
-//! The numbers that the relay keeps of itself: every metric is registered here, once, with its help text.
+//! The relay's metrics: each is registered here, once, with its help text.
 //!
-//! Handles are kept, so that counting costs an atomic addition and no look-up. Nothing is global: a second relay in
-//! the same process counts for itself.
+//! Callers keep handles, so counting is an atomic addition without a look-up. Nothing is global: two relays in one process
+//! count apart.
 
 use std::collections::HashSet;
 use std::sync::{OnceLock, PoisonError, RwLock};
@@ -11,10 +11,10 @@ use jiff::Timestamp;
 use metrics::{Counter, Gauge, Histogram, Key, KeyName, Label, Level, Metadata, Recorder, Unit};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 
-/// From a tenth of a millisecond to ten seconds: an answer or a commit outside of it is a fault.
+/// Buckets for answers and commits, in seconds.
 const FAST_SECONDS: [f64; 16] =
     [0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
-/// A delivery may wait for hours if the broker is away.
+/// Buckets for deliveries, in seconds; they take hours when the broker is away.
 const LAG_SECONDS: [f64; 16] =
     [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0, 120.0, 600.0, 3600.0, 21600.0];
 const COMMIT_EVENTS: [f64; 11] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0];
@@ -29,82 +29,117 @@ const METADATA: Metadata<'static> = Metadata::new(module_path!(), Level::INFO, N
 const WEBHOOKS: &str = "prism_relay_webhooks_total";
 const WEBHOOKS_HELP: &str = "Requests to the public listener, by outcome and, if they were refused, by reason.";
 const VERIFIED: &str = "prism_relay_signature_verified_total";
-const VERIFIED_HELP: &str = "Signatures that were right, by the position of their secret in the list; 1 is the first.";
+const VERIFIED_HELP: &str = "Valid signatures, by the position of their secret in the list; 1 is the first.";
 const REFUSED: &str = "prism_relay_connections_refused_total";
-const REFUSED_HELP: &str = "Connections that were refused or cut: tls-handshake, malformed (no HTTP), timeout (no request in \
-                            time), source-limit, evicted (no event so far when the place was needed).";
+const REFUSED_HELP: &str = "Connections that the relay refused or closed: tls-handshake, malformed (not HTTP/1), timeout (no request in \
+                            time), source-limit, evicted (closed to make room, before it had sent an event).";
 
-/// Every metric, grouped by the part of the relay that it tells about.
+/// All metrics, grouped by the part of the relay that they measure.
 pub struct Metrics {
     recorder: PrometheusRecorder,
     /// 1 while a webhook would be answered 200.
     pub ready: Gauge,
+    /// Answers to webhooks.
     pub webhooks: Webhooks,
     events: Events,
+    /// The spool.
     pub spool: SpoolMetrics,
+    /// Publishes to the broker.
     pub publish: Publishes,
+    /// The connection to the broker.
     pub broker: BrokerMetrics,
+    /// Connections to the public listener.
     pub connections: Connections,
+    /// Reloads of secrets and certificates.
     pub reloads: Reloads,
     /// By the position of the secret in the list.
     verified: RwLock<Vec<Counter>>,
 }
 
-/// Of the public listener.
+/// Open connections to the public listener.
 pub struct Connections {
+    /// Before their first complete request head.
     pub half_open: Gauge,
+    /// After it.
     pub established: Gauge,
 }
 
-/// Secrets and certificates that were read anew.
+/// Reloads of secrets and certificates.
 pub struct Reloads {
+    /// The new value is in use.
     pub done: Counter,
+    /// The previous value stays in use.
     pub failed: Counter,
 }
 
+/// Webhooks that were answered 200.
 pub struct Webhooks {
+    /// New events.
     pub accepted: Counter,
+    /// Re-sends, which are not published again.
     pub duplicate: Counter,
+    /// From the end of the request head to the 200.
     pub ack_duration: Seconds,
 }
 
+/// Contents and commits of the spool.
 pub struct SpoolMetrics {
+    /// Pending events.
     pub events: Gauge,
+    /// Parked events.
     pub parked_events: Gauge,
+    /// Accepted events that became unreadable when the file was damaged.
     pub lost_events: Gauge,
+    /// What counts against `spool.max_bytes`.
     pub bytes: Gauge,
+    /// `spool.max_bytes`.
     pub max_bytes: Gauge,
+    /// Age of the oldest pending event, in seconds.
     pub oldest_age: Gauge,
+    /// Duration of commits with new events, fsync included.
     pub commit_duration: Seconds,
+    /// New events per commit.
     pub commit_events: Histogram,
 }
 
-/// Publishes by outcome, and how long events were under way.
+/// Publishes by outcome, and how long deliveries took.
 pub struct Publishes {
+    /// The broker confirmed the event and routed it to a queue.
     pub confirmed: Counter,
+    /// The broker could not take the event, most often because a queue is full.
     pub nacked: Counter,
+    /// No queue is bound for the event.
     pub returned: Counter,
+    /// The broker refuses the event itself.
     pub refused: Counter,
+    /// The connection ended before the outcome was known.
     pub lost: Counter,
+    /// From acceptance to the confirm.
     pub delivery_lag: Seconds,
 }
 
+/// State of the connection to the broker.
 pub struct BrokerMetrics {
+    /// 1 while there is a connection.
     pub connected: Gauge,
+    /// 1 while the broker blocks publishers.
     pub blocked: Gauge,
+    /// Connections after the first.
     pub reconnects: Counter,
 }
 
-/// A histogram of durations, in seconds as Prometheus wants them.
+/// A histogram of durations, in seconds as is usual in Prometheus.
 pub struct Seconds(Histogram);
 
 impl Seconds {
+    /// Adds a duration.
     pub fn record(&self, duration: Duration) {
         self.0.record(duration.as_secs_f64());
     }
 }
 
 impl Metrics {
+    /// Registers every metric that has no label from outside.
     pub fn new() -> Self {
         let buckets: [(&str, &[f64]); 4] = [
             ("prism_relay_ack_duration_seconds", &FAST_SECONDS),
@@ -114,7 +149,9 @@ impl Metrics {
         ];
         let builder = buckets.into_iter().fold(PrometheusBuilder::new(), |builder, (name, buckets)| {
             // The only error is an empty list of buckets.
-            builder.set_buckets_for_metric(Matcher::Full(name.to_owned()), buckets).expect("there are buckets")
+            builder
+                .set_buckets_for_metric(Matcher::Full(name.to_owned()), buckets)
+                .expect("the lists of buckets are not empty")
         });
         let recorder = builder.build_recorder();
         let version = [("version", env!("CARGO_PKG_VERSION"))];
@@ -171,25 +208,25 @@ impl Metrics {
         }
     }
 
-    /// Counts an accepted event by its type, which is `None` for a signed body that is no event.
+    /// Counts an accepted event by its type; `None` for a signed body without an envelope.
     pub fn event(&self, event_type: Option<&str>) {
         let mut documented = self.events.documented.get().into_iter().flatten();
         let known = event_type.and_then(|name| documented.find(|(documented, _)| *documented == name));
         known.map_or(&self.events.other, |(_, counter)| counter).increment(1);
     }
 
-    /// Of the certificate that the public listener shows. Not there without TLS.
+    /// Sets the gauge of the public listener's certificate. Without TLS the gauge does not exist.
     pub fn certificate_days_left(&self, days: f64) {
         let help = "Days until the certificate of the public listener expires.";
         gauge(&self.recorder, "prism_relay_tls_certificate_days_left", help, &[]).set(days);
     }
 
-    /// The Prometheus text format.
+    /// All metrics in the Prometheus text format.
     pub fn render(&self) -> String {
         self.handle().render()
     }
 
-    /// Frees what histograms have gathered since the last call; to be called every few seconds.
+    /// Folds the samples of the histograms. Must be called every few seconds, or memory grows.
     pub fn upkeep(&self) {
         self.handle().run_upkeep();
     }
@@ -202,7 +239,7 @@ impl Metrics {
 impl Webhooks {
     fn new(recorder: &PrometheusRecorder) -> Self {
         let count = |outcome| counter(recorder, WEBHOOKS, WEBHOOKS_HELP, &[("outcome", outcome), ("reason", "")]);
-        let help = "From the end of a webhook's head to its 200.";
+        let help = "From the end of the request head to the 200.";
         Self {
             accepted: count("accepted"),
             duplicate: count("duplicate"),
@@ -233,18 +270,24 @@ impl SpoolMetrics {
         let gauge = |name, help| gauge(recorder, name, help, &[]);
         let duration_help = "Commits with new events, fsync included.";
         Self {
-            events: gauge("prism_relay_spool_events", "Accepted events that wait for their confirm."),
-            parked_events: gauge("prism_relay_spool_parked_events", "Events that the broker does not take."),
+            events: gauge("prism_relay_spool_events", "Pending events: accepted, not yet confirmed by the broker."),
+            parked_events: gauge(
+                "prism_relay_spool_parked_events",
+                "Parked events: the broker does not take them; they are tried again slowly.",
+            ),
             lost_events: gauge(
                 "prism_relay_spool_lost_events",
-                "Accepted events that could not be read any more after the file was damaged.",
+                "Accepted events that became unreadable when the file was damaged.",
             ),
-            bytes: gauge("prism_relay_spool_bytes", "What is counted against spool.max_bytes."),
+            bytes: gauge("prism_relay_spool_bytes", "Bytes that count against spool.max_bytes."),
             max_bytes: gauge(
                 "prism_relay_spool_max_bytes",
-                "spool.max_bytes: webhooks are refused when it is reached.",
+                "spool.max_bytes: at this limit webhooks are answered 503.",
             ),
-            oldest_age: gauge("prism_relay_spool_oldest_age_seconds", "Of the oldest pending event; 0: there is none."),
+            oldest_age: gauge(
+                "prism_relay_spool_oldest_age_seconds",
+                "Age of the oldest pending event; 0 if there is none.",
+            ),
             commit_duration: seconds(recorder, "prism_relay_spool_commit_duration_seconds", duration_help),
             commit_events: histogram(
                 recorder,
@@ -298,7 +341,7 @@ impl Connections {
 
 impl Reloads {
     fn new(recorder: &PrometheusRecorder) -> Self {
-        let help = "Secrets and certificates read anew: done, or failed (the old ones stay in force).";
+        let help = "Reloads of secrets and certificates: done, or failed (the previous value stays in use).";
         let count = |outcome| counter(recorder, "prism_relay_reloads_total", help, &[("outcome", outcome)]);
         Self { done: count("done"), failed: count("failed") }
     }
@@ -310,14 +353,14 @@ impl Default for Metrics {
     }
 }
 
-/// Whether a scraper prefers OpenMetrics to the older format.
-pub fn wants_open_metrics(accept: &str) -> bool {
+/// Whether a scraper's `Accept` header prefers OpenMetrics to the Prometheus text format.
+pub fn prefers_open_metrics(accept: &str) -> bool {
     let offers = accept.split(',').map(|offer| offer.split(';').next().unwrap_or_default().trim());
     offers.into_iter().find(|offer| matches!(*offer, "application/openmetrics-text" | "text/plain"))
         == Some("application/openmetrics-text")
 }
 
-/// The Prometheus text format as OpenMetrics: the family of a counter has the name without `_total`, and there is an end.
+/// Converts the Prometheus text format to OpenMetrics: counter families lose their `_total`, and `# EOF` ends the text.
 pub fn open_metrics(text: &str) -> String {
     let mut converted = String::with_capacity(text.len() + 16);
     let counters: HashSet<&str> =
@@ -364,14 +407,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn open_metrics_are_given_to_whoever_prefers_them() {
+    fn open_metrics_are_for_scrapers_that_prefer_them() {
         for (accept, expected) in [
             ("application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1", true),
             ("text/plain;version=0.0.4, application/openmetrics-text;q=0.1", false),
             ("*/*", false),
             ("", false),
         ] {
-            assert_eq!(wants_open_metrics(accept), expected, "{accept}");
+            assert_eq!(prefers_open_metrics(accept), expected, "{accept}");
         }
         let metrics = Metrics::new();
         metrics.refused_webhooks("not-found").increment(1);

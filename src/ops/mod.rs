@@ -154,7 +154,7 @@ impl OpsHandler {
     async fn metrics(&self, request: &Request<Incoming>) -> Response<Answer> {
         let text = self.view.metrics().await;
         let accept = request.headers().get(ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or_default();
-        if metrics::wants_open_metrics(accept) {
+        if metrics::prefers_open_metrics(accept) {
             response(StatusCode::OK, metrics::OPEN_METRICS_TYPE, metrics::open_metrics(&text))
         } else {
             response(StatusCode::OK, metrics::TEXT_TYPE, text)
