@@ -43,13 +43,13 @@ pub(super) enum Completion {
 pub(super) type PublishFuture = Pin<Box<dyn Future<Output = Completion> + Send>>;
 
 impl Flight {
-    pub fn new(event: &Event, span: PublishSpan) -> Self {
+    pub(super) fn new(event: &Event, span: PublishSpan) -> Self {
         let Event { id, accepted_ms, .. } = *event;
         Self { id, body_bytes: event.body.len(), accepted_ms, published_at: Instant::now(), span }
     }
 
     /// Confirmed now.
-    pub fn confirmed(self, seq: u64) -> Confirmed {
+    pub(super) fn confirmed(self, seq: u64) -> Confirmed {
         let lag_ms = Timestamp::now().as_millisecond() - self.accepted_ms;
         // Zero if the clock was set back.
         let lag = Duration::from_millis(u64::try_from(lag_ms).unwrap_or(0));

@@ -19,8 +19,11 @@ const HEADER_BYTES_MAX: usize = 512;
 
 /// The arguments of one `basic.publish`, apart from the exchange.
 pub struct Message {
+    /// The event type, or a key for bodies without a usable one.
     pub routing_key: ShortString,
+    /// Properties and headers of the message contract.
     pub properties: BasicProperties,
+    /// The bytes that Prism sent.
     pub body: Bytes,
 }
 

@@ -43,20 +43,28 @@ use session::Session;
 /// Why the relay is not delivering.
 #[derive(Debug, Error)]
 pub enum PublisherError {
+    /// No connection could be opened.
     #[error(transparent)]
     Connect(#[from] ConnectError),
+    /// The topology could not be declared or checked.
     #[error(transparent)]
     Topology(#[from] TopologyError),
+    /// The set-up of the connection took too long.
     #[error("the broker did not open a channel and declare the topology within {0:?}")]
     SetUpTimeout(Duration),
+    /// The channel or the connection failed, for a reason that concerns no single message.
     #[error("the connection was lost: {0}")]
     Lost(String),
+    /// A publish got neither an ack nor a nack in time.
     #[error("the broker did not confirm a publish within {0:?}")]
     ConfirmTimeout(Duration),
+    /// A queue did not take a message.
     #[error("the broker rejected a publish (nack): a queue is full, or has no leader")]
     Nacked,
+    /// The broker closed the channel because of a message that it will never take.
     #[error("the broker refuses a message: {0}")]
     Poison(String),
+    /// The spool could not be read, which ends the publisher.
     #[error(transparent)]
     Spool(#[from] ReadError),
 }
@@ -87,6 +95,7 @@ pub struct Publisher {
 }
 
 impl Publisher {
+    /// Prepares the task; [`Self::run`] connects.
     pub fn new(
         spool: Spool,
         settings: Settings,
@@ -108,6 +117,7 @@ impl Publisher {
         }
     }
 
+    /// Where the publisher reports its state.
     pub fn status(&self) -> Arc<Status> {
         Arc::clone(&self.status)
     }

@@ -30,7 +30,7 @@ pub(super) struct ReturnedMessage {
 }
 
 impl PublishOutcome {
-    pub fn new(result: Result<Confirmation, lapin::Error>) -> Self {
+    pub(super) fn new(result: Result<Confirmation, lapin::Error>) -> Self {
         match result {
             Ok(Confirmation::Ack(returned)) => Self::Acked(returned.map(ReturnedMessage::new)),
             Ok(Confirmation::Nack(returned)) => Self::Nacked(returned.map(ReturnedMessage::new)),

@@ -48,12 +48,12 @@ impl Default for Pacing {
 
 impl Pacing {
     /// How many events may be in flight once this one is published, given the configured `window`.
-    pub fn window(&self, seq: u64, window: usize) -> usize {
+    pub(super) fn window(&self, seq: u64, window: usize) -> usize {
         if seq <= self.one_by_one_until { 1 } else { window.min(self.limit) }
     }
 
     /// The broker closed the channel over one of these events, in ascending order.
-    pub fn on_refusal(&mut self, in_flight: &[u64]) -> Refusal {
+    pub(super) fn on_refusal(&mut self, in_flight: &[u64]) -> Refusal {
         let last = in_flight.last().copied().unwrap_or_default();
         self.one_by_one_until = self.one_by_one_until.max(last);
         let &[seq] = in_flight else { return Refusal::OneOfMany };
@@ -69,20 +69,20 @@ impl Pacing {
         Refusal::Culprit(seq)
     }
 
-    pub fn on_nack(&mut self) {
+    pub(super) fn on_nack(&mut self) {
         self.limit = 1;
     }
 
-    pub fn on_confirm(&mut self) {
+    pub(super) fn on_confirm(&mut self) {
         self.limit = self.limit.saturating_add(1);
     }
 
-    pub fn is_parked_retry_due(&self, interval: Duration, now: Instant) -> bool {
+    pub(super) fn is_parked_retry_due(&self, interval: Duration, now: Instant) -> bool {
         self.parked_tried_at.is_none_or(|at| now.saturating_duration_since(at) >= interval)
     }
 
     /// The round of retries of parked events is over. A parked event that closes the channel also ends it.
-    pub fn on_parked_tried(&mut self, now: Instant) {
+    pub(super) fn on_parked_tried(&mut self, now: Instant) {
         self.parked_tried_at = Some(now);
     }
 }

@@ -26,7 +26,7 @@ pub(super) struct ReadAhead {
 }
 
 impl ReadAhead {
-    pub fn new(spool: Spool, batch: usize) -> Self {
+    pub(super) fn new(spool: Spool, batch: usize) -> Self {
         Self {
             spool,
             batch,
@@ -39,21 +39,21 @@ impl ReadAhead {
         }
     }
 
-    pub fn next_seq(&self) -> Option<u64> {
+    pub(super) fn next_seq(&self) -> Option<u64> {
         self.events.front().map(|stored| stored.seq)
     }
 
-    pub fn pop(&mut self) -> Option<Stored> {
+    pub(super) fn pop(&mut self) -> Option<Stored> {
         self.events.pop_front()
     }
 
     /// Gives back the memory of a body.
-    pub fn release(&mut self, bytes: usize) {
+    pub(super) fn release(&mut self, bytes: usize) {
         self.bytes -= bytes;
     }
 
     /// Starts the next read if there is room for it and the spool may hold more.
-    pub fn read_on(&mut self) {
+    pub(super) fn read_on(&mut self) {
         let has_room = self.events.len() <= self.batch / 2 && self.bytes < BODY_BYTES_MAX;
         if has_room && !self.exhausted && self.reading.is_none() {
             let (spool, cursor, batch) = (self.spool.clone(), self.cursor, self.batch);
@@ -61,12 +61,12 @@ impl ReadAhead {
         }
     }
 
-    pub fn is_reading(&self) -> bool {
+    pub(super) fn is_reading(&self) -> bool {
         self.reading.is_some()
     }
 
     /// Waits for the current read and keeps its events. Cancel safe; call it only while [`Self::is_reading`].
-    pub async fn finish_read(&mut self) -> Result<(), ReadError> {
+    pub(super) async fn finish_read(&mut self) -> Result<(), ReadError> {
         let Some(reading) = &mut self.reading else { return Ok(()) };
         let batch = match reading.await {
             Ok(batch) => batch,
@@ -87,18 +87,18 @@ impl ReadAhead {
     }
 
     /// Whether all events committed so far have been read.
-    pub fn is_exhausted(&self) -> bool {
+    pub(super) fn is_exhausted(&self) -> bool {
         self.exhausted
     }
 
     /// The spool may hold more events than before.
-    pub fn on_commit(&mut self) {
+    pub(super) fn on_commit(&mut self) {
         self.exhausted = false;
         self.committed_while_reading = self.reading.is_some();
     }
 
     /// Whether all events have been read and taken.
-    pub fn is_empty(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         self.exhausted && self.reading.is_none() && self.events.is_empty()
     }
 }

@@ -78,7 +78,7 @@ pub(super) struct Session<'a> {
 }
 
 impl<'a> Session<'a> {
-    pub fn new(
+    pub(super) fn new(
         publisher: &'a Publisher,
         broker: &'a BrokerConnection,
         channel: Channel,
@@ -106,7 +106,7 @@ impl<'a> Session<'a> {
     }
 
     /// Runs until the first fault; `Ok` once `drain` is cancelled and nothing is left that could be delivered.
-    pub async fn run(mut self, drain: &CancellationToken) -> Result<(), Interruption> {
+    pub(super) async fn run(mut self, drain: &CancellationToken) -> Result<(), Interruption> {
         // The settlements of the previous session must be committed before pending events are read again.
         self.publisher.spool.flush().await;
         let end = self.work(drain).await;

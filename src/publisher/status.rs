@@ -28,6 +28,7 @@ pub struct Status {
 /// A snapshot, as `/api/status` shows it.
 #[derive(Clone, Debug, Serialize)]
 pub struct BrokerState {
+    /// Whether there is a connection, blocked or not.
     pub connected: bool,
     /// The broker's reason for blocking publishers (a memory or disk alarm).
     pub blocked: Option<String>,
@@ -44,11 +45,15 @@ pub struct BrokerState {
 /// A change of the connection's state.
 #[derive(Clone, Debug, Serialize)]
 pub struct ConnectionEvent {
+    /// When the state changed.
     pub at: Timestamp,
+    /// How the state changed.
     pub what: ConnectionEventKind,
+    /// The URL of a new connection, or the reason for a loss or a block.
     pub detail: String,
 }
 
+/// How the connection's state changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ConnectionEventKind {
