@@ -35,7 +35,10 @@ pub(super) struct Confirmed {
 
 /// What the queue of publish futures yields.
 pub(super) enum Completion {
-    Published(u64, PublishOutcome),
+    Published {
+        seq: u64,
+        outcome: PublishOutcome,
+    },
     /// Every completion queued before this marker has been yielded.
     Marker(Vec<Confirmed>),
 }
@@ -68,7 +71,7 @@ pub(super) async fn publish(channel: Channel, exchange: &str, seq: u64, message:
             Ok(confirm) => confirm.await,
             Err(error) => Err(error),
         };
-        Completion::Published(seq, PublishOutcome::new(confirmation))
+        Completion::Published { seq, outcome: PublishOutcome::new(confirmation) }
     });
     match poll_fn(|context| Poll::Ready(publishing.as_mut().poll(context))).await {
         Poll::Pending => publishing,

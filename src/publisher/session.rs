@@ -242,7 +242,7 @@ impl<'a> Session<'a> {
 
     async fn on_completion(&mut self, completion: Completion) -> Result<(), PublisherError> {
         match completion {
-            Completion::Published(seq, outcome) => self.on_outcome(seq, outcome)?,
+            Completion::Published { seq, outcome } => self.on_outcome(seq, outcome)?,
             Completion::Marker(confirmed) if self.returned.is_empty() => self.settle(confirmed).await,
             Completion::Marker(confirmed) => self.held.extend(confirmed),
         }
@@ -420,7 +420,7 @@ impl<'a> Session<'a> {
         let rest = async {
             while let Some(completion) = self.completions.next().await {
                 match completion {
-                    Completion::Published(seq, outcome) => {
+                    Completion::Published { seq, outcome } => {
                         // Most fail with the connection, whose error is known already.
                         let _ = self.on_outcome(seq, outcome);
                     }
