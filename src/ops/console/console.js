@@ -199,7 +199,7 @@ function howFarBehind(status) {
 }
 
 function isAnythingParked({ spool }) {
-  if (!spool.parked) return ["ok", "No", "RabbitMQ accepts all events that were tried."];
+  if (!spool.parked) return ["ok", "No", "No event is parked."];
   const detail = "RabbitMQ does not accept them. They stay on disk and are tried again; other events are delivered.";
   return ["warning", count(spool.parked, "event"), detail, ["#parked", "See why"]];
 }
@@ -684,7 +684,7 @@ function showKeyLine(spec) {
   });
   const empty = spec.lines.every(({ key }) => facts.points.every((each) => each[key] === null));
   const at = pointed !== null && point ? `at ${clockFormat.format(point.at * 1000)}` : "";
-  say(spec.when, empty ? "no event in the last 15 minutes" : at);
+  say(spec.when, empty ? "no data yet" : at);
 }
 
 /** The chart as text, for screen readers. */
