@@ -58,7 +58,11 @@ async fn declare(config: &Config, plan: &Plan) -> Result<(), Failure> {
     let declared = timeout(limit, topology::establish(&broker.connection, plan, Declare::Active)).await;
     broker.close().await;
     declared.map_err(|_| BrokerError::Timeout)?.map_err(BrokerError::from)?;
-    say(&format!("{} exchanges and queues and {} bindings exist as configured", plan.entities().len(), plan.bindings.len()));
+    say(&format!(
+        "{} exchanges and queues and {} bindings exist as configured",
+        plan.entities().len(),
+        plan.bindings.len()
+    ));
     Ok(())
 }
 
@@ -67,7 +71,9 @@ async fn diff(config: &Config, file: Option<&Path>, plan: &Plan) -> Result<(), F
     let found = match look(config, file, plan, &broker.url).await {
         Ok(found) => Ok(found),
         Err(reason) => {
-            say(&format!("bindings and policies are not compared, because the management API is not available: {reason}"));
+            say(&format!(
+                "bindings and policies are not compared, because the management API is not available: {reason}"
+            ));
             let limit = config.broker.connect_timeout * (plan.steps() + 1);
             match timeout(limit, compare_over_amqp(config, &broker, plan, &commands(config, file, &broker.url))).await {
                 Ok(found) => found.map_err(Failure::from),

@@ -113,7 +113,8 @@ impl Comparison<'_> {
         }
         let mut found = merged(found);
         let foreign = |there: &&LiveBinding| there.source == entity.name() && !self.is_planned(there);
-        let foreign: Vec<_> = self.live.bindings.iter().filter(foreign).map(|there| there.destination.as_str()).collect();
+        let foreign: Vec<_> =
+            self.live.bindings.iter().filter(foreign).map(|there| there.destination.as_str()).collect();
         if entity.kind() == "exchange" && !foreign.is_empty() {
             let deletes_it = |found: &&mut Difference| matches!(found.remedy, Remedy::CommandThenDeclare(_));
             for difference in found.iter_mut().filter(deletes_it) {
@@ -157,9 +158,8 @@ impl Comparison<'_> {
     fn other_arguments(&self, entity: &Entity, there: &LiveEntity, policy: &Map<String, Value>) -> Vec<Difference> {
         let planned = entity.arguments();
         let other = there.arguments.iter().filter(|(name, _)| !planned.contains_key(name.as_str()));
-        let mut found: Vec<_> = other
-            .map(|(name, value)| self.replace(entity, format!("{name} is {value}, and not configured")))
-            .collect();
+        let mut found: Vec<_> =
+            other.map(|(name, value)| self.replace(entity, format!("{name} is {value}, and not configured"))).collect();
         let matters = |key: &str| match entity {
             Entity::Exchange(_) => key == "alternate-exchange",
             Entity::Queue(queue) => {
@@ -193,9 +193,7 @@ impl Comparison<'_> {
                 };
                 (format!("the policy {}", quote(&policy.name)), command)
             }
-            (_, Some(policy)) => {
-                (format!("the operator policy {}", quote(policy)), commands.list_operator_policies())
-            }
+            (_, Some(policy)) => (format!("the operator policy {}", quote(policy)), commands.list_operator_policies()),
             _ => ("a policy".to_owned(), commands.list_policies()),
         };
         let what = format!("{by} sets {key} to {value}, {than}");

@@ -1,7 +1,7 @@
-//! Promise 10: neither `userToken`s nor secrets nor passwords are ever seen.
+//! Promise 10: `userToken`s, secrets and passwords never appear in any output.
 //!
-//! The harness looks for them in everything that any test of the suite makes a relay say, at trace: logs, answers,
-//! metrics, status, the output of commands, the metadata of messages. Here are the places that the others do not reach.
+//! The harness searches for them in all output of each test's relay, at trace level: logs, answers, metrics, status,
+//! output of commands, metadata of messages. The tests here reach the places that the other tests do not.
 
 use serde_json::json;
 
@@ -14,7 +14,7 @@ fn event(event_type: &str) -> String {
 }
 
 #[test]
-fn the_search_finds_what_it_is_for() {
+fn the_search_finds_each_mark() {
     for mark in [SECRET, PASSWORD, USER_TOKEN] {
         assert!(indiscretion(&format!("a line\nwith {mark}\n")).is_some_and(|(found, _)| found == mark));
         assert!(indiscretion(&format!("{:?}", format!("as bytes {mark}").as_bytes())).is_some());
@@ -23,9 +23,9 @@ fn the_search_finds_what_it_is_for() {
 }
 
 #[tokio::test]
-async fn whatever_a_sender_does_nothing_of_it_is_quoted() {
+async fn no_output_quotes_what_a_sender_sent() {
     let vhost = Vhost::new(Node::shared().await).await;
-    // lapin's own trace would show the login and the bodies.
+    // lapin's trace would show the login and the bodies if the relay did not silence it.
     let setup = Setup::new(&vhost.url()).set("log.filter", "trace,lapin=trace").set("http.body_bytes_max", "1KiB");
     let relay = setup.set("signature.required", false).start().await;
     let timestamp = now();
@@ -39,7 +39,7 @@ async fn whatever_a_sender_does_nothing_of_it_is_quoted() {
     relay.post_with(&[], no_envelope).await.expect(422);
     relay.post_with(&[], [event("a").as_bytes(), b"\xff"].concat()).await.expect(400);
     relay.post_with(&[], event("a").repeat(20)).await.expect(413);
-    // What should be in a body, in every other place.
+    // The marks in headers, path and query.
     let headers = [("x-user", USER_TOKEN), ("prism-timestamp", USER_TOKEN), ("prism-signature", USER_TOKEN)];
     relay.post_with(&headers, event("scan.c")).await.expect(401);
     let url = relay.url().to_owned();
@@ -62,9 +62,9 @@ async fn whatever_a_sender_does_nothing_of_it_is_quoted() {
 }
 
 #[tokio::test]
-async fn commands_and_faults_of_the_broker_quote_nothing() {
+async fn commands_and_errors_of_the_broker_quote_no_secret() {
     let vhost = Vhost::new(Node::shared().await).await;
-    // Nothing takes the event: the broker returns it, and it is parked.
+    // No queue is bound: the broker returns the event, and the relay parks it.
     vhost.create_exchange("prism.events", "topic", json!({})).await;
     let setup = Setup::new(&vhost.url()).set("topology.declare", "off").set("log.filter", "trace,lapin=trace");
     let relay = setup.start().await;
@@ -81,9 +81,9 @@ async fn commands_and_faults_of_the_broker_quote_nothing() {
         &["send", "--url", "http://127.0.0.1:1/", "--count", "3", "--no-retry"],
     ] {
         let ended = relay.run(command).await;
-        assert!(!ended.stdout.is_empty(), "{command:?} says something: {ended:?}");
+        assert!(!ended.stdout.is_empty(), "{command:?} prints nothing: {ended:?}");
     }
-    // A broker that does not know us, one that is not there, and one that speaks something else.
+    // A broker that refuses the login, one that does not exist, and one that is not a broker.
     let wrong = vhost.url_for("guest", SECRET, vhost.address());
     let http = format!("amqp://guest:{PASSWORD}@{}/v", relay.address());
     for url in [wrong, format!("amqp://guest:{PASSWORD}@127.0.0.1:1/v"), http] {

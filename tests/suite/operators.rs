@@ -1,4 +1,4 @@
-//! What operators, their scrapers and their service manager are told.
+//! The operators' listener, the alerts and dashboards, `top`, the logs, and the service manager.
 
 use std::collections::BTreeSet;
 use std::os::unix::net::UnixDatagram;
@@ -27,7 +27,7 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// Prometheus' own tool: Debian's package `prometheus` has it.
+/// Runs promtool, which is in Debian's package `prometheus`.
 fn promtool(arguments: &[&str], input: &str) -> (bool, String) {
     let program = std::env::var("PRISM_TEST_PROMTOOL").unwrap_or_else(|_| "promtool".to_owned());
     let mut tool = Command::new(&program)
@@ -37,14 +37,14 @@ fn promtool(arguments: &[&str], input: &str) -> (bool, String) {
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
-        .unwrap_or_else(|error| panic!("{program} (tests/run.sh brings it): {error}"));
+        .unwrap_or_else(|error| panic!("{program} (tests/run.sh installs it): {error}"));
     std::io::Write::write_all(&mut tool.stdin.take().unwrap(), input.as_bytes()).unwrap();
     let output = tool.wait_with_output().unwrap();
     let text = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
     (output.status.success(), text)
 }
 
-/// A relay at which everything has happened that has a metric.
+/// A relay that has set every metric.
 async fn eventful(vhost: &Vhost) -> Relay {
     let relay = Relay::start(vhost).await;
     relay.post(scan(1)).await.expect(200);
@@ -55,7 +55,7 @@ async fn eventful(vhost: &Vhost) -> Relay {
     relay
 }
 
-/// The names of all families in the text format.
+/// The names of all metrics in the text format.
 fn families(text: &str) -> BTreeSet<&str> {
     text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next()).collect()
 }
@@ -82,11 +82,11 @@ async fn metrics_are_well_formed_and_documented() {
 }
 
 #[tokio::test]
-async fn dashboards_and_alerts_name_only_metrics_that_there_are() {
+async fn dashboards_and_alerts_name_only_existing_metrics() {
     let vhost = Vhost::new(Node::shared().await).await;
     let relay = eventful(&vhost).await;
     let text = relay.metrics().await;
-    // Not there without TLS.
+    // This metric exists only with TLS.
     let families: BTreeSet<_> = families(&text).into_iter().chain(["prism_relay_tls_certificate_days_left"]).collect();
     let mut named = 0;
     for file in ["deploy/prometheus/prism-relay.rules.yml", "deploy/grafana/prism-relay.json"] {
@@ -95,7 +95,7 @@ async fn dashboards_and_alerts_name_only_metrics_that_there_are() {
         for word in words.filter(|word| word.starts_with("prism_relay_")) {
             let family =
                 ["_bucket", "_sum", "_count"].into_iter().find_map(|end| word.strip_suffix(end)).unwrap_or(word);
-            assert!(families.contains(word) || families.contains(family), "{file} names {word}");
+            assert!(families.contains(word) || families.contains(family), "{file} names {word}, which is not a metric");
             named += 1;
         }
     }
@@ -145,7 +145,7 @@ async fn the_latest_events_can_be_found_and_are_counted_by_type() {
     assert_eq!(status["secrets"][0]["verified"], 3);
     assert_eq!(status["timeline"][0]["what"], "connected");
     assert_eq!(relay.metric("prism_relay_events_total", &[("type", "other")]).await, 1.0);
-    let point = eventually("a point in the charts", async || {
+    let point = eventually("a chart point with a webhook", async || {
         let history = get(&relay, "/api/history", &[]).await.json();
         let points = history["points"].as_array().unwrap().clone();
         points.into_iter().find(|point| point["accepted"].as_f64() > Some(0.0)).ok_or(history)
@@ -155,7 +155,7 @@ async fn the_latest_events_can_be_found_and_are_counted_by_type() {
 }
 
 #[tokio::test]
-async fn the_stream_tells_what_is_new() {
+async fn the_stream_sends_status_and_points() {
     let relay = Setup::new(NO_BROKER).start().await;
     let address = relay.ops().strip_prefix("http://").unwrap().parse().unwrap();
     let mut raw = Raw::connect(address).await;
@@ -168,8 +168,8 @@ async fn the_stream_tells_what_is_new() {
 }
 
 #[tokio::test]
-async fn the_console_is_for_those_who_may_see_it() {
-    // On loopback, asked for by address: open. By a name that could be anybody's: not.
+async fn the_console_and_api_are_only_open_to_operators() {
+    // On loopback: open with an IP address in Host, closed with an unknown name.
     let relay = Setup::new(NO_BROKER).start().await;
     let foreign = [("host", "evil.example")];
     for path in ["/", "/api/status", "/api/events", "/api/parked", "/api/history", "/api/stream"] {
@@ -182,7 +182,7 @@ async fn the_console_is_for_those_who_may_see_it() {
     assert!(page.header("content-security-policy").unwrap().contains("frame-ancestors 'none'"));
     assert!(page.text().contains("name=\"prism-token\" content=\"") && !page.text().contains("__ACTION_TOKEN__"));
 
-    // Anywhere else it needs a token, and there has to be one.
+    // On any other address: closed without a token.
     let exposed = Setup::new(NO_BROKER).set("ops.listen", "0.0.0.0:0").start().await;
     exposed.eventually_logs("there is no ops.token").await;
     for path in ["/", "/api/status"] {
@@ -212,14 +212,18 @@ async fn the_console_is_for_those_who_may_see_it() {
 }
 
 #[tokio::test]
-async fn parked_events_are_acted_on_by_the_console_alone() {
+async fn only_the_consoles_own_page_acts_on_parked_events() {
     let vhost = Vhost::new(Node::shared().await).await;
     vhost.create_exchange("prism.events", "topic", json!({})).await;
     let setup = Setup::new(&vhost.url()).set("topology.declare", "off").set("broker.parked_retry", "1h");
     let relay = setup.start().await;
     let id = relay.post(scan(1)).await.id();
     relay.eventually_metric("prism_relay_spool_parked_events", &[], 1.0).await;
-    assert_eq!(relay.metric("prism_relay_publish_total", &[("outcome", "confirmed")]).await, 0.0, "it came back");
+    assert_eq!(
+        relay.metric("prism_relay_publish_total", &[("outcome", "confirmed")]).await,
+        0.0,
+        "returned, not confirmed"
+    );
     let parked = get(&relay, "/api/parked", &[]).await.expect(200).json();
     let entry = &parked["parked"][0];
     assert_eq!((&parked["total"], &entry["id"], &entry["subject"]), (&json!(1), &json!(id), &json!("scan:scan-1")));
@@ -238,7 +242,7 @@ async fn parked_events_are_acted_on_by_the_console_alone() {
     post(&relay, &path(&id, "explode"), &own).await.expect(405);
     assert_eq!(relay.status().await["spool"]["parked"], 1);
 
-    // A retry does not wait for the next round; it comes back if nothing has changed.
+    // A retry is sent at once; RabbitMQ returns the event again, because no queue is bound.
     let returned = relay.metric("prism_relay_publish_total", &[("outcome", "returned")]).await;
     post(&relay, &path(&id, "retry"), &own).await.expect(200);
     relay.eventually_metric("prism_relay_publish_total", &[("outcome", "returned")], returned + 1.0).await;
@@ -247,8 +251,8 @@ async fn parked_events_are_acted_on_by_the_console_alone() {
     assert_eq!((&spool["parked"], &spool["removed"], &spool["lost"]), (&json!(0), &json!(1), &json!(0)));
     post(&relay, &path(&id, "remove"), &own).await.expect(404);
     let events = get(&relay, "/api/events", &[]).await.json();
-    assert_eq!(events["events"][0]["status"], "removed", "not delivered: {events}");
-    // An event that only waits is no business of the console.
+    assert_eq!(events["events"][0]["status"], "removed", "removed, not delivered: {events}");
+    // A pending event cannot be removed.
     let waiting = Setup::new(NO_BROKER).set("ops.token", TOKEN).start().await;
     let id = waiting.post(scan(2)).await.id();
     let bearer = format!("Bearer {TOKEN}");
@@ -256,14 +260,14 @@ async fn parked_events_are_acted_on_by_the_console_alone() {
 }
 
 #[tokio::test]
-async fn the_service_manager_is_told() {
+async fn the_service_manager_is_notified() {
     let folder = crate::harness::scratch::Scratch::new();
     let path: PathBuf = folder.path().join("notify");
     let socket = UnixDatagram::bind(&path).unwrap();
     socket.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
     let hear = || {
         let mut bytes = [0; 256];
-        let count = socket.recv(&mut bytes).expect("a word of the relay");
+        let count = socket.recv(&mut bytes).expect("a notification from the relay");
         String::from_utf8_lossy(&bytes[..count]).trim().to_owned()
     };
     let setup = Setup::new(NO_BROKER).env("NOTIFY_SOCKET", path.to_str().unwrap()).env("WATCHDOG_USEC", "200000");
@@ -272,7 +276,7 @@ async fn the_service_manager_is_told() {
     assert!(first.contains(&"READY=1".to_owned()), "{first:?}");
     assert!(first.iter().filter(|word| *word == "WATCHDOG=1").count() >= 2, "{first:?}");
     relay.sigterm();
-    // Whoever does not listen holds the relay up.
+    // Read everything: a full socket would block the relay.
     while hear() != "STOPPING=1" {}
     assert_eq!(relay.wait().await.code, Some(0));
 }
@@ -297,7 +301,7 @@ async fn top_shows_the_consoles_numbers() {
 }
 
 #[tokio::test]
-async fn log_lines_are_json_with_stable_names_and_none_at_info_for_a_request() {
+async fn log_lines_are_json_with_stable_names_and_a_request_logs_none_at_info() {
     let vhost = Vhost::new(Node::shared().await).await;
     let relay = Setup::new(&vhost.url()).set("log.filter", "info").start().await;
     relay.eventually_logs("connected to the broker").await;

@@ -1,4 +1,4 @@
-//! Secrets that change while the relay runs.
+//! Secrets and passwords that change while the relay runs.
 
 use crate::harness::http::{now, sign};
 use crate::harness::{Node, Relay, Setup, Vhost, eventually};
@@ -12,7 +12,7 @@ fn event(number: usize) -> String {
     )
 }
 
-/// The status of a webhook that is signed with this secret.
+/// The status of the answer to a webhook signed with `secret`.
 async fn status(relay: &Relay, secret: &str) -> u16 {
     let (body, timestamp) = (event(0), now());
     let signature = sign(secret, &timestamp, body.as_bytes());
@@ -32,7 +32,7 @@ fn verified(position: &str) -> [(&str, &str); 1] {
 }
 
 #[tokio::test]
-async fn the_secret_of_the_webhooks_is_rotated_without_a_restart() {
+async fn the_signature_secret_is_rotated_without_a_restart() {
     let setup = Setup::new(NO_BROKER).unset("signature.secrets");
     let file = setup.file("secrets", "whsec_one\n");
     let mut relay = setup.set("signature.secrets_file", file.to_str().unwrap()).start().await;
@@ -40,11 +40,11 @@ async fn the_secret_of_the_webhooks_is_rotated_without_a_restart() {
     assert_eq!((status(&relay, "whsec_one").await, status(&relay, "whsec_two").await), (200, 401));
     assert_eq!(relay.metric(metric, &verified("1")).await, 1.0);
 
-    // First both, then the new one alone, found by itself.
+    // Both secrets, then only the new one; the relay notices each change by itself.
     relay.setup().file("secrets", "whsec_two\nwhsec_one\n");
     eventually_status(&relay, "whsec_two", 200).await;
     assert_eq!(status(&relay, "whsec_one").await, 200);
-    assert_eq!(relay.metric(metric, &verified("2")).await, 1.0, "the old one is still used");
+    assert_eq!(relay.metric(metric, &verified("2")).await, 1.0, "the old secret still works");
     relay.setup().file("secrets", "whsec_two\n");
     eventually_status(&relay, "whsec_one", 401).await;
 
@@ -59,7 +59,7 @@ async fn the_secret_of_the_webhooks_is_rotated_without_a_restart() {
     relay.eventually_logs("cannot be read: No such file").await;
     assert_eq!(status(&relay, "whsec_two").await, 200);
 
-    // SIGHUP does not wait for a second look.
+    // SIGHUP reloads at once.
     relay.setup().file("secrets", "whsec_three\n");
     relay.signal("HUP");
     eventually_status(&relay, "whsec_three", 200).await;
@@ -70,7 +70,7 @@ async fn the_secret_of_the_webhooks_is_rotated_without_a_restart() {
 }
 
 #[tokio::test]
-async fn sighup_without_files_is_no_reason_to_end() {
+async fn sighup_without_secret_files_does_not_end_the_relay() {
     let mut relay = Setup::new(NO_BROKER).start().await;
     relay.signal("HUP");
     relay.eventually_logs("so there is nothing to reload").await;
@@ -78,7 +78,7 @@ async fn sighup_without_files_is_no_reason_to_end() {
 }
 
 #[tokio::test]
-async fn the_password_of_the_broker_is_rotated_without_a_restart() {
+async fn the_broker_password_is_rotated_without_a_restart() {
     let node = Node::shared().await;
     let vhost = Vhost::new(node).await;
     let user = format!("relay-{}", uuid::Uuid::now_v7());
@@ -99,7 +99,7 @@ async fn the_password_of_the_broker_is_rotated_without_a_restart() {
     };
     arrives(&relay).await;
 
-    // The broker first: the open connection stays; the next one waits for the file.
+    // The broker changes first: the open connection stays, and a new one fails until the file changes too.
     node.create_user(&user, "second").await;
     vhost.eventually_close_connections().await;
     relay.eventually_logs("wrong user, password or virtual host?").await;

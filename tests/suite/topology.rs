@@ -192,7 +192,10 @@ async fn each_difference_is_printed_with_what_fixes_it() {
     let setup =
         watched(node, &vhost).set("topology.queues", queues).set("topology.archive", json!({ "max_age": "1d" }));
     let missing = setup.run(&["topology", "diff"]).await;
-    assert!(missing.code == Some(1) && missing.stdout.contains("then create what is missing:\n    prism-relay --config "), "{missing:?}");
+    assert!(
+        missing.code == Some(1) && missing.stdout.contains("then create what is missing:\n    prism-relay --config "),
+        "{missing:?}"
+    );
     assert_eq!(setup.run(&["topology", "declare"]).await.code, Some(0));
     let same = setup.run(&["topology", "diff"]).await;
     assert!(same.code == Some(0) && same.stdout.ends_with("the broker is as configured"), "{same:?}");
