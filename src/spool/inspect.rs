@@ -1,4 +1,4 @@
-//! Looking into a spool from outside, also while a relay runs on it: what is there, is it sound, take this out.
+//! Inspects a spool, also while a relay uses it: lists and verifies its events, removes and retries them.
 
 use std::path::{Path, PathBuf};
 
@@ -9,19 +9,19 @@ use super::error::OpenError;
 use super::files::Lock;
 use super::ledger::Ledger;
 use super::reader::{self, COLUMNS, open_read_only, stored};
-use super::salvage;
+use super::recovery;
 use super::store;
 use super::types::{Stored, cost};
 
-/// The few parked events among the many: without the index SQLite would read the whole file.
+/// Finds the few parked events. Without the index SQLite would read the whole file.
 const PARKED: &str = "INDEXED BY parked WHERE parked_reason IS NOT NULL";
 
 /// Whether there is a spool, and whether a relay has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SpoolState {
-    /// No file yet. With the folder, or the nearest one above it that exists.
+    /// There is no file. Holds its folder, or the nearest one above that exists.
     Absent(PathBuf),
-    /// It is being mended, or will be at the next start.
+    /// It is being recovered, or will be at the next start.
     Damaged,
     Idle,
     InUse,
@@ -30,7 +30,7 @@ pub enum SpoolState {
 impl SpoolState {
     /// Looks without changing anything.
     pub fn of(path: &Path) -> Self {
-        if salvage::is_due(path) {
+        if recovery::is_due(path) {
             return Self::Damaged;
         }
         if !path.exists() {
@@ -42,7 +42,7 @@ impl SpoolState {
     }
 }
 
-/// An open spool that somebody else may be writing to.
+/// An open spool that a relay may be writing to.
 pub struct Inspector {
     connection: Connection,
 }
@@ -53,15 +53,15 @@ pub struct Entry {
     pub stored: Stored,
     /// Why the broker does not take it; `None` while it is pending.
     pub parked_reason: Option<String>,
-    /// Of a parked event: its last try, in milliseconds since 1970.
+    /// The last try of a parked event, in milliseconds since 1970.
     pub tried_ms: Option<i64>,
 }
 
-/// What [`Inspector::verify`] has found.
+/// What [`Inspector::verify`] found.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Verdict {
     pub ledger: Ledger,
-    /// Empty if all is well.
+    /// Empty if nothing is wrong.
     pub problems: Vec<String>,
 }
 
@@ -73,14 +73,14 @@ impl Inspector {
 
     /// Opens an existing spool for [`Self::remove`] and [`Self::retry`].
     pub fn open_for_change(path: &Path) -> Result<Self, OpenError> {
-        // The events are being copied.
-        if salvage::is_due(path) {
+        // The events may be being copied right now.
+        if recovery::is_due(path) {
             return Err(OpenError::Damaged { path: path.to_owned() });
         }
         Self::with(path, |path| {
             let connection = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
             connection.busy_timeout(store::BUSY_TIMEOUT)?;
-            // A removal is an operator's word, so it is as durable as an acceptance.
+            // A removal has to survive a power loss, as an acceptance does.
             connection.execute_batch("PRAGMA synchronous = FULL")?;
             Ok(connection)
         })
@@ -114,15 +114,15 @@ impl Inspector {
         Ok(())
     }
 
-    /// The event with this id, if it is still there.
+    /// The event with this id, if it is still in the spool.
     pub fn find(&self, id: Uuid) -> Result<Option<Entry>> {
         let sql = format!("SELECT {COLUMNS}, parked_reason, tried_ms FROM event WHERE id = ?1");
         self.connection.query_row(&sql, [id.as_bytes()], entry).optional()
     }
 
-    /// Reads everything: the file's structure, every body against its fingerprint, and the ledger against the events.
+    /// Reads everything: checks the structure of the file, each body against its fingerprint, and the ledger against the events.
     pub fn verify(&mut self) -> Result<Verdict> {
-        // One transaction, so that a running relay does not change the numbers in between.
+        // In one transaction, so that a running relay does not change the totals meanwhile.
         let transaction = self.connection.transaction()?;
         let mut problems = Vec::new();
         let mut statement = transaction.prepare("PRAGMA integrity_check(20)")?;
@@ -162,21 +162,21 @@ impl Inspector {
         Ok(Verdict { ledger, problems })
     }
 
-    /// The number of a parked event, if there is one with this id.
+    /// The number of the parked event with this id, if there is one.
     pub fn parked(&self, id: Uuid) -> Result<Option<u64>> {
         let sql = format!("SELECT seq FROM event {PARKED} AND id = ?1");
         self.connection.query_row(&sql, [id.as_bytes()], |row| row.get(0)).optional()
     }
 
-    /// Has a parked event tried again at the next round, whenever its last try was. Returns whether it is parked.
+    /// Makes the relay retry a parked event in its next round. Returns whether it is parked.
     pub fn retry(&mut self, seq: u64) -> Result<bool> {
         let sql = "UPDATE event SET tried_ms = 0 WHERE seq = ?1 AND parked_reason IS NOT NULL";
         Ok(self.connection.execute(sql, [seq])? > 0)
     }
 
-    /// Takes an event out for good. Returns whether it was there.
+    /// Removes an event for good. Returns whether it was there.
     pub fn remove(&mut self, id: Uuid) -> Result<bool> {
-        // There is no index by id, and nobody may wait at the lock while the file is searched.
+        // Searched before the write lock is taken: there is no index by id, and the relay would wait for the search.
         let seq: Option<u64> = self
             .connection
             .query_row("SELECT seq FROM event WHERE id = ?1", [id.as_bytes()], |row| row.get(0))
@@ -184,7 +184,7 @@ impl Inspector {
         seq.map_or(Ok(false), |seq| self.remove_seq(seq))
     }
 
-    /// The same by its number.
+    /// Removes an event by its number. Returns whether it was there.
     pub fn remove_seq(&mut self, seq: u64) -> Result<bool> {
         let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         let deleted = store::delete(&transaction, seq, seq)?;

@@ -10,8 +10,7 @@ mod files;
 mod inspect;
 mod ledger;
 mod reader;
-mod rescue;
-mod salvage;
+mod recovery;
 mod settings;
 mod status;
 mod store;
@@ -34,7 +33,7 @@ pub use settings::{Durability, Settings};
 pub use status::SpoolStatus;
 use store::Store;
 pub use types::{Batch, EVENT_OVERHEAD_BYTES, Receipt, Settlement, Stored, Undelivered};
-use writer::{Command, End, Writer};
+use writer::{Append, Command, Exit, Writer};
 
 use crate::event::Event;
 use crate::metrics::Metrics;
@@ -75,9 +74,9 @@ impl Spool {
                 Writer::new(store, settings.max_bytes, dedupe, Arc::clone(&status), Arc::clone(&committed), metrics)?;
             Ok((status, reader, committed, writer))
         };
-        let prepared = match prepare(salvage::open_or_mend(path, settings.durability, &lock)?) {
+        let prepared = match prepare(recovery::open(path, settings.durability, &lock)?) {
             Err(cause) if error::is_damage(&cause) => {
-                prepare(salvage::mend(path, settings.durability, &cause.to_string())?)
+                prepare(recovery::recover(path, settings.durability, &cause.to_string())?)
             }
             prepared => prepared,
         };
@@ -103,7 +102,7 @@ impl Spool {
         }
         let (reply, answer) = oneshot::channel();
         let replayable_until_ms = replayable_until.map(Timestamp::as_millisecond);
-        let command = Command::Append { event, replayable_until_ms, reply };
+        let command = Command::Append(Append { event, replayable_until_ms, reply });
         self.inbox.send(command).await.map_err(|_| AppendError::Closed)?;
         answer.await.map_err(|_| AppendError::Closed)?
     }
@@ -115,7 +114,7 @@ impl Spool {
 
     /// Marks the file as damaged, so that the next start recovers it.
     pub fn recover_at_next_start(&self) {
-        salvage::order(&self.path);
+        recovery::request(&self.path);
     }
 
     /// Why an event would be refused right now; `None` if it would be accepted.
@@ -196,13 +195,13 @@ fn spawn_writer(
     let (runtime, marked) = (tokio::runtime::Handle::current(), path.to_owned());
     let thread = std::thread::Builder::new().name("spool-writer".to_owned());
     let spawned = thread.spawn(move || match writer.run(commands, &runtime) {
-        End::Closed => {
+        Exit::Closed => {
             lock.release();
             // The receiver is gone if the process exits.
             let _ = ended.send(());
         }
-        End::Damaged => salvage::order(&marked),
-        End::Gone => {}
+        Exit::Damaged => recovery::request(&marked),
+        Exit::FilesGone => {}
     });
     spawned.map_err(|source| OpenError::Io { path: path.to_owned(), source })?;
     Ok(end)

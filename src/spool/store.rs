@@ -14,12 +14,12 @@ use super::settings::Durability;
 use super::types::EVENT_OVERHEAD_BYTES;
 use crate::event::Event;
 
-/// "PRLY", so that `file` and other programs can tell what this is.
+/// "PRLY", by which `file` and other programs recognise a spool.
 const APPLICATION_ID: i64 = 0x5052_4c59;
 /// The version of the schema below, raised with each change of it.
 const FORMAT: i64 = 3;
 
-/// How long to wait for another process that has the file open, such as `sqlite3` in an operator's hands.
+/// How long to wait for another process that has locked the file, such as an operator's `sqlite3`.
 pub(super) const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
 const SCHEMA: &str = "
@@ -71,7 +71,7 @@ pub(super) struct SeenEntries {
 pub(super) struct Store {
     connection: Connection,
     durability: Durability,
-    /// Whether commits are synced at the moment; setting it anew for each transaction would cost time.
+    /// Whether commits are synced at the moment. Setting it for each transaction would cost time.
     synced: bool,
     files: FileIdentity,
     reserve: Reserve,
@@ -92,7 +92,7 @@ impl Store {
         connection
             .execute_batch("PRAGMA synchronous = FULL; PRAGMA fullfsync = ON; PRAGMA checkpoint_fullfsync = ON;")
             .map_err(sqlite)?;
-        // SQLite answers with the mode that it is in, which stays another one on a file system that cannot share memory.
+        // SQLite returns the mode in force, which is another one on a file system without shared memory.
         let mode: String = connection.query_row("PRAGMA journal_mode = WAL", [], |row| row.get(0)).map_err(sqlite)?;
         if mode != "wal" {
             return Err(OpenError::NoWal { path: path.to_owned() });
@@ -108,30 +108,30 @@ impl Store {
         Ok(store)
     }
 
-    /// Space for the worst case.
+    /// Disk space to give up when the disk is full.
     pub fn reserve(&mut self) -> &mut Reserve {
         &mut self.reserve
     }
 
-    /// Whether what is written can be found again by name.
+    /// Whether the paths still lead to the open files.
     pub fn is_in_place(&self) -> bool {
         self.files.is_unchanged()
     }
 
-    /// An error if the totals do not add up: they are counted on with.
+    /// Reads the totals. Fails if they do not add up, because later totals are computed from them.
     pub fn ledger(&self) -> Result<Ledger> {
         let ledger = Ledger::read(&self.connection)?;
         if ledger.balances() { Ok(ledger) } else { Err(wrong_totals()) }
     }
 
-    /// The same, and an error if they lag behind the events.
+    /// Reads the totals. Fails as well if an event has a higher number than the last accepted one.
     pub fn ledger_of_events(&self) -> Result<Ledger> {
         let (ledger, (_, highest)) = (self.ledger()?, self.numbers()?);
         if ledger.accepted >= highest { Ok(ledger) } else { Err(wrong_totals()) }
     }
 
-    /// `durable`: whether this transaction has to survive a power loss once it is committed. A deletion need not: if
-    /// it is lost, the event is published again under the same id.
+    /// `durable`: whether this transaction has to survive a power loss once it is committed. A deletion need not: if it is
+    /// lost, the event is published again under the same id.
     pub fn begin(&mut self, durable: bool) -> Result<()> {
         self.set_synced(durable)?;
         self.run("BEGIN IMMEDIATE")
@@ -145,14 +145,15 @@ impl Store {
         if self.connection.is_autocommit() { Ok(()) } else { self.run("ROLLBACK") }
     }
 
-    /// Copies the write-ahead log into the file, syncs the file, and empties the log.
-    pub fn start_log_anew(&mut self) -> Result<()> {
+    /// Copies the write-ahead log into the file, syncs the file, and truncates the log. Fails with `ExecuteReturnedResults` if
+    /// another process reads the file.
+    pub fn restart_log(&mut self) -> Result<()> {
         self.set_synced(true)?;
         let busy: bool = self.connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get(0))?;
         if busy { Err(rusqlite::Error::ExecuteReturnedResults) } else { Ok(()) }
     }
 
-    /// Accepted events that could not be read any more after the file was damaged; among the removed ones.
+    /// Accepted events that could not be read after the file was damaged; the removed ones include them.
     pub fn lost(&self) -> Result<u64> {
         lost(&self.connection)
     }
@@ -165,7 +166,7 @@ impl Store {
         ledger.write(&self.connection)
     }
 
-    /// Changes something: SQLite writes nothing for an update that leaves everything as it was.
+    /// Makes the transaction write something: SQLite writes nothing if no value changes.
     pub fn touch(&self) -> Result<()> {
         self.run("UPDATE ledger SET touches = touches + 1")
     }
@@ -211,7 +212,7 @@ impl Store {
         Ok(false)
     }
 
-    /// Notes a try of a parked event.
+    /// Records a try of a parked event.
     pub fn tried(&self, seq: u64, now_ms: i64) -> Result<()> {
         let mut statement = self
             .connection
@@ -253,13 +254,13 @@ impl Store {
         Ok(SeenEntries { entries, last })
     }
 
-    /// The id of the event of a number.
+    /// The id of the event with this number.
     pub fn id(&self, seq: u64) -> Result<Option<Uuid>> {
         let mut statement = self.connection.prepare_cached("SELECT id FROM event WHERE seq = ?1")?;
         statement.query_row([seq], |row| Ok(Uuid::from_bytes(row.get(0)?))).optional()
     }
 
-    /// The first and the last number of all events.
+    /// The lowest and the highest number of the events.
     pub fn range(&self) -> Result<Option<(u64, u64)>> {
         let sql = "SELECT min(seq), max(seq) FROM event";
         self.connection.query_row(sql, [], |row| Ok(row.get::<_, Option<u64>>(0)?.zip(row.get(1)?)))
@@ -283,7 +284,7 @@ impl Store {
         Ok(gaps)
     }
 
-    /// Those of the oldest pending event and of the last one of all; 0 where there is none.
+    /// The number of the oldest pending event and the highest one of all events; 0 if there is none.
     pub fn numbers(&self) -> Result<(u64, u64)> {
         let sql = "SELECT coalesce((SELECT seq FROM event WHERE parked_reason IS NULL ORDER BY seq LIMIT 1), 0),
                           coalesce(max(seq), 0) FROM event";
@@ -321,7 +322,8 @@ fn create(connection: &Connection) -> Result<()> {
     ))
 }
 
-/// Counted first: a DELETE with RETURNING would keep a journal of its own, in memory that it takes and gives back each time.
+/// Counts the events first: a DELETE with RETURNING would keep a journal of its own, in memory that it allocates and frees each
+/// time.
 pub(super) fn delete(connection: &Connection, first: u64, last: u64) -> Result<Deleted> {
     let mut count = connection.prepare_cached(
         "SELECT count(*), count(parked_reason), coalesce(sum(length(body)), 0) FROM event WHERE seq BETWEEN ?1 AND ?2",

@@ -1,7 +1,7 @@
-//! The one thread that writes: it takes whatever waits, commits it with one fsync, and answers.
+//! The one thread that writes: it commits all waiting commands with one fsync, and then answers them.
 //!
-//! A commit that fails takes everything in it back: the webhooks are answered 503 and will not appear later, and the
-//! settlements are kept for the next commit.
+//! If a commit fails, nothing of it remains: its webhooks are answered 503 and will not appear later, and its settlements are
+//! kept for the next commit.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -23,30 +23,32 @@ use crate::event::Event;
 use crate::log_limiter::LogLimiter;
 use crate::metrics::Metrics;
 
-/// Commands in one transaction at most: enough to share the fsync, few enough that the first does not wait long.
+/// Most commands in one transaction: enough to share the fsync, few enough that the first does not wait long.
 const BATCH_MAX: usize = 1024;
-/// And bodies: the log has to fit into the reserve when it is carried over.
+/// Most bytes of bodies in one transaction: a checkpoint of the log has to fit into the reserve.
 const BATCH_BYTES_MAX: usize = 2 * 1024 * 1024;
 
-/// While the disk does not take writes, how often it is tried without a webhook asking.
+/// How often to try the disk while it takes no writes, even if no webhook arrives.
 const PROBE_EVERY: Duration = Duration::from_secs(1);
 
 pub(super) enum Command {
-    Append {
-        event: Event,
-        replayable_until_ms: Option<i64>,
-        reply: Reply,
-    },
+    Append(Append),
     Settle(Vec<Settlement>),
     /// Answered after the commit.
     Flush(oneshot::Sender<()>),
 }
 
+pub(super) struct Append {
+    pub event: Event,
+    pub replayable_until_ms: Option<i64>,
+    pub reply: Reply,
+}
+
 impl Command {
-    /// Of the body.
+    /// The length of the body.
     fn bytes(&self) -> usize {
         match self {
-            Self::Append { event, .. } => event.body.len(),
+            Self::Append(append) => append.event.body.len(),
             Self::Settle(_) | Self::Flush(_) => 0,
         }
     }
@@ -58,13 +60,13 @@ pub(super) struct Writer {
     store: Store,
     max_bytes: u64,
     window: Window,
-    /// What a failed commit still owes to the file.
+    /// Settlements that are not committed yet.
     settlements: Vec<Settlement>,
-    /// Why a commit has failed; the file has not been mended since.
-    suspect: Option<Failure>,
-    /// The files have been deleted or unmounted under us: what is in them can still be delivered, and that is all.
+    /// Why the last commits failed. `None` again when [`Self::resume`] has succeeded.
+    failure: Option<CommitFailure>,
+    /// The files were deleted or unmounted: their events can still be delivered, but no event can be accepted.
     gone: bool,
-    /// No later try can do better.
+    /// The file is damaged, so that trying again cannot help.
     damaged: bool,
     status: Arc<SpoolStatus>,
     committed: Arc<Notify>,
@@ -72,39 +74,45 @@ pub(super) struct Writer {
     log_limiter: LogLimiter,
 }
 
-/// Why a commit has failed, the worst last.
+/// Why a commit failed, the worst last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Failure {
-    /// Somebody else writes: nothing has been written.
-    Held,
-    Full,
-    /// Nobody knows what has reached the disk.
+enum CommitFailure {
+    /// Another process holds the lock: nothing was written.
+    Locked,
+    DiskFull,
+    /// Any part of it may have reached the disk.
     Unknown,
 }
 
-impl Failure {
+impl CommitFailure {
     fn of(cause: &rusqlite::Error) -> Self {
         match cause.sqlite_error_code() {
-            Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => Self::Held,
-            Some(ErrorCode::DiskFull) => Self::Full,
+            Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => Self::Locked,
+            Some(ErrorCode::DiskFull) => Self::DiskFull,
             _ => Self::Unknown,
         }
     }
 }
 
-/// Why a writer has ended.
-pub(super) enum End {
-    /// There is nothing more to do.
+/// Why the writer ended.
+pub(super) enum Exit {
+    /// Every sender of commands is gone.
     Closed,
-    /// The files are gone, and what was in them is delivered.
-    Gone,
-    /// The file has turned out to be damaged.
+    /// The files are gone, and all their events are delivered.
+    FilesGone,
+    /// The file is damaged.
     Damaged,
 }
 
-/// What one transaction did, to be told once it is committed.
+/// What a failed commit leaves: the webhooks to refuse.
+struct FailedCommit {
+    replies: Vec<Reply>,
+    cause: rusqlite::Error,
+}
+
+/// What a transaction did, and the answers to send once it is committed.
 #[derive(Default)]
-struct Outcome {
+struct Transaction {
     ledger: Ledger,
     appended: u64,
     replies: Vec<(Reply, Result<Receipt, AppendError>)>,
@@ -129,7 +137,7 @@ impl Writer {
             max_bytes,
             window,
             settlements: Vec::new(),
-            suspect: None,
+            failure: None,
             gone: false,
             damaged: false,
             status,
@@ -139,8 +147,8 @@ impl Writer {
         })
     }
 
-    /// Runs until every sender of commands is gone, if nothing ends it before.
-    pub fn run(mut self, mut commands: mpsc::Receiver<Command>, runtime: &Handle) -> End {
+    /// Runs until every sender of commands is gone, the files are gone and their events delivered, or the file is damaged.
+    pub fn run(mut self, mut commands: mpsc::Receiver<Command>, runtime: &Handle) -> Exit {
         while !self.damaged {
             let first = if self.status.writable() {
                 commands.blocking_recv()
@@ -153,7 +161,7 @@ impl Writer {
                     }
                 }
             };
-            let Some(first) = first else { return End::Closed };
+            let Some(first) = first else { return Exit::Closed };
             let (mut bytes, mut batch) = (first.bytes(), vec![first]);
             while batch.len() < BATCH_MAX
                 && bytes < BATCH_BYTES_MAX
@@ -164,13 +172,13 @@ impl Writer {
             }
             self.busy(|writer| writer.process(batch));
             if self.gone && self.status.ledger().pending == 0 {
-                return End::Gone;
+                return Exit::FilesGone;
             }
         }
-        End::Damaged
+        Exit::Damaged
     }
 
-    /// Does what the disk may not answer to.
+    /// Does work during which the disk may stall.
     fn busy<T>(&mut self, work: impl FnOnce(&mut Self) -> T) -> T {
         self.status.set_busy(Some(Instant::now()));
         let done = work(self);
@@ -182,9 +190,7 @@ impl Writer {
         let (mut appends, mut flushes) = (Vec::new(), Vec::new());
         for command in batch {
             match command {
-                Command::Append { event, replayable_until_ms, reply } => {
-                    appends.push((event, replayable_until_ms, reply))
-                }
+                Command::Append(append) => appends.push(append),
                 Command::Settle(settlements) => self.settlements.extend(settlements),
                 Command::Flush(reply) => flushes.push(reply),
             }
@@ -193,38 +199,38 @@ impl Writer {
             self.gone = true;
             self.status.set_writable(false);
             error!(
-                "the files of the spool are gone: webhooks are answered 503 until what is known is delivered, then the relay ends"
+                "spool files were deleted or unmounted: answering 503, delivering what is still readable, then exiting"
             );
         }
         if !self.may_append() {
-            for (_, _, reply) in appends.drain(..) {
-                // A sender that has hung up does not want to know.
-                let _ = reply.send(Err(AppendError::Unavailable));
+            for append in appends.drain(..) {
+                // The receiver is gone if the sender has hung up.
+                let _ = append.reply.send(Err(AppendError::Unavailable));
             }
         }
         let started = Instant::now();
         let durable = !appends.is_empty();
         match self.transact(appends, durable) {
-            Ok(outcome) => {
-                self.succeeded(&outcome.ledger);
-                if outcome.appended > 0 {
+            Ok(committed) => {
+                self.succeeded(&committed.ledger);
+                if committed.appended > 0 {
                     self.metrics.spool.commit_duration.record(started.elapsed());
-                    self.metrics.spool.commit_events.record(outcome.appended as f64);
+                    self.metrics.spool.commit_events.record(committed.appended as f64);
                     self.committed.notify_one();
                 }
-                for (reply, result) in outcome.replies {
+                for (reply, result) in committed.replies {
                     let _ = reply.send(result);
                 }
             }
-            Err((replies, cause)) => {
+            Err(FailedCommit { replies, cause }) => {
                 self.failed(&cause);
-                // Before the answers: what the failed commit has left in the log must not come back in a crash, so
-                // something else is written over it, synced or not.
-                if self.suspect > Some(Failure::Held) {
-                    if let Ok(outcome) = self.transact(Vec::new(), false) {
-                        self.succeeded(&outcome.ledger);
+                // Before the answers: a crash must not bring back what the failed commit left in the log, so another
+                // transaction overwrites it, synced or not.
+                if self.failure > Some(CommitFailure::Locked) {
+                    if let Ok(committed) = self.transact(Vec::new(), false) {
+                        self.succeeded(&committed.ledger);
                     }
-                    self.mend();
+                    self.resume();
                 }
                 for reply in replies {
                     let _ = reply.send(Err(AppendError::Unavailable));
@@ -236,36 +242,32 @@ impl Writer {
         }
     }
 
-    /// One transaction: all of it, or nothing. `durable`: see [`Store::begin`].
-    fn transact(
-        &mut self,
-        appends: Vec<(Event, Option<i64>, Reply)>,
-        durable: bool,
-    ) -> Result<Outcome, (Vec<Reply>, rusqlite::Error)> {
-        let mut outcome = Outcome::default();
+    /// Commits the appends and all settlements, or nothing. `durable`: see [`Store::begin`].
+    fn transact(&mut self, appends: Vec<Append>, durable: bool) -> Result<Transaction, FailedCommit> {
+        let mut transaction = Transaction::default();
         let mut waiting = appends.into_iter();
         let result = (|| {
             self.store.begin(durable)?;
-            outcome.ledger = self.store.ledger()?;
+            transaction.ledger = self.store.ledger()?;
             if let Some(Purged { last, early }) = self.window.purge(Instant::now()) {
                 self.store.forget(last)?;
                 if early {
                     self.warn_of_short_window();
                 }
             }
-            // First, because they make room.
-            settle(&self.store, &mut outcome.ledger, &self.settlements)?;
-            for (event, replayable_until_ms, reply) in waiting.by_ref() {
-                outcome.replies.push((reply, Err(AppendError::Unavailable)));
-                let answer = self.append(&mut outcome.ledger, &event, replayable_until_ms)?;
-                outcome.appended += u64::from(matches!(answer, Ok(Receipt { duplicate: false, .. })));
-                outcome.replies.last_mut().expect("just pushed").1 = answer;
+            // Before the appends, because they make room.
+            settle(&self.store, &mut transaction.ledger, &self.settlements)?;
+            for Append { event, replayable_until_ms, reply } in waiting.by_ref() {
+                transaction.replies.push((reply, Err(AppendError::Unavailable)));
+                let answer = self.append(&mut transaction.ledger, &event, replayable_until_ms)?;
+                transaction.appended += u64::from(matches!(answer, Ok(Receipt { duplicate: false, .. })));
+                transaction.replies.last_mut().expect("just pushed").1 = answer;
             }
             if let Some((last, entries)) = self.window.uncommitted() {
                 self.store.remember(last, entries)?;
             }
-            self.store.write_ledger(&outcome.ledger)?;
-            if self.suspect.is_some() {
+            self.store.write_ledger(&transaction.ledger)?;
+            if self.failure.is_some() {
                 self.store.touch()?;
             }
             self.store.commit()
@@ -273,20 +275,21 @@ impl Writer {
         match result {
             Ok(()) => {
                 self.window.commit();
-                Ok(outcome)
+                Ok(transaction)
             }
             Err(cause) => {
                 self.window.roll_back();
                 if let Err(error) = self.store.rollback() {
-                    error!(%error, "cannot roll back");
+                    error!(%error, "cannot roll back a failed commit");
                 }
-                let replies = outcome.replies.into_iter().map(|(reply, _)| reply);
-                Err((replies.chain(waiting.map(|(_, _, reply)| reply)).collect(), cause))
+                let replies = transaction.replies.into_iter().map(|(reply, _)| reply);
+                let replies = replies.chain(waiting.map(|append| append.reply)).collect();
+                Err(FailedCommit { replies, cause })
             }
         }
     }
 
-    /// The inner result is the answer to the webhook; the outer one concerns the whole transaction.
+    /// The inner result is the answer to the webhook; the outer error fails the whole transaction.
     fn append(
         &mut self,
         ledger: &mut Ledger,
@@ -320,50 +323,55 @@ impl Writer {
         }
     }
 
-    /// Whether events can be taken: the files are there, the last failure has been mended, and there is space in reserve.
+    /// Whether events can be accepted: the files are there, commits succeed, and the reserve is allocated.
     fn may_append(&mut self) -> bool {
-        if self.gone || (self.suspect.is_some() && !self.mend()) {
+        if self.gone || (self.failure.is_some() && !self.resume()) {
             return false;
         }
         let held = self.store.reserve().is_held();
         if held != self.status.set_writable(held) {
             match held {
-                true => info!("the spool can be written again"),
-                false => error!("the disk of the spool is full: webhooks are answered 503 until there is room"),
+                true => info!("the spool can be written again: accepting webhooks"),
+                false => error!("the spool's disk is full: answering webhooks 503 until there is room"),
             }
         }
         held
     }
 
-    /// After an error of the disk nobody knows which pages of the write-ahead log have reached it: Linux forgets a
-    /// failed fsync once it has told of it. So the log is carried over into the file and begun anew, and only then are
-    /// events taken again. Returns whether that worked.
-    fn mend(&mut self) -> bool {
-        let anew = match self.suspect {
-            Some(Failure::Held) | None => Ok(()),
-            // It makes room, where there is some, and nobody reads the file.
-            Some(Failure::Full) => self.store.start_log_anew().or_else(|cause| match cause {
+    /// Makes sure after a failed commit that the disk works again; events are accepted only after that. Returns whether it does.
+    ///
+    /// After a disk error it is unknown which pages of the write-ahead log reached the disk: Linux reports a failed fsync once
+    /// and then forgets it. So the log is copied into the file and truncated first.
+    fn resume(&mut self) -> bool {
+        let restarted = match self.failure {
+            Some(CommitFailure::Locked) | None => Ok(()),
+            // Restarting the log makes room if there is some, unless another process reads the file.
+            Some(CommitFailure::DiskFull) => self.store.restart_log().or_else(|cause| match cause {
                 rusqlite::Error::ExecuteReturnedResults => Ok(()),
-                cause if Failure::of(&cause) < Failure::Unknown => Ok(()),
+                cause if CommitFailure::of(&cause) < CommitFailure::Unknown => Ok(()),
                 cause => Err(cause),
             }),
-            Some(Failure::Unknown) => self.store.start_log_anew(),
+            Some(CommitFailure::Unknown) => self.store.restart_log(),
         };
-        if matches!(anew, Err(rusqlite::Error::ExecuteReturnedResults))
+        if matches!(restarted, Err(rusqlite::Error::ExecuteReturnedResults))
             && let Some(unreported) = self.log_limiter.due("log-is-read", Instant::now())
         {
             warn!(
                 unreported,
-                "no events are taken until nobody reads the file of the spool (spool verify, a backup, sqlite3)"
+                "cannot accept events while another process reads the spool file (spool verify, a backup, sqlite3); stop it"
             );
         }
-        match anew.map_err(|cause| (Vec::new(), cause)).and_then(|()| self.transact(Vec::new(), true)) {
-            Ok(outcome) => {
-                self.succeeded(&outcome.ledger);
-                self.suspect = None;
+        let resumed = match restarted {
+            Ok(()) => self.transact(Vec::new(), true).map_err(|failed| failed.cause),
+            Err(cause) => Err(cause),
+        };
+        match resumed {
+            Ok(committed) => {
+                self.succeeded(&committed.ledger);
+                self.failure = None;
                 true
             }
-            Err((_, cause)) => {
+            Err(cause) => {
                 self.failed(&cause);
                 false
             }
@@ -376,23 +384,23 @@ impl Writer {
         self.status.set_ledger(ledger);
     }
 
-    /// Says so once, not with each commit.
+    /// Logs the first failure only.
     fn failed(&mut self, cause: &rusqlite::Error) {
         self.status.set_failing(true);
-        self.suspect = self.suspect.max(Some(Failure::of(cause)));
-        // That a number has been given already means that the totals lag behind the events.
-        let given = cause.sqlite_error().map(|error| error.extended_code) == Some(SQLITE_CONSTRAINT_PRIMARYKEY);
-        self.damaged |= is_damage(cause) || given;
+        self.failure = self.failure.max(Some(CommitFailure::of(cause)));
+        // A number that an event has already means that the totals are behind the events.
+        let is_taken = cause.sqlite_error().map(|error| error.extended_code) == Some(SQLITE_CONSTRAINT_PRIMARYKEY);
+        self.damaged |= is_damage(cause) || is_taken;
         if may_lack_space(cause) && self.store.reserve().give_up() {
-            warn!(error = %cause, "the reserve of the spool is given up, so that deliveries can go on");
+            warn!(error = %cause, "the reserve of the spool was freed, so that deliveries go on while the disk is full");
         }
         if self.status.set_writable(false) {
-            error!(error = %cause, "the spool cannot be written: webhooks are answered 503 until it can");
+            error!(error = %cause, "the spool cannot be written: answering webhooks 503 until it can");
         }
     }
 }
 
-/// SQLite tells a quota that is used up as an error of the disk.
+/// SQLite reports an exhausted quota as a disk error.
 fn may_lack_space(cause: &rusqlite::Error) -> bool {
     matches!(cause.sqlite_error_code(), Some(ErrorCode::DiskFull | ErrorCode::SystemIoFailure))
 }
@@ -410,7 +418,7 @@ fn settle(store: &Store, ledger: &mut Ledger, settlements: &[Settlement]) -> Res
             Settlement::Tried(seq) => store.tried(*seq, Timestamp::now().as_millisecond())?,
         }
     }
-    // Events are confirmed in long runs.
+    // Events are confirmed in long runs, so runs are deleted.
     confirmed.sort_unstable();
     for run in confirmed.chunk_by(|before, after| after - before <= 1) {
         let deleted = store.delete(run[0], run[run.len() - 1])?;

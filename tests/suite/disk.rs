@@ -1,5 +1,4 @@
-//! The disk and its faults: full, read-only, gone, failing, damaged. What was answered 200 is there, or the relay says
-//! what is not.
+//! Disk faults: full, read-only, deleted, failing, damaged. Every event answered 200 is kept, or the relay reports its loss.
 
 use std::fs;
 use std::os::unix::fs::FileExt;
@@ -16,7 +15,7 @@ fn scan(number: usize) -> String {
     json!({"eventType": "scan.a", "payload": {"scanId": number.to_string(), "filler": "x".repeat(1000)}}).to_string()
 }
 
-/// A small file system of its own in a folder, gone when it is dropped.
+/// A small file system in a folder, unmounted on drop.
 struct SmallDisk(PathBuf);
 
 impl SmallDisk {
@@ -47,7 +46,7 @@ fn run(program: &str, arguments: &[&str]) {
     assert!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// Sends until the relay refuses. Returns the ids of what it took, and the refusal.
+/// Sends until the relay refuses. Returns the accepted ids, and the refusal.
 async fn fill(relay: &Relay, from: usize) -> (Vec<String>, Value) {
     let mut ids = Vec::new();
     for number in from..from + 100_000 {
@@ -58,7 +57,7 @@ async fn fill(relay: &Relay, from: usize) -> (Vec<String>, Value) {
             _ => panic!("{answer}"),
         }
     }
-    panic!("the disk does not fill up");
+    panic!("100,000 events did not fill the disk");
 }
 
 #[tokio::test]
@@ -73,10 +72,10 @@ async fn a_full_disk_refuses_events_keeps_the_others_and_empties_by_itself() {
     assert_eq!(refusal["code"], "spool-unavailable");
     assert!(ids.len() > 500, "{}", ids.len());
     relay.eventually_logs("the spool cannot be written").await;
-    // Deliveries go on although no event fits any more, and make room.
+    // Deliveries go on although there is no room for another event, and make room.
     wire.accept();
     let delivered = vhost.messages("prism.scan", ids.len()).await;
-    assert_eq!(delivered.iter().map(|delivery| delivery.id()).collect::<Vec<_>>(), ids, "each one, in order, once");
+    assert_eq!(delivered.iter().map(|delivery| delivery.id()).collect::<Vec<_>>(), ids, "each event once, in order");
     relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
     eventually("events to be taken again", async || {
         let answer = relay.post(scan(1_000_000)).await;
@@ -87,7 +86,7 @@ async fn a_full_disk_refuses_events_keeps_the_others_and_empties_by_itself() {
 }
 
 #[tokio::test]
-async fn no_room_and_a_read_only_disk_at_the_start_are_told() {
+async fn no_room_and_a_read_only_disk_at_the_start_are_reported() {
     let setup = Setup::new(NO_BROKER);
     let disk = SmallDisk::mount(setup.folder(), "30m");
     let mut relay = setup.set("spool.path", disk.spool()).start().await;
@@ -111,11 +110,11 @@ async fn no_room_and_a_read_only_disk_at_the_start_are_told() {
     assert!(ended.code == Some(1) && ended.stderr.contains("cannot create or open"), "{ended:?}");
     disk.remount("rw");
     relay.start_again().await;
-    assert_eq!(relay.post(scan(0)).await.expect(200).json()["id"], json!(id), "still remembered");
+    assert_eq!(relay.post(scan(0)).await.expect(200).json()["id"], json!(id), "recognised as a re-send");
 }
 
 #[tokio::test]
-async fn when_the_folder_vanishes_nothing_more_is_acknowledged_and_what_was_is_delivered() {
+async fn when_the_folder_is_deleted_nothing_is_accepted_and_pending_events_are_delivered() {
     let vhost = Vhost::new(Node::shared().await).await;
     let mut wire = Wire::new(vhost.address());
     wire.refuse().await;
@@ -125,9 +124,9 @@ async fn when_the_folder_vanishes_nothing_more_is_acknowledged_and_what_was_is_d
     let mut relay = setup.set("spool.path", path.to_str().unwrap()).start().await;
     let id = relay.post(scan(0)).await.id();
     fs::remove_dir_all(&folder).unwrap();
-    // The relay still has the files open, but a 200 for what is written to them would be a lie.
+    // The relay still has the files open, but events written to them are gone with the process.
     assert_eq!(relay.post(scan(1)).await.expect(503).json()["code"], "spool-unavailable");
-    relay.eventually_logs("the files of the spool are gone").await;
+    relay.eventually_logs("spool files were deleted or unmounted").await;
     wire.accept();
     assert_eq!(vhost.messages("prism.scan", 1).await[0].id(), id);
     let ended = relay.wait().await;
@@ -137,7 +136,7 @@ async fn when_the_folder_vanishes_nothing_more_is_acknowledged_and_what_was_is_d
     vhost.messages("prism.scan", 1).await;
 }
 
-/// Accepts some events, kills the relay, lets `damage` have the files, and starts it again.
+/// Accepts some events, kills the relay, damages its files, and starts it again.
 async fn after(events: usize, damage: impl Fn(&Path)) -> (Relay, Vec<String>, Vhost, Wire) {
     let vhost = Vhost::new(Node::shared().await).await;
     let mut wire = Wire::new(vhost.address());
@@ -153,11 +152,11 @@ async fn after(events: usize, damage: impl Fn(&Path)) -> (Relay, Vec<String>, Vh
     (relay, ids, vhost, wire)
 }
 
-fn beside(path: &Path, ending: &str) -> PathBuf {
-    PathBuf::from(format!("{}{ending}", path.display()))
+fn sibling(path: &Path, suffix: &str) -> PathBuf {
+    PathBuf::from(format!("{}{suffix}", path.display()))
 }
 
-/// Carries the log over into the file, so that the damage hits the file.
+/// Copies the log into the database, so that the damage hits the database.
 fn checkpoint(path: &Path) {
     let connection = rusqlite::Connection::open(path).unwrap();
     connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())).unwrap();
@@ -167,9 +166,9 @@ fn overwrite(path: &Path, from: u64, length: usize) {
     fs::OpenOptions::new().write(true).open(path).unwrap().write_all_at(&vec![0xa5; length], from).unwrap();
 }
 
-/// Everything that is readable comes out, the rest is counted, the damaged file is kept, and all of it is in the log.
-async fn assert_mended(relay: &Relay, ids: &[String], vhost: &Vhost, wire: &mut Wire) -> usize {
-    let line = relay.eventually_logs("the spool has been mended").await;
+/// Readable events are delivered, the others are counted, the damaged file is kept, and the log says so.
+async fn assert_recovered(relay: &Relay, ids: &[String], vhost: &Vhost, wire: &mut Wire) -> usize {
+    let line = relay.eventually_logs("the spool was recovered").await;
     let saved = line["saved"].as_u64().unwrap() as usize;
     let unreadable = line["unreadable"].as_u64().unwrap() as usize;
     assert_eq!(saved + unreadable, ids.len(), "{line}");
@@ -197,7 +196,7 @@ async fn a_truncated_file_gives_back_what_is_left_of_it() {
         file.set_len(file.metadata().unwrap().len() / 2).unwrap();
     })
     .await;
-    assert_mended(&relay, &ids, &vhost, &mut wire).await;
+    assert_recovered(&relay, &ids, &vhost, &mut wire).await;
 }
 
 #[tokio::test]
@@ -207,11 +206,11 @@ async fn a_file_with_a_destroyed_head_is_set_aside() {
         overwrite(path, 0, 100);
     })
     .await;
-    let line = relay.eventually_logs("the spool has been mended").await;
+    let line = relay.eventually_logs("the spool was recovered").await;
     assert_eq!(line["saved"], 0, "{line}");
     let aside = line["aside"].as_str().unwrap();
     assert!(fs::metadata(aside).unwrap().len() > 0);
-    // How many there were nobody knows any more; that there were some is told.
+    // The number of lost events is unknown; that some were lost is reported.
     relay.eventually_logs("it may have held more events").await;
     relay.eventually_metric("prism_relay_spool_lost_events", &[], 1.0).await;
     wire.accept();
@@ -220,21 +219,21 @@ async fn a_file_with_a_destroyed_head_is_set_aside() {
 }
 
 #[tokio::test]
-async fn damage_in_the_middle_is_found_on_the_way_and_mended_at_the_next_start() {
+async fn damage_in_the_middle_is_found_by_the_publisher_and_recovered_at_the_next_start() {
     let (mut relay, ids, vhost, mut wire) = after(400, |path| {
         checkpoint(path);
         let length = fs::metadata(path).unwrap().len();
         overwrite(path, length / 2, 20_000);
     })
     .await;
-    // The publisher runs into it, asks for mending, and ends the process, as a service manager expects.
+    // The publisher finds the damage and marks the file, and the process exits for a service manager to restart it.
     wire.accept();
     let ended = relay.wait().await;
     assert_eq!(ended.code, Some(1), "{}", ended.stderr);
-    assert!(ended.stderr.contains("it will be mended at the next start"), "{}", ended.stderr);
+    assert!(ended.stderr.contains("the next start recovers it"), "{}", ended.stderr);
     wire.refuse().await;
     relay.start_again().await;
-    let line = relay.eventually_logs("the spool has been mended").await;
+    let line = relay.eventually_logs("the spool was recovered").await;
     assert!(line["saved"].as_u64().unwrap() > 0, "{line}");
     wire.accept();
     relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
@@ -243,7 +242,7 @@ async fn damage_in_the_middle_is_found_on_the_way_and_mended_at_the_next_start()
         vhost.messages("prism.scan", depth).await.iter().map(|delivery| delivery.id()).collect();
     let unreadable = line["unreadable"].as_u64().unwrap() as usize;
     let missing = ids.iter().filter(|id| !delivered.contains(*id)).count();
-    // Of some only the body is damaged.
+    // Events with a damaged body are parked.
     let parked = relay.metric("prism_relay_spool_parked_events", &[]).await as usize;
     assert_eq!(missing, unreadable + parked, "{unreadable} unreadable, {parked} parked");
     assert!(missing < 100, "{missing}");
@@ -251,8 +250,8 @@ async fn damage_in_the_middle_is_found_on_the_way_and_mended_at_the_next_start()
     assert_eq!(wrong, parked);
 }
 
-/// Puts events straight into the file, far more than could be sent in the time of a test.
-fn stuff(path: &Path, count: u64) {
+/// Inserts events directly, because sending as many would take too long.
+fn insert_events(path: &Path, count: u64) {
     let connection = rusqlite::Connection::open(path).unwrap();
     connection
         .execute_batch(&format!(
@@ -266,24 +265,24 @@ fn stuff(path: &Path, count: u64) {
         .unwrap();
 }
 
-/// Whenever it is interrupted, the next start goes on with it.
+/// Whenever recovery is interrupted, the next start continues it.
 #[tokio::test]
-async fn a_relay_that_is_killed_while_it_mends_loses_nothing() {
+async fn a_relay_killed_during_recovery_loses_nothing() {
     const COUNT: u64 = 100_000;
     let mut relay = Setup::new(NO_BROKER).start().await;
     relay.post(scan(0)).await.expect(200);
     relay.kill9().await;
     let path = relay.setup().spool();
-    stuff(&path, COUNT);
-    fs::write(beside(&path, ".mend"), "").unwrap();
+    insert_events(&path, COUNT);
+    fs::write(sibling(&path, ".recover"), "").unwrap();
     for _ in 0..3 {
-        // What an earlier one had begun is no sign of this one.
-        let _ = fs::remove_file(beside(&path, ".mending"));
+        // The file of an earlier recovery would hide that this one has not begun.
+        let _ = fs::remove_file(sibling(&path, ".recovering"));
         let mut starting = relay.setup().launch(&["serve"]);
-        eventually("the saving to have begun", async || {
-            let saved = fs::metadata(beside(&path, ".mending")).map_or(0, |file| file.len());
-            // Or to be over already.
-            let is_over = starting.stderr().iter().any(|line| line.contains("the spool has been mended"));
+        eventually("the recovery to begin", async || {
+            let saved = fs::metadata(sibling(&path, ".recovering")).map_or(0, |file| file.len());
+            // It may be over already.
+            let is_over = starting.stderr().iter().any(|line| line.contains("the spool was recovered"));
             if saved > 1 << 20 || is_over { Ok(()) } else { Err(saved) }
         })
         .await;
@@ -296,17 +295,17 @@ async fn a_relay_that_is_killed_while_it_mends_loses_nothing() {
     assert!(names.any(|name| name.to_string_lossy().contains(".damaged-")), "the damaged file is kept");
 }
 
-/// Nothing is set aside before all of it has been saved.
+/// The damaged file is not renamed before all its events are copied.
 #[tokio::test]
-async fn a_disk_without_room_for_mending_loses_nothing() {
+async fn a_disk_without_room_for_recovery_loses_nothing() {
     let setup = Setup::new(NO_BROKER);
     let disk = SmallDisk::mount(setup.folder(), "40m");
     let mut relay = setup.set("spool.path", disk.spool()).start().await;
     relay.post(scan(0)).await.expect(200);
     relay.kill9().await;
     let path = disk.0.join("spool.db");
-    stuff(&path, 50_000);
-    fs::write(beside(&path, ".mend"), "").unwrap();
+    insert_events(&path, 50_000);
+    fs::write(sibling(&path, ".recover"), "").unwrap();
     for _ in 0..2 {
         let ended = relay.run(&["serve"]).await;
         assert!(ended.code == Some(1) && ended.stderr.contains("disk is full"), "{ended:?}");
@@ -316,22 +315,22 @@ async fn a_disk_without_room_for_mending_loses_nothing() {
     assert_eq!(relay.status().await["spool"]["pending"], 50_001);
 }
 
-/// With the broker away nobody else asks for a mend.
+/// With the broker away, only the writer can find the damage.
 #[tokio::test]
-async fn damage_that_only_a_webhook_finds_is_mended_as_well() {
+async fn damage_that_only_a_webhook_finds_is_recovered_as_well() {
     let mut relay = Setup::new(NO_BROKER).start().await;
     for number in 0..30 {
         relay.post(scan(number)).await.expect(200);
     }
-    // The totals lag behind the events, as after a lost write: the next number has been given already.
+    // The totals are behind the events, as after a lost write: an event has the next number already.
     let meddler = rusqlite::Connection::open(relay.setup().spool()).unwrap();
     meddler.execute_batch("UPDATE ledger SET accepted = 29, pending = 29").unwrap();
     drop(meddler);
-    // 503, or cut off when the relay ends: Prism tries again in both cases.
+    // 503, or no answer if the relay exits first: Prism retries in both cases.
     let refused = relay.try_post(scan(1_000_000)).await;
     assert!(!refused.is_ok_and(|answer| answer.status == 200));
     let ended = relay.wait().await;
-    assert!(ended.code == Some(1) && ended.stderr.contains("it will be mended at the next start"), "{}", ended.stderr);
+    assert!(ended.code == Some(1) && ended.stderr.contains("the next start recovers it"), "{}", ended.stderr);
     relay.start_again().await;
     relay.post(scan(1_000_000)).await.expect(200);
     assert_eq!(relay.status().await["spool"]["pending"], 31);
@@ -349,7 +348,7 @@ async fn a_damaged_end_is_found_at_the_start() {
         overwrite(path, fs::metadata(path).unwrap().len() - 4096, 4096);
     })
     .await;
-    assert!(assert_mended(&relay, &ids, &vhost, &mut wire).await > 20);
+    assert!(assert_recovered(&relay, &ids, &vhost, &mut wire).await > 20);
 }
 
 #[tokio::test]
@@ -371,10 +370,10 @@ async fn a_body_with_a_flipped_bit_is_not_published() {
 }
 
 #[tokio::test]
-async fn a_lost_log_is_told() {
+async fn a_lost_log_is_reported() {
     let (relay, ..) = after(5, |path| {
-        fs::remove_file(beside(path, "-wal")).unwrap();
-        let _ = fs::remove_file(beside(path, "-shm"));
+        fs::remove_file(sibling(path, "-wal")).unwrap();
+        let _ = fs::remove_file(sibling(path, "-shm"));
     })
     .await;
     relay.eventually_logs("the write-ahead log of the spool is gone").await;
@@ -382,14 +381,14 @@ async fn a_lost_log_is_told() {
 }
 
 #[tokio::test]
-async fn a_spool_that_is_gone_is_told() {
+async fn a_spool_that_is_gone_is_reported() {
     let (relay, ..) = after(5, |path| {
         for ending in ["", "-wal", "-shm"] {
-            fs::remove_file(beside(path, ending)).unwrap();
+            fs::remove_file(sibling(path, ending)).unwrap();
         }
     })
     .await;
-    relay.eventually_logs("the spool is gone: what waited in it").await;
+    relay.eventually_logs("the spool is gone: events that were pending").await;
     relay.post(scan(1_000_000)).await.expect(200);
 }
 
@@ -399,34 +398,36 @@ async fn an_emptied_file_does_not_take_the_log_with_it() {
         fs::OpenOptions::new().write(true).open(path).unwrap().set_len(0).unwrap();
     })
     .await;
-    let line = relay.eventually_logs("the spool has been mended").await;
+    let line = relay.eventually_logs("the spool was recovered").await;
     let aside = line["aside"].as_str().unwrap();
-    assert!(fs::metadata(format!("{aside}-wal")).unwrap().len() > 0, "kept for a closer look");
+    assert!(fs::metadata(format!("{aside}-wal")).unwrap().len() > 0, "the log is kept");
     relay.post(scan(1_000_000)).await.expect(200);
 }
 
 #[tokio::test]
-async fn a_spool_of_a_newer_relay_is_left_alone() {
+async fn a_spool_of_another_format_is_left_alone() {
     let mut relay = Setup::new(NO_BROKER).start().await;
     relay.post(scan(0)).await.expect(200);
     relay.sigterm();
     assert_eq!(relay.wait().await.code, Some(0));
-    let newer = rusqlite::Connection::open(relay.setup().spool()).unwrap();
-    newer.execute_batch("PRAGMA user_version = 99").unwrap();
-    let ended = relay.run(&["serve"]).await;
-    assert!(ended.code == Some(1) && ended.stderr.contains("newer prism-relay (format 99"), "{ended:?}");
-    let rows: i64 = newer.query_row("SELECT count(*) FROM event", [], |row| row.get(0)).unwrap();
+    let other = rusqlite::Connection::open(relay.setup().spool()).unwrap();
+    for (format, expected) in [(99, "newer prism-relay (format 99"), (2, "older prism-relay (format 2")] {
+        other.execute_batch(&format!("PRAGMA user_version = {format}")).unwrap();
+        let ended = relay.run(&["serve"]).await;
+        assert!(ended.code == Some(1) && ended.stderr.contains(expected), "{ended:?}");
+    }
+    let rows: i64 = other.query_row("SELECT count(*) FROM event", [], |row| row.get(0)).unwrap();
     assert_eq!(rows, 1);
 }
 
 #[tokio::test]
-async fn a_file_that_somebody_holds_is_not_waited_for_without_end() {
+async fn a_file_locked_by_another_process_is_not_waited_for_forever() {
     let relay = Setup::new(NO_BROKER).start().await;
     let id = relay.post(scan(0)).await.id();
-    // Whoever reads, however long, is in nobody's way.
+    // A process that reads blocks nothing, however long it takes.
     let reader = rusqlite::Connection::open(relay.setup().spool()).unwrap();
     reader.execute_batch("BEGIN; SELECT count(*) FROM event").unwrap();
-    // Somebody holds the file: commits wait for SQLite's busy timeout, and then fail.
+    // A process that locks the file does: commits wait for SQLite's busy timeout, then fail.
     let holder = rusqlite::Connection::open(relay.setup().spool()).unwrap();
     holder.execute_batch("BEGIN IMMEDIATE").unwrap();
     assert_eq!(relay.post(scan(1)).await.expect(503).json()["code"], "spool-unavailable");

@@ -31,7 +31,7 @@ async fn a_broker_that_is_away_at_the_start_changes_nothing_for_prism() {
 }
 
 #[tokio::test]
-async fn what_was_answered_200_survives_kill_9_and_is_published_once() {
+async fn an_event_answered_200_survives_kill_9_and_is_published_once() {
     let vhost = Vhost::new(Node::shared().await).await;
     let mut wire = Wire::new(vhost.address());
     wire.refuse().await;

@@ -1,9 +1,9 @@
-//! Promise 1 at its hardest: the power fails, and only what was synced survives; or the disk refuses to write or sync.
+//! Promise 1 under power loss, and with a disk that refuses to write or sync.
 //!
 //! The real relay runs with a library between it and the disk (`faults/disk.c`), which keeps a journal of every write,
-//! cut and sync of the spool's files. For many instants the test works out files that a power loss at that instant could
-//! have left: everything up to each file's last sync, and of what was written after it some sectors and not others.
-//! Whatever had been answered 200 before that instant has to be there when SQLite opens them.
+//! truncation and sync of the spool's files. For many instants the test builds files that a power loss at that instant could
+//! have left: everything up to each file's last sync, and some of the sectors written after it. SQLite opens them, and every
+//! event that was answered 200 before that instant has to be there.
 
 use std::collections::HashSet;
 use std::fs;
@@ -17,7 +17,7 @@ use crate::harness::{Node, Relay, Setup, Vhost, Wire, eventually, eventually_equ
 
 const NO_BROKER: &str = "amqp://guest:guest@127.0.0.1:1/%2f";
 
-/// What a disk writes in one piece or not at all.
+/// The unit that a disk writes completely or not at all.
 const SECTOR: usize = 512;
 
 fn scan(number: usize) -> String {
@@ -44,14 +44,14 @@ fn with_library(setup: Setup) -> Setup {
         .env("PRISM_DISK_FAULTS", faults.to_str().unwrap())
 }
 
-/// One call that the journal has noted.
+/// One call in the journal.
 enum Call {
     Write { file: usize, offset: usize, bytes: Vec<u8> },
     Cut { file: usize, length: usize },
     Sync { file: usize },
 }
 
-/// The calls, each with the journal's length after it. The last one is left out where the process was killed while noting it.
+/// The calls, each with the journal's length after it. Without the last one if the process was killed while recording it.
 fn read_journal(path: &Path) -> Vec<(u64, Call)> {
     let journal = fs::read(path).unwrap();
     let mut calls = Vec::new();
@@ -88,7 +88,7 @@ fn survivors(calls: &[(u64, Call)], random: &mut fastrand::Rng) -> [Vec<u8>; 2] 
     };
     let synced = [last_sync(0), last_sync(1)];
     let mut files = [Vec::new(), Vec::new()];
-    // A disk may write later sectors first, so each one of them survives by chance; some disks write none, some all.
+    // A disk may write later sectors first, so each survives by chance; some disks write none of them, some all.
     let chance = [0.0, 0.1, 0.5, 0.9, 1.0][random.usize(0..5)];
     for (index, (_, call)) in calls.iter().enumerate() {
         match call {
@@ -131,7 +131,7 @@ fn journal(relay: &Relay) -> PathBuf {
 }
 
 #[tokio::test]
-async fn what_was_answered_200_survives_a_power_loss_at_any_instant() {
+async fn events_answered_200_survive_a_power_loss_at_any_instant() {
     const SENDERS: usize = 8;
     const EVENTS: usize = 150;
     const INSTANTS: usize = 150;
@@ -145,7 +145,7 @@ async fn what_was_answered_200_survives_a_power_loss_at_any_instant() {
                 let mut acknowledged = Vec::new();
                 for number in 0..EVENTS {
                     let id = client.post(scan(sender * EVENTS + number)).await.unwrap().id();
-                    // What the journal had when the 200 was here was there before it.
+                    // Everything in the journal now was written before the 200 was sent.
                     acknowledged.push((fs::metadata(&journal).unwrap().len(), id));
                 }
                 acknowledged
@@ -171,7 +171,10 @@ async fn what_was_answered_200_survives_a_power_loss_at_any_instant() {
         let found = reopen(relay.folder(), survivors(&calls[..instant], &mut random));
         for (at, id) in acknowledged.iter().filter(|(at, _)| *at <= length) {
             let bytes = uuid::Uuid::parse_str(id).unwrap().into_bytes().to_vec();
-            assert!(found.contains(&bytes), "seed {seed}: {id}, answered at {at}, is lost at {length}");
+            assert!(
+                found.contains(&bytes),
+                "seed {seed}: {id}, answered at {at}, was lost by a power loss at {length}"
+            );
             expected += 1;
         }
     }
@@ -192,7 +195,7 @@ async fn a_disk_that_fails_or_turns_read_only_takes_no_200_back() {
             refused.push(scan(number));
         }
         relay.eventually_logs("the spool cannot be written").await;
-        // Killed while the disk is sick: what was refused must not come back.
+        // Killed while the disk fails: refused events must not come back.
         relay.kill9().await;
         fs::remove_file(&faults).unwrap();
         relay.start_again().await;
@@ -214,9 +217,9 @@ async fn a_disk_that_fails_or_turns_read_only_takes_no_200_back() {
     }
 }
 
-/// Neither done nor failed: nobody waits for it for long, and everybody is told.
+/// A sync that neither succeeds nor fails holds up nothing for long, and is reported.
 #[tokio::test]
-async fn a_disk_that_does_not_answer_is_told_and_not_waited_for() {
+async fn a_stalled_disk_is_reported_and_not_waited_for() {
     let mut relay = with_library(Setup::new(NO_BROKER).set("shutdown.grace", "2s")).start().await;
     let faults = relay.folder().join("faults");
     relay.post(scan(0)).await.expect(200);
@@ -224,15 +227,15 @@ async fn a_disk_that_does_not_answer_is_told_and_not_waited_for() {
     assert_eq!(relay.post(scan(1)).await.expect(503).json()["code"], "spool-unavailable");
     assert_eq!(relay.ops_get("/readyz").await.status, 503);
     assert_eq!(relay.status().await["spool"]["writable"], false);
-    relay.eventually_logs("the disk of the spool does not answer: webhooks are answered 503").await;
-    // From now on at once: what waited as well would take memory.
+    relay.eventually_logs("disk does not answer; answering webhooks 503").await;
+    // Further webhooks are refused at once: waiting ones would take memory.
     for number in 2..200 {
         relay.post(scan(number)).await.expect(503);
     }
     fs::remove_file(&faults).unwrap();
     eventually_equal("/readyz", 200, async || relay.ops_get("/readyz").await.status).await;
-    relay.eventually_logs("the disk of the spool answers again").await;
-    // What hung was written in the end, and is recognised.
+    relay.eventually_logs("disk answers again").await;
+    // The event whose sync hung was written in the end, and is recognised.
     assert_eq!(relay.post(scan(1)).await.expect(200).json()["duplicate"], true);
     assert_eq!(relay.status().await["spool"]["accepted"], 2);
 
@@ -240,14 +243,18 @@ async fn a_disk_that_does_not_answer_is_told_and_not_waited_for() {
     relay.post(scan(2)).await.expect(503);
     relay.sigterm();
     let ended = relay.wait().await;
-    assert!(ended.code == Some(0) && ended.stderr.contains("the spool could not be closed in time"), "{ended:?}");
+    assert!(ended.code == Some(0) && ended.stderr.contains("timed out closing the spool"), "{ended:?}");
 
-    // Nor does a start keep a signal waiting.
-    fs::write(relay.setup().spool().with_extension("db.mend"), "").unwrap();
+    // A start does not delay a signal either.
+    fs::write(relay.setup().spool().with_extension("db.recover"), "").unwrap();
     let mut starting = relay.setup().launch(&["serve"]);
     eventually("the start to say what it does", async || {
         let lines = starting.stderr();
-        if lines.iter().any(|line| line.contains("saving what can be read")) { Ok(()) } else { Err(lines.join("\n")) }
+        if lines.iter().any(|line| line.contains("copying all readable events")) {
+            Ok(())
+        } else {
+            Err(lines.join("\n"))
+        }
     })
     .await;
     starting.signal("TERM");
@@ -265,23 +272,23 @@ async fn with_a_backlog(vhost: &Vhost) -> (Relay, Wire) {
     (relay, wire)
 }
 
-/// SQLite tells it as an error of the disk.
+/// SQLite reports an exhausted quota as a disk error.
 #[tokio::test]
-async fn deliveries_go_on_where_a_quota_is_used_up() {
+async fn deliveries_go_on_when_a_quota_is_exhausted() {
     let vhost = Vhost::new(Node::shared().await).await;
     let (relay, mut wire) = with_a_backlog(&vhost).await;
     fs::write(relay.folder().join("faults"), "quota").unwrap();
     relay.post(scan(20)).await.expect(503);
-    relay.eventually_logs("the reserve of the spool is given up").await;
+    relay.eventually_logs("the reserve of the spool was freed").await;
     wire.accept();
     relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
     vhost.messages("prism.scan", 20).await;
     vhost.assert_empty("prism.scan").await;
 }
 
-/// SQLite tells an error of the disk as damage. What cannot be read at the moment is not given up.
+/// SQLite reports a disk error as damage. Events that cannot be read at the moment are not given up.
 #[tokio::test]
-async fn a_disk_that_is_away_is_not_taken_for_a_damaged_spool() {
+async fn a_disk_that_is_away_does_not_count_as_a_damaged_spool() {
     let mut relay = with_library(Setup::new(NO_BROKER)).start().await;
     for number in 0..50 {
         relay.post(scan(number)).await.expect(200);
@@ -291,7 +298,7 @@ async fn a_disk_that_is_away_is_not_taken_for_a_damaged_spool() {
     let connection = rusqlite::Connection::open(&spool).unwrap();
     connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())).unwrap();
     drop(connection);
-    fs::write(spool.with_extension("db.mend"), "").unwrap();
+    fs::write(spool.with_extension("db.recover"), "").unwrap();
     fs::write(&faults, "read").unwrap();
     for _ in 0..2 {
         let ended = relay.run(&["serve"]).await;
@@ -303,7 +310,7 @@ async fn a_disk_that_is_away_is_not_taken_for_a_damaged_spool() {
 }
 
 #[tokio::test]
-async fn deliveries_are_not_repeated_because_the_disk_was_sick() {
+async fn deliveries_are_not_repeated_on_a_failing_disk() {
     let vhost = Vhost::new(Node::shared().await).await;
     let (relay, mut wire) = with_a_backlog(&vhost).await;
     fs::write(relay.folder().join("faults"), "write").unwrap();
@@ -314,9 +321,9 @@ async fn deliveries_are_not_repeated_because_the_disk_was_sick() {
     vhost.assert_empty("prism.scan").await;
 }
 
-/// What cannot be noted as tried is not tried again and again.
+/// A retry that cannot be recorded is not repeated again and again.
 #[tokio::test]
-async fn parked_events_are_not_repeated_because_the_disk_is_sick() {
+async fn parked_events_are_not_repeated_on_a_failing_disk() {
     let vhost = Vhost::new(Node::shared().await).await;
     vhost.create_exchange("prism.events", "topic", json!({})).await;
     let setup = Setup::new(&vhost.url()).set("topology.declare", "off").set("broker.parked_retry", "100ms");

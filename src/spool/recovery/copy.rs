@@ -1,0 +1,192 @@
+//! Copies the readable events of a damaged spool into a new one. Knows nothing of files.
+
+use rusqlite::{Connection, ErrorCode, Result, Row};
+
+use super::super::ledger::Ledger;
+use super::super::reader::{COLUMNS, stored_at_least};
+use super::super::store::{NUMBER_MAX, Store, lost};
+use super::super::types::{Stored, cost};
+
+/// Most failed look-ups of single numbers. Each takes a microsecond or two.
+const LOOKUPS_MAX: u64 = 3_000_000;
+
+/// Without totals, search this many sequence numbers on either side of the range found.
+const MARGIN: u64 = 200_000;
+
+/// Numbers further than this beyond the known total were made up by the damage.
+const AHEAD_MAX: u64 = 1_000_000;
+
+/// Bodies copied between two commits, so that the log of the new file stays small.
+const COMMIT_BYTES: u64 = 16 * 1024 * 1024;
+
+/// What was copied.
+pub(super) struct Saved {
+    pub events: u64,
+    pub unreadable: u64,
+    /// Whether the totals were readable, so that `unreadable` is exact.
+    pub totals_known: bool,
+    /// Whether anything was unreadable.
+    pub damage: bool,
+}
+
+/// The value, or `None` if the file is damaged there. An error means that it cannot be read at the moment.
+pub(super) fn readable<T>(outcome: Result<T>) -> Result<Option<T>> {
+    use ErrorCode::{DatabaseCorrupt, NotADatabase, SystemIoFailure, TooBig, Unknown};
+    use rusqlite::ffi::{SQLITE_IOERR_READ, SQLITE_IOERR_SHORT_READ};
+    match outcome {
+        Ok(value) => Ok(Some(value)),
+        Err(error) => match error.sqlite_error().map(|error| (error.code, error.extended_code)) {
+            // Unknown: the schema makes the SQL invalid. None: a value has the wrong type.
+            Some((DatabaseCorrupt | NotADatabase | TooBig | Unknown, _)) | None => Ok(None),
+            // An unreadable sector, or a file that ends too early.
+            Some((SystemIoFailure, SQLITE_IOERR_READ | SQLITE_IOERR_SHORT_READ)) => Ok(None),
+            Some(_) => Err(error),
+        },
+    }
+}
+
+/// Copies the readable events and works out the totals.
+pub(super) fn copy(old: Option<&Connection>, store: &mut Store) -> Result<Saved> {
+    let known = old.map_or(Ok(None), |old| readable(Ledger::read(old)))?;
+    let known = known.filter(|known| known.balances() && known.accepted <= NUMBER_MAX);
+    let highest = known.map_or(NUMBER_MAX, |known| known.accepted.saturating_add(AHEAD_MAX)).min(NUMBER_MAX);
+    store.begin(false)?;
+    let mut copier =
+        Copier { store, highest, ledger: Ledger::default(), committed: 0, damage: false, homeless: vec![] };
+    if let Some(old) = old {
+        copier.copy_from(old, known.map(|known| known.accepted))?;
+    }
+    let Copier { ledger: copied, damage, .. } = copier;
+    let (oldest, highest) = store.numbers()?;
+    let (events, mut ledger) = (copied.pending + copied.parked, known.unwrap_or_default());
+    if known.is_none() {
+        // The numbers stand in for the totals: no number is given twice, and events before the oldest pending one were probably
+        // delivered. If events may be missing, one is counted as lost, so that metrics and alerts show it.
+        let missing = u64::from(old.is_none() || damage || events == 0);
+        ledger.accepted = (highest + missing).max(events + missing);
+        ledger.confirmed = oldest.saturating_sub(1).min(ledger.accepted - events - missing);
+    }
+    let removed_before = ledger.removed;
+    ledger.accepted = ledger.accepted.max(highest).max(events);
+    ledger.confirmed = ledger.confirmed.min(ledger.accepted - events);
+    ledger.removed = ledger.accepted - events - ledger.confirmed;
+    (ledger.pending, ledger.parked, ledger.bytes) = (copied.pending, copied.parked, copied.bytes);
+    store.write_ledger(&ledger)?;
+    let lost_before = old.map_or(Ok(None), |old| readable(lost(old)))?.unwrap_or(0).min(removed_before);
+    let unreadable = ledger.removed.saturating_sub(removed_before);
+    store.set_lost(lost_before + unreadable)?;
+    store.commit()?;
+    Ok(Saved { events, unreadable, totals_known: known.is_some(), damage: damage || known.is_none() })
+}
+
+struct Copier<'a> {
+    store: &'a mut Store,
+    /// No event can have a higher number.
+    highest: u64,
+    /// Counts the copied events: pending, parked and bytes.
+    ledger: Ledger,
+    /// Bytes at the last commit.
+    committed: u64,
+    /// Whether anything was unreadable.
+    damage: bool,
+    /// Events whose number another event has: the damage made one of the two up.
+    homeless: Vec<Parkable>,
+}
+
+struct Parkable {
+    stored: Stored,
+    parked_reason: Option<String>,
+}
+
+impl Copier<'_> {
+    /// Copies from the front up to the damage, from the back down to the damage, and looks up each number in between.
+    fn copy_from(&mut self, old: &Connection, accepted: Option<u64>) -> Result<()> {
+        let columns = format!("SELECT {COLUMNS}, parked_reason FROM event");
+        let complete = self.copy_rows(old, &format!("{columns} ORDER BY seq"), 0)?;
+        if complete && !self.damage && self.homeless.is_empty() {
+            return Ok(());
+        }
+        self.damage = true;
+        let (_, reached) = self.store.numbers()?;
+        self.copy_rows(old, &format!("{columns} ORDER BY seq DESC"), reached)?;
+        // Without a schema there is nothing to look up.
+        if let Some(mut one) = readable(old.prepare(&format!("{columns} WHERE seq = ?1")))? {
+            let mut failed = 0;
+            let gaps = self.gaps(accepted)?;
+            for seq in gaps.into_iter().flat_map(|(from, to)| from..=to) {
+                let found = readable(one.query_one([seq], |row| Ok(self.take(row))))?.transpose()?;
+                failed += u64::from(found.flatten().is_none());
+                if failed >= LOOKUPS_MAX {
+                    break;
+                }
+            }
+        }
+        // The own number of a homeless event is among those without an event.
+        let gaps = self.gaps(accepted)?;
+        let mut free = gaps.into_iter().flat_map(|(from, to)| from..=to);
+        for mut event in std::mem::take(&mut self.homeless) {
+            event.stored.seq = free.next().map_or_else(|| self.store.numbers().map(|(_, last)| last + 1), Ok)?;
+            self.keep(&event)?;
+        }
+        Ok(())
+    }
+
+    /// Copies rows until one is unreadable, or down to number `down_to`. Returns whether that was all.
+    fn copy_rows(&mut self, old: &Connection, sql: &str, down_to: u64) -> Result<bool> {
+        let Some(mut statement) = readable(old.prepare(sql))? else { return Ok(false) };
+        let mut rows = statement.query([])?;
+        while let Some(row) = readable(rows.next())? {
+            let Some(row) = row else { return Ok(true) };
+            if self.take(row)?.is_some_and(|seq| seq <= down_to) {
+                break;
+            }
+        }
+        Ok(false)
+    }
+
+    /// The ranges of numbers that were not copied and may have an event, the shortest first: a long one is more likely to come
+    /// from a number that the damage made up.
+    fn gaps(&self, accepted: Option<u64>) -> Result<Vec<(u64, u64)>> {
+        let (first, last) = self.store.range()?.unwrap_or_else(|| {
+            let end = accepted.unwrap_or(1).max(1);
+            (end + 1, end)
+        });
+        let last = accepted.map_or(last.saturating_add(MARGIN), |accepted| accepted.max(last)).min(self.highest);
+        let mut gaps = self.store.gaps(first.saturating_sub(MARGIN).max(1), last)?;
+        gaps.sort_by_key(|(from, to)| to - from);
+        Ok(gaps)
+    }
+
+    /// Copies the event of a row. Returns its number, or `None` if the row is damaged.
+    fn take(&mut self, row: &Row<'_>) -> Result<Option<u64>> {
+        let stored = stored_at_least(row).ok().filter(|stored| (1..=self.highest).contains(&stored.seq));
+        let (Some(stored), parked_reason) = (stored, row.get(8).unwrap_or(None)) else {
+            self.damage = true;
+            return Ok(None);
+        };
+        let (seq, event) = (stored.seq, Parkable { stored, parked_reason });
+        match self.store.id(seq)? {
+            None => self.keep(&event)?,
+            // Copied before.
+            Some(id) if id == event.stored.event.id => {}
+            Some(_) => self.homeless.push(event),
+        }
+        Ok(Some(seq))
+    }
+
+    fn keep(&mut self, Parkable { stored: Stored { seq, event }, parked_reason }: &Parkable) -> Result<()> {
+        self.store.insert(*seq, event)?;
+        self.ledger.pending += 1;
+        self.ledger.bytes += cost(&event.body);
+        if let Some(reason) = parked_reason {
+            self.store.park(*seq, reason, 0)?;
+            self.ledger.park()?;
+        }
+        if self.ledger.bytes - self.committed >= COMMIT_BYTES {
+            self.committed = self.ledger.bytes;
+            self.store.commit()?;
+            self.store.begin(false)?;
+        }
+        Ok(())
+    }
+}

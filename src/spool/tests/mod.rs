@@ -1,0 +1,207 @@
+//! What the model cannot reach: commits that fail or are shared, limits of reading, captured requests.
+
+mod files;
+mod model;
+mod recovery;
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tempfile::TempDir;
+use uuid::Uuid;
+
+use super::*;
+use crate::event::{Fingerprint, TraceContext};
+
+fn settings(path: &Path, max_bytes: u64) -> Settings {
+    Settings { path: path.to_owned(), max_bytes, durability: Durability::Disk }
+}
+
+fn deduped(window: Duration) -> dedupe::Settings {
+    dedupe::Settings { window, entries_max: 1000 }
+}
+
+const WINDOW: Duration = Duration::from_secs(3600);
+
+fn event(body: impl Into<Vec<u8>>) -> Event {
+    let body = Bytes::from(body.into());
+    Event {
+        id: Uuid::now_v7(),
+        accepted_ms: jiff::Timestamp::now().as_millisecond(),
+        authentic: true,
+        trace: None,
+        fingerprint: Fingerprint::of(&body),
+        body,
+    }
+}
+
+struct Opened {
+    spool: Spool,
+    end: WriterEnd,
+}
+
+impl Opened {
+    fn open(path: &Path, max_bytes: u64, window: Duration) -> Self {
+        let metrics = Arc::new(Metrics::new());
+        let (spool, end) = Spool::open(&settings(path, max_bytes), &deduped(window), metrics).unwrap();
+        Self { spool, end }
+    }
+
+    async fn close(self) {
+        drop(self.spool);
+        self.end.await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn everything_about_an_event_comes_back_as_it_went_in() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("new/folder/spool.db");
+    let mut event = event(*b"\xff\0\"{");
+    event.authentic = false;
+    event.trace = Some(TraceContext { traceparent: "00-a-b-01".to_owned(), tracestate: Some("k=v".to_owned()) });
+    let opened = Opened::open(&path, 1 << 20, WINDOW);
+    opened.spool.append(event.clone(), None).await.unwrap();
+    opened.close().await;
+    let opened = Opened::open(&path, 1 << 20, WINDOW);
+    let batch = opened.spool.pending_after(0, 10).await.unwrap();
+    assert_eq!(batch, Batch { events: vec![Stored { seq: 1, event }], more: false });
+    opened.close().await;
+}
+
+#[tokio::test]
+async fn many_senders_share_commits_and_one_body_is_taken_once() {
+    let folder = TempDir::new().unwrap();
+    let opened = Opened::open(&folder.path().join("spool.db"), 1 << 30, WINDOW);
+    let senders = (0..200u32).map(|n| {
+        let spool = opened.spool.clone();
+        tokio::spawn(async move { spool.append(event((n / 2).to_string()), None).await.unwrap() })
+    });
+    let mut ids: HashMap<Uuid, Vec<bool>> = HashMap::new();
+    for sender in senders.collect::<Vec<_>>() {
+        let receipt = sender.await.unwrap();
+        ids.entry(receipt.id).or_default().push(receipt.duplicate);
+    }
+    assert_eq!(ids.len(), 100);
+    assert!(ids.values().all(|duplicates| duplicates.iter().filter(|duplicate| **duplicate).count() == 1));
+    let ledger = opened.spool.status().ledger();
+    assert_eq!((ledger.accepted, ledger.duplicates), (100, 100));
+    opened.close().await;
+}
+
+#[tokio::test]
+async fn without_a_window_every_body_counts() {
+    let folder = TempDir::new().unwrap();
+    let opened = Opened::open(&folder.path().join("spool.db"), 1 << 20, Duration::ZERO);
+    for _ in 0..3 {
+        assert!(!opened.spool.append(event("a"), None).await.unwrap().duplicate);
+    }
+    opened.close().await;
+}
+
+#[tokio::test]
+async fn captured_requests_are_recognised_after_a_restart() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("spool.db");
+    let opened = Opened::open(&path, 1 << 20, Duration::from_millis(1));
+    let until = |seconds| Some(Timestamp::now().checked_add(jiff::SignedDuration::from_secs(seconds)).unwrap());
+    let [first, second] = [until(300), until(310)];
+    let mut ids = Vec::new();
+    for until in [first, second] {
+        let receipt = opened.spool.append(event("a"), until).await.unwrap();
+        assert!(!receipt.duplicate, "the window has passed");
+        ids.push(receipt.id);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    opened.close().await;
+    let opened = Opened::open(&path, 1 << 20, Duration::from_millis(1));
+    for (until, id) in [(first, ids[0]), (second, ids[1])] {
+        let receipt = opened.spool.append(event("a"), until).await.unwrap();
+        assert_eq!((receipt.id, receipt.duplicate), (id, true));
+    }
+    assert!(
+        !opened.spool.append(event("a"), until(320)).await.unwrap().duplicate,
+        "signed at another time, so sent again"
+    );
+    opened.close().await;
+}
+
+#[tokio::test]
+async fn reading_is_bounded_by_number_and_by_bytes() {
+    let folder = TempDir::new().unwrap();
+    let opened = Opened::open(&folder.path().join("spool.db"), 1 << 30, WINDOW);
+    for n in 0..10u8 {
+        opened.spool.append(event(vec![n; 1024 * 1024]), None).await.unwrap();
+    }
+    let two = opened.spool.pending_after(3, 2).await.unwrap();
+    assert_eq!((two.events.iter().map(|stored| stored.seq).collect::<Vec<_>>(), two.more), (vec![4, 5], true));
+    let cut = opened.spool.pending_after(0, 100).await.unwrap();
+    assert_eq!((cut.events.len(), cut.more), (4, true));
+    let rest = opened.spool.pending_after(8, 100).await.unwrap();
+    assert_eq!((rest.events.len(), rest.more), (2, false));
+    let parked = (1..=10).map(|seq| Settlement::Parked { seq, reason: "no queue".to_owned() });
+    opened.spool.settle(parked.collect()).await;
+    opened.spool.flush().await;
+    let cut = opened.spool.parked_due(i64::MAX, 0, 100).await.unwrap();
+    assert_eq!((cut.events.len(), cut.more), (4, true));
+    opened.close().await;
+}
+
+#[tokio::test]
+async fn a_failed_commit_refuses_its_events_and_they_never_appear() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("spool.db");
+    let opened = Opened::open(&path, 1 << 30, WINDOW);
+    opened.spool.append(event("before"), None).await.unwrap();
+    // A statement in the middle of the transaction fails, as it would on a full disk.
+    let meddler = rusqlite::Connection::open(&path).unwrap();
+    meddler
+        .execute_batch("CREATE TRIGGER no_more BEFORE INSERT ON event BEGIN SELECT RAISE(ABORT, 'no'); END")
+        .unwrap();
+    let refused = event("during");
+    assert_eq!(opened.spool.append(refused.clone(), None).await, Err(AppendError::Unavailable));
+    meddler.execute_batch("DROP TRIGGER no_more").unwrap();
+    // The same body again: the failed commit left nothing in the dedupe window.
+    let receipt = opened.spool.append(event("during"), None).await.unwrap();
+    assert!(!receipt.duplicate && receipt.id != refused.id);
+    assert!(opened.spool.status().writable());
+    let events = opened.spool.pending_after(0, 10).await.unwrap().events;
+    assert_eq!(events.len(), 2);
+    assert!(events.iter().all(|stored| stored.event.id != refused.id));
+    assert_eq!(opened.spool.status().ledger().accepted, 2);
+    opened.close().await;
+}
+
+#[tokio::test]
+async fn settlements_survive_a_failed_commit() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("spool.db");
+    let opened = Opened::open(&path, 1 << 30, WINDOW);
+    opened.spool.append(event("a"), None).await.unwrap();
+    let meddler = rusqlite::Connection::open(&path).unwrap();
+    meddler.execute_batch("CREATE TRIGGER keep BEFORE DELETE ON event BEGIN SELECT RAISE(ABORT, 'no'); END").unwrap();
+    opened.spool.settle(vec![Settlement::Confirmed(1)]).await;
+    opened.spool.flush().await;
+    assert_eq!(opened.spool.status().ledger().pending, 1);
+    assert!(!opened.spool.status().writable() && !opened.spool.status().takes_settlements());
+    meddler.execute_batch("DROP TRIGGER keep").unwrap();
+    opened.spool.flush().await;
+    assert!(opened.spool.status().takes_settlements());
+    assert_eq!(opened.spool.status().ledger().confirmed, 1);
+    assert!(opened.spool.status().writable());
+    opened.close().await;
+}
+
+#[test]
+fn debug_shows_no_body() {
+    let stored = Stored { seq: 1, event: event(r#"{"eventType":"a","payload":{"userToken":"hunter2"}}"#) };
+    let batch = Batch { events: vec![stored.clone()], more: false };
+    let entry = Entry { stored, parked_reason: None, tried_ms: None };
+    for shown in [format!("{batch:?}"), format!("{entry:?}")] {
+        let bytes = format!("{:?}", b"hunter2");
+        assert!(!shown.contains("hunter2") && !shown.contains(bytes.trim_matches(['[', ']'])), "{shown}");
+    }
+}

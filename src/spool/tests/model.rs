@@ -1,0 +1,158 @@
+//! The spool against a model, with reopening among the operations.
+
+use std::collections::{BTreeMap, HashMap};
+
+use bytes::Bytes;
+use proptest::prelude::*;
+use tempfile::TempDir;
+use tokio::runtime::Runtime;
+use uuid::Uuid;
+
+use super::{Opened, WINDOW, event};
+use crate::event::Event;
+use crate::spool::{AppendError, EVENT_OVERHEAD_BYTES, Ledger, Receipt, Settlement, Spool, Stored};
+
+#[derive(Clone, Debug)]
+enum Operation {
+    /// A body of this byte, one longer than this length. The same number and length are the same body.
+    Append(u8, u16),
+    /// The n-th pending event, counted from the oldest.
+    Confirm(usize),
+    Park(usize),
+    ConfirmParked(usize),
+    ConfirmUnknown,
+    Reopen,
+}
+
+fn operation() -> impl Strategy<Value = Operation> {
+    prop_oneof![
+        6 => (0..40u8, 0..2000u16).prop_map(|(number, length)| Operation::Append(number, length)),
+        3 => (0..10usize).prop_map(Operation::Confirm),
+        1 => (0..10usize).prop_map(Operation::Park),
+        1 => (0..10usize).prop_map(Operation::ConfirmParked),
+        1 => Just(Operation::ConfirmUnknown),
+        1 => Just(Operation::Reopen),
+    ]
+}
+
+/// What the spool should hold.
+#[derive(Default)]
+struct Model {
+    pending: BTreeMap<u64, Event>,
+    parked: BTreeMap<u64, Event>,
+    seen: HashMap<Bytes, (u64, Uuid)>,
+    ledger: Ledger,
+}
+
+impl Model {
+    fn append(&mut self, event: &Event, max_bytes: u64) -> Result<Receipt, AppendError> {
+        if let Some(&(seq, id)) = self.seen.get(&event.body) {
+            self.ledger.duplicates += 1;
+            return Ok(Receipt { seq, id, duplicate: true });
+        }
+        let cost = event.body.len() as u64 + EVENT_OVERHEAD_BYTES;
+        if self.ledger.bytes + cost > max_bytes {
+            return Err(AppendError::Full);
+        }
+        self.ledger.accepted += 1;
+        self.ledger.pending += 1;
+        self.ledger.bytes += cost;
+        let seq = self.ledger.accepted;
+        self.seen.insert(event.body.clone(), (seq, event.id));
+        self.pending.insert(seq, event.clone());
+        Ok(Receipt { seq, id: event.id, duplicate: false })
+    }
+
+    fn confirm(&mut self, seq: u64) {
+        let event = if let Some(event) = self.pending.remove(&seq) {
+            self.ledger.pending -= 1;
+            event
+        } else {
+            self.ledger.parked -= 1;
+            self.parked.remove(&seq).unwrap()
+        };
+        self.ledger.confirmed += 1;
+        self.ledger.bytes -= event.body.len() as u64 + EVENT_OVERHEAD_BYTES;
+    }
+
+    fn park(&mut self, seq: u64) {
+        let event = self.pending.remove(&seq).unwrap();
+        self.parked.insert(seq, event);
+        self.ledger.pending -= 1;
+        self.ledger.parked += 1;
+    }
+}
+
+fn nth(events: &BTreeMap<u64, Event>, n: usize) -> Option<u64> {
+    events.keys().nth(n).copied()
+}
+
+async fn check(spool: &Spool, model: &Model) {
+    spool.flush().await;
+    let ledger = spool.status().ledger();
+    assert_eq!(ledger, model.ledger);
+    assert!(ledger.balances(), "{ledger:?}");
+    let expect = |events: &BTreeMap<u64, Event>| -> Vec<Stored> {
+        events.iter().map(|(seq, event)| Stored { seq: *seq, event: event.clone() }).collect()
+    };
+    assert_eq!(spool.pending_after(0, 10_000).await.unwrap().events, expect(&model.pending));
+    let mut parked = spool.parked_due(i64::MAX, 0, 10_000).await.unwrap().events;
+    parked.sort_by_key(|stored| stored.seq);
+    assert_eq!(parked, expect(&model.parked));
+    let oldest = model.pending.values().next().map(|event| event.accepted_ms);
+    assert_eq!(spool.oldest_pending_ms().await.unwrap(), oldest);
+}
+
+async fn replay(operations: Vec<Operation>) {
+    const MAX_BYTES: u64 = 16 * 1024;
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("spool.db");
+    let mut model = Model::default();
+    let mut opened = Opened::open(&path, MAX_BYTES, WINDOW);
+    for operation in operations {
+        let spool = &opened.spool;
+        match operation {
+            Operation::Append(number, length) => {
+                let event = event(vec![number; usize::from(length) + 1]);
+                assert_eq!(spool.append(event.clone(), None).await, model.append(&event, MAX_BYTES));
+            }
+            Operation::Confirm(n) => {
+                if let Some(seq) = nth(&model.pending, n) {
+                    model.confirm(seq);
+                    spool.settle(vec![Settlement::Confirmed(seq)]).await;
+                }
+            }
+            Operation::Park(n) => {
+                if let Some(seq) = nth(&model.pending, n) {
+                    model.park(seq);
+                    spool.settle(vec![Settlement::Parked { seq, reason: "test".to_owned() }]).await;
+                }
+            }
+            Operation::ConfirmParked(n) => {
+                if let Some(seq) = nth(&model.parked, n) {
+                    model.confirm(seq);
+                    spool.settle(vec![Settlement::Tried(seq), Settlement::Confirmed(seq)]).await;
+                }
+            }
+            Operation::ConfirmUnknown => spool.settle(vec![Settlement::Confirmed(1 << 40)]).await,
+            Operation::Reopen => {
+                opened.close().await;
+                opened = Opened::open(&path, MAX_BYTES, WINDOW);
+            }
+        }
+    }
+    check(&opened.spool, &model).await;
+    opened.close().await;
+    let opened = Opened::open(&path, MAX_BYTES, WINDOW);
+    check(&opened.spool, &model).await;
+    opened.close().await;
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    #[test]
+    fn behaves_like_the_model(operations in proptest::collection::vec(operation(), 1..60)) {
+        Runtime::new().unwrap().block_on(replay(operations));
+    }
+}
