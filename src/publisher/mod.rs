@@ -5,6 +5,7 @@
 //! from the oldest unconfirmed event. Events that the broker already had are then published twice, under the same
 //! `message_id`.
 
+mod error;
 mod flight;
 mod lags;
 pub mod message;
@@ -16,82 +17,37 @@ mod settings;
 mod status;
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use lapin::Channel;
 use lapin::options::ConfirmSelectOptions;
-use thiserror::Error;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
+use error::Interruption;
+pub use error::PublisherError;
 pub use lags::Lags;
 pub use settings::Settings;
 use status::Connect;
 pub use status::{BrokerState, ConnectionEvent, Status};
 
 use crate::backoff::Backoff;
-use crate::broker::{BrokerAccess, BrokerConnection, ConnectError, reply_text};
+use crate::broker::{BrokerAccess, BrokerConnection, reply_text};
 use crate::metrics::Metrics;
-use crate::spool::{ReadError, Spool};
+use crate::spool::Spool;
 use crate::text::chain;
-use crate::topology::{self, Declare, Plan, TopologyError};
+use crate::topology::{self, Declare, Plan};
 use crate::traces::Traces;
 use pacing::Pacing;
-use session::Session;
-
-/// Why the relay is not delivering.
-#[derive(Debug, Error)]
-pub enum PublisherError {
-    /// No connection could be opened.
-    #[error(transparent)]
-    Connect(#[from] ConnectError),
-    /// The topology could not be declared or checked.
-    #[error(transparent)]
-    Topology(#[from] TopologyError),
-    /// The set-up of the connection took too long.
-    #[error("the broker did not open a channel and declare the topology within {0:?}")]
-    SetUpTimeout(Duration),
-    /// The channel or the connection failed, for a reason that concerns no single message.
-    #[error("the connection was lost: {0}")]
-    Lost(String),
-    /// A publish got neither an ack nor a nack in time.
-    #[error("the broker did not confirm a publish within {0:?}")]
-    ConfirmTimeout(Duration),
-    /// A queue did not take a message.
-    #[error("the broker rejected a publish (nack): a queue is full, or has no leader")]
-    Nacked,
-    /// The broker closed the channel because of a message that it will never take.
-    #[error("the broker refuses a message: {0}")]
-    Poison(String),
-    /// The spool could not be read, which ends the publisher.
-    #[error(transparent)]
-    Spool(#[from] ReadError),
-}
-
-/// Why deliveries over one connection ended.
-struct Interruption {
-    error: PublisherError,
-    /// Whether the broker answered a publish, so that the connection is not to blame.
-    connection_worked: bool,
-}
-
-impl From<PublisherError> for Interruption {
-    fn from(error: PublisherError) -> Self {
-        Self { error, connection_worked: false }
-    }
-}
+use session::{Parts, Session};
 
 /// The task that delivers events.
 pub struct Publisher {
-    spool: Spool,
-    settings: Settings,
+    parts: Parts,
     access: Arc<BrokerAccess>,
     plan: Plan,
     declare: Declare,
-    status: Arc<Status>,
-    traces: Arc<Traces>,
-    metrics: Arc<Metrics>,
 }
 
 impl Publisher {
@@ -105,27 +61,19 @@ impl Publisher {
         metrics: Arc<Metrics>,
     ) -> Self {
         let plan = Plan::new(topology, &settings.exchange);
-        Self {
-            spool,
-            settings,
-            access,
-            plan,
-            declare: topology.declare,
-            status: Arc::new(Status::new()),
-            traces,
-            metrics,
-        }
+        let parts = Parts { spool, settings, status: Arc::new(Status::new()), traces, metrics };
+        Self { parts, access, plan, declare: topology.declare }
     }
 
     /// Where the publisher reports its state.
     pub fn status(&self) -> Arc<Status> {
-        Arc::clone(&self.status)
+        Arc::clone(&self.parts.status)
     }
 
     /// Delivers until `drain` is cancelled, and then while events are pending and the broker takes them. Returns an
     /// error only if the spool cannot be read.
     pub async fn run(self, drain: CancellationToken) -> Result<(), PublisherError> {
-        let mut backoff = Backoff::new(self.settings.reconnect_min, self.settings.reconnect_max);
+        let mut backoff = Backoff::new(self.parts.settings.reconnect_min, self.parts.settings.reconnect_max);
         let mut pacing = Pacing::default();
         // The last warning about each URL.
         let mut warned = vec![String::new(); self.access.count()];
@@ -139,7 +87,7 @@ impl Publisher {
             }
             // A full queue nacks at once, over a connection that works.
             let nacked_at_once =
-                matches!(error, PublisherError::Nacked) && started_at.elapsed() < self.settings.reconnect_max;
+                matches!(error, PublisherError::Nacked) && started_at.elapsed() < self.parts.settings.reconnect_max;
             if connection_worked && !nacked_at_once {
                 backoff.reset();
                 warned[index].clear();
@@ -150,11 +98,11 @@ impl Publisher {
             if text == warned[index] || matches!(error, PublisherError::Poison(_)) {
                 debug!(%url, error = %text, ?delay, "still not delivering");
             } else {
-                let pending = self.spool.status().ledger().pending;
+                let pending = self.parts.spool.status().ledger().pending;
                 warn!(%url, error = %text, ?delay, pending, "not delivering; events are kept on disk");
                 warned[index].clone_from(&text);
             }
-            self.status.on_disconnected(text);
+            self.parts.status.on_disconnected(text);
             tokio::select! {
                 () = tokio::time::sleep(delay) => {}
                 () = drain.cancelled() => return Ok(()),
@@ -175,11 +123,11 @@ impl Publisher {
             () = self.drained_before_connecting(drain) => return Ok(()),
         };
         let url = self.access.url(index);
-        if self.status.on_connected(&url) == Connect::Again {
-            self.metrics.broker.reconnects.increment(1);
+        if self.parts.status.on_connected(&url) == Connect::Again {
+            self.parts.metrics.broker.reconnects.increment(1);
         }
-        info!(%url, pending = self.spool.status().ledger().pending, "connected to the broker");
-        Session::new(self, &broker, channel, pacing).run(drain).await?;
+        info!(%url, pending = self.parts.spool.status().ledger().pending, "connected to the broker");
+        Session::new(&self.parts, &broker, channel, pacing).run(drain).await?;
         broker.close().await;
         Ok(())
     }
@@ -187,8 +135,8 @@ impl Publisher {
     /// Returns once `drain` is cancelled and nothing is pending, so that no connection is needed.
     async fn drained_before_connecting(&self, drain: &CancellationToken) {
         drain.cancelled().await;
-        self.spool.flush().await;
-        if self.spool.status().ledger().pending > 0 {
+        self.parts.spool.flush().await;
+        if self.parts.spool.status().ledger().pending > 0 {
             std::future::pending().await
         }
     }

@@ -4,7 +4,7 @@ use lapin::message::BasicReturnMessage;
 use lapin::{Confirmation, ErrorKind};
 use uuid::Uuid;
 
-use super::PublisherError;
+use super::error::PublisherError;
 use crate::broker::{reply_code, reply_text};
 
 /// The outcome of one publish.

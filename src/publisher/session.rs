@@ -13,6 +13,7 @@
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::future::ready;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
@@ -24,15 +25,19 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 use uuid::Uuid;
 
+use super::error::{Interruption, PublisherError};
 use super::flight::{self, Completion, Confirmed, Flight, PublishFuture};
 use super::message::{self, Message};
 use super::outcome::{PublishOutcome, ReturnedMessage, classify};
 use super::pacing::{Pacing, Refusal};
 use super::read_ahead::ReadAhead;
-use super::{Interruption, Publisher, PublisherError};
+use super::settings::Settings;
+use super::status::Status;
 use crate::broker::BrokerConnection;
 use crate::event::Envelope;
-use crate::spool::{Batch, ReadError, Settlement, Stored, Undelivered};
+use crate::metrics::Metrics;
+use crate::spool::{Batch, ReadError, Settlement, Spool, Stored, Undelivered};
+use crate::traces::Traces;
 
 /// How often the confirm deadline and the parked events are checked.
 const TICK: Duration = Duration::from_millis(250);
@@ -43,9 +48,18 @@ const WIND_UP_TIMEOUT: Duration = Duration::from_secs(5);
 /// How many parked events are read at a time.
 const PARKED_BATCH: usize = 100;
 
+/// What every session of a publisher uses.
+pub(super) struct Parts {
+    pub spool: Spool,
+    pub settings: Settings,
+    pub status: Arc<Status>,
+    pub traces: Arc<Traces>,
+    pub metrics: Arc<Metrics>,
+}
+
 /// The deliveries over one connection.
 pub(super) struct Session<'a> {
-    publisher: &'a Publisher,
+    parts: &'a Parts,
     broker: &'a BrokerConnection,
     channel: Channel,
     pacing: &'a mut Pacing,
@@ -79,17 +93,17 @@ pub(super) struct Session<'a> {
 
 impl<'a> Session<'a> {
     pub(super) fn new(
-        publisher: &'a Publisher,
+        parts: &'a Parts,
         broker: &'a BrokerConnection,
         channel: Channel,
         pacing: &'a mut Pacing,
     ) -> Self {
         Self {
-            publisher,
+            parts,
             broker,
             channel,
             pacing,
-            pending: ReadAhead::new(publisher.spool.clone(), publisher.settings.window),
+            pending: ReadAhead::new(parts.spool.clone(), parts.settings.window),
             parked: VecDeque::new(),
             retrying: None,
             last_retried: None,
@@ -108,7 +122,7 @@ impl<'a> Session<'a> {
     /// Runs until the first fault; `Ok` once `drain` is cancelled and nothing is left that could be delivered.
     pub(super) async fn run(mut self, drain: &CancellationToken) -> Result<(), Interruption> {
         // The settlements of the previous session must be committed before pending events are read again.
-        self.publisher.spool.flush().await;
+        self.parts.spool.flush().await;
         let end = self.work(drain).await;
         if end.is_err() || !self.completions.is_empty() {
             self.wind_up().await;
@@ -116,8 +130,8 @@ impl<'a> Session<'a> {
         if let Err(PublisherError::Poison(reason)) = &end {
             self.on_refusal(reason).await;
         }
-        self.publisher.metrics.publish.lost.increment(self.flights.len() as u64);
-        self.publisher.status.set_in_flight(0);
+        self.parts.metrics.publish.lost.increment(self.flights.len() as u64);
+        self.parts.status.set_in_flight(0);
         for flight in std::mem::take(&mut self.flights).into_values() {
             flight.span.failed("lost");
         }
@@ -126,7 +140,7 @@ impl<'a> Session<'a> {
 
     async fn work(&mut self, drain: &CancellationToken) -> Result<(), PublisherError> {
         let mut events = Box::pin(self.broker.connection.events_listener());
-        let spool = self.publisher.spool.clone();
+        let spool = self.parts.spool.clone();
         let (mut draining, mut ticked_at) = (false, Instant::now());
         loop {
             if ticked_at.elapsed() >= TICK {
@@ -187,20 +201,20 @@ impl<'a> Session<'a> {
         }
         while self.may_publish()
             && let Some(seq) = self.pending.next_seq()
-            && self.flights.len() < self.pacing.window(seq, self.publisher.settings.window)
+            && self.flights.len() < self.pacing.window(seq, self.parts.settings.window)
             && let Some(stored) = self.pending.pop()
         {
             self.publish(stored).await;
         }
         self.pending.read_on();
-        self.publisher.status.set_in_flight(self.flights.len());
+        self.parts.status.set_in_flight(self.flights.len());
         Ok(())
     }
 
     /// Publishes the next parked event once nothing is in flight, because it may close the channel. Continues with the
     /// one after it if the event was damaged or removed, which puts nothing in flight.
     async fn retry_parked(&mut self) -> Result<(), ReadError> {
-        let spool = &self.publisher.spool;
+        let spool = &self.parts.spool;
         while self.completions.is_empty()
             && let Some(stored) = self.parked.pop_front()
         {
@@ -221,9 +235,9 @@ impl<'a> Session<'a> {
         if !stored.event.is_intact() {
             return self.park_damaged(stored).await;
         }
-        let (seq, event, exchange) = (stored.seq, &stored.event, &self.publisher.settings.exchange);
+        let (seq, event, exchange) = (stored.seq, &stored.event, &self.parts.settings.exchange);
         let envelope = Envelope::parse(&event.body).ok();
-        let span = self.publisher.traces.start_publish(event, exchange, message::routing_key(envelope.as_ref()));
+        let span = self.parts.traces.start_publish(event, exchange, message::routing_key(envelope.as_ref()));
         let message = Message::new(event, envelope.as_ref(), span.context(event).as_ref());
         self.flights.insert(seq, Flight::new(event, span));
         let publishing = flight::publish(self.channel.clone(), exchange, seq, message).await;
@@ -237,7 +251,7 @@ impl<'a> Session<'a> {
             self.pending.release(event.body.len());
         }
         let reason = "damaged: the body does not match its fingerprint".to_owned();
-        self.publisher.spool.settle(vec![Settlement::Parked { seq, reason }]).await;
+        self.parts.spool.settle(vec![Settlement::Parked { seq, reason }]).await;
     }
 
     async fn on_completion(&mut self, completion: Completion) -> Result<(), PublisherError> {
@@ -253,7 +267,7 @@ impl<'a> Session<'a> {
     }
 
     fn on_outcome(&mut self, seq: u64, outcome: PublishOutcome) -> Result<(), PublisherError> {
-        let metrics = &self.publisher.metrics.publish;
+        let metrics = &self.parts.metrics.publish;
         let returned = match outcome {
             PublishOutcome::Acked(returned) => {
                 if let Some(flight) = self.take_in_flight(seq) {
@@ -318,7 +332,7 @@ impl<'a> Session<'a> {
     async fn settle(&mut self, confirmed: Vec<Confirmed>) {
         let settlements = confirmed.iter().map(|confirmed| Settlement::Confirmed(confirmed.seq)).collect();
         self.count_delivered(confirmed);
-        self.publisher.spool.settle(settlements).await;
+        self.parts.spool.settle(settlements).await;
     }
 
     /// Parks the returned events and settles the others (rule 2). Call it once every publish has its outcome.
@@ -340,13 +354,13 @@ impl<'a> Session<'a> {
         for (id, reason) in self.returned.drain() {
             warn!(%id, reason, "the broker returned an event without confirming it; the event is published again");
         }
-        self.publisher.spool.settle(settlements).await;
+        self.parts.spool.settle(settlements).await;
     }
 
     fn count_delivered(&self, delivered: Vec<Confirmed>) {
-        let metrics = &self.publisher.metrics.publish;
+        let metrics = &self.parts.metrics.publish;
         metrics.confirmed.increment(delivered.len() as u64);
-        self.publisher.status.on_delivered(delivered.iter().map(|delivered| (delivered.seq, delivered.lag)));
+        self.parts.status.on_delivered(delivered.iter().map(|delivered| (delivered.seq, delivered.lag)));
         for Confirmed { lag, span, .. } in delivered {
             metrics.delivery_lag.record(lag);
             span.confirmed();
@@ -360,13 +374,13 @@ impl<'a> Session<'a> {
                 self.blocked = true;
                 // The alarm may last, so these are read again after it.
                 self.parked.clear();
-                self.publisher.status.on_blocked(Some(reason));
+                self.parts.status.on_blocked(Some(reason));
             }
             LapinEvent::ConnectionUnblocked => {
                 info!("the broker accepts publishes again");
                 self.blocked = false;
                 self.unblocked_at = Instant::now();
-                self.publisher.status.on_blocked(None);
+                self.parts.status.on_blocked(None);
             }
             LapinEvent::Error(error) => return Err(classify(&error)),
             event => debug!(?event, "connection event"),
@@ -383,7 +397,7 @@ impl<'a> Session<'a> {
         if let Some((_, oldest)) = self.flights.first_key_value()
             && !self.blocked
         {
-            let limit = self.publisher.settings.confirm_timeout;
+            let limit = self.parts.settings.confirm_timeout;
             if oldest.published_at.max(self.unblocked_at).elapsed() > limit {
                 return Err(PublisherError::ConfirmTimeout(limit));
             }
@@ -393,20 +407,20 @@ impl<'a> Session<'a> {
 
     /// Reads parked events that are due for a retry.
     async fn read_parked(&mut self) -> Result<(), ReadError> {
-        let retry = self.publisher.settings.parked_retry;
-        let status = self.publisher.spool.status();
+        let retry = self.parts.settings.parked_retry;
+        let status = self.parts.spool.status();
         // While the spool cannot record a retry or a delivery, the same events would be tried without end.
         if !self.parked.is_empty() || status.ledger().parked == 0 || !status.takes_settlements() {
             return Ok(());
         }
-        if !self.publisher.status.take_retry_request() && !self.pacing.is_parked_retry_due(retry, Instant::now()) {
+        if !self.parts.status.take_retry_request() && !self.pacing.is_parked_retry_due(retry, Instant::now()) {
             return Ok(());
         }
         // The retries of the last round must be committed, or the same events would be read once more.
-        self.publisher.spool.flush().await;
+        self.parts.spool.flush().await;
         let (now_ms, retry_ms) =
             (Timestamp::now().as_millisecond(), i64::try_from(retry.as_millis()).unwrap_or(i64::MAX));
-        let Batch { events, more } = self.publisher.spool.parked_due(now_ms, retry_ms, PARKED_BATCH).await?;
+        let Batch { events, more } = self.parts.spool.parked_due(now_ms, retry_ms, PARKED_BATCH).await?;
         if !more {
             self.pacing.on_parked_tried(Instant::now());
         }
@@ -456,9 +470,9 @@ impl<'a> Session<'a> {
                 if let Some(flight) = self.flights.remove(&seq) {
                     flight.span.failed("refused");
                 }
-                self.publisher.metrics.publish.refused.increment(1);
+                self.parts.metrics.publish.refused.increment(1);
                 let parked = Settlement::Parked { seq, reason: format!("refused: {reason}") };
-                self.publisher.spool.settle(vec![parked]).await;
+                self.parts.spool.settle(vec![parked]).await;
             }
         }
     }

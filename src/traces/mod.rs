@@ -9,31 +9,10 @@
 mod otlp;
 #[cfg(not(feature = "otlp"))]
 mod off;
-
-use hyper::Uri;
-use thiserror::Error;
+mod settings;
 
 #[cfg(not(feature = "otlp"))]
 pub use off::{PublishSpan, Traces, WebhookSpan};
 #[cfg(feature = "otlp")]
 pub use otlp::{PublishSpan, Traces, WebhookSpan};
-
-use crate::tls::TlsError;
-
-/// The section `[traces]`.
-#[derive(Debug)]
-pub struct Settings {
-    /// A collector that accepts OTLP over HTTP; `None`: no spans are exported.
-    pub endpoint: Option<Uri>,
-    /// Share of the traces that begin in the relay to be exported, 0 to 1.
-    pub sample_ratio: f64,
-}
-
-/// Why `traces.endpoint` cannot be used.
-#[derive(Debug, Error)]
-pub enum TracesError {
-    #[error("cannot use TLS for traces.endpoint: {0}")]
-    Tls(#[from] TlsError),
-    #[error("cannot make an exporter for traces.endpoint: {0}")]
-    Exporter(String),
-}
+pub use settings::{Settings, TracesError};

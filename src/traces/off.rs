@@ -4,7 +4,7 @@ use std::time::{Duration, SystemTime};
 
 use uuid::Uuid;
 
-use super::{Settings, TracesError};
+use super::settings::{Settings, TracesError};
 use crate::event::{Event, TraceContext};
 
 pub struct Traces;

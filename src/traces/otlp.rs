@@ -21,7 +21,7 @@ use tokio::time::timeout;
 use tracing::warn;
 use uuid::Uuid;
 
-use super::{Settings, TracesError};
+use super::settings::{Settings, TracesError};
 use crate::event::{Event, TraceContext};
 use crate::log_limiter::LogLimiter;
 use crate::tls::ClientFiles;

@@ -1,0 +1,51 @@
+//! Why the relay is not delivering, and what that says about the connection.
+
+use std::time::Duration;
+
+use thiserror::Error;
+
+use crate::broker::ConnectError;
+use crate::spool::ReadError;
+use crate::topology::TopologyError;
+
+/// Why the relay is not delivering.
+#[derive(Debug, Error)]
+pub enum PublisherError {
+    /// No connection could be opened.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// The topology could not be declared or checked.
+    #[error(transparent)]
+    Topology(#[from] TopologyError),
+    /// The set-up of the connection took too long.
+    #[error("the broker did not open a channel and declare the topology within {0:?}")]
+    SetUpTimeout(Duration),
+    /// The channel or the connection failed, for a reason that concerns no single message.
+    #[error("the connection was lost: {0}")]
+    Lost(String),
+    /// A publish got neither an ack nor a nack in time.
+    #[error("the broker did not confirm a publish within {0:?}")]
+    ConfirmTimeout(Duration),
+    /// A queue did not take a message.
+    #[error("the broker rejected a publish (nack): a queue is full, or has no leader")]
+    Nacked,
+    /// The broker closed the channel because of a message that it will never take.
+    #[error("the broker refuses a message: {0}")]
+    Poison(String),
+    /// The spool could not be read, which ends the publisher.
+    #[error(transparent)]
+    Spool(#[from] ReadError),
+}
+
+/// Why deliveries over one connection ended.
+pub(super) struct Interruption {
+    pub error: PublisherError,
+    /// Whether the broker answered a publish, so that the connection is not to blame.
+    pub connection_worked: bool,
+}
+
+impl From<PublisherError> for Interruption {
+    fn from(error: PublisherError) -> Self {
+        Self { error, connection_worked: false }
+    }
+}
