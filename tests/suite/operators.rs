@@ -184,7 +184,7 @@ async fn the_console_and_api_are_only_open_to_operators() {
 
     // On any other address: closed without a token.
     let exposed = Setup::new(NO_BROKER).set("ops.listen", "0.0.0.0:0").start().await;
-    exposed.eventually_logs("there is no ops.token").await;
+    exposed.eventually_logs("ops.token is not set").await;
     for path in ["/", "/api/status"] {
         let url = format!("{}{path}", exposed.ops().replace("0.0.0.0", "127.0.0.1"));
         let answer = Client::http1().get(&url).await.unwrap().expect(403);
