@@ -1,4 +1,5 @@
-//! Tells the code which commit it is: `PRISM_RELAY_COMMIT` where there is no repository, as in a container, else git's own word.
+//! Tells the code which commit it is: `PRISM_RELAY_COMMIT` where there is no repository, as in a container, else git's
+//! own word.
 
 use std::path::Path;
 use std::process::Command;

@@ -17,8 +17,8 @@ impl Health {
         Self { spool, draining }
     }
 
-    /// Why a new webhook would not be answered 200; `None` if it would. A stopping relay still answers the requests that
-    /// are open, but is not ready for new ones.
+    /// Why a new webhook would not be answered 200; `None` if it would. A stopping relay still answers the requests
+    /// that are open, but is not ready for new ones.
     pub fn blocker(&self) -> Option<AppendError> {
         if self.is_draining() { Some(AppendError::Closed) } else { self.spool.blocker() }
     }

@@ -1,5 +1,5 @@
-//! HTTP requests that the relay itself makes: a client for plain and for TLS addresses, and one GET with a deadline and a
-//! limit on the size of the answer.
+//! HTTP requests that the relay itself makes: a client for plain and for TLS addresses, and one GET with a deadline and
+//! a limit on the size of the answer.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -1,5 +1,5 @@
-//! Limits repeated log lines to one per kind and minute, so that an attack or a wrong secret is visible and does not fill
-//! the disk. Pure except for a lock; takes `now`.
+//! Limits repeated log lines to one per kind and minute, so that an attack or a wrong secret is visible and does not
+//! fill the disk. Pure except for a lock; takes `now`.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 /// The least time between two lines of a kind.
 const LINE_EVERY: Duration = Duration::from_secs(60);
 
-/// For each kind: when it was last logged, and how many lines were suppressed since. Kinds are constants, so they are few.
+/// For each kind: when it was last logged, and how many lines were suppressed since. Kinds are constants, so they are
+/// few.
 #[derive(Debug, Default)]
 pub struct LogLimiter(Mutex<HashMap<&'static str, (Instant, u64)>>);
 

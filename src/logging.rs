@@ -48,7 +48,8 @@ pub fn init(settings: &Settings) {
     }));
 }
 
-/// A panic's own words, if they were written in the source. Others may quote the data that led to it, a body for example.
+/// A panic's own words, if they were written in the source. Others may quote the data that led to it, a body for
+/// example.
 fn panic_reason(payload: &dyn Any) -> &'static str {
     payload.downcast_ref::<&'static str>().copied().unwrap_or("left out, for it may quote data")
 }

@@ -1,7 +1,7 @@
 //! The relay's metrics: each is registered here, once, with its help text.
 //!
-//! Callers keep handles, so counting is an atomic addition without a look-up. Nothing is global: two relays in one process
-//! count apart.
+//! Callers keep handles, so counting is an atomic addition without a look-up. Nothing is global: two relays in one
+//! process count apart.
 
 use std::collections::HashSet;
 use std::sync::{OnceLock, PoisonError, RwLock};
@@ -31,8 +31,9 @@ const WEBHOOKS_HELP: &str = "Requests to the public listener, by outcome and, if
 const VERIFIED: &str = "prism_relay_signature_verified_total";
 const VERIFIED_HELP: &str = "Valid signatures, by the position of their secret in the list; 1 is the first.";
 const REFUSED: &str = "prism_relay_connections_refused_total";
-const REFUSED_HELP: &str = "Connections that the relay refused or closed: tls-handshake, malformed (not HTTP/1), timeout (no request in \
-                            time), source-limit, evicted (closed to make room, before it had sent an event).";
+const REFUSED_HELP: &str = "Connections that the relay refused or closed: tls-handshake, malformed (not HTTP/1), timeout \
+                            (no request in time), source-limit, evicted (closed to make room, before it had sent an \
+                            event).";
 
 /// All metrics, grouped by the part of the relay that they measure.
 pub struct Metrics {
@@ -174,8 +175,8 @@ impl Metrics {
         }
     }
 
-    /// Registers the counter of webhooks that were refused for `reason`, the `code` of the answer. Called at start-up: a
-    /// counter that appears with its first count shows no increase.
+    /// Registers the counter of webhooks that were refused for `reason`, the `code` of the answer. Called at start-up:
+    /// a counter that appears with its first count shows no increase.
     pub fn refused_webhooks(&self, reason: &'static str) -> Counter {
         counter(&self.recorder, WEBHOOKS, WEBHOOKS_HELP, &[("outcome", "refused"), ("reason", reason)])
     }

@@ -50,7 +50,8 @@ impl Watched {
         }
     }
 
-    /// Polls the files. Returns whether they have changed since the last reload and stayed the same since the last poll.
+    /// Polls the files. Returns whether they have changed since the last reload and stayed the same since the last
+    /// poll.
     fn has_changed(&mut self) -> bool {
         let now = digests(&self.files);
         let settled = now == self.polled;

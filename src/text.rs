@@ -1,4 +1,5 @@
-//! Small conversions to text: an error with its causes, hex digits, a duration in words, and text that is safe to print.
+//! Small conversions to text: an error with its causes, hex digits, a duration in words, and text that is safe to
+//! print.
 
 use std::error::Error;
 use std::time::Duration;

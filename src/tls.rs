@@ -1,4 +1,5 @@
-//! TLS: reads PEM files into settings for the listener and for the connection to the broker. Knows neither HTTP nor AMQP.
+//! TLS: reads PEM files into settings for the listener and for the connection to the broker. Knows neither HTTP nor
+//! AMQP.
 //!
 //! rustls with ring as its only crypto provider: TLS 1.2 and 1.3. No error quotes the contents of a file.
 
@@ -96,7 +97,8 @@ impl Server {
 }
 
 impl ServerFiles {
-    /// Loads the files. A certificate that has expired or is not valid yet is an error, because clients would reject it.
+    /// Loads the files. A certificate that has expired or is not valid yet is an error, because clients would reject
+    /// it.
     pub fn load(&self, now: Timestamp) -> Result<Identity, TlsError> {
         let chain = certificates(&self.certificate)?;
         let (valid_from, expires_at) = validity(&chain[0], &self.certificate)?;

@@ -1,8 +1,8 @@
 //! One connection to the broker, with a deadline on everything and a wire that can be cut.
 //!
-//! lapin runs a thread for each connection, which ends only with its socket. A broker that accepts and then says nothing,
-//! or one that blocks publishers, would keep that thread until the relay ends. So the relay owns the socket, and dropping
-//! a [`BrokerConnection`] shuts it down.
+//! lapin runs a thread for each connection, which ends only with its socket. A broker that accepts and then says
+//! nothing, or one that blocks publishers, would keep that thread until the relay ends. So the relay owns the socket,
+//! and dropping a [`BrokerConnection`] shuts it down.
 
 use std::io;
 use std::net::{Shutdown, SocketAddr};
@@ -164,7 +164,8 @@ async fn handshake(
     TlsConnector::from(config).connect(name, stream).await.map_err(failed)
 }
 
-/// Tells a refused login from a broken handshake. RabbitMQ replies 403 or 530 to a login that it refuses, or just closes.
+/// Tells a refused login from a broken handshake. RabbitMQ replies 403 or 530 to a login that it refuses, or just
+/// closes.
 fn explain(url: &BrokerUrl, source: lapin::Error) -> ConnectError {
     let url = url.to_string();
     let refused = matches!(reply_code(&source), Some(403 | 530));

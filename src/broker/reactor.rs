@@ -1,5 +1,5 @@
-//! lapin's runtime: tokio, with a stream that may be TLS. lapin's own TLS would add a second way to read certificates and
-//! about ninety crates.
+//! lapin's runtime: tokio, with a stream that may be TLS. lapin's own TLS would add a second way to read certificates
+//! and about ninety crates.
 
 use std::future::Future;
 use std::io::{self, Read, Write};

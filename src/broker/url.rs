@@ -7,8 +7,8 @@ use lapin::uri::{AMQPScheme, AMQPUri, SASLMechanism};
 
 use crate::secret::Secret;
 
-/// RabbitMQ's default, in bytes. Without a value lapin takes the broker's, and allocates buffers of 64 frames: with 0, which
-/// means "no limit", until the memory is used up.
+/// RabbitMQ's default, in bytes. Without a value lapin takes the broker's, and allocates buffers of 64 frames: with 0,
+/// which means "no limit", until the memory is used up.
 const FRAME_MAX: u32 = 131_072;
 
 /// An `amqp://` or `amqps://` URI whose `Display` and `Debug` leave the password out.

@@ -1,7 +1,7 @@
 //! Merges the layers into one flat table of keys, each of which is read once and by name.
 //!
-//! A key that was not read by the end is unknown. Mistakes are collected, so that all of them can be shown at once. They
-//! quote the value, unless it was read as a secret.
+//! A key that was not read by the end is unknown. Mistakes are collected, so that all of them can be shown at once.
+//! They quote the value, unless it was read as a secret.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
@@ -119,8 +119,8 @@ impl Raw {
         read
     }
 
-    /// Reads a list of tables: an array, or a text in TOML's notation for one. Returns how many there are; the keys of the
-    /// first one are then at `key[0].`.
+    /// Reads a list of tables: an array, or a text in TOML's notation for one. Returns how many there are; the keys of
+    /// the first one are then at `key[0].`.
     pub fn tables(&mut self, key: &str) -> usize {
         let Some(value) = self.take(key) else { return 0 };
         let array = match &value.kind {

@@ -243,16 +243,18 @@ pub(super) fn log(raw: &mut Raw) -> logging::Settings {
 pub(super) fn traces(raw: &mut Raw) -> traces::Settings {
     let endpoint = |text: &str| {
         match text.parse::<Uri>() {
-        _ if cfg!(not(feature = "otlp")) => {
-            Err("needs a prism-relay with traces: build it with `--features otlp`, or take the Debian package or the container image".to_owned())
+            _ if cfg!(not(feature = "otlp")) => {
+                let what = "needs a prism-relay with traces: build it with `--features otlp`, or use the Debian package or \
+                        the container image";
+                Err(what.to_owned())
+            }
+            // Errors of the exporter quote the address.
+            Ok(uri) if uri.authority().is_some_and(|authority| authority.as_str().contains('@')) => {
+                Err("contains a login; set the collector's headers in OTEL_EXPORTER_OTLP_HEADERS".to_owned())
+            }
+            Ok(uri) if matches!(uri.scheme_str(), Some("http" | "https")) && uri.query().is_none() => Ok(uri),
+            _ => Err("is not the address of a collector, such as http://127.0.0.1:4318".to_owned()),
         }
-        // Errors of the exporter quote the address.
-        Ok(uri) if uri.authority().is_some_and(|authority| authority.as_str().contains('@')) => {
-            Err("contains a login; set the collector's headers in OTEL_EXPORTER_OTLP_HEADERS".to_owned())
-        }
-        Ok(uri) if matches!(uri.scheme_str(), Some("http" | "https")) && uri.query().is_none() => Ok(uri),
-        _ => Err("is not the address of a collector, such as http://127.0.0.1:4318".to_owned()),
-    }
     };
     let ratio = |text: &str| match text.parse() {
         Ok(ratio) if (0.0..=1.0).contains(&ratio) => Ok(ratio),
@@ -264,8 +266,8 @@ pub(super) fn traces(raw: &mut Raw) -> traces::Settings {
     }
 }
 
-/// Loads the files once, so that an unusable file is one of the mistakes. Commands other than `serve` and `check` do not
-/// need them, and may lack the permission to read them.
+/// Loads the files once, so that an unusable file is one of the mistakes. Commands other than `serve` and `check` do
+/// not need them, and may lack the permission to read them.
 fn server_files(raw: &mut Raw, purpose: Purpose) -> Option<ServerFiles> {
     let path = |text: &str| Ok(PathBuf::from(text));
     let certificate = raw.read("http.tls.certificate", path);

@@ -196,7 +196,8 @@ fn a_value_and_its_file_twin_exclude_each_other() {
     std::fs::write(secrets.path(), "hunter2").unwrap();
     let path = secrets.path().to_str().unwrap();
     let toml = format!(
-        "[signature]\nsecrets = [\"a\"]\nsecrets_file = \"{path}\"\n[broker]\npassword = \"b\"\npassword_file = \"{path}\""
+        "[signature]\nsecrets = [\"a\"]\nsecrets_file = \"{path}\"\n\
+         [broker]\npassword = \"b\"\npassword_file = \"{path}\""
     );
     let text = mistakes(&toml, &[]);
     assert!(text.contains("signature.secrets_file: is set together with signature.secrets"), "{text}");
@@ -247,14 +248,14 @@ fn only_the_relay_itself_needs_a_secret() {
 
 #[test]
 fn queues_and_the_archive_are_read_and_bounded() {
-    let toml = "
+    let toml = r##"
         [topology]
         queues = [
-          { name = \"q\", bindings = [\"a.#\"], delivery_limit = 3, retry_delays = [\"1s\", \"2m\"], partitions = 4, ttl = \"1h\" },
-          { name = \"r\", bindings = \"b.#,c.*\", single_active_consumer = true, max_length = 10 },
+          { name = "q", bindings = ["a.#"], delivery_limit = 3, retry_delays = ["1s", "2m"], partitions = 4, ttl = "1h" },
+          { name = "r", bindings = "b.#,c.*", single_active_consumer = true, max_length = 10 },
         ]
-        archive = { max_age = \"7d\" }
-    ";
+        archive = { max_age = "7d" }
+    "##;
     let topology = load(toml, &[("PRISM_RELAY__SIGNATURE__SECRETS", "s")], Purpose::Serve).unwrap().topology;
     let [q, r] = &topology.queues[..] else { panic!("{topology:?}") };
     assert_eq!((q.delivery_limit, q.partitions, q.ttl), (3, Some(4), Some(HOUR)));
@@ -264,15 +265,15 @@ fn queues_and_the_archive_are_read_and_bounded() {
     assert_eq!(topology.archive.unwrap().name, "prism.archive");
 
     let text = mistakes(
-        "[topology]
+        r##"[topology]
         queues = [
-          { name = \"q\", bindings = [\"#\"], partitions = 1, retry_delays = [\"soon\"], delivery_limit = 0, tttl = \"1h\" },
-          { name = \"a\", bindings = [\"#\"] },
-          { name = \"a\", bindings = [\"#\"] },
-          { name = \"prism.events\", bindings = [\"#\"], retry_delays = [\"1s\"] },
-          { bindings = [\"#\"] },
+          { name = "q", bindings = ["#"], partitions = 1, retry_delays = ["soon"], delivery_limit = 0, tttl = "1h" },
+          { name = "a", bindings = ["#"] },
+          { name = "a", bindings = ["#"] },
+          { name = "prism.events", bindings = ["#"], retry_delays = ["1s"] },
+          { bindings = ["#"] },
         ]
-        archive = { name = \"everything\" }",
+        archive = { name = "everything" }"##,
         &[],
     );
     for expected in [

@@ -1,5 +1,5 @@
-//! One relay, from its start to its end: [`build`] makes the parts, [`tasks`] runs them, [`drain`] stops them in the order
-//! of the data.
+//! One relay, from its start to its end: [`build`] makes the parts, [`tasks`] runs them, [`drain`] stops them in the
+//! order of the data.
 
 mod build;
 mod drain;

@@ -1,5 +1,5 @@
-//! The sender's trace continues through the relay into the message. With `traces.endpoint`, the relay adds its own spans
-//! and exports them to an OpenTelemetry collector. Without the endpoint, or without the cargo feature `otlp`, the
+//! The sender's trace continues through the relay into the message. With `traces.endpoint`, the relay adds its own
+//! spans and exports them to an OpenTelemetry collector. Without the endpoint, or without the cargo feature `otlp`, the
 //! sender's context is passed on unchanged.
 //!
 //! An event has two spans, because it may wait on disk between them: the webhook, from the time that its signature is
