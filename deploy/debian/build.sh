@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Builds the Debian package: the release binary, then what it tells of itself (man page, completions), then cargo-deb, which
-# finds the rest in Cargo.toml, [package.metadata.deb]. Prints the path of the package, and what lintian has to say if it is there.
+# Builds the Debian package: the release binary, its man page and completions, then the package by cargo-deb, which reads
+# [package.metadata.deb] in Cargo.toml. Prints the path of the package, and lintian's findings if lintian is installed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-# CARGO_TARGET_DIR would put the binary where we do not look.
+# CARGO_TARGET_DIR would put the binary elsewhere.
 unset CARGO_TARGET_DIR CARGO_BUILD_TARGET
 relay=target/release/prism-relay
 assets=target/debian-assets
@@ -19,7 +19,7 @@ rm -rf "$assets" && mkdir -p "$assets/man"
 for shell in bash zsh fish; do "$relay" completions "$shell" >"$assets/prism-relay.$shell"; done
 
 rm -f target/debian/prism-relay*deb
-# What the release profile has of debug information goes into a package of its own.
+# The debug information of the release profile goes into a package of its own.
 target/tools/bin/cargo-deb deb --quiet --no-build --locked --dbgsym >/dev/null
 package=$(echo "$PWD"/target/debian/prism-relay_*.deb)
 echo "$package"

@@ -81,7 +81,7 @@ in_mere_tree() {
   ok 'is not enabled' inside sh -c '! ls /etc/systemd/system/*.wants/prism-relay*'
   ok 'systemd finds nothing wrong with the units' inside systemd-analyze verify --man=no /lib/systemd/system/prism-relay.service /lib/systemd/system/prism-relay.socket /lib/systemd/system/prism-relay-ops.socket
   ok 'exposure of at most 1.5' inside systemd-analyze security --no-pager --offline=true --threshold=15 /lib/systemd/system/prism-relay.service
-  ends 64 'the configuration wants a secret' signature.secrets_file inside prism-relay --config $config check --offline
+  ends 64 'the configuration needs a secret' signature.secrets_file inside prism-relay --config $config check --offline
   inside sh -c "umask 077; echo whsec_$(random_hex) >$secrets"
   ok 'and is right with it' inside prism-relay --config $config check --offline
 
@@ -99,7 +99,7 @@ fresh_install() {
   same 'and starts nothing' "$(property ActiveState) $(property ActiveState prism-relay.socket)" 'inactive inactive'
   same 'and nothing fails' "$(inside systemctl --failed --no-legend)" ''
   ends 1 'does not start without a secret' 'failed' inside systemctl start prism-relay
-  eventually 'the journal tells why' journal_has 'signature.secrets_file.*holds no secret'
+  eventually 'the journal says why' journal_has 'signature.secrets_file.*holds no secret'
   same 'the exit code' "$(property ExecMainStatus)" 64
   sleep 3 # more than RestartSec
   same 'exit code 64 is not restarted' "$(property ActiveState) $(property NRestarts)" 'failed 0'
@@ -109,7 +109,7 @@ configured() {
   inside sh -c "umask 077; echo whsec_$(random_hex) >$secrets"
   ok 'starts once it has a secret' inside systemctl enable --now prism-relay
   same 'is active only when it is ready' "$(readiness)" 200
-  same 'and told so itself' "$(property Type) $(property ActiveState) $(property SubState)" 'notify active running'
+  same 'and reported it itself' "$(property Type) $(property ActiveState) $(property SubState)" 'notify active running'
   same 'runs as its own account' "$(inside stat -c %U "/proc/$(property MainPID)")" prism-relay
   same 'the sockets are systemd'\''s' "$(property ActiveState prism-relay.socket) $(property ActiveState prism-relay-ops.socket)" 'active active'
   same 'it starts at boot' "$(inside systemctl is-enabled prism-relay.service prism-relay.socket prism-relay-ops.socket | sort -u)" enabled
@@ -157,7 +157,7 @@ upgrade_under_load() {
   ok 'the spool is whole' inside prism-relay --config $config spool verify
 }
 
-# As an administrator may have it: no socket units, a broker with a name, and a secret that is read anew without a restart.
+# Another set-up: no socket units, a broker with a host name, and a secret that is reloaded without a restart.
 without_sockets() {
   local free=/etc/prism-relay/secrets
   inside sh -c "echo 127.0.0.1 broker.internal >>/etc/hosts"
@@ -186,7 +186,7 @@ without_sockets() {
   inside sh -c 'rm -r /etc/systemd/system/prism-relay.socket.d && systemctl daemon-reload && systemctl stop "prism-relay*" && systemctl start prism-relay'
 }
 
-# Connections must not make systemd try for ever what cannot work.
+# Connections must not make systemd retry forever a relay that cannot start.
 wrong_configuration() {
   inside sh -c "cp -p $config /kept && echo nonsense = 1 >>$config"
   ends 1 'a wrong configuration does not start' failed inside systemctl restart prism-relay
@@ -195,7 +195,7 @@ wrong_configuration() {
   eventually 'connections wake it up a few times only' socket_failed
   inside cp -p /kept $config
   sleep 10 # StartLimitIntervalSec
-  ok 'starts again when it is mended' inside systemctl start prism-relay
+  ok 'starts again when it is fixed' inside systemctl start prism-relay
   ok 'and accepts webhooks' send --count 20
 }
 
@@ -203,9 +203,9 @@ remove_and_purge() {
   local before
   before=$(accepted)
   ok 'is removed' inside dpkg --remove prism-relay
-  ends 1 'nobody listens any more' '' inside bash -c 'exec 3<>/dev/tcp/127.0.0.1/8080'
+  ends 1 'no process listens any more' '' inside bash -c 'exec 3<>/dev/tcp/127.0.0.1/8080'
   ok 'the configuration and the spool are kept' inside test -s $config -a -s $secrets -a -s $state/spool.db
-  ends 0 'is purged with events in the spool, and tells where they are' "$state is kept" inside dpkg --purge prism-relay
+  ends 0 'is purged with events in the spool, and says where they are' "$state is kept" inside dpkg --purge prism-relay
   ok 'where they are' inside test -s $state/spool.db
   ok 'the configuration is gone' inside sh -c '! ls -d /etc/prism-relay'
   ok 'it is not enabled any more' inside sh -c '! ls /etc/systemd/system/*.wants/prism-relay*'
@@ -226,7 +226,7 @@ remove_and_purge() {
   same 'and nothing has failed' "$(inside systemctl --failed --no-legend)" ''
 }
 
-# purged_with WHAT FILE: an empty spool beside it does not let it go.
+# purged_with WHAT FILE: an empty spool next to it does not allow its removal.
 purged_with() {
   ok 'is installed once more' inside dpkg -i /2.deb
   inside sh -c "umask 077; echo whsec_$(random_hex) >$secrets; [ -e $2 ] || echo x >$2"
