@@ -1,8 +1,9 @@
 //! The JSON answers of `/api`. They hold strings and numbers only: never a body, never a `userToken`.
 
+use std::collections::BTreeMap;
+
 use jiff::Timestamp;
 use serde::Serialize;
-use std::collections::BTreeMap;
 use uuid::Uuid;
 
 use super::summary::{RecentRefusals, Summary};
