@@ -240,14 +240,14 @@ pub(super) fn log(raw: &mut Raw) -> logging::Settings {
     }
 }
 
+/// The mistake of an endpoint in a build that cannot export traces.
+const WITHOUT_TRACES: &str =
+    "needs a build with traces: use the Debian package or the container image, or build with `--features otlp`";
+
 pub(super) fn traces(raw: &mut Raw) -> traces::Settings {
     let endpoint = |text: &str| {
         match text.parse::<Uri>() {
-            _ if cfg!(not(feature = "otlp")) => {
-                let what = "needs a prism-relay with traces: build it with `--features otlp`, or use the Debian package or \
-                        the container image";
-                Err(what.to_owned())
-            }
+            _ if cfg!(not(feature = "otlp")) => Err(WITHOUT_TRACES.to_owned()),
             // Errors of the exporter quote the address.
             Ok(uri) if uri.authority().is_some_and(|authority| authority.as_str().contains('@')) => {
                 Err("contains a login; set the collector's headers in OTEL_EXPORTER_OTLP_HEADERS".to_owned())

@@ -251,7 +251,7 @@ fn queues_and_the_archive_are_read_and_bounded() {
     let toml = r##"
         [topology]
         queues = [
-          { name = "q", bindings = ["a.#"], delivery_limit = 3, retry_delays = ["1s", "2m"], partitions = 4, ttl = "1h" },
+          { name = "q", bindings = ["a.#"], delivery_limit = 3, retry_delays = "1s,2m", partitions = 4, ttl = "1h" },
           { name = "r", bindings = "b.#,c.*", single_active_consumer = true, max_length = 10 },
         ]
         archive = { max_age = "7d" }
