@@ -295,3 +295,15 @@ fn a_login_in_the_address_of_the_management_api_is_not_quoted() {
     let text = mistakes("[broker]\nmanagement_url = \"http://admin:hunter2@rabbit:15672\"", &[]);
     assert!(text.contains("broker.management_url: the value contains a login") && !text.contains("hunter2"), "{text}");
 }
+
+#[test]
+fn an_endpoint_for_traces_needs_a_build_that_can_export_them() {
+    let loaded = load("[traces]\nendpoint = \"http://127.0.0.1:4318\"", &[], Purpose::Client);
+    match loaded {
+        Ok(config) => assert!(cfg!(feature = "otlp") && config.traces.endpoint.is_some()),
+        Err(mistake) => {
+            assert!(cfg!(not(feature = "otlp")), "{mistake}");
+            assert!(mistake.contains("traces.endpoint: the value needs a build with traces"), "{mistake}");
+        }
+    }
+}

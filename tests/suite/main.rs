@@ -30,5 +30,6 @@ mod spool_commands;
 mod statuses;
 mod tls;
 mod topology;
+#[cfg(feature = "otlp")]
 mod traces;
 mod workers;
