@@ -5,17 +5,15 @@
 #![no_main]
 
 use std::cell::RefCell;
-use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use hyper::service::service_fn;
 use libfuzzer_sys::fuzz_target;
 use prism_relay::config::{Config, Purpose};
 use prism_relay::ingress::{Ingress, Parts};
 use prism_relay::metrics::Metrics;
-use prism_relay::server::{Activity, Limits, Protocol};
+use prism_relay::server::{Limits, Protocol};
 use prism_relay::signature::Verifier;
 use prism_relay::traces::Traces;
 use prism_relay::spool::{Durability, Settlement, Spool, WriterEnd, dedupe};
@@ -79,13 +77,13 @@ impl Relay {
     fn converse(&self, input: &[u8]) -> Vec<u8> {
         let (near, far) = duplex(64 * 1024);
         let ingress = Arc::clone(&self.ingress);
-        let service = service_fn(move |request| {
+        let handler = move |request| {
             let ingress = Arc::clone(&ingress);
-            async move { Ok::<_, Infallible>(ingress.answer(request, PEER).await) }
-        });
+            async move { ingress.answer(request, PEER).await }
+        };
         self.runtime.block_on(async {
-            let (activity, shutdown) = (Arc::new(Activity::new()), CancellationToken::new());
-            let serving = self.protocol.speak(far, service, &activity, &shutdown);
+            let shutdown = CancellationToken::new();
+            let serving = self.protocol.speak(far, handler, &shutdown);
             let (mut from, mut to) = tokio::io::split(near);
             let writing = async move {
                 let _ = to.write_all(input).await;

@@ -32,7 +32,7 @@ use crate::health::Health;
 use crate::log_limiter::LogLimiter;
 use crate::metrics::Metrics;
 use crate::recent::Recent;
-use crate::server::{Admission, Limits, Server};
+use crate::server::{Admission, Limits, Peer, Server};
 use crate::signature::{Accepted, SIGNATURE_HEADER, TIMESTAMP_HEADER, Verifier};
 use crate::spool::{AppendError, Receipt, Spool};
 use crate::tls;
@@ -54,7 +54,7 @@ pub struct Parts {
 /// The public listener, bound but not yet serving.
 pub struct Ingress {
     server: Server,
-    desk: Arc<Desk>,
+    handler: Arc<WebhookHandler>,
 }
 
 impl Ingress {
@@ -73,7 +73,7 @@ impl Ingress {
         let health = Health::new(parts.spool.clone(), draining.clone());
         let Parts { verifier, spool, recent, traces, metrics } = parts;
         let refused = Code::ALL.map(|code| metrics.refused_webhooks(code.text()));
-        let desk = Desk {
+        let handler = WebhookHandler {
             http,
             verifier,
             spool,
@@ -86,7 +86,7 @@ impl Ingress {
             draining,
             log_limiter: LogLimiter::default(),
         };
-        Self { server, desk: Arc::new(desk) }
+        Self { server, handler: Arc::new(handler) }
     }
 
     /// The table of connections, to be looked at.
@@ -98,20 +98,20 @@ impl Ingress {
         self.server.address()
     }
 
-    /// Answers one request of a peer, as the listener does.
+    /// Answers one request as the listener does, for callers with connections of their own.
     pub async fn answer(&self, request: Request<Incoming>, peer: SocketAddr) -> Response<Full<Bytes>> {
-        self.desk.answer(request, peer).await
+        self.handler.answer(request, &peer.into()).await
     }
 
     /// Serves until `draining`, and then finishes the requests under way.
     pub async fn run(self) {
-        let Self { server, desk } = self;
-        let draining = desk.draining.clone();
-        let handler = move |request, peer| {
-            let desk = Arc::clone(&desk);
-            async move { desk.answer(request, peer).await }
+        let Self { server, handler } = self;
+        let draining = handler.draining.clone();
+        let answer = move |request, peer| {
+            let handler = Arc::clone(&handler);
+            async move { handler.answer(request, &peer).await }
         };
-        server.run(handler, draining).await;
+        server.run(answer, draining).await;
     }
 }
 
@@ -127,8 +127,8 @@ fn limits(http: &Settings) -> Limits {
     }
 }
 
-/// Everything that is needed to answer one request.
-struct Desk {
+/// Answers requests to the public listener.
+struct WebhookHandler {
     http: Settings,
     verifier: Arc<Verifier>,
     spool: Spool,
@@ -143,8 +143,8 @@ struct Desk {
     log_limiter: LogLimiter,
 }
 
-impl Desk {
-    async fn answer(&self, request: Request<Incoming>, peer: SocketAddr) -> Response<Full<Bytes>> {
+impl WebhookHandler {
+    async fn answer(&self, request: Request<Incoming>, peer: &Peer) -> Response<Full<Bytes>> {
         let started = Instant::now();
         let (parts, body) = request.into_parts();
         let mut body = Inbound::new(body, &parts.headers, self.http.body_timeout);
@@ -154,10 +154,16 @@ impl Desk {
                 _ => Refusal::method_not_allowed("GET, HEAD").response(),
             };
         }
-        let client = self.client(&parts, peer);
+        let client = self.client(&parts, peer.address);
         let refusal = match self.admit(&parts, body.declared(), client) {
             Ok(()) => match self.receive(&parts.headers, &mut body).await {
-                Ok(receipt) => return self.acknowledge(&receipt, started),
+                Ok(receipt) => {
+                    // The sender of a duplicate may have captured the request.
+                    if !receipt.duplicate {
+                        peer.trust();
+                    }
+                    return self.acknowledge(&receipt, started);
+                }
                 Err(refusal) => refusal,
             },
             Err(refusal) => refusal,

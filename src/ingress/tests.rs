@@ -1,9 +1,6 @@
 //! Whole connections into the ingress and a real spool, byte by byte as anybody may send them. A short form of the fuzz
 //! target `request`, on stable.
 
-use std::convert::Infallible;
-
-use hyper::service::service_fn;
 use proptest::prelude::*;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
 use tokio::runtime::Runtime;
@@ -11,7 +8,7 @@ use tokio::runtime::Runtime;
 use super::*;
 use crate::config::{Config, Purpose};
 use crate::secret::Secret;
-use crate::server::{Activity, Protocol};
+use crate::server::Protocol;
 use crate::signature::sign;
 use crate::spool::{Durability, dedupe};
 
@@ -53,12 +50,12 @@ impl Door {
     fn knock(&self, input: &[u8]) -> Vec<String> {
         let (near, far) = duplex(64 * 1024);
         let ingress = Arc::clone(&self.ingress);
-        let service = service_fn(move |request| {
+        let handler = move |request| {
             let ingress = Arc::clone(&ingress);
-            async move { Ok::<_, Infallible>(ingress.answer(request, PEER).await) }
-        });
+            async move { ingress.answer(request, PEER).await }
+        };
         let answer = self.runtime.block_on(async {
-            let (activity, shutdown) = (Arc::new(Activity::new()), CancellationToken::new());
+            let shutdown = CancellationToken::new();
             let (mut from, mut to) = tokio::io::split(near);
             let writing = async move {
                 // The peer may have had enough.
@@ -66,7 +63,7 @@ impl Door {
                 let _ = to.shutdown().await;
             };
             let mut answer = Vec::new();
-            let serving = self.protocol.speak(far, service, &activity, &shutdown);
+            let serving = self.protocol.speak(far, handler, &shutdown);
             tokio::join!(serving, writing, from.read_to_end(&mut answer)).2.unwrap();
             answer
         });

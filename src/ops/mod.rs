@@ -18,7 +18,7 @@ use bytes::Bytes;
 use futures_util::stream::{self, StreamExt};
 use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
-use hyper::header::{ACCEPT, HeaderValue, SET_COOKIE};
+use hyper::header::{ACCEPT, HeaderValue, RETRY_AFTER, SET_COOKIE};
 use hyper::{Method, Request, Response, StatusCode};
 use serde_json::json;
 use tokio::net::TcpListener;
@@ -31,7 +31,7 @@ use uuid::Uuid;
 use crate::health::Health;
 use crate::log_limiter::LogLimiter;
 use crate::metrics;
-use crate::server::{Limits, Server};
+use crate::server::{Limits, Peer, Server};
 use crate::spool::AppendError;
 use crate::text::chain;
 use auth::Denied;
@@ -95,9 +95,9 @@ impl Ops {
     pub async fn run(self, shutdown: CancellationToken) {
         let Self { server, handler } = self;
         let sampler = handler.clone();
-        let handler = move |request: Request<Incoming>, peer| {
+        let handler = move |request: Request<Incoming>, peer: Peer| {
             let handler = handler.clone();
-            async move { handler.answer(request, peer).await }
+            async move { handler.answer(request, peer.address).await }
         };
         tokio::join!(server.run(handler, shutdown), sampler.sample_and_announce());
     }
@@ -292,5 +292,7 @@ fn readiness(health: &Health) -> Response<Answer> {
     let problem = json!({
         "type": "about:blank", "title": title, "status": status.as_u16(), "detail": reason.to_string(), "code": code,
     });
-    response(status, "application/problem+json", problem.to_string())
+    let mut answer = response(status, "application/problem+json", problem.to_string());
+    answer.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("5"));
+    answer
 }

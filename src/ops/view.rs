@@ -223,9 +223,9 @@ impl View {
         if let Ok(age) = self.oldest_age(now).await {
             metrics.spool.oldest_age.set(age.unwrap_or(0.0));
         }
-        let census = self.sources.connections.census();
-        metrics.connections.half_open.set(census.half_open as f64);
-        metrics.connections.established.set(census.established as f64);
+        let counts = self.sources.connections.counts();
+        metrics.connections.half_open.set(counts.half_open as f64);
+        metrics.connections.established.set(counts.established as f64);
         if let Some(certificate) = self.certificate(now) {
             metrics.certificate_days_left(days(certificate.expires_at, now));
         }

@@ -2,27 +2,28 @@
 
 use std::convert::Infallible;
 use std::error::Error;
+use std::future::Future;
 use std::io;
 use std::pin::pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use hyper::body::{Body, Incoming};
 use hyper::server::conn::http1;
-use hyper::service::Service;
+use hyper::service::service_fn;
 use hyper::{Request, Response};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
-use tokio::sync::Notify;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::sync::watch;
+use tokio::time::{sleep, timeout};
 use tokio_io_timeout::TimeoutStream;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
 use tokio_util::sync::CancellationToken;
 
-use super::Limits;
+use super::{BodyError, Limits};
 
 /// How long a client may take to read the end of its last answer once the relay stops.
 const GOODBYE: Duration = Duration::from_secs(2);
@@ -33,26 +34,26 @@ const LAST_REQUEST: Duration = Duration::from_millis(500);
 pub enum End {
     /// As either side wished.
     Closed,
-    /// The peer is gone, or the network.
+    /// The peer or the network broke it off.
     Broken(String),
     TlsHandshake(String),
-    /// Not HTTP/1.1, or a head over the limits.
+    /// The client did not speak HTTP/1.1, or sent a head over the limits.
     Malformed(String),
-    /// No request in time.
+    /// The client sent no request in time.
     TimedOut,
-    /// Its place was needed.
+    /// Another connection needed its place.
     Evicted,
-    /// There was no place for its source.
+    /// All places of its source were taken.
     SourceFull,
 }
 
 impl End {
     fn of(error: &hyper::Error) -> Self {
         let text = crate::text::chain(error);
-        if error.is_timeout() || is_io_timeout(error) {
+        if error.is_timeout() || is_write_timeout(error) {
             Self::TimedOut
         } else if error.is_parse_version_h2() {
-            Self::Malformed("the client speaks HTTP/2, and this listener HTTP/1.1 only".to_owned())
+            Self::Malformed("the client speaks HTTP/2; this listener speaks HTTP/1.1 only".to_owned())
         } else if error.is_parse() {
             Self::Malformed(text)
         } else {
@@ -61,103 +62,12 @@ impl End {
     }
 }
 
-/// Whether the deadline for writing has passed.
-fn is_io_timeout(error: &hyper::Error) -> bool {
+fn is_write_timeout(error: &hyper::Error) -> bool {
     let cause = error.source().and_then(|cause| cause.downcast_ref::<io::Error>());
     cause.is_some_and(|cause| cause.kind() == io::ErrorKind::TimedOut)
 }
 
-/// What is going on on a connection.
-pub struct Activity {
-    since: Mutex<Since>,
-    /// A request has come in.
-    begun: Notify,
-}
-
-impl Default for Activity {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
-struct Since {
-    under_way: usize,
-    established: bool,
-    trusted: bool,
-    /// When it began, or its last request ended.
-    idle: Instant,
-}
-
-impl Activity {
-    pub fn new() -> Self {
-        let since = Since { under_way: 0, established: false, trusted: false, idle: Instant::now() };
-        Self { since: Mutex::new(since), begun: Notify::new() }
-    }
-
-    /// A request has come in; it is under way until the guard is dropped. The flag tells whether it is the first one.
-    pub fn begin(self: &Arc<Self>) -> (UnderWay, bool) {
-        let mut since = self.since();
-        since.under_way += 1;
-        let first = !std::mem::replace(&mut since.established, true);
-        drop(since);
-        self.begun.notify_waiters();
-        (UnderWay(Arc::clone(self)), first)
-    }
-
-    /// Returns whether it was not trusted before.
-    pub fn trust(&self) -> bool {
-        !std::mem::replace(&mut self.since().trusted, true)
-    }
-
-    /// Resolves when no request has been in progress for `limit`, counted from now at the earliest.
-    async fn idle_for(&self, limit: Duration) {
-        let start = Instant::now();
-        loop {
-            let due = {
-                let since = self.since();
-                let from = if since.under_way > 0 { Instant::now() } else { since.idle };
-                from.max(start) + limit
-            };
-            if due <= Instant::now() {
-                return;
-            }
-            sleep_until(due).await;
-        }
-    }
-
-    /// Resolves when a request is under way, or after `limit`.
-    async fn busy_or_after(&self, limit: Duration) {
-        let begun = self.begun.notified();
-        if self.since().under_way == 0 {
-            let _ = timeout(limit, begun).await;
-        }
-    }
-
-    /// Who has never sent a request has been timed out; who was served, and then asked for nothing more, has not.
-    fn end(&self, ended: End) -> End {
-        match (self.since().established, ended) {
-            (true, End::TimedOut) => End::Closed,
-            (_, end) => end,
-        }
-    }
-
-    fn since(&self) -> MutexGuard<'_, Since> {
-        self.since.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// A request that is not yet answered.
-pub struct UnderWay(Arc<Activity>);
-
-impl Drop for UnderWay {
-    fn drop(&mut self) {
-        let mut since = self.0.since();
-        since.under_way -= 1;
-        since.idle = Instant::now();
-    }
-}
-
-/// HTTP within limits.
+/// HTTP/1.1 within limits.
 pub struct Protocol {
     builder: http1::Builder,
     header_timeout: Duration,
@@ -179,50 +89,60 @@ impl Protocol {
     }
 
     /// Serves a TCP connection to its end.
-    pub(super) async fn serve<S, B>(
+    pub(super) async fn serve<H, F, B>(
         &self,
         stream: TcpStream,
         tls: Option<Arc<ServerConfig>>,
-        service: S,
-        activity: &Activity,
+        handler: H,
         shutdown: &CancellationToken,
     ) -> End
     where
-        S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>,
-        S::Future: Send + 'static,
-        B: Body<Data = Bytes, Error: Into<Box<dyn Error + Send + Sync>>> + Send + 'static,
+        H: Fn(Request<Incoming>) -> F,
+        F: Future<Output = Response<B>>,
+        B: Body<Data = Bytes, Error: Into<BodyError>> + 'static,
     {
+        // Without it small answers wait for the client's acknowledgement. A socket that refuses it is only slower.
         let _ = stream.set_nodelay(true);
-        let Some(tls) = tls else { return self.speak(stream, service, activity, shutdown).await };
-        let mut shaking = pin!(timeout(self.header_timeout, TlsAcceptor::from(tls).accept(stream)));
-        let handshake = tokio::select! {
-            handshake = shaking.as_mut() => handshake,
-            // It may still become a request.
-            () = shutdown.cancelled() => match timeout(LAST_REQUEST, shaking).await {
-                Ok(handshake) => handshake,
+        let Some(tls) = tls else { return self.speak(stream, handler, shutdown).await };
+        let mut handshake = pin!(timeout(self.header_timeout, TlsAcceptor::from(tls).accept(stream)));
+        let outcome = tokio::select! {
+            outcome = handshake.as_mut() => outcome,
+            // A request may follow the handshake.
+            () = shutdown.cancelled() => match timeout(LAST_REQUEST, handshake).await {
+                Ok(outcome) => outcome,
                 Err(_) => return End::Closed,
             },
         };
-        match handshake {
-            Ok(Ok(stream)) => self.speak(stream, service, activity, shutdown).await,
+        match outcome {
+            Ok(Ok(stream)) => self.speak(stream, handler, shutdown).await,
             Ok(Err(error)) => End::TlsHandshake(error.to_string()),
             Err(_) => End::TlsHandshake("took longer than http.header_timeout".to_owned()),
         }
     }
 
-    /// Serves HTTP over any stream, until the client or an error ends it, or until `shutdown`, after the request in progress.
-    pub async fn speak<S, B>(
+    /// Serves HTTP over any stream until the client, an error or a deadline ends it. After `shutdown` it ends with the
+    /// request in progress, or with one that follows within [`LAST_REQUEST`].
+    pub async fn speak<H, F, B>(
         &self,
-        stream: impl AsyncRead + AsyncWrite + Send + 'static,
-        service: S,
-        activity: &Activity,
+        stream: impl AsyncRead + AsyncWrite,
+        handler: H,
         shutdown: &CancellationToken,
     ) -> End
     where
-        S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>,
-        S::Future: Send + 'static,
-        B: Body<Data = Bytes, Error: Into<Box<dyn Error + Send + Sync>>> + Send + 'static,
+        H: Fn(Request<Incoming>) -> F,
+        F: Future<Output = Response<B>>,
+        B: Body<Data = Bytes, Error: Into<BodyError>> + 'static,
     {
+        let activity = &Activity::default();
+        let service = service_fn(move |request| {
+            let in_progress = activity.begin();
+            let answer = handler(request);
+            async move {
+                let answer = answer.await;
+                drop(in_progress);
+                Ok::<_, Infallible>(answer)
+            }
+        });
         let mut stream = TimeoutStream::new(stream);
         stream.set_write_timeout(Some(self.write_timeout));
         let mut connection = pin!(self.builder.serve_connection(TokioIo::new(Box::pin(stream)), service));
@@ -233,16 +153,67 @@ impl Protocol {
             ended = connection.as_mut() => return end(ended),
             () = shutdown.cancelled() => {}
         }
-        // A request may be on its way, and closing the connection would lose it. Its answer says `connection: close`.
+        // A request may be on its way, and closing now would lose it. Its answer carries `connection: close`.
         tokio::select! {
             biased;
             ended = connection.as_mut() => return end(ended),
-            () = activity.busy_or_after(LAST_REQUEST) => {}
+            () = activity.begins_within(LAST_REQUEST) => {}
         }
         connection.as_mut().graceful_shutdown();
         tokio::select! {
             ended = connection => end(ended),
-            () = activity.idle_for(GOODBYE) => activity.end(End::TimedOut),
+            () = activity.ended_for(GOODBYE) => activity.end(End::TimedOut),
         }
+    }
+}
+
+/// The requests on one connection.
+#[derive(Default)]
+struct Activity(watch::Sender<Requests>);
+
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+enum Requests {
+    /// None has arrived.
+    #[default]
+    None,
+    InProgress,
+    /// All that have arrived are answered.
+    Answered,
+}
+
+impl Activity {
+    /// Marks a request as in progress until the guard is dropped.
+    fn begin(&self) -> InProgress<'_> {
+        self.0.send_replace(Requests::InProgress);
+        InProgress(self)
+    }
+
+    /// Resolves when a request is in progress, or after `limit`.
+    async fn begins_within(&self, limit: Duration) {
+        let mut requests = self.0.subscribe();
+        let _ = timeout(limit, requests.wait_for(|requests| *requests == Requests::InProgress)).await;
+    }
+
+    /// Resolves `limit` after the request in progress has been answered, or after `limit` if there is none.
+    async fn ended_for(&self, limit: Duration) {
+        let _ = self.0.subscribe().wait_for(|requests| *requests != Requests::InProgress).await;
+        sleep(limit).await;
+    }
+
+    /// A client that was served and then sent nothing more has not been timed out.
+    fn end(&self, end: End) -> End {
+        match end {
+            End::TimedOut if *self.0.borrow() != Requests::None => End::Closed,
+            end => end,
+        }
+    }
+}
+
+/// A request that is not yet answered.
+struct InProgress<'a>(&'a Activity);
+
+impl Drop for InProgress<'_> {
+    fn drop(&mut self) {
+        self.0.0.send_replace(Requests::Answered);
     }
 }

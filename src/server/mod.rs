@@ -4,7 +4,6 @@ mod admission;
 mod connection;
 mod refusals;
 
-use std::convert::Infallible;
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
@@ -13,7 +12,6 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use hyper::body::{Body, Incoming};
-use hyper::service::service_fn;
 use hyper::{Request, Response};
 use ipnet::IpNet;
 use thiserror::Error;
@@ -22,9 +20,9 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-pub use admission::{Admission, Census};
-use admission::{Admitted, Place, Standing};
-pub use connection::{Activity, End, Protocol};
+pub use admission::{Admission, ConnectionCounts};
+use admission::{Place, Trust};
+pub use connection::{End, Protocol};
 use refusals::Refusals;
 
 use crate::metrics::Metrics;
@@ -45,9 +43,28 @@ pub struct BindError {
     source: io::Error,
 }
 
-/// An answer with this extension tells that its sender is who it should be: the connection is trusted from then on.
-#[derive(Clone, Copy)]
-pub struct Vouched;
+/// The other end of a connection, as handlers see it.
+#[derive(Clone)]
+pub struct Peer {
+    pub address: SocketAddr,
+    /// `None`: the connection is not one of a [`Server`].
+    place: Option<Arc<Place>>,
+}
+
+impl Peer {
+    /// Reports that the peer is a sender to trust: its connection is never evicted from now on.
+    pub fn trust(&self) {
+        if let Some(place) = &self.place {
+            place.raise_to(Trust::TrustedSender);
+        }
+    }
+}
+
+impl From<SocketAddr> for Peer {
+    fn from(address: SocketAddr) -> Self {
+        Self { address, place: None }
+    }
+}
 
 /// What clients may take.
 #[derive(Clone, Debug)]
@@ -120,36 +137,34 @@ impl Server {
         Arc::clone(&self.context.admission)
     }
 
-    /// Serves until `shutdown`, then takes no new connection, finishes the requests under way, and returns. Dropping the
-    /// future cuts the connections.
+    /// Serves until `shutdown`, then accepts no new connection, finishes the requests in progress, and returns. Dropping
+    /// the future cuts the connections.
     pub async fn run<H, F, B>(self, handler: H, shutdown: CancellationToken)
     where
-        H: Fn(Request<Incoming>, SocketAddr) -> F + Clone + Send + 'static,
+        H: Fn(Request<Incoming>, Peer) -> F + Clone + Send + 'static,
         F: Future<Output = Response<B>> + Send + 'static,
         B: Body<Data = Bytes, Error: Into<BodyError>> + Send + 'static,
     {
         let Self { listener, context } = self;
         let mut connections = JoinSet::new();
         loop {
-            // Where everybody is established nobody is accepted: the kernel keeps the next ones waiting.
+            // While all places belong to trusted senders, the kernel keeps new connections waiting.
             let accepted = async {
                 context.admission.room().await;
                 accept(&listener, &context).await
             };
-            let (stream, peer) = tokio::select! {
+            let (stream, address) = tokio::select! {
                 accepted = accepted => accepted,
-                // Reaps the connections that have ended.
+                // Removes the connections that have ended.
                 Some(_) = connections.join_next() => continue,
                 () = shutdown.cancelled() => break,
             };
-            match context.admission.admit(peer.ip(), Instant::now()) {
-                Admitted::Yes { place, evicted } => {
-                    if evicted {
-                        context.refusals.on_end(&End::Evicted, peer);
-                    }
-                    connections.spawn(context.clone().serve(stream, peer, place, handler.clone(), shutdown.clone()));
+            match context.admission.admit(address.ip(), Instant::now()) {
+                Some(place) => {
+                    let serving = context.clone().serve(stream, address, place, handler.clone(), shutdown.clone());
+                    connections.spawn(serving);
                 }
-                Admitted::SourceFull => context.refusals.on_end(&End::SourceFull, peer),
+                None => context.refusals.on_end(&End::SourceFull, address),
             }
         }
         drop(listener);
@@ -161,43 +176,29 @@ impl Context {
     async fn serve<H, F, B>(
         self,
         stream: TcpStream,
-        peer: SocketAddr,
+        address: SocketAddr,
         place: Place,
         handler: H,
         shutdown: CancellationToken,
     ) where
-        H: Fn(Request<Incoming>, SocketAddr) -> F + Send + 'static,
+        H: Fn(Request<Incoming>, Peer) -> F + Send + 'static,
         F: Future<Output = Response<B>> + Send + 'static,
         B: Body<Data = Bytes, Error: Into<BodyError>> + Send + 'static,
     {
         let place = Arc::new(place);
-        let activity = Arc::new(Activity::new());
-        let service = service_fn({
-            let (place, activity) = (Arc::clone(&place), Arc::clone(&activity));
-            move |request: Request<Incoming>| {
-                let (under_way, first) = activity.begin();
-                if first {
-                    place.rise_to(Standing::Known);
-                }
-                let response = handler(request, peer);
-                let (place, activity) = (Arc::clone(&place), Arc::clone(&activity));
-                async move {
-                    let response = response.await;
-                    drop(under_way);
-                    if response.extensions().get::<Vouched>().is_some() && activity.trust() {
-                        place.rise_to(Standing::Trusted);
-                    }
-                    Ok::<_, Infallible>(response)
-                }
+        let handler = {
+            let place = Arc::clone(&place);
+            move |request| {
+                place.raise_to(Trust::Known);
+                handler(request, Peer { address, place: Some(Arc::clone(&place)) })
             }
-        });
+        };
         let identity = self.tls.as_ref().map(|tls| tls.identity().config);
         let end = tokio::select! {
-            end = self.protocol.serve(stream, identity, service, &activity, &shutdown) => end,
-            // Whoever took the place has been told of.
-            () = place.evicted() => return,
+            end = self.protocol.serve(stream, identity, handler, &shutdown) => end,
+            () = place.evicted() => End::Evicted,
         };
-        self.refusals.on_end(&end, peer);
+        self.refusals.on_end(&end, address);
     }
 }
 
@@ -214,9 +215,7 @@ async fn accept(listener: &TcpListener, context: &Context) -> (TcpStream, Socket
                     warn!(%error, unreported, "cannot accept connections");
                 }
                 // Most likely the process is out of file descriptors, which is as good as out of places.
-                if context.admission.evict_one(Instant::now()) {
-                    context.refusals.on_eviction();
-                }
+                context.admission.evict_one(Instant::now());
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }

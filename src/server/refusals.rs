@@ -61,11 +61,6 @@ impl Refusals {
         }
     }
 
-    /// Counts a connection that was closed to free its file descriptor.
-    pub fn on_eviction(&self) {
-        self.evicted.count.increment(1);
-    }
-
     /// The number of unlogged errors of `accept` before this one, if this one is to be logged.
     pub fn accept_error_due(&self) -> Option<u64> {
         self.log_limiter.due("accept", Instant::now())

@@ -116,7 +116,7 @@ async fn late_handshake(authority: &Authority) -> Result<(), String> {
         elapsed => Err(format!("{elapsed:?}")),
     };
     relay.sigterm();
-    relay.eventually_logs("stopping: finishing requests").await;
+    relay.eventually_logs("stopping: finishing open requests").await;
     let shaken = connector.connect("localhost".try_into().unwrap(), stream).await;
     in_time()?;
     let mut stream = shaken.expect("a handshake");

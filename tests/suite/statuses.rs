@@ -249,7 +249,7 @@ async fn requests_under_way_are_finished_and_late_ones_are_told_to_come_back() {
     first.write(in_time).await.unwrap();
     let answer = String::from_utf8(first.read_to_end().await).unwrap();
     assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
-    relay.eventually_logs("requests that are still under way").await;
+    relay.eventually_logs("requests are still open").await;
     second.write(late).await.unwrap();
     let answer = String::from_utf8(second.read_to_end().await).unwrap();
     assert!(answer.starts_with("HTTP/1.1 503 ") && answer.contains("shutting-down"), "{answer}");
