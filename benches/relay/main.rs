@@ -10,6 +10,7 @@
 //!   PART         throughput, drain, latency, flood, worker, scaling, backlog; all by default
 //! ```
 
+#[allow(dead_code, unused_imports, reason = "the benchmark uses only a part of the suite's harness")]
 #[path = "../../tests/suite/harness/mod.rs"]
 mod harness;
 mod load;
@@ -26,14 +27,12 @@ use lapin::options::BasicConsumeOptions;
 use lapin::types::FieldTable;
 use serde_json::json;
 
+use harness::setup::NO_BROKER;
 use harness::{Node, Relay, Setup, Vhost};
 use load::{HALF_OPEN, HalfOpen, Webhooks, closed_loop, open_loop};
 use references::{BARE_HYPER, BareHyper, lapin_alone, lone_syncs};
 use report::Report;
 use report::Target::{AtLeast, AtMost, None as Reference};
-
-/// Nothing listens there.
-const NO_BROKER: &str = "amqp://127.0.0.1:1";
 
 /// Webhooks in one go, which is also the small backlog.
 const MANY: usize = 200_000;
@@ -80,10 +79,11 @@ async fn main() {
         eprintln!("backlog of {}", options.backlog);
         backlog(&node, options.backlog, &mut report).await;
     }
+    let overview = node.management().find("overview").await.expect("an overview of the node");
     println!(
         "\n{}; RabbitMQ {} beside it; {} rounds\n",
         machine::describe(&std::env::temp_dir()),
-        node.version().await,
+        overview["rabbitmq_version"].as_str().expect("a version"),
         options.rounds
     );
     report.print();
@@ -145,7 +145,7 @@ async fn throughput(node: &Node, report: &mut Report) {
 
     let vhost = Vhost::new(node).await;
     let relay = setup(&vhost.url()).start().await;
-    relay.eventually_metric("prism_relay_broker_connected", &[], 1.0).await;
+    relay.eventually_connected().await;
     let cpu = machine::cpu(relay.pid());
     let relayed = send(relay.address(), Webhooks::new(MANY)).await;
     report.add("durable 200s, broker up and draining", "/s", Reference, relayed.per_second);
@@ -189,7 +189,7 @@ async fn draining(node: &Node, report: &mut Report) {
 async fn declared(node: &Node) -> Vhost {
     let vhost = Vhost::new(node).await;
     let relay = setup(&vhost.url()).start().await;
-    relay.eventually_metric("prism_relay_broker_connected", &[], 1.0).await;
+    relay.eventually_connected().await;
     vhost
 }
 
@@ -213,7 +213,7 @@ async fn drain(relay: &mut Relay, vhost: &Vhost, backlog: usize) -> Drained {
 async fn confirmed(relay: &Relay, count: usize) -> f64 {
     let deadline = Instant::now() + Duration::from_secs(600);
     loop {
-        let confirmed = relay.status().await["spool"]["confirmed"].as_f64().expect("a number");
+        let confirmed = relay.spool().await.confirmed as f64;
         if confirmed >= count as f64 {
             return confirmed;
         }
@@ -232,7 +232,7 @@ async fn latency(node: &Node, report: &mut Report) {
     report.add("a lone write and fsync, p50", "ms", Reference, sync);
     let vhost = Vhost::new(node).await;
     let relay = setup(&vhost.url()).start().await;
-    relay.eventually_metric("prism_relay_broker_connected", &[], 1.0).await;
+    relay.eventually_connected().await;
     let up = wait_for_200(&relay, "broker up").await;
     report.add("time to the 200 at 1,000/s, p50 : a lone write and fsync", "", AtMost(2.0), up.0 / sync);
     report.add("time to the 200 at 1,000/s, p99", "ms", AtMost(3.0), up.1);
@@ -291,7 +291,7 @@ async fn worker(node: &Node, report: &mut Report) {
     const COUNT: usize = 1000;
     let vhost = Vhost::new(node).await;
     let relay = setup(&vhost.url()).start().await;
-    relay.eventually_metric("prism_relay_broker_connected", &[], 1.0).await;
+    relay.eventually_connected().await;
     let connection = vhost.connect().await;
     let channel = connection.create_channel().await.expect("a channel");
     let consume = async |queue: &str| {

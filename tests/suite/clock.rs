@@ -10,6 +10,7 @@ use jiff::{SignedDuration, Timestamp};
 use serde_json::json;
 
 use crate::harness::http::sign;
+use crate::harness::samples::nth;
 use crate::harness::traffic::check_ledger;
 use crate::harness::{Answer, Node, Relay, SECRET, Setup, Vhost, Wire, eventually};
 
@@ -61,17 +62,13 @@ fn library() -> PathBuf {
     let folders = std::fs::read_dir("/usr/lib").into_iter().flatten().filter_map(Result::ok).map(|entry| entry.path());
     let mut candidates =
         folders.chain([PathBuf::from("/usr/lib")]).map(|folder| folder.join("faketime/libfaketime.so.1"));
-    candidates.find(|path| Path::is_file(path)).unwrap_or_else(|| {
-        panic!("libfaketime is missing, and these tests cannot do without: install the package faketime, as tests/run.sh does")
-    })
-}
-
-fn scan(number: usize) -> String {
-    json!({"eventType": "scan.processing.started", "payload": {"scanId": "s", "number": number}}).to_string()
+    candidates
+        .find(|path| Path::is_file(path))
+        .unwrap_or_else(|| panic!("libfaketime is missing, and these tests cannot do without: install the package faketime, as tests/run.sh does"))
 }
 
 async fn look_at_the_ages(relay: &Relay) {
-    check_ledger(&relay.status().await);
+    check_ledger(&relay.spool().await);
     for metric in ["prism_relay_spool_oldest_age_seconds", "prism_relay_delivery_lag_seconds_sum"] {
         let age = relay.metric(metric, &[]).await;
         assert!(age >= 0.0, "{metric} is {age}");
@@ -87,15 +84,15 @@ async fn events_are_accepted_and_delivered_in_order_under_ids_of_their_own() {
     let vhost = Vhost::new(Node::shared().await).await;
     let (mut clock, setup) = Clock::new(Setup::new(&vhost.url()));
     let relay = setup.start().await;
-    let mut ids = vec![clock.post(&relay, &scan(0)).await.id()];
+    let mut ids = vec![clock.post(&relay, &nth(0)).await.id()];
     for jump in JUMPS {
         clock.jump(jump);
         for _ in 0..20 {
-            ids.push(clock.post(&relay, &scan(ids.len())).await.id());
+            ids.push(clock.post(&relay, &nth(ids.len())).await.id());
             look_at_the_ages(&relay).await;
         }
         // The relay does look at this clock.
-        let wrong = relay.post(scan(ids.len())).await;
+        let wrong = relay.post(nth(ids.len())).await;
         assert_eq!(wrong.status == 401, !clock.ahead.is_zero(), "{wrong}");
         if wrong.status == 200 {
             ids.push(wrong.id());
@@ -105,7 +102,7 @@ async fn events_are_accepted_and_delivered_in_order_under_ids_of_their_own() {
     let delivered: Vec<_> =
         vhost.messages("prism.scan", ids.len()).await.iter().map(|delivery| delivery.id()).collect();
     assert_eq!(delivered, ids);
-    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    relay.eventually_nothing_pending().await;
     look_at_the_ages(&relay).await;
 }
 
@@ -118,7 +115,7 @@ async fn a_backlog_has_no_negative_age_and_leaves_in_order_after_a_restart() {
     let mut relay = setup.start().await;
     let mut ids = Vec::new();
     for jump in JUMPS {
-        ids.push(clock.post(&relay, &scan(ids.len())).await.id());
+        ids.push(clock.post(&relay, &nth(ids.len())).await.id());
         clock.jump(jump);
         look_at_the_ages(&relay).await;
         relay.kill9().await;
@@ -136,14 +133,14 @@ async fn a_resend_is_recognised_just_after_a_jump() {
     let vhost = Vhost::new(Node::shared().await).await;
     let (mut clock, setup) = Clock::new(Setup::new(&vhost.url()));
     let relay = setup.start().await;
-    let id = clock.post(&relay, &scan(0)).await.id();
+    let id = clock.post(&relay, &nth(0)).await.id();
     for jump in JUMPS {
         clock.jump(jump);
-        let again = clock.post(&relay, &scan(0)).await.expect(200).json();
+        let again = clock.post(&relay, &nth(0)).await.expect(200).json();
         assert_eq!(again, json!({"ok": true, "id": id, "duplicate": true}));
     }
     vhost.messages("prism.scan", 1).await;
-    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    relay.eventually_nothing_pending().await;
     vhost.assert_empty("prism.scan").await;
 }
 
@@ -154,14 +151,14 @@ async fn a_restart_after_a_jump_back_does_not_stretch_the_dedupe_window_without_
     let (mut clock, setup) = Clock::new(Setup::new(&vhost.url()).set("dedupe.window", "10s"));
     clock.jump(HOUR);
     let mut relay = setup.start().await;
-    let id = clock.post(&relay, &scan(0)).await.id();
+    let id = clock.post(&relay, &nth(0)).await.id();
     clock.jump(-HOUR);
     relay.kill9().await;
     relay.start_again().await;
-    let again = clock.post(&relay, &scan(0)).await.expect(200).json();
+    let again = clock.post(&relay, &nth(0)).await.expect(200).json();
     assert_eq!(again["id"], json!(id), "recognised after the restart");
     eventually("the end of the window", async || {
-        let again = clock.post(&relay, &scan(0)).await.expect(200).json();
+        let again = clock.post(&relay, &nth(0)).await.expect(200).json();
         if again["duplicate"].is_null() { Ok(()) } else { Err(again) }
     })
     .await;
@@ -176,13 +173,13 @@ async fn a_confirm_deadline_and_reconnects_hold_through_a_jump_back() {
     let relay = setup.start().await;
     let mut sent = 0;
     for jump in JUMPS {
-        clock.post(&relay, &scan(sent)).await.expect(200);
+        clock.post(&relay, &nth(sent)).await.expect(200);
         vhost.messages("prism.scan", 1).await;
-        relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+        relay.eventually_nothing_pending().await;
         let connects = relay.status().await["broker"]["connects"].as_u64();
         // Silence on the wire, and the clock jumps while a deadline runs.
         wire.stall();
-        let id = clock.post(&relay, &scan(sent + 1)).await.id();
+        let id = clock.post(&relay, &nth(sent + 1)).await.id();
         clock.jump(jump);
         sent += 2;
         eventually("the relay to give the connection up", async || {
@@ -195,7 +192,7 @@ async fn a_confirm_deadline_and_reconnects_hold_through_a_jump_back() {
         wire.flow();
         wire.accept();
         assert_eq!(vhost.messages("prism.scan", 1).await[0].id(), id);
-        relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+        relay.eventually_nothing_pending().await;
         assert!(relay.status().await["broker"]["connects"].as_u64() > connects);
         vhost.assert_empty("prism.scan").await;
     }
@@ -209,11 +206,11 @@ async fn parked_events_are_tried_again_after_a_jump_back() {
     let setup = Setup::new(&vhost.url()).set("topology.declare", "off").set("broker.parked_retry", "300ms");
     let (mut clock, setup) = Clock::new(setup);
     let relay = setup.start().await;
-    let id = clock.post(&relay, &scan(0)).await.id();
-    relay.eventually_metric("prism_relay_spool_parked_events", &[], 1.0).await;
+    let id = clock.post(&relay, &nth(0)).await.id();
+    relay.eventually_parked(1).await;
     clock.jump(-HOUR);
     vhost.create_queue("rest", json!({"x-queue-type": "quorum"})).await;
     vhost.bind("prism.events", "rest", "#").await;
     assert_eq!(vhost.messages("rest", 1).await[0].id(), id);
-    relay.eventually_metric("prism_relay_spool_parked_events", &[], 0.0).await;
+    relay.eventually_parked(0).await;
 }

@@ -49,7 +49,7 @@ async fn the_node_that_leads_the_queues_is_killed() {
     let near_relay = setup(&near, &[first, second, third]).start().await;
     let mut far_relay = setup(&far, &[first]).start().await;
     for (relay, vhost) in [(&near_relay, &near), (&far_relay, &far)] {
-        relay.eventually_metric("prism_relay_broker_connected", &[], 1.0).await;
+        relay.eventually_connected().await;
         let leaders = cluster.leaders(vhost.name()).await;
         assert_eq!(leaders.iter().collect::<Vec<_>>(), [first.name()]);
     }
@@ -97,7 +97,7 @@ async fn the_majority_is_lost_and_regained() {
     let [first, second, third] = [0, 1, 2].map(|index| cluster.node(index));
     let quick_relay = setup(&quick, &[first]).set("broker.confirm_timeout", "2s").start().await;
     let mut patient_relay = setup(&patient, &[second]).set("broker.confirm_timeout", "25s").start().await;
-    patient_relay.eventually_metric("prism_relay_broker_connected", &[], 1.0).await;
+    patient_relay.eventually_connected().await;
     assert_eq!(cluster.leaders(patient.name()).await.iter().collect::<Vec<_>>(), [second.name()]);
     patient_relay.reconfigure("broker.urls", urls(&patient, &[first]));
     patient_relay.restart().await;
@@ -108,7 +108,7 @@ async fn the_majority_is_lost_and_regained() {
     quick_relay.eventually_logs("did not confirm a publish within").await;
     quick_traffic.more(20).await;
     patient_traffic.more(20).await;
-    assert!(quick_relay.status().await["spool"]["pending"].as_u64() > Some(0));
+    assert!(quick_relay.spool().await.pending > 0);
     cluster.mend().await;
     deliveries_go_on(&quick_relay, 20).await;
     quick_traffic.arrives(&quick_relay, &quick).await;

@@ -2,20 +2,19 @@
 
 use serde_json::json;
 
+use crate::harness::setup::NO_BROKER;
 use crate::harness::{Node, Relay, Setup, Vhost, Wire, eventually};
-
-const NO_BROKER: &str = "amqp://guest:guest@127.0.0.1:1/%2f";
 
 #[tokio::test]
 async fn wrong_usage_and_configuration_end_with_64() {
-    let setup = Setup::new(NO_BROKER);
+    let setup = Setup::without_broker();
     for arguments in [&["bogus"][..], &["serve", "--bogus"], &["send", "--count", "0"], &["send", "--rate", "-1"]] {
         let ended = setup.run(arguments).await;
         assert_eq!(ended.code, Some(64), "{arguments:?}: {}", ended.stderr);
         assert!(ended.stderr.contains("For more information, try '--help'"), "{}", ended.stderr);
     }
     let setup =
-        Setup::new(NO_BROKER).set("http.listen", "here").set("spool.size", 1).set("signature.secrets", json!([]));
+        Setup::without_broker().set("http.listen", "here").set("spool.size", 1).set("signature.secrets", json!([]));
     for command in ["serve", "check"] {
         let ended = setup.run(&[command]).await;
         assert_eq!(ended.code, Some(64));
@@ -23,13 +22,13 @@ async fn wrong_usage_and_configuration_end_with_64() {
             assert!(ended.stderr.contains(key), "{key:?} is missing in {}", ended.stderr);
         }
     }
-    let setup = Setup::new(NO_BROKER).env("PRISM_RELAY__HTTP__LISTEN", "there");
+    let setup = Setup::without_broker().env("PRISM_RELAY__HTTP__LISTEN", "there");
     assert!(setup.run(&["check"]).await.stderr.contains("http.listen: \"there\""), "the environment wins");
 }
 
 #[tokio::test]
 async fn help_and_version_end_with_0_and_serve_is_the_default() {
-    let setup = Setup::new(NO_BROKER);
+    let setup = Setup::without_broker();
     let help = setup.run(&["--help"]).await;
     assert_eq!(help.code, Some(0));
     for command in ["serve", "check", "send", "tail", "--config"] {
@@ -42,7 +41,7 @@ async fn help_and_version_end_with_0_and_serve_is_the_default() {
     assert!(long.code == Some(0) && commit.is_some_and(|commit| !commit.is_empty()), "{long:?}");
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
-    let ended = Setup::new(NO_BROKER).set("http.listen", address.as_str()).run(&[]).await;
+    let ended = Setup::without_broker().set("http.listen", address.as_str()).run(&[]).await;
     assert_eq!(ended.code, Some(1));
     assert!(ended.stderr.contains(&format!("cannot listen on {address} (http.listen)")), "{}", ended.stderr);
 }
@@ -62,7 +61,7 @@ async fn check_tells_good_from_bad_and_changes_nothing() {
     assert!(!setup.spool().exists() && vhost.exchange("prism.events").await.is_none());
 
     let relay = setup.start().await;
-    relay.eventually_metric("prism_relay_broker_connected", &[], 1.0).await;
+    relay.eventually_connected().await;
     relay.post(r#"{"eventType":"scan.a"}"#).await.expect(200);
     let during = relay.run(&["check"]).await;
     assert_eq!(during.code, Some(0), "{}", during.stdout);
@@ -135,7 +134,7 @@ async fn send_plays_prism_and_sums_up() {
 #[tokio::test]
 async fn send_retries_as_prism_does_and_gives_up() {
     // Nobody listens at first: the first two tries fail at once, the third comes after five seconds.
-    let relay = Setup::new(NO_BROKER).start().await;
+    let relay = Setup::without_broker().start().await;
     let wire = Wire::new(relay.address());
     let mut wire = wire;
     wire.refuse().await;
@@ -157,7 +156,7 @@ async fn send_retries_as_prism_does_and_gives_up() {
         refused.stdout
     );
 
-    let no_secret = Setup::new(NO_BROKER).set("signature.secrets", json!([])).run(&["send", "--url", &url]).await;
+    let no_secret = Setup::without_broker().set("signature.secrets", json!([])).run(&["send", "--url", &url]).await;
     assert_eq!(no_secret.code, Some(64));
     assert!(no_secret.stderr.contains("--unsigned"), "{}", no_secret.stderr);
 }
@@ -166,7 +165,7 @@ async fn send_retries_as_prism_does_and_gives_up() {
 async fn tail_prints_what_passes_and_takes_nothing() {
     let vhost = Vhost::new(Node::shared().await).await;
     let relay = Relay::start(&vhost).await;
-    relay.eventually_metric("prism_relay_broker_connected", &[], 1.0).await;
+    relay.eventually_connected().await;
     let mut all = relay.setup().launch(&["tail", "--json", "--count", "3"]);
     let mut scans = relay.setup().launch(&["tail", "scan.*", "--count", "1"]);
     eventually("both to listen", async || {
@@ -220,13 +219,13 @@ async fn tail_can_work_like_a_worker_and_says_what_is_missing() {
     vhost.assert_empty("prism.scan").await;
     let missing = relay.run(&["tail", "--queue", "nothing"]).await;
     assert!(missing.code == Some(1) && missing.stderr.contains("no queue 'nothing'"), "{missing:?}");
-    let unreachable = Setup::new(NO_BROKER).run(&["tail"]).await;
+    let unreachable = Setup::without_broker().run(&["tail"]).await;
     assert!(unreachable.code == Some(1) && unreachable.stderr.contains("cannot reach 127.0.0.1:1"), "{unreachable:?}");
 }
 
 #[tokio::test]
 async fn health_is_what_readyz_says() {
-    let relay = Setup::new(NO_BROKER).start().await;
+    let relay = Setup::without_broker().start().await;
     // It has three seconds.
     eventually("the relay's answer in time", async || {
         let well = relay.run(&["health", "--url", relay.ops()]).await;
@@ -247,7 +246,7 @@ async fn health_is_what_readyz_says() {
 
 #[tokio::test]
 async fn man_pages_and_completions_come_from_the_command_line_itself() {
-    let setup = Setup::new(NO_BROKER);
+    let setup = Setup::without_broker();
     let page = setup.run(&["man"]).await;
     assert!(page.code == Some(0) && page.stdout.contains(".TH prism-relay 1"), "{page:?}");
     let folder = setup.folder().join("man");
@@ -264,7 +263,7 @@ async fn man_pages_and_completions_come_from_the_command_line_itself() {
 
 #[tokio::test]
 async fn check_offline_needs_no_broker() {
-    let setup = Setup::new(NO_BROKER);
+    let setup = Setup::without_broker();
     let checked = setup.run(&["check", "--offline"]).await;
     assert!(checked.code == Some(0) && !checked.stdout.contains("broker"), "{checked:?}");
     assert_eq!(setup.run(&["check"]).await.code, Some(1));

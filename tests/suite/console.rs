@@ -3,16 +3,11 @@
 use serde_json::{Value, json};
 
 use crate::harness::browser::Browser;
+use crate::harness::samples::scan;
 use crate::harness::{Node, Relay, Setup, Vhost, Wire, eventually, eventually_equal};
 
 const PHONE: (u32, u32) = (390, 844);
 const DESKTOP: (u32, u32) = (1440, 1200);
-
-fn scan(number: usize) -> String {
-    format!(
-        r#"{{"eventType":"scan.processing.started","payload":{{"userToken":"partner-user-42","scanId":"scan-{number}","state":"PROCESSING"}}}}"#
-    )
-}
 
 async fn open(browser: &Browser, relay: &Relay) {
     browser.look_like(DESKTOP, false).await;
@@ -60,7 +55,7 @@ async fn the_page_and_its_summary_follow_an_outage_of_the_broker() {
     let vhost = Vhost::new(Node::shared().await).await;
     let mut wire = Wire::new(vhost.address());
     let relay = Relay::start_through(&vhost, &wire).await;
-    relay.eventually_metric("prism_relay_broker_connected", &[], 1.0).await;
+    relay.eventually_connected().await;
     let browser = Browser::start().await;
     open(&browser, &relay).await;
     browser.shows("#summary-text", "no event has come in").await;
@@ -110,7 +105,7 @@ async fn buttons_retry_one_parked_event_and_remove_another() {
     let setup = Setup::new(&vhost.url()).set("topology.declare", "off").set("broker.parked_retry", "1h");
     let relay = setup.start().await;
     let (one, two) = (relay.post(scan(1)).await.id(), relay.post(scan(2)).await.id());
-    relay.eventually_metric("prism_relay_spool_parked_events", &[], 2.0).await;
+    relay.eventually_parked(2).await;
     let browser = Browser::start().await;
     open(&browser, &relay).await;
     browser.shows("#summary-text", "2 events are parked").await;
@@ -127,21 +122,21 @@ async fn buttons_retry_one_parked_event_and_remove_another() {
     browser.click("#ask-go").await;
     // Without the click the next retry would come after an hour.
     assert_eq!(vhost.messages("rest", 1).await[0].id(), one);
-    relay.eventually_metric("prism_relay_spool_parked_events", &[], 1.0).await;
+    relay.eventually_parked(1).await;
 
     browser.click(&button("remove", &two)).await;
     browser.write("#ask-typed", "wrong").await;
     browser.click("#ask-go").await;
     browser.shows("#ask-mistake", "Nothing was removed").await;
-    assert_eq!(relay.status().await["spool"]["parked"], 1);
+    assert_eq!(relay.spool().await.parked, 1);
     browser.run("document.querySelector('#ask-typed').value = ''").await;
     browser.write("#ask-typed", &two[..8]).await;
     browser.click("#ask-go").await;
-    relay.eventually_metric("prism_relay_spool_parked_events", &[], 0.0).await;
+    relay.eventually_parked(0).await;
     browser.shows("#summary-text", "Nothing is waiting; the last event was delivered").await;
     browser.shows("#events-rows", "removed by an operator").await;
-    let spool = relay.status().await["spool"].clone();
-    assert_eq!((&spool["removed"], &spool["confirmed"]), (&json!(1), &json!(1)));
+    let spool = relay.spool().await;
+    assert_eq!((spool.removed, spool.confirmed), (1, 1), "{spool:?}");
     assert_eq!(browser.complaints().await, Vec::<String>::new());
 }
 
@@ -153,7 +148,7 @@ async fn each_situation_shows_in_summary_and_answers() {
 
     let relay = Relay::start(&vhost).await;
     relay.post(scan(1)).await.expect(200);
-    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    relay.eventually_nothing_pending().await;
     open(&browser, &relay).await;
     node.memory_alarm(true).await;
     relay.post(scan(2)).await.expect(200);
@@ -166,7 +161,7 @@ async fn each_situation_shows_in_summary_and_answers() {
     browser.open("about:blank").await;
     drop(relay);
 
-    let setup = Setup::new("amqp://guest:guest@127.0.0.1:1/%2f").set("spool.max_bytes", "8KiB");
+    let setup = Setup::without_broker().set("spool.max_bytes", "8KiB");
     let relay = setup.start().await;
     for number in 0..18 {
         relay.post(scan(number)).await.expect(200);
@@ -180,7 +175,7 @@ async fn each_situation_shows_in_summary_and_answers() {
     drop(relay);
 
     let relay = Setup::new(&vhost.url()).set("signature.secrets", json!(["whsec_another"])).start().await;
-    relay.eventually_metric("prism_relay_broker_connected", &[], 1.0).await;
+    relay.eventually_connected().await;
     open(&browser, &relay).await;
     for number in 0..20 {
         relay.post(scan(number)).await.expect(401);
@@ -195,7 +190,7 @@ async fn each_situation_shows_in_summary_and_answers() {
 #[tokio::test]
 async fn with_a_token_the_console_asks_for_it() {
     let relay =
-        Setup::new("amqp://guest:guest@127.0.0.1:1/%2f").set("ops.token", "a-token-that-is-long-enough").start();
+        Setup::without_broker().set("ops.token", "a-token-that-is-long-enough").start();
     let relay = relay.await;
     let browser = Browser::start().await;
     browser.open(&format!("{}/", relay.ops())).await;
@@ -213,7 +208,7 @@ async fn with_a_token_the_console_asks_for_it() {
 
 #[tokio::test]
 async fn a_console_says_that_it_lost_the_relay_and_reconnects() {
-    let setup = Setup::new("amqp://guest:guest@127.0.0.1:1/%2f");
+    let setup = Setup::without_broker();
     let port = crate::harness::ports::free();
     let mut relay = setup.set("ops.listen", format!("127.0.0.1:{port}")).start().await;
     let browser = Browser::start().await;

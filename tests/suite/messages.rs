@@ -1,18 +1,16 @@
 //! Promises 4 and 7 and the message contract: each body reaches its queue byte for byte.
 
 use crate::harness::http::{now, sign};
-use crate::harness::{Node, Relay, SECRET, Setup, Vhost};
-
-const SAMPLES: &str = include_str!("../samples/events.jsonl");
+use crate::harness::{Node, Relay, SECRET, Setup, Vhost, samples};
 
 #[tokio::test]
 async fn each_event_type_reaches_its_queue_byte_for_byte() {
     let vhost = Vhost::new(Node::shared().await).await;
     let relay = Relay::start(&vhost).await;
-    for line in SAMPLES.lines() {
+    for line in samples::EVENTS.lines() {
         relay.post(line).await.expect(200);
     }
-    let lines: Vec<&str> = SAMPLES.lines().collect();
+    let lines: Vec<&str> = samples::EVENTS.lines().collect();
     for (queue, expected) in
         [("prism.scan", &lines[..3]), ("prism.future_me", &lines[3..6]), ("prism.unrouted", &lines[6..])]
     {
@@ -82,7 +80,7 @@ async fn unknown_types_and_bodies_without_an_envelope_end_in_unrouted() {
 async fn the_message_carries_the_properties_and_headers_of_the_contract() {
     let vhost = Vhost::new(Node::shared().await).await;
     let relay = Relay::start(&vhost).await;
-    let body = SAMPLES.lines().nth(4).unwrap();
+    let body = samples::EVENTS.lines().nth(4).unwrap();
     let timestamp = now();
     let signature = sign(SECRET, &timestamp, body.as_bytes());
     let trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";

@@ -1,19 +1,12 @@
-//! The relay's own process: killed at any moment, starved of descriptors, with a backlog that does not fit in memory.
+//! The relay's process: killed at any moment, out of file descriptors, with a backlog that does not fit in memory.
 
 use std::collections::HashSet;
 
-use serde_json::json;
-
+use crate::harness::samples::nth_of_scan;
 use crate::harness::{Node, Raw, Relay, Setup, Vhost, Wire, eventually};
 
-const NO_BROKER: &str = "amqp://guest:guest@127.0.0.1:1/%2f";
-
-fn scan(subject: usize, number: usize) -> String {
-    json!({"eventType": "scan.a", "payload": {"scanId": subject.to_string(), "number": number}}).to_string()
-}
-
 #[tokio::test]
-async fn kill_9_under_load_loses_nothing_that_was_answered() {
+async fn kill_9_under_load_loses_no_event_that_was_answered_200() {
     let vhost = Vhost::new(Node::shared().await).await;
     let mut relay = Relay::start(&vhost).await;
     let mut acknowledged = HashSet::new();
@@ -23,15 +16,15 @@ async fn kill_9_under_load_loses_nothing_that_was_answered() {
                 let sender = relay.sender();
                 tokio::spawn(async move {
                     let mut ids = Vec::new();
-                    // Until it is killed in the middle of an answer.
-                    while let Ok(answer) = sender.post(scan(round * 8 + subject, ids.len())).await {
+                    // Until the relay is killed in the middle of an answer.
+                    while let Ok(answer) = sender.post(nth_of_scan(round * 8 + subject, ids.len())).await {
                         ids.push(answer.id());
                     }
                     ids
                 })
             })
             .collect();
-        eventually("traffic", async || {
+        eventually("more than 50 accepted webhooks", async || {
             let accepted = relay.metric("prism_relay_webhooks_total", &[("outcome", "accepted")]).await;
             if accepted > 50.0 { Ok(()) } else { Err(accepted) }
         })
@@ -42,9 +35,9 @@ async fn kill_9_under_load_loses_nothing_that_was_answered() {
         }
         relay.start_again().await;
         let verify = relay.run(&["spool", "verify"]).await;
-        assert_eq!(verify.code, Some(0), "the ledger balances after every crash: {}", verify.stdout);
+        assert_eq!(verify.code, Some(0), "the ledger does not balance after a crash: {}", verify.stdout);
     }
-    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    relay.eventually_nothing_pending().await;
     let depth = vhost.depth("prism.scan").await as usize;
     let delivered: HashSet<_> =
         vhost.messages("prism.scan", depth).await.iter().map(|delivery| delivery.id()).collect();
@@ -53,22 +46,22 @@ async fn kill_9_under_load_loses_nothing_that_was_answered() {
 }
 
 #[tokio::test]
-async fn kill_9_during_start_up_is_no_different() {
+async fn kill_9_during_start_up_loses_nothing() {
     let vhost = Vhost::new(Node::shared().await).await;
     let mut wire = Wire::new(vhost.address());
     wire.refuse().await;
     let mut relay = Relay::start_through(&vhost, &wire).await;
     let mut ids = Vec::new();
     for number in 0..200 {
-        ids.push(relay.post(scan(0, number)).await.id());
+        ids.push(relay.post(nth_of_scan(0, number)).await.id());
     }
     relay.kill9().await;
     for lines in [0, 0, 0, 0, 1, 1, 2] {
-        // Killed at once, or as soon as it has said so much.
+        // Killed at once, or after this many log lines.
         let mut program = relay.setup().launch(&["serve"]);
-        eventually("the first words of the relay", async || {
-            let said = program.stderr().len();
-            if said >= lines { Ok(()) } else { Err(said) }
+        eventually(&format!("{lines} log lines"), async || {
+            let logged = program.stderr().len();
+            if logged >= lines { Ok(()) } else { Err(logged) }
         })
         .await;
         program.signal("KILL");
@@ -81,15 +74,15 @@ async fn kill_9_during_start_up_is_no_different() {
 }
 
 #[tokio::test]
-async fn a_process_without_descriptors_waits_for_one_and_goes_on() {
-    let relay = Setup::new(NO_BROKER).start().await;
+async fn a_process_without_free_file_descriptors_waits_for_one_and_goes_on() {
+    let relay = Setup::without_broker().start().await;
     let limit = |count: &str| {
         let status = std::process::Command::new("prlimit")
             .args([format!("--nofile={count}:4096"), format!("--pid={}", relay.pid())])
             .status();
         assert!(status.expect("prlimit, of util-linux").success());
     };
-    relay.post(scan(0, 0)).await.expect(200);
+    relay.post(nth_of_scan(0, 0)).await.expect(200);
     let open = std::fs::read_dir(format!("/proc/{}/fd", relay.pid())).unwrap().count();
     limit(&(open + 3).to_string());
     let mut crowd = Vec::new();
@@ -97,52 +90,51 @@ async fn a_process_without_descriptors_waits_for_one_and_goes_on() {
         crowd.push(Raw::connect(relay.address()).await);
     }
     relay.eventually_logs("cannot accept connections").await;
-    // The connections that are there still work, the spool among them.
-    relay.post(scan(0, 1)).await.expect(200);
+    // Open connections still work, and so does the spool.
+    relay.post(nth_of_scan(0, 1)).await.expect(200);
     drop(crowd);
     limit("4096");
-    let newcomer =
-        Raw::exchange(relay.address(), "GET /healthz HTTP/1.1\r\nhost: relay\r\nconnection: close\r\n\r\n").await;
-    assert!(newcomer.starts_with("HTTP/1.1 200 "), "{newcomer}");
+    let new = Raw::exchange(relay.address(), "GET /healthz HTTP/1.1\r\nhost: relay\r\nconnection: close\r\n\r\n").await;
+    assert!(new.starts_with("HTTP/1.1 200 "), "{new}");
 }
 
 #[tokio::test]
 async fn a_confirmed_event_that_was_not_yet_deleted_comes_again_under_its_id() {
     let vhost = Vhost::new(Node::shared().await).await;
     let mut relay = Relay::start(&vhost).await;
-    relay.post(scan(0, 0)).await.expect(200);
+    relay.post(nth_of_scan(0, 0)).await.expect(200);
     vhost.messages("prism.scan", 1).await;
-    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
-    // Confirmed, but the note of it does not reach the file before the end.
-    let meddler = rusqlite::Connection::open(relay.setup().spool()).unwrap();
-    meddler.execute_batch("CREATE TRIGGER keep BEFORE DELETE ON event BEGIN SELECT RAISE(ABORT, 'no'); END").unwrap();
-    let id = relay.post(scan(0, 1)).await.id();
+    relay.eventually_nothing_pending().await;
+    // The broker confirms the event, and the relay cannot delete it from the file before it is killed.
+    let file = rusqlite::Connection::open(relay.setup().spool()).unwrap();
+    file.execute_batch("CREATE TRIGGER keep BEFORE DELETE ON event BEGIN SELECT RAISE(ABORT, 'no'); END").unwrap();
+    let id = relay.post(nth_of_scan(0, 1)).await.id();
     assert_eq!(vhost.messages("prism.scan", 1).await[0].id(), id);
     relay.eventually_metric("prism_relay_publish_total", &[("outcome", "confirmed")], 2.0).await;
     relay.kill9().await;
-    meddler.execute_batch("DROP TRIGGER keep").unwrap();
+    file.execute_batch("DROP TRIGGER keep").unwrap();
     relay.start_again().await;
     assert_eq!(vhost.messages("prism.scan", 1).await[0].id(), id);
-    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    relay.eventually_nothing_pending().await;
     assert_eq!(relay.run(&["spool", "verify"]).await.code, Some(0));
 }
 
 #[tokio::test]
 async fn a_backlog_costs_disk_and_not_memory() {
     const EVENTS: usize = 50_000;
-    let relay = Setup::new(NO_BROKER).set("spool.max_bytes", "1GiB").set("log.filter", "info").start().await;
+    let relay = Setup::without_broker().set("spool.max_bytes", "1GiB").set("log.filter", "info").start().await;
     let rss = || {
         let status = std::fs::read_to_string(format!("/proc/{}/status", relay.pid())).unwrap();
         let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
         line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap()
     };
-    relay.post(scan(0, 0)).await.expect(200);
+    relay.post(nth_of_scan(0, 0)).await.expect(200);
     let before = rss();
     let count = EVENTS.to_string();
     let sent = relay.run(&["send", "--url", relay.url(), "--count", &count]).await;
     assert_eq!(sent.code, Some(0), "{}", sent.stdout);
-    assert_eq!(relay.status().await["spool"]["pending"], EVENTS as u64 + 1);
-    // The bodies alone are 5 MB, the dedupe window as much again; a queue in memory would be several times that.
+    assert_eq!(relay.spool().await.pending, EVENTS as u64 + 1);
+    // The bodies have 5 MB, and so has the dedupe window. A queue in memory would need several times that.
     let grown = rss().saturating_sub(before);
-    assert!(grown < 32 * 1024, "{before} kB have become {} kB", before + grown);
+    assert!(grown < 32 * 1024, "{before} kB grew to {} kB", before + grown);
 }

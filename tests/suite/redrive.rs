@@ -5,12 +5,8 @@ use std::collections::BTreeSet;
 use lapin::BasicProperties;
 use serde_json::json;
 
+use crate::harness::samples::{of_scan, scan};
 use crate::harness::{Delivery, Node, Relay, Setup, Traffic, Vhost, Wire, eventually, eventually_equal};
-
-fn scan(scan: u32, kind: &str) -> String {
-    let scan = uuid::Uuid::from_u128(scan.into());
-    json!({ "eventType": format!("scan.processing.{kind}"), "payload": { "scanId": scan } }).to_string()
-}
 
 fn keys(messages: &[Delivery]) -> Vec<&str> {
     messages.iter().map(|message| message.routing_key.as_str()).collect()
@@ -20,7 +16,8 @@ fn keys(messages: &[Delivery]) -> Vec<&str> {
 async fn dead(vhost: &Vhost, count: u32) -> Relay {
     let relay = Relay::start(vhost).await;
     for number in 0..count {
-        relay.post(scan(number, if number % 2 == 0 { "started" } else { "failed" })).await.expect(200);
+        let kind = if number % 2 == 0 { "started" } else { "failed" };
+        relay.post(of_scan(number, &format!("scan.processing.{kind}"))).await.expect(200);
         vhost.reject("prism.scan").await;
     }
     vhost.eventually_depth("prism.dead", count).await;
@@ -32,9 +29,9 @@ async fn dead_letters_go_back_with_all_they_had() {
     let vhost = Vhost::new(Node::shared().await).await;
     let queues = json!([{ "name": "prism.scan", "bindings": ["scan.#"], "retry_delays": ["50ms", "50ms"] }]);
     let relay = Setup::new(&vhost.url()).set("topology.queues", queues).start().await;
-    relay.post(scan(1, "started")).await.expect(200);
+    relay.post(scan(1)).await.expect(200);
     let first = vhost.messages("prism.scan", 1).await.remove(0);
-    relay.post(scan(2, "started")).await.expect(200);
+    relay.post(scan(2)).await.expect(200);
     for _ in 0..3 {
         vhost.reject("prism.scan").await;
     }
@@ -53,7 +50,7 @@ async fn dead_letters_go_back_with_all_they_had() {
         delivery.headers.keys().filter(|name| *name != "x-delivery-count").cloned().collect::<Vec<_>>()
     };
     assert_eq!(names(&again), names(&first));
-    assert_eq!(again.text(), scan(2, "started"));
+    assert_eq!(again.text(), scan(2));
     vhost.assert_empty("prism.dead").await;
 }
 
@@ -61,10 +58,10 @@ async fn dead_letters_go_back_with_all_they_had() {
 async fn only_what_was_asked_for_moves() {
     let vhost = Vhost::new(Node::shared().await).await;
     let relay = dead(&vhost, 6).await;
-    let [subject, other] = [3, 1].map(|number| format!("scan:{}", uuid::Uuid::from_u128(number)));
+    let [subject, other] = ["scan:scan-3", "scan:scan-1"];
     for (arguments, moved, left) in [
-        (vec!["--subject", &subject], vec![3], 5),
-        (vec!["--type", "*.*.failed", "--subject", &other], vec![1], 4),
+        (vec!["--subject", subject], vec![3], 5),
+        (vec!["--type", "*.*.failed", "--subject", other], vec![1], 4),
         (vec!["--type", "body_shape_prediction.#"], vec![], 4),
         (vec!["--older-than", "1h"], vec![], 4),
         (vec!["--newer-than", "1h", "--type", "*.*.started"], vec![0, 2, 4], 1),
@@ -77,7 +74,7 @@ async fn only_what_was_asked_for_moves() {
         let done = relay.run(&arguments).await;
         assert!(done.code == Some(0) && done.stdout.starts_with(&format!("{} moved", moved.len())), "{done:?}");
         let came = vhost.messages("prism.scan", moved.len()).await;
-        let expected: Vec<_> = moved.iter().map(|number| format!("scan:{}", uuid::Uuid::from_u128(*number))).collect();
+        let expected: Vec<_> = moved.iter().map(|number| format!("scan:scan-{number}")).collect();
         let mut came: Vec<_> = came.iter().map(|message| message.header("prism-subject")).collect();
         // RabbitMQ changes the order of what was looked at and left.
         came.sort_unstable();
@@ -197,7 +194,7 @@ async fn an_interrupted_redrive_loses_nothing() {
     let vhost = Vhost::new(Node::shared().await).await;
     let wire = Wire::new(vhost.address());
     let relay = Relay::start(&vhost).await;
-    relay.eventually_metric("prism_relay_broker_connected", &[], 1.0).await;
+    relay.eventually_connected().await;
     let connection = vhost.connect().await;
     let channel = connection.create_channel().await.unwrap();
     channel.confirm_select(Default::default()).await.unwrap();
@@ -254,7 +251,9 @@ async fn the_archive_has_everything_and_takes_nothing_from_the_unrouted() {
     let relay = with_archive(&vhost).start().await;
     // The headers tell milliseconds.
     let started = jiff::Timestamp::now() - jiff::SignedDuration::from_secs(1);
-    for body in [scan(1, "started").as_str(), r#"{"eventType":"unknown.a","payload":{}}"#, scan(2, "failed").as_str()] {
+    for body in
+        [scan(1).as_str(), r#"{"eventType":"unknown.a","payload":{}}"#, of_scan(2, "scan.processing.failed").as_str()]
+    {
         relay.post(body).await.expect(200);
     }
     vhost.messages("prism.scan", 2).await;
@@ -358,12 +357,12 @@ async fn replay_ends_while_events_come_in() {
 async fn replay_keeps_to_the_time_and_ends_where_there_is_nothing() {
     let vhost = Vhost::new(Node::shared().await).await;
     let relay = with_archive(&vhost).start().await;
-    relay.eventually_metric("prism_relay_broker_connected", &[], 1.0).await;
+    relay.eventually_connected().await;
     let nothing = relay.run(&["replay", "--since", "1h"]).await;
     assert!(nothing.code == Some(0) && nothing.stdout.starts_with("0 events"), "{nothing:?}");
-    relay.post(scan(1, "started")).await.expect(200);
+    relay.post(scan(1)).await.expect(200);
     vhost.messages("prism.scan", 1).await;
-    relay.post(scan(2, "started")).await.expect(200);
+    relay.post(scan(2)).await.expect(200);
     let second = vhost.messages("prism.scan", 1).await.remove(0);
     let between = second.header("prism-received-at").to_owned();
     for (arguments, expected) in [(["--since", &between], 1), (["--until", &between], 1), (["--since", "1h"], 2)] {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::harness::http::sign;
-use crate::harness::{Answer, Node, Relay, SECRET, Setup, Vhost, eventually};
+use crate::harness::{Answer, Node, Relay, SECRET, Setup, Vhost, eventually, samples};
 
 const BODY: &str = r#"{"eventType":"scan.processing.started","payload":{"userToken":"partner-user-42","scanId":"s"}}"#;
 
@@ -53,7 +53,7 @@ async fn a_captured_request_is_not_published_again_however_often_it_comes() {
         assert_recognised(&send(&relay, captured).await, &first);
     }
     // What is delivered and not yet deleted would be delivered again.
-    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    relay.eventually_nothing_pending().await;
     relay.kill9().await;
     relay.start_again().await;
     for captured in [&captured, &re_sent] {
@@ -72,13 +72,13 @@ async fn a_captured_request_is_not_published_again_however_often_it_comes() {
     }
     let delivered = vhost.messages("prism.scan", 2).await;
     assert_eq!(delivered.iter().map(|delivery| delivery.id()).collect::<Vec<_>>(), [first, second]);
-    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    relay.eventually_nothing_pending().await;
     vhost.assert_empty("prism.scan").await;
 }
 
 #[tokio::test]
 async fn a_captured_request_is_refused_once_its_signature_is_too_old() {
-    let setup = Setup::new("amqp://guest:guest@127.0.0.1:1/%2f");
+    let setup = Setup::without_broker();
     let relay = setup.set("dedupe.window", "1s").set("signature.tolerance", "10s").start().await;
     let (first, captured) = signed(&relay, 0).await;
     let first = first.id();
@@ -93,29 +93,24 @@ async fn a_captured_request_is_refused_once_its_signature_is_too_old() {
     });
     let refused = refused.await;
     assert_eq!((refused.status, &refused.json()["code"]), (401, &json!("stale-timestamp")));
-    assert_eq!(relay.status().await["spool"]["accepted"], 1);
+    assert_eq!(relay.spool().await.accepted, 1);
 }
 
 #[tokio::test]
 async fn a_window_that_is_turned_off_recognises_nothing() {
-    let relay = Setup::new("amqp://guest:guest@127.0.0.1:1/%2f").set("dedupe.window", "0s").start().await;
+    let relay = Setup::without_broker().set("dedupe.window", "0s").start().await;
     relay.eventually_logs("dedupe.window is 0s").await;
     let (_, captured) = signed(&relay, 0).await;
     assert_eq!(send(&relay, &captured).await.expect(200).json()["duplicate"], Value::Null);
-    assert_eq!(relay.status().await["spool"]["accepted"], 2);
+    assert_eq!(relay.spool().await.accepted, 2);
 }
 
 #[tokio::test]
 async fn more_events_than_the_window_may_hold_are_told_of() {
-    let relay = Setup::new("amqp://guest:guest@127.0.0.1:1/%2f").set("dedupe.entries_max", 2).start().await;
+    let relay = Setup::without_broker().set("dedupe.entries_max", 2).start().await;
     let (_, captured) = signed(&relay, 0).await;
     for number in 0..4 {
-        relay
-            .post(format!(
-                r#"{{"eventType":"scan.a","payload":{{"userToken":"partner-user-42","scanId":"{number}"}}}}"#
-            ))
-            .await
-            .expect(200);
+        relay.post(samples::scan(number)).await.expect(200);
     }
     relay.eventually_logs("dedupe.entries_max is too small").await;
     assert_eq!(send(&relay, &captured).await.expect(200).json()["duplicate"], Value::Null);

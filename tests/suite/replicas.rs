@@ -86,15 +86,15 @@ async fn a_relay_dies_with_a_backlog_and_its_volume_comes_back() {
     let wire = Wire::new(cluster.node(0).address());
     let mut second = setup(vec![vhost.url_through(&wire)]).start().await;
     for relay in [&first, &second] {
-        relay.eventually_metric("prism_relay_broker_connected", &[], 1.0).await;
+        relay.eventually_connected().await;
     }
     let nginx = Nginx::start([&first, &second]).await;
     let mut sending = nginx.send(first.setup());
 
     wire.stall();
     eventually("a backlog", async || {
-        let status = second.status().await;
-        if status["spool"]["pending"].as_u64() > Some(50) { Ok(()) } else { Err(status["spool"].clone()) }
+        let spool = second.spool().await;
+        if spool.pending > 50 { Ok(()) } else { Err(format!("{spool:?}")) }
     })
     .await;
     cluster.node(1).kill().await;
@@ -107,7 +107,7 @@ async fn a_relay_dies_with_a_backlog_and_its_volume_comes_back() {
     wire.flow();
     second.start_again().await;
     for relay in [&first, &second] {
-        relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+        relay.eventually_nothing_pending().await;
     }
     // A node that has missed a change of the leader says 0 at first.
     let depth = eventually("all of them in the queue", async || {

@@ -1,4 +1,4 @@
-//! `spool`: what the operator sees and does, beside a running relay.
+//! The command `spool`, while the relay runs.
 
 use std::collections::BTreeMap;
 
@@ -6,9 +6,8 @@ use serde_json::{Value, json};
 
 use crate::harness::{Node, Relay, Setup, Vhost};
 
-const NO_BROKER: &str = "amqp://guest:guest@127.0.0.1:1/%2f";
-
-fn event(number: u32) -> String {
+/// An event with `userToken`s in several places.
+fn with_tokens(number: u32) -> String {
     let token = json!({"userToken": "hush", "deeper": [{"userToken": {"a": "hush"}}]});
     json!({"eventType": "scan.a", "payload": {"scanId": number.to_string(), "state": "READY", "x": token}}).to_string()
 }
@@ -21,11 +20,11 @@ async fn stats(relay: &Relay) -> BTreeMap<String, String> {
 }
 
 #[tokio::test]
-async fn the_spool_can_be_looked_into_while_the_relay_runs() {
-    let relay = Setup::new(NO_BROKER).start().await;
+async fn stats_list_show_and_verify_work_while_the_relay_runs() {
+    let relay = Setup::without_broker().start().await;
     let mut ids = Vec::new();
     for number in 0..3 {
-        ids.push(relay.post(event(number)).await.id());
+        ids.push(relay.post(with_tokens(number)).await.id());
     }
     let stats = stats(&relay).await;
     assert_eq!((stats["accepted"].as_str(), stats["pending"].as_str(), stats["confirmed"].as_str()), ("3", "3", "0"));
@@ -58,8 +57,8 @@ async fn the_spool_can_be_looked_into_while_the_relay_runs() {
     assert_eq!(verify.code, Some(0), "{verify:?}");
     assert!(verify.stdout.contains("3 accepted = 0 confirmed + 3 pending + 0 parked + 0 removed"), "{}", verify.stdout);
 
-    let nowhere = Setup::new(NO_BROKER).run(&["spool", "stats"]).await;
-    assert!(nowhere.code == Some(1) && nowhere.stderr.contains("there is no spool"), "{nowhere:?}");
+    let missing = Setup::without_broker().run(&["spool", "stats"]).await;
+    assert!(missing.code == Some(1) && missing.stderr.contains("there is no spool"), "{missing:?}");
 }
 
 #[tokio::test]
@@ -67,8 +66,8 @@ async fn parked_events_are_listed_with_their_reason() {
     let vhost = Vhost::new(Node::shared().await).await;
     vhost.create_exchange("prism.events", "topic", json!({})).await;
     let relay = Setup::new(&vhost.url()).set("topology.declare", "off").start().await;
-    let id = relay.post(event(1)).await.id();
-    relay.eventually_metric("prism_relay_spool_parked_events", &[], 1.0).await;
+    let id = relay.post(with_tokens(1)).await.id();
+    relay.eventually_parked(1).await;
     let list = relay.run(&["spool", "list", "--parked"]).await.stdout;
     assert!(list.contains(&id) && list.contains("returned: 312 NO_ROUTE"), "{list}");
     let show = relay.run(&["spool", "show", &id]).await.stdout;
@@ -76,14 +75,14 @@ async fn parked_events_are_listed_with_their_reason() {
 }
 
 #[tokio::test]
-async fn a_removed_event_is_not_delivered_and_the_ledger_still_balances() {
+async fn a_removed_event_is_not_delivered_and_the_ledger_balances() {
     let vhost = Vhost::new(Node::shared().await).await;
     let mut wire = crate::harness::Wire::new(vhost.address());
     wire.refuse().await;
     let relay = Relay::start_through(&vhost, &wire).await;
     let mut ids = Vec::new();
     for number in 0..4 {
-        ids.push(relay.post(event(number)).await.id());
+        ids.push(relay.post(with_tokens(number)).await.id());
     }
     let removed = relay.run(&["spool", "remove", &ids[1], &ids[2]]).await;
     assert_eq!(removed.code, Some(0), "{removed:?}");
@@ -92,22 +91,19 @@ async fn a_removed_event_is_not_delivered_and_the_ledger_still_balances() {
     wire.accept();
     let delivered: Vec<_> = vhost.messages("prism.scan", 2).await.iter().map(|delivery| delivery.id()).collect();
     assert_eq!(delivered, [ids[0].clone(), ids[3].clone()]);
-    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    relay.eventually_nothing_pending().await;
     vhost.assert_empty("prism.scan").await;
-    let spool = relay.status().await["spool"].clone();
-    assert_eq!(
-        (spool["accepted"].as_u64(), spool["confirmed"].as_u64(), spool["removed"].as_u64()),
-        (Some(4), Some(2), Some(2))
-    );
+    let spool = relay.spool().await;
+    assert_eq!((spool.accepted, spool.confirmed, spool.removed), (4, 2, 2), "{spool:?}");
     assert_eq!(relay.run(&["spool", "verify"]).await.code, Some(0));
 }
 
 #[tokio::test]
-async fn verify_finds_what_is_wrong() {
-    let relay = Setup::new(NO_BROKER).start().await;
-    let id = relay.post(event(1)).await.id();
-    let meddler = rusqlite::Connection::open(relay.setup().spool()).unwrap();
-    meddler.execute_batch("UPDATE event SET body = x'7b7d'; UPDATE ledger SET pending = 7").unwrap();
+async fn verify_reports_a_changed_body_and_a_wrong_ledger() {
+    let relay = Setup::without_broker().start().await;
+    let id = relay.post(with_tokens(1)).await.id();
+    let file = rusqlite::Connection::open(relay.setup().spool()).unwrap();
+    file.execute_batch("UPDATE event SET body = x'7b7d'; UPDATE ledger SET pending = 7").unwrap();
     let verify = relay.run(&["spool", "verify"]).await;
     assert_eq!(verify.code, Some(1));
     for part in [

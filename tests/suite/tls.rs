@@ -14,16 +14,8 @@ use tokio_rustls::rustls::ClientConfig;
 use crate::harness::certificates::Issued;
 use crate::harness::http::{now, sign, tls_config};
 use crate::harness::marks::PASSWORD;
+use crate::harness::samples::scan;
 use crate::harness::{Authority, Client, Node, Raw, Relay, SECRET, Setup, Vhost, eventually};
-
-/// Nobody listens here: no answer to a webhook may depend on the broker.
-const NO_BROKER: &str = "amqp://guest:guest@127.0.0.1:1/%2f";
-
-fn event(number: u32) -> String {
-    format!(
-        r#"{{"eventType":"scan.processing.started","payload":{{"userToken":"partner-user-42","scanId":"{number}"}}}}"#
-    )
-}
 
 /// Puts a certificate and its key where the relay expects them.
 fn install(setup: &Setup, issued: &Issued) -> serde_json::Value {
@@ -34,7 +26,7 @@ fn install(setup: &Setup, issued: &Issued) -> serde_json::Value {
 }
 
 fn with_tls(issued: &Issued) -> Setup {
-    let setup = Setup::new(NO_BROKER);
+    let setup = Setup::without_broker();
     let tls = install(&setup, issued);
     setup.set("http.tls", tls)
 }
@@ -68,7 +60,7 @@ async fn webhooks_are_accepted_over_tls() {
     let authority = Authority::new();
     let relay = with_tls(&authority.issue_server()).start().await;
     let client = Client::tls(tls_config(Some(&authority.pem()), None));
-    assert_eq!(post(&client, &url(&relay), &event(1)).await, Ok(200));
+    assert_eq!(post(&client, &url(&relay), &scan(1)).await, Ok(200));
     let mut config = tls_config(Some(&authority.pem()), None);
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     let stream = connect(relay.address(), config.clone()).await.unwrap();
@@ -87,13 +79,13 @@ async fn webhooks_are_accepted_over_tls() {
 #[tokio::test]
 async fn clients_show_a_certificate_where_the_relay_asks_for_one() {
     let (authority, clients) = (Authority::new(), Authority::new());
-    let setup = Setup::new(NO_BROKER);
+    let setup = Setup::without_broker();
     let mut tls = install(&setup, &authority.issue_server());
     tls["client_ca"] = json!(setup.file("clients.crt", clients.pem()));
     let relay = setup.set("http.tls", tls).start().await;
     let attempt = async |identity: Option<Issued>| {
         let client = Client::tls(tls_config(Some(&authority.pem()), identity.as_ref()));
-        post(&client, &url(&relay), &event(1)).await
+        post(&client, &url(&relay), &scan(1)).await
     };
     assert_eq!(attempt(Some(clients.issue("prism", 1))).await, Ok(200));
     assert!(attempt(None).await.is_err());
@@ -166,7 +158,7 @@ async fn certificates_that_cannot_be_used_are_told_at_the_start() {
             "tls.crt and tls.key do not belong together",
         ),
     ] {
-        let setup = Setup::new(NO_BROKER);
+        let setup = Setup::without_broker();
         install(&setup, &issued);
         let setup = setup.set("http.tls", json!({"certificate": "tls.crt", "private_key": "tls.key"}));
         for command in ["serve", "check"] {
@@ -212,7 +204,7 @@ async fn the_broker_is_reached_with_tls() {
     let vhost = Vhost::new(node).await;
     let url = vhost.tls_url(&format!("guest:{PASSWORD}@"), node.tls_address());
     let relay = to_broker(node, &url).start().await;
-    let id = relay.post(event(1)).await.id();
+    let id = relay.post(scan(1)).await.id();
     assert_eq!(vhost.messages("prism.scan", 1).await[0].id(), id);
     let status = relay.status().await;
     assert!(status["broker"]["url"].as_str().unwrap().starts_with("amqps://guest@127.0.0.1:"), "{status}");
@@ -235,18 +227,18 @@ async fn a_broker_that_is_not_whom_it_should_be_gets_nothing() {
     let vhost = Vhost::new(node).await;
     let url = vhost.tls_url(&format!("guest:{PASSWORD}@"), node.tls_address());
     let relay = to_broker(node, &url).start().await;
-    relay.post(event(1)).await.expect(200);
+    relay.post(scan(1)).await.expect(200);
     vhost.messages("prism.scan", 1).await;
 
     let stranger = Setup::new(&url);
     let ca = stranger.file("rabbitmq-ca.crt", Authority::new().pem());
     let stranger = stranger.set("broker.tls", json!({ "ca": ca, "server_name": "localhost" })).start().await;
-    stranger.post(event(2)).await.expect(200);
+    stranger.post(scan(2)).await.expect(200);
     let line = stranger.eventually_logs("not delivering").await;
     assert!(line["error"].as_str().unwrap().contains("UnknownIssuer"), "{line}");
     // The right authority appears in the same file: the next try succeeds.
     stranger.setup().file("rabbitmq-ca.crt", node.authority().pem());
-    assert_eq!(vhost.messages("prism.scan", 1).await[0].text(), event(2));
+    assert_eq!(vhost.messages("prism.scan", 1).await[0].text(), scan(2));
 
     for (name, tls) in [("127.0.0.1", json!({})), ("rabbit.example", json!({ "server_name": "rabbit.example" }))] {
         let misnamed = to_broker(node, &url);
@@ -280,7 +272,7 @@ async fn a_certificate_is_a_login() {
         "private_key": setup.file("client.key", &own.private_key),
     });
     let relay = setup.set("broker.tls", tls).start().await;
-    relay.post(event(1)).await.expect(200);
+    relay.post(scan(1)).await.expect(200);
     vhost.messages("prism.scan", 1).await;
     eventually("a connection of this user", async || {
         let connections = vhost.connections().await;

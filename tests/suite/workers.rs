@@ -8,7 +8,7 @@ use lapin::BasicProperties;
 use serde_json::json;
 
 use crate::harness::program::Program;
-use crate::harness::{Node, Relay, Setup, Vhost, eventually, leash};
+use crate::harness::{Node, Relay, Setup, Vhost, eventually, leash, samples};
 
 const DONE: &str = "done";
 
@@ -74,15 +74,14 @@ impl Worker {
 }
 
 async fn post(relay: &Relay, number: usize) -> String {
-    let body = json!({ "eventType": "scan.processing.succeeded", "payload": { "number": number, "userToken": "partner-user-42" } });
-    relay.post(body.to_string()).await.id()
+    relay.post(samples::event("scan.processing.succeeded", json!({ "number": number }))).await.id()
 }
 
 async fn the_life_of_a_message(program: &str, arguments: &[&str]) {
     let vhost = Vhost::new(Node::shared().await).await;
     let queues = json!([{ "name": "prism.scan", "bindings": ["scan.#"], "retry_delays": ["200ms", "400ms"] }]);
     let relay = Setup::new(&vhost.url()).set("topology.queues", queues).start().await;
-    relay.eventually_metric("prism_relay_broker_connected", &[], 1.0).await;
+    relay.eventually_connected().await;
     let out = relay.folder().join("out");
     std::fs::create_dir(&out).unwrap();
 
@@ -146,7 +145,7 @@ async fn stopped_in_the_middle_of_its_work(worker: &mut Worker, relay: &Relay, v
     }
     let ended = worker.program.wait().await;
     assert_eq!(ended.code, Some(0), "{ended:?}");
-    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    relay.eventually_nothing_pending().await;
     let done: BTreeSet<_> = worker.files().difference(&before).cloned().collect();
     assert_eq!(ended.stdout.lines().filter(|line| line.starts_with(DONE)).count(), done.len() + 2);
     let left = ids.len() - done.len();

@@ -1,4 +1,4 @@
-//! What every test of the suite stands on: real RabbitMQ nodes, the real relay, and a wire between them to cut.
+//! The harness of the suite: real RabbitMQ nodes, the real relay, and a wire between them that a test can cut.
 //!
 //! A test reads like this:
 //!
@@ -11,9 +11,9 @@
 //! assert_eq!(vhost.messages("prism.scan", 1).await[0].id(), id);
 //! ```
 //!
-//! Nothing outlives the test process, however it ends: every process hangs on a [`leash::Leash`] and every folder is
-//! a [`scratch::Scratch`]. Nothing sleeps, except [`eventually()`] between two looks, a [`Wire`] that was told to be slow, and
-//! steady [`traffic`] between two webhooks.
+//! Nothing outlives the test process, however that ends: every process has a [`leash::Leash`], and every folder is a
+//! [`scratch::Scratch`]. Nothing sleeps, except [`eventually()`] between two probes, a slow [`Wire`], and steady
+//! [`traffic`] between two webhooks.
 #![allow(dead_code, unused_imports, reason = "a harness offers more than the tests of one day use")]
 
 pub mod background;
@@ -29,6 +29,7 @@ pub mod node;
 pub mod ports;
 pub mod program;
 pub mod relay;
+pub mod samples;
 pub mod scratch;
 pub mod setup;
 pub mod traffic;

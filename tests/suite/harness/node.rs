@@ -157,11 +157,6 @@ impl Node {
         inside(self.root.as_deref(), path).display().to_string()
     }
 
-    /// The pid of the Erlang VM.
-    pub fn pid(&self) -> u32 {
-        self.broker().as_ref().expect("a node that runs").pid()
-    }
-
     /// SIGKILL: what was not fsynced by the node may be lost, its connections are reset.
     pub async fn kill(&self) {
         self.end("KILL").await;
@@ -236,11 +231,6 @@ impl Node {
     pub async fn permit(&self, user: &str, vhost: &str, configure: &str, write: &str, read: &str) {
         let path = format!("permissions/{}/{}", encode(vhost), encode(user));
         self.management.put(&path, json!({"configure": configure, "write": write, "read": read})).await;
-    }
-
-    /// RabbitMQ's version, such as `4.0.5`.
-    pub async fn version(&self) -> String {
-        self.management.get("overview").await["rabbitmq_version"].as_str().expect("a version").to_owned()
     }
 
     fn broker(&self) -> MutexGuard<'_, Option<Leash>> {

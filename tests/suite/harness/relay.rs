@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 
 use hyper::Method;
+use serde::Deserialize;
 use serde_json::Value;
 
 use super::eventually::{eventually, eventually_equal};
@@ -152,6 +153,15 @@ impl Relay {
         sender(&self.client, &self.url).post(body).await
     }
 
+    /// Sends a webhook again and again until it is answered 200, and returns that answer.
+    pub async fn eventually_accepts(&self, body: impl AsRef<[u8]>) -> Answer {
+        eventually("a webhook to be answered 200", async || match self.post(&body).await {
+            answer if answer.status == 200 => Ok(answer),
+            answer => Err(answer),
+        })
+        .await
+    }
+
     /// Sends a webhook with exactly these headers, unsigned unless they sign it. Panics if there is no answer at all.
     pub async fn post_with(&self, headers: &[(&str, &str)], body: impl AsRef<[u8]>) -> Answer {
         let answer = self.client.send(Method::POST, &self.url, headers, body.as_ref().to_vec()).await;
@@ -179,6 +189,34 @@ impl Relay {
         self.ops_get("/api/status").await.expect(200).json()
     }
 
+    /// The ledger and the state of the spool, from `GET /api/status`.
+    pub async fn spool(&self) -> SpoolReport {
+        SpoolReport::of(&self.status().await)
+    }
+
+    /// Waits until the relay is connected to its broker.
+    pub async fn eventually_connected(&self) {
+        self.eventually_metric("prism_relay_broker_connected", &[], 1.0).await;
+    }
+
+    /// Waits until every accepted event is confirmed, parked or removed.
+    pub async fn eventually_nothing_pending(&self) {
+        eventually("no pending events", async || match self.spool().await {
+            spool if spool.pending == 0 => Ok(()),
+            spool => Err(format!("{spool:?}")),
+        })
+        .await;
+    }
+
+    /// Waits until this many events are parked.
+    pub async fn eventually_parked(&self, count: u64) {
+        eventually(&format!("{count} parked events"), async || match self.spool().await {
+            spool if spool.parked == count => Ok(()),
+            spool => Err(format!("{spool:?}")),
+        })
+        .await;
+    }
+
     /// `GET /metrics`.
     pub async fn metrics(&self) -> String {
         self.ops_get("/metrics").await.expect(200).text()
@@ -202,6 +240,30 @@ impl Drop for Relay {
         if !std::thread::panicking() {
             assert_discreet("the log", &self.log_text());
         }
+    }
+}
+
+/// The `spool` part of `/api/status`.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+pub struct SpoolReport {
+    pub accepted: u64,
+    pub confirmed: u64,
+    pub pending: u64,
+    pub parked: u64,
+    pub removed: u64,
+    /// Removed because a damaged file no longer held them.
+    pub lost: u64,
+    pub duplicates: u64,
+    pub bytes: u64,
+    pub max_bytes: u64,
+    pub writable: bool,
+    /// The age of the oldest pending event.
+    pub oldest_age_seconds: Option<f64>,
+}
+
+impl SpoolReport {
+    pub fn of(status: &Value) -> Self {
+        Self::deserialize(&status["spool"]).unwrap_or_else(|error| panic!("{error} in the spool of {status}"))
     }
 }
 

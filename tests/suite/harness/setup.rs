@@ -16,6 +16,9 @@ use super::scratch::Scratch;
 /// The secret that the relay knows and [`Relay::post`] signs with.
 pub const SECRET: &str = "whsec_test";
 
+/// The URL of a broker that does not exist: nothing listens on this port.
+pub const NO_BROKER: &str = "amqp://guest:guest@127.0.0.1:1/%2f";
+
 /// How a relay will be started. Keys are dotted (`spool.max_bytes`), values are JSON and written as TOML.
 pub struct Setup {
     folder: Scratch,
@@ -47,6 +50,11 @@ impl Setup {
             .set("broker.reconnect_max", "500ms")
             .set("log.format", "json")
             .set("log.filter", "trace")
+    }
+
+    /// [`Setup::new`] with [`NO_BROKER`], for tests of what must not depend on the broker.
+    pub fn without_broker() -> Self {
+        Self::new(NO_BROKER)
     }
 
     /// Sets a key of the configuration file.

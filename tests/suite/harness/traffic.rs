@@ -5,14 +5,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use serde_json::{Value, json};
+use serde_json::json;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::eventually::eventually_within;
 use super::http::Client;
-use super::relay::{Relay, Sender};
+use super::relay::{Relay, Sender, SpoolReport};
+use super::samples;
 use super::vhost::{Delivery, Vhost};
 
 /// Of which every second is a scan and the others are predictions.
@@ -73,14 +74,14 @@ impl Traffic {
         assert_eq!(distinct.len(), events, "each event has an id of its own");
 
         eventually_within(DELIVERY_DEADLINE, "nothing pending", async || {
-            let status = relay.status().await;
-            check_ledger(&status);
-            if status["spool"]["pending"] == 0 { Ok(()) } else { Err(format!("{status}\n{}", warnings(relay))) }
+            let spool = relay.spool().await;
+            check_ledger(&spool);
+            if spool.pending == 0 { Ok(()) } else { Err(format!("{spool:?}\n{}", warnings(relay))) }
         })
         .await;
-        let spool = relay.status().await["spool"].clone();
-        let counts = ["accepted", "confirmed", "parked", "removed"].map(|name| spool[name].as_u64().unwrap());
-        assert_eq!(counts, [events as u64, events as u64, 0, 0], "{spool}");
+        let spool = relay.spool().await;
+        let (sent, ends) = (events as u64, (spool.confirmed, spool.parked, spool.removed));
+        assert_eq!((spool.accepted, ends), (sent, (sent, 0, 0)), "{spool:?}");
 
         let mut deliveries = Vec::new();
         for (index, queue) in QUEUES.iter().enumerate() {
@@ -95,15 +96,13 @@ impl Traffic {
 
 /// Body and subject of an event.
 fn event(subject: usize, number: usize) -> (String, String) {
-    let (name, body) = if subject.is_multiple_of(2) {
-        let payload = json!({"userToken": "partner-user-42", "scanId": format!("s{subject}"), "number": number});
-        (format!("scan:s{subject}"), json!({"eventType": "scan.processing.started", "payload": payload}))
+    if subject.is_multiple_of(2) {
+        (samples::nth_of_scan(subject, number), format!("scan:scan-{subject}"))
     } else {
-        let payload = json!({"bodyShapePredictionId": format!("p{subject}"), "number": number});
-        let event_type = "body_shape_prediction.processing.started";
-        (format!("prediction:p{subject}"), json!({"eventType": event_type, "payload": payload}))
-    };
-    (body.to_string(), name)
+        let id = format!("prediction-{subject}");
+        let payload = json!({"bodyShapePredictionId": id, "number": number});
+        (samples::event("body_shape_prediction.processing.started", payload), format!("prediction:{id}"))
+    }
 }
 
 async fn send(sender: Sender, subject: usize, stop: watch::Receiver<bool>, accepted: Arc<AtomicUsize>) -> Vec<String> {
@@ -125,17 +124,14 @@ async fn audit(url: String, stop: watch::Receiver<bool>) {
     while !*stop.borrow() {
         pace.tick().await;
         let answer = client.get(&url).await.unwrap_or_else(|error| panic!("no status: {error}"));
-        check_ledger(&answer.expect(200).json());
+        check_ledger(&SpoolReport::of(&answer.expect(200).json()));
     }
 }
 
-/// `accepted = confirmed + pending + parked + removed`, and no event is younger than now.
-pub fn check_ledger(status: &Value) {
-    let spool = &status["spool"];
-    let count = |name: &str| spool[name].as_u64().unwrap_or_else(|| panic!("no {name} in {status}"));
-    let parts: u64 = ["confirmed", "pending", "parked", "removed"].into_iter().map(count).sum();
-    assert_eq!(count("accepted"), parts, "{status}");
-    assert!(spool["oldest_age_seconds"].as_f64().is_none_or(|age| age >= 0.0), "{status}");
+/// `accepted = confirmed + pending + parked + removed`, and no event has a negative age.
+pub fn check_ledger(spool: &SpoolReport) {
+    assert_eq!(spool.accepted, spool.confirmed + spool.pending + spool.parked + spool.removed, "{spool:?}");
+    assert!(spool.oldest_age_seconds.is_none_or(|age| age >= 0.0), "{spool:?}");
 }
 
 /// Empties a queue until every expected id has come.

@@ -10,7 +10,7 @@ use lapin::options::{
     ConfirmSelectOptions, QueueDeclareOptions,
 };
 use lapin::types::{AMQPValue, FieldTable};
-use lapin::{BasicProperties, Channel, Confirmation, Connection, ConnectionProperties};
+use lapin::{BasicProperties, Confirmation, Connection, ConnectionProperties};
 use serde_json::{Value, json};
 use tokio::time::error::Elapsed;
 use tokio::time::timeout;
@@ -215,7 +215,7 @@ impl Vhost {
         self.management.delete(&format!("{}/contents", self.path("queues", name))).await;
     }
 
-    /// Whether there was one.
+    /// Deletes a queue. Returns whether it existed.
     pub async fn delete_queue(&self, name: &str) -> bool {
         self.management.delete(&self.path("queues", name)).await
     }
@@ -231,7 +231,7 @@ impl Vhost {
         self.management.find(&self.path("exchanges", name)).await
     }
 
-    /// Whether there was one.
+    /// Deletes an exchange. Returns whether it existed.
     pub async fn delete_exchange(&self, name: &str) -> bool {
         self.management.delete(&self.path("exchanges", name)).await
     }
