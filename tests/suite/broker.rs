@@ -192,12 +192,8 @@ async fn nacks_keep_the_event_until_the_queue_has_room() {
         .await;
         eventually("a warning", async || if warnings() > logged { Ok(()) } else { Err(relay.log_text()) }).await;
         vhost.delete_policy("limit").await;
-        let texts: Vec<_> = vhost
-            .messages("prism.scan", (next - first) as usize)
-            .await
-            .iter()
-            .map(|delivery| delivery.text())
-            .collect();
+        let texts: Vec<_> =
+            vhost.messages("prism.scan", next - first).await.iter().map(|delivery| delivery.text()).collect();
         let mut sorted = texts.clone();
         sorted
             .sort_by_key(|text| serde_json::from_str::<serde_json::Value>(text).unwrap()["payload"]["number"].as_u64());

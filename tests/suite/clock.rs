@@ -1,7 +1,7 @@
-//! The wall clock jumps an hour, both ways, while the relay runs: everything that has to do with time keeps its sense.
+//! The wall clock jumps an hour, forward and back, while the relay runs: order, ids, ages and deadlines stay right.
 //!
-//! The jump is made with libfaketime (Debian: package `faketime`), which stands between the relay and the C library. It
-//! leaves the monotonic clock alone, as a real jump does.
+//! libfaketime (Debian: package `faketime`) makes the jump, between the relay and the C library. It does not change the
+//! monotonic clock, and neither does a real jump.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -23,7 +23,7 @@ struct Clock {
 }
 
 impl Clock {
-    /// A clock that goes right, and a relay that will look at it.
+    /// A clock with the real time, and a relay that will use it.
     fn new(setup: Setup) -> (Self, Setup) {
         let mut clock = Self { file: setup.folder().join("clock"), ahead: SignedDuration::ZERO };
         clock.jump(SignedDuration::ZERO);
@@ -44,12 +44,12 @@ impl Clock {
         std::fs::rename(&new, &self.file).expect("rename the clock's file");
     }
 
-    /// The time that it shows.
+    /// The time of this clock.
     fn now(&self) -> Timestamp {
         Timestamp::now() + self.ahead
     }
 
-    /// Sends a webhook that was signed by this clock: Prism's and the relay's go alike, right or wrong.
+    /// Sends a webhook that was signed with the time of this clock, as if Prism's clock had jumped as well.
     async fn post(&self, relay: &Relay, body: &str) -> Answer {
         let timestamp = format!("{:.3}", self.now());
         let signature = sign(SECRET, &timestamp, body.as_bytes());
@@ -57,17 +57,17 @@ impl Clock {
     }
 }
 
-/// Where Debian and its kin have it.
+/// The path of libfaketime on Debian and its derivatives.
 fn library() -> PathBuf {
     let folders = std::fs::read_dir("/usr/lib").into_iter().flatten().filter_map(Result::ok).map(|entry| entry.path());
     let mut candidates =
         folders.chain([PathBuf::from("/usr/lib")]).map(|folder| folder.join("faketime/libfaketime.so.1"));
     candidates
         .find(|path| Path::is_file(path))
-        .unwrap_or_else(|| panic!("libfaketime is missing, and these tests cannot do without: install the package faketime, as tests/run.sh does"))
+        .unwrap_or_else(|| panic!("libfaketime is missing: install the package faketime, as tests/run.sh does"))
 }
 
-async fn look_at_the_ages(relay: &Relay) {
+async fn check_ages(relay: &Relay) {
     check_ledger(&relay.spool().await);
     for metric in ["prism_relay_spool_oldest_age_seconds", "prism_relay_delivery_lag_seconds_sum"] {
         let age = relay.metric(metric, &[]).await;
@@ -75,12 +75,12 @@ async fn look_at_the_ages(relay: &Relay) {
     }
 }
 
-/// There and back, and an hour behind.
+/// An hour ahead, back to the real time, an hour behind, back to the real time.
 const JUMPS: [SignedDuration; 4] =
     [HOUR, SignedDuration::from_hours(-1), SignedDuration::from_hours(-1), SignedDuration::from_hours(1)];
 
 #[tokio::test]
-async fn events_are_accepted_and_delivered_in_order_under_ids_of_their_own() {
+async fn events_are_accepted_and_delivered_in_order_under_unique_ids() {
     let vhost = Vhost::new(Node::shared().await).await;
     let (mut clock, setup) = Clock::new(Setup::new(&vhost.url()));
     let relay = setup.start().await;
@@ -89,9 +89,9 @@ async fn events_are_accepted_and_delivered_in_order_under_ids_of_their_own() {
         clock.jump(jump);
         for _ in 0..20 {
             ids.push(clock.post(&relay, &nth(ids.len())).await.id());
-            look_at_the_ages(&relay).await;
+            check_ages(&relay).await;
         }
-        // The relay does look at this clock.
+        // The relay uses this clock: it refuses a signature with the real time.
         let wrong = relay.post(nth(ids.len())).await;
         assert_eq!(wrong.status == 401, !clock.ahead.is_zero(), "{wrong}");
         if wrong.status == 200 {
@@ -103,7 +103,7 @@ async fn events_are_accepted_and_delivered_in_order_under_ids_of_their_own() {
         vhost.messages("prism.scan", ids.len()).await.iter().map(|delivery| delivery.id()).collect();
     assert_eq!(delivered, ids);
     relay.eventually_nothing_pending().await;
-    look_at_the_ages(&relay).await;
+    check_ages(&relay).await;
 }
 
 #[tokio::test]
@@ -117,10 +117,10 @@ async fn a_backlog_has_no_negative_age_and_leaves_in_order_after_a_restart() {
     for jump in JUMPS {
         ids.push(clock.post(&relay, &nth(ids.len())).await.id());
         clock.jump(jump);
-        look_at_the_ages(&relay).await;
+        check_ages(&relay).await;
         relay.kill9().await;
         relay.start_again().await;
-        look_at_the_ages(&relay).await;
+        check_ages(&relay).await;
     }
     wire.accept();
     let delivered: Vec<_> =
@@ -144,9 +144,9 @@ async fn a_resend_is_recognised_just_after_a_jump() {
     vhost.assert_empty("prism.scan").await;
 }
 
-/// What was accepted by a clock an hour ahead seems to come from the future once the clock is right again.
+/// An event that was accepted while the clock was an hour ahead seems to come from the future once the clock is right.
 #[tokio::test]
-async fn a_restart_after_a_jump_back_does_not_stretch_the_dedupe_window_without_end() {
+async fn a_restart_after_a_jump_back_does_not_make_the_dedupe_window_endless() {
     let vhost = Vhost::new(Node::shared().await).await;
     let (mut clock, setup) = Clock::new(Setup::new(&vhost.url()).set("dedupe.window", "10s"));
     clock.jump(HOUR);
@@ -156,7 +156,7 @@ async fn a_restart_after_a_jump_back_does_not_stretch_the_dedupe_window_without_
     relay.kill9().await;
     relay.start_again().await;
     let again = clock.post(&relay, &nth(0)).await.expect(200).json();
-    assert_eq!(again["id"], json!(id), "recognised after the restart");
+    assert_eq!(again["id"], json!(id), "the re-send is not recognised after the restart");
     eventually("the end of the window", async || {
         let again = clock.post(&relay, &nth(0)).await.expect(200).json();
         if again["duplicate"].is_null() { Ok(()) } else { Err(again) }
@@ -177,12 +177,12 @@ async fn a_confirm_deadline_and_reconnects_hold_through_a_jump_back() {
         vhost.messages("prism.scan", 1).await;
         relay.eventually_nothing_pending().await;
         let connects = relay.status().await["broker"]["connects"].as_u64();
-        // Silence on the wire, and the clock jumps while a deadline runs.
+        // The clock jumps while the wire is silent and a deadline runs.
         wire.stall();
         let id = clock.post(&relay, &nth(sent + 1)).await.id();
         clock.jump(jump);
         sent += 2;
-        eventually("the relay to give the connection up", async || {
+        eventually("the relay to close the connection", async || {
             let broker = relay.status().await["broker"].clone();
             if broker["connected"] == false { Ok(()) } else { Err(broker) }
         })

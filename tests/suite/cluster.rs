@@ -23,7 +23,7 @@ fn setup(vhost: &Vhost, nodes: &[&Node]) -> Setup {
 async fn deliveries_go_on(relay: &Relay, count: u32) {
     let confirms = async || relay.metric("prism_relay_publish_total", &[("outcome", "confirmed")]).await;
     let before = confirms().await;
-    eventually("more confirms", async || {
+    eventually(&format!("{count} more confirms"), async || {
         let now = confirms().await;
         if now >= before + f64::from(count) { Ok(()) } else { Err(format!("{now}\n{}", relay.status().await)) }
     })
@@ -32,7 +32,7 @@ async fn deliveries_go_on(relay: &Relay, count: u32) {
 
 /// Waits until the relay is connected to another node than this one.
 async fn the_relay_leaves(relay: &Relay, node: &Node) {
-    eventually(&format!("the relay to leave {}", node.name()), async || {
+    eventually(&format!("the relay to connect to another node than {}", node.name()), async || {
         let broker = relay.status().await["broker"].clone();
         let there = broker["url"].as_str().is_some_and(|url| url.contains(&node.address().to_string()));
         if broker["connected"] == true && !there { Ok(()) } else { Err(broker) }
@@ -63,7 +63,7 @@ async fn the_node_that_leads_the_queues_is_killed() {
     the_relay_leaves(&near_relay, first).await;
     deliveries_go_on(&near_relay, 50).await;
     deliveries_go_on(&far_relay, 50).await;
-    cluster.mend().await;
+    cluster.repair().await;
     deliveries_go_on(&near_relay, 50).await;
     near_traffic.arrives(&near_relay, &near).await;
     far_traffic.arrives(&far_relay, &far).await;
@@ -80,7 +80,7 @@ async fn all_nodes_are_restarted_one_after_the_other() {
         cluster.node(index).stop().await;
         the_relay_leaves(&relay, cluster.node(index)).await;
         deliveries_go_on(&relay, 20).await;
-        cluster.mend().await;
+        cluster.repair().await;
         deliveries_go_on(&relay, 20).await;
     }
     traffic.arrives(&relay, &vhost).await;
@@ -109,7 +109,7 @@ async fn the_majority_is_lost_and_regained() {
     quick_traffic.more(20).await;
     patient_traffic.more(20).await;
     assert!(quick_relay.spool().await.pending > 0);
-    cluster.mend().await;
+    cluster.repair().await;
     deliveries_go_on(&quick_relay, 20).await;
     quick_traffic.arrives(&quick_relay, &quick).await;
     patient_traffic.arrives(&patient_relay, &patient).await;
@@ -117,7 +117,7 @@ async fn the_majority_is_lost_and_regained() {
     println!("the surviving channel was {}", if silent { "silent" } else { "confirmed" });
 }
 
-/// A real split of Erlang's network: see [`Cluster::isolate`].
+/// A real partition of Erlang's network: see [`Cluster::isolate`].
 #[tokio::test]
 async fn the_minority_side_of_a_partition_pauses() {
     let mut cluster = Cluster::turn().await;
@@ -135,7 +135,7 @@ async fn the_minority_side_of_a_partition_pauses() {
     deliveries_go_on(&roaming_relay, 50).await;
     bound_relay.eventually_metric("prism_relay_broker_connected", &[], 0.0).await;
     bound_traffic.more(50).await;
-    cluster.mend().await;
+    cluster.repair().await;
     deliveries_go_on(&bound_relay, 50).await;
     roaming_traffic.arrives(&roaming_relay, &roaming).await;
     bound_traffic.arrives(&bound_relay, &bound).await;

@@ -20,7 +20,7 @@ async fn looks_right(browser: &Browser, name: &str) {
     for (kind, size) in [("desktop", DESKTOP), ("phone", PHONE)] {
         for (scheme, dark) in [("light", false), ("dark", true)] {
             browser.look_like(size, dark).await;
-            // The charts follow the size of the window a moment later.
+            // The charts adapt to a new window size a moment later.
             eventually(&format!("{name} to fit on a {kind}"), async || {
                 let beyond = browser.run("return document.documentElement.scrollWidth - window.innerWidth").await;
                 if beyond.as_i64().unwrap() <= 0 { Ok(()) } else { Err(format!("{beyond} pixels are beyond the edge")) }
@@ -30,7 +30,7 @@ async fn looks_right(browser: &Browser, name: &str) {
         }
     }
     browser.look_like(DESKTOP, false).await;
-    assert_eq!(browser.complaints().await, Vec::<String>::new(), "{name}");
+    assert_eq!(browser.errors().await, Vec::<String>::new(), "{name}");
 }
 
 /// Waits until the words of the six answers begin as expected.
@@ -137,7 +137,7 @@ async fn buttons_retry_one_parked_event_and_remove_another() {
     browser.shows("#events-rows", "removed by an operator").await;
     let spool = relay.spool().await;
     assert_eq!((spool.removed, spool.confirmed), (1, 1), "{spool:?}");
-    assert_eq!(browser.complaints().await, Vec::<String>::new());
+    assert_eq!(browser.errors().await, Vec::<String>::new());
 }
 
 #[tokio::test]
@@ -203,7 +203,7 @@ async fn with_a_token_the_console_asks_for_it() {
     browser.click("button").await;
     browser.shows("#live", "live, ").await;
     browser.shows("#summary-text", "RabbitMQ").await;
-    assert_eq!(browser.complaints().await, Vec::<String>::new());
+    assert_eq!(browser.errors().await, Vec::<String>::new());
 }
 
 #[tokio::test]

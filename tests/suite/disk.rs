@@ -77,11 +77,7 @@ async fn a_full_disk_refuses_events_keeps_the_others_and_empties_by_itself() {
     let delivered = vhost.messages("prism.scan", ids.len()).await;
     assert_eq!(delivered.iter().map(|delivery| delivery.id()).collect::<Vec<_>>(), ids, "each event once, in order");
     relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
-    eventually("events to be taken again", async || {
-        let answer = relay.post(scan(1_000_000)).await;
-        if answer.status == 200 { Ok(()) } else { Err(answer) }
-    })
-    .await;
+    relay.eventually_accepts(scan(1_000_000)).await;
     assert_eq!(relay.run(&["spool", "verify"]).await.code, Some(0));
 }
 
@@ -97,11 +93,7 @@ async fn no_room_and_a_read_only_disk_at_the_start_are_reported() {
     let (_, refusal) = fill(&relay, 1).await;
     assert_eq!(refusal["code"], "spool-unavailable");
     fs::remove_file(&filler).unwrap();
-    eventually("events to be taken again", async || {
-        let answer = relay.post(scan(1_000_000)).await;
-        if answer.status == 200 { Ok(()) } else { Err(answer) }
-    })
-    .await;
+    relay.eventually_accepts(scan(1_000_000)).await;
     // At the start, a read-only disk is a clear error.
     relay.sigterm();
     assert_eq!(relay.wait().await.code, Some(0));
@@ -432,11 +424,7 @@ async fn a_file_locked_by_another_process_is_not_waited_for_forever() {
     holder.execute_batch("BEGIN IMMEDIATE").unwrap();
     assert_eq!(relay.post(scan(1)).await.expect(503).json()["code"], "spool-unavailable");
     holder.execute_batch("ROLLBACK").unwrap();
-    eventually("events to be taken again", async || {
-        let answer = relay.post(scan(1)).await;
-        if answer.status == 200 { Ok(()) } else { Err(answer) }
-    })
-    .await;
+    relay.eventually_accepts(scan(1)).await;
     reader.execute_batch("ROLLBACK").unwrap();
     assert_eq!(relay.post(scan(0)).await.expect(200).json()["id"], json!(id));
     assert_eq!(relay.status().await["spool"]["accepted"], 2);

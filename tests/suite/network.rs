@@ -36,7 +36,7 @@ async fn the_relay_gives_up_the_connection(relay: &Relay) {
 }
 
 #[tokio::test]
-async fn connections_that_are_cut_and_refused_in_mid_flow() {
+async fn connections_are_cut_and_refused_under_load() {
     let vhost = Vhost::new(Node::shared().await).await;
     let mut wire = Wire::new(vhost.address());
     let relay = setup(&vhost, &wire).start().await;

@@ -208,11 +208,7 @@ async fn a_disk_that_fails_or_turns_read_only_takes_no_200_back() {
         fs::write(&faults, fault).unwrap();
         relay.post(scan(7)).await.expect(503);
         fs::remove_file(&faults).unwrap();
-        eventually("events to be taken again", async || {
-            let answer = relay.post(scan(8)).await;
-            if answer.status == 200 { Ok(()) } else { Err(answer) }
-        })
-        .await;
+        relay.eventually_accepts(scan(8)).await;
         assert_eq!(relay.run(&["spool", "verify"]).await.code, Some(0));
     }
 }

@@ -1,19 +1,19 @@
-//! The tools for the day after: `redrive` and `replay`.
+//! `redrive` and `replay`: moving dead letters, and publishing from the archive again.
 
 use std::collections::BTreeSet;
 
 use lapin::BasicProperties;
 use serde_json::json;
 
-use crate::harness::samples::{of_scan, scan};
+use crate::harness::samples::{long_scan, of_scan, scan};
 use crate::harness::{Delivery, Node, Relay, Setup, Traffic, Vhost, Wire, eventually, eventually_equal};
 
 fn keys(messages: &[Delivery]) -> Vec<&str> {
     messages.iter().map(|message| message.routing_key.as_str()).collect()
 }
 
-/// A relay without retries, and `count` dead letters: of scans numbered from 0, started and failed in turn.
-async fn dead(vhost: &Vhost, count: u32) -> Relay {
+/// A relay without retries, and `count` dead letters: started and failed in turn, of the scans 0 and up.
+async fn with_dead_letters(vhost: &Vhost, count: u32) -> Relay {
     let relay = Relay::start(vhost).await;
     for number in 0..count {
         let kind = if number % 2 == 0 { "started" } else { "failed" };
@@ -25,7 +25,7 @@ async fn dead(vhost: &Vhost, count: u32) -> Relay {
 }
 
 #[tokio::test]
-async fn dead_letters_go_back_with_all_they_had() {
+async fn dead_letters_go_back_with_their_key_properties_and_headers() {
     let vhost = Vhost::new(Node::shared().await).await;
     let queues = json!([{ "name": "prism.scan", "bindings": ["scan.#"], "retry_delays": ["50ms", "50ms"] }]);
     let relay = Setup::new(&vhost.url()).set("topology.queues", queues).start().await;
@@ -42,7 +42,7 @@ async fn dead_letters_go_back_with_all_they_had() {
         (Some(0), "1 moved from prism.dead to prism.events, 0 looked at and left")
     );
     let again = vhost.messages("prism.scan", 1).await.remove(0);
-    // As it was when it came for the first time: exchange, key, properties, and no trace of its death.
+    // The same exchange, key and properties as at the first delivery, and no header about its death.
     assert_eq!((&again.exchange, &again.routing_key), (&first.exchange, &first.routing_key));
     assert_eq!(again.properties.kind(), first.properties.kind());
     assert_eq!(again.properties.app_id(), first.properties.app_id());
@@ -55,9 +55,9 @@ async fn dead_letters_go_back_with_all_they_had() {
 }
 
 #[tokio::test]
-async fn only_what_was_asked_for_moves() {
+async fn only_selected_dead_letters_move() {
     let vhost = Vhost::new(Node::shared().await).await;
-    let relay = dead(&vhost, 6).await;
+    let relay = with_dead_letters(&vhost, 6).await;
     let [subject, other] = ["scan:scan-3", "scan:scan-1"];
     for (arguments, moved, left) in [
         (vec!["--subject", subject], vec![3], 5),
@@ -76,7 +76,7 @@ async fn only_what_was_asked_for_moves() {
         let came = vhost.messages("prism.scan", moved.len()).await;
         let expected: Vec<_> = moved.iter().map(|number| format!("scan:scan-{number}")).collect();
         let mut came: Vec<_> = came.iter().map(|message| message.header("prism-subject")).collect();
-        // RabbitMQ changes the order of what was looked at and left.
+        // RabbitMQ changes the order of messages that were looked at and left.
         came.sort_unstable();
         assert_eq!(came, expected);
         vhost.eventually_depth("prism.dead", left).await;
@@ -85,9 +85,9 @@ async fn only_what_was_asked_for_moves() {
 }
 
 #[tokio::test]
-async fn a_dry_run_tells_why_they_died() {
+async fn a_dry_run_shows_why_messages_died() {
     let vhost = Vhost::new(Node::shared().await).await;
-    let relay = dead(&vhost, 1).await;
+    let relay = with_dead_letters(&vhost, 1).await;
     let dry = relay.run(&["redrive", "--dry-run"]).await;
     for part in [
         "scan.processing.started",
@@ -99,7 +99,7 @@ async fn a_dry_run_tells_why_they_died() {
 }
 
 #[tokio::test]
-async fn what_was_unroutable_finds_its_new_queue() {
+async fn unrouted_messages_go_to_their_new_queue() {
     let vhost = Vhost::new(Node::shared().await).await;
     let relay = Relay::start(&vhost).await;
     relay.post(r#"{"eventType":"capture_data.a","payload":{}}"#).await.expect(200);
@@ -107,7 +107,7 @@ async fn what_was_unroutable_finds_its_new_queue() {
     vhost.eventually_depth("prism.unrouted", 2).await;
     vhost.create_queue("mine", json!({})).await;
     vhost.bind("prism.events", "mine", "capture_data.#").await;
-    // The other one comes straight back; the run ends all the same.
+    // The other one returns to prism.unrouted at once; the run ends anyway.
     let done = relay.run(&["redrive", "--from", "prism.unrouted"]).await;
     assert!(done.code == Some(0) && done.stdout.starts_with("2 moved"), "{done:?}");
     assert_eq!(keys(&vhost.messages("mine", 1).await), ["capture_data.a"]);
@@ -115,9 +115,9 @@ async fn what_was_unroutable_finds_its_new_queue() {
 }
 
 #[tokio::test]
-async fn straight_into_one_queue_and_not_into_one_that_is_not_there() {
+async fn messages_go_to_one_queue_if_it_exists() {
     let vhost = Vhost::new(Node::shared().await).await;
-    let relay = dead(&vhost, 2).await;
+    let relay = with_dead_letters(&vhost, 2).await;
     let nowhere = relay.run(&["redrive", "--to", "nowhere"]).await;
     assert!(nowhere.code == Some(1) && nowhere.stderr.contains("NO_ROUTE"), "{nowhere:?}");
     vhost.eventually_depth("prism.dead", 2).await;
@@ -135,13 +135,13 @@ async fn straight_into_one_queue_and_not_into_one_that_is_not_there() {
     }
 }
 
-/// Of such a queue RabbitMQ says that it is empty.
+/// RabbitMQ reports a queue as empty if its leader does not answer within 250 ms.
 #[tokio::test]
 async fn a_queue_that_does_not_answer_at_once_is_not_taken_for_an_empty_one() {
     let node = Node::shared().await;
     let vhost = Vhost::new(node).await;
-    let relay = dead(&vhost, 1).await;
-    // Its leader is held until it has been asked twice.
+    let relay = with_dead_letters(&vhost, 1).await;
+    // Suspends the leader until two requests wait for it.
     let expression = format!(
         r#"{{ok, Queue}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<"{}">>, queue, <<"prism.dead">>)),
         {{Leader, _}} = amqqueue:get_pid(Queue),
@@ -161,24 +161,24 @@ async fn a_queue_that_does_not_answer_at_once_is_not_taken_for_an_empty_one() {
     vhost.messages("prism.scan", 1).await;
 }
 
-/// RabbitMQ 4 drops a message of such a queue when it is put back for the twenty-first time.
+/// RabbitMQ 4 drops a message of a quorum queue that is returned for the twenty-first time.
 #[tokio::test]
-async fn looking_often_loses_nothing() {
+async fn many_dry_runs_lose_nothing() {
     let vhost = Vhost::new(Node::shared().await).await;
-    let relay = dead(&vhost, 1).await;
-    for look in 0..25 {
+    let relay = with_dead_letters(&vhost, 1).await;
+    for run in 0..25 {
         let dry = relay.run(&["redrive", "--dry-run"]).await;
-        assert!(dry.stdout.contains("1 of 1"), "look {look}: {dry:?}");
+        assert!(dry.stdout.contains("1 of 1"), "run {run}: {dry:?}");
         vhost.eventually_depth("prism.dead", 1).await;
     }
-    // Nor does trying in vain, nor a queue of somebody else's.
+    // The same for runs that fail, and for a queue that the relay did not declare.
     vhost.create_queue("mine", json!({ "x-queue-type": "quorum" })).await;
     vhost.publish("", "mine", "{}").await;
-    for look in 0..25 {
-        let vain = relay.run(&["redrive", "--to", "nowhere"]).await;
-        assert_eq!(vain.code, Some(1), "look {look}: {vain:?}");
+    for run in 0..25 {
+        let failed = relay.run(&["redrive", "--to", "nowhere"]).await;
+        assert_eq!(failed.code, Some(1), "run {run}: {failed:?}");
         let dry = relay.run(&["redrive", "--from", "mine", "--dry-run"]).await;
-        assert!(dry.stdout.contains("1 of 1"), "look {look}: {dry:?}");
+        assert!(dry.stdout.contains("1 of 1"), "run {run}: {dry:?}");
     }
     let done = relay.run(&["redrive"]).await;
     assert!(done.stdout.starts_with("1 moved"), "{done:?}");
@@ -187,7 +187,7 @@ async fn looking_often_loses_nothing() {
     assert!(!again[0].headers.contains_key("prism-original-key"), "{:?}", again[0].headers);
 }
 
-/// Killed, or cut off, at any point: what the exchange has not confirmed is still among the dead letters.
+/// A run that is killed or cut off: a message without its confirm stays among the dead letters.
 #[tokio::test]
 async fn an_interrupted_redrive_loses_nothing() {
     const COUNT: u32 = 3000;
@@ -206,15 +206,15 @@ async fn an_interrupted_redrive_loses_nothing() {
     }
     vhost.eventually_depth("prism.dead", COUNT).await;
     let setup = Setup::new(&vhost.url_through(&wire));
-    // Slow enough to be caught in the middle.
+    // Slow enough to be interrupted before its end.
     wire.set_latency(std::time::Duration::from_millis(200));
     for kill in [true, false] {
-        // What an earlier one has sent may still come in.
-        eventually_equal("the earlier one to be gone", 0, async || wire.connections()).await;
+        // Bytes of the earlier run may still be in transit.
+        eventually_equal("the earlier run to have no connection", 0, async || wire.connections()).await;
         let mut running = setup.launch(&["redrive"]);
-        eventually_equal("this one to be there", 1, async || wire.connections()).await;
+        eventually_equal("this run to have a connection", 1, async || wire.connections()).await;
         let before = vhost.depth("prism.scan").await;
-        eventually("some to be moved", async || {
+        eventually("more than 100 messages to be moved", async || {
             let moved = vhost.depth("prism.scan").await.saturating_sub(before);
             if moved > 100 { Ok(()) } else { Err(moved) }
         })
@@ -227,9 +227,9 @@ async fn an_interrupted_redrive_loses_nothing() {
         let ended = running.wait().await;
         assert_ne!(ended.code, Some(0), "{ended:?}");
     }
-    // What was in the hands of those comes back a moment later.
+    // RabbitMQ returns the unacknowledged messages of the interrupted runs a moment later.
     let mut moved = BTreeSet::new();
-    eventually("all of it to be moved", async || {
+    eventually("all messages to be moved", async || {
         let done = relay.run(&["redrive"]).await;
         assert_eq!(done.code, Some(0), "{done:?}");
         let there = vhost.depth("prism.scan").await as usize;
@@ -246,10 +246,10 @@ fn with_archive(vhost: &Vhost) -> Setup {
 }
 
 #[tokio::test]
-async fn the_archive_has_everything_and_takes_nothing_from_the_unrouted() {
+async fn the_archive_has_every_event_and_unrouted_events_stay_unrouted() {
     let vhost = Vhost::new(Node::shared().await).await;
     let relay = with_archive(&vhost).start().await;
-    // The headers tell milliseconds.
+    // The headers have milliseconds.
     let started = jiff::Timestamp::now() - jiff::SignedDuration::from_secs(1);
     for body in
         [scan(1).as_str(), r#"{"eventType":"unknown.a","payload":{}}"#, of_scan(2, "scan.processing.failed").as_str()]
@@ -276,7 +276,7 @@ async fn the_archive_has_everything_and_takes_nothing_from_the_unrouted() {
     let again = vhost.messages("prism.scan", 2).await;
     assert_eq!(keys(&again), ["scan.processing.started", "scan.processing.failed"]);
     assert!(again.iter().all(|message| message.header("prism-replayed-at") >= since.as_str()));
-    // What was replayed is in the archive as well, but is not replayed again.
+    // Replayed events are in the archive as well, and are not replayed again.
     vhost.create_queue("mine", json!({})).await;
     let to = relay.run(&["replay", "--since", "1h", "--to", "mine"]).await;
     assert!(to.stdout.starts_with("3 events"), "{to:?}");
@@ -284,14 +284,12 @@ async fn the_archive_has_everything_and_takes_nothing_from_the_unrouted() {
     vhost.assert_empty("prism.scan").await;
 }
 
-/// What is silent for seconds because it is slow is not taken for the end, and each message has its time.
+/// A connection that is silent for seconds because it is slow is not the end of the queue; deadlines are per message.
 #[tokio::test]
 async fn a_slow_line_makes_nothing_incomplete() {
     let vhost = Vhost::new(Node::shared().await).await;
     let relay = with_archive(&vhost).start().await;
-    let large = |number: u32| {
-        format!(r#"{{"eventType":"scan.a","payload":{{"number":{number},"filler":"{}"}}}}"#, "x".repeat(200_000))
-    };
+    let large = |number: u32| long_scan(number, 200_000);
     for number in 0..2 {
         relay.post(large(number)).await.expect(200);
         vhost.reject("prism.scan").await;
@@ -300,7 +298,7 @@ async fn a_slow_line_makes_nothing_incomplete() {
     let wire = Wire::new(vhost.address());
     let setup = Setup::new(&vhost.url_through(&wire)).set("topology.archive", json!({ "max_age": "1d" }));
     let setup = setup.set("broker.confirm_timeout", "11s").set("broker.heartbeat", "5s");
-    // Six seconds for one message.
+    // Six seconds for each message.
     wire.set_bandwidth(Some(35_000));
     let replayed = setup.run(&["replay", "--since", "1h", "--dry-run"]).await;
     assert!(
@@ -314,11 +312,11 @@ async fn a_slow_line_makes_nothing_incomplete() {
     }
 }
 
-/// What fits is moved, each once; the rest stays for the next time.
+/// Messages that fit are moved once; the others stay for the next run.
 #[tokio::test]
-async fn a_full_queue_takes_what_it_can() {
+async fn a_full_queue_gets_as_many_messages_as_fit() {
     let vhost = Vhost::new(Node::shared().await).await;
-    let relay = dead(&vhost, 12).await;
+    let relay = with_dead_letters(&vhost, 12).await;
     vhost.create_queue("mine", json!({ "x-max-length": 5, "x-overflow": "reject-publish" })).await;
     for (moved, left) in [(5, 7), (5, 2)] {
         let full = relay.run(&["redrive", "--to", "mine"]).await;
@@ -341,8 +339,8 @@ async fn replay_ends_while_events_come_in() {
     let relay = with_archive(&vhost).start().await;
     let traffic = Traffic::start(&relay);
     traffic.more(20).await;
-    // The archive is there, and has them.
-    eventually("more than 20 to be confirmed", async || {
+    // The archive exists and has events.
+    eventually("more than 20 confirms", async || {
         let confirmed = relay.metric("prism_relay_publish_total", &[("outcome", "confirmed")]).await;
         if confirmed > 20.0 { Ok(()) } else { Err(confirmed) }
     })
@@ -354,7 +352,7 @@ async fn replay_ends_while_events_come_in() {
 }
 
 #[tokio::test]
-async fn replay_keeps_to_the_time_and_ends_where_there_is_nothing() {
+async fn replay_obeys_since_and_until_and_ends_on_an_empty_archive() {
     let vhost = Vhost::new(Node::shared().await).await;
     let relay = with_archive(&vhost).start().await;
     relay.eventually_connected().await;

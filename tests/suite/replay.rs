@@ -1,4 +1,4 @@
-//! Requests that somebody has captured and sends again: recognised for as long as their signature is good, refused after.
+//! Captured requests that are sent again: recognised until their signature expires, and refused after that.
 
 use std::time::{Duration, Instant};
 
@@ -9,7 +9,7 @@ use crate::harness::{Answer, Node, Relay, SECRET, Setup, Vhost, eventually, samp
 
 const BODY: &str = r#"{"eventType":"scan.processing.started","payload":{"userToken":"partner-user-42","scanId":"s"}}"#;
 
-/// Sends the body as it was signed `seconds` before now, or after, and returns how it was signed as well.
+/// Sends the body with a timestamp `seconds` after now. Returns the answer, the timestamp and the signature.
 async fn signed(relay: &Relay, seconds: i64) -> (Answer, [String; 2]) {
     let timestamp = format!("{:.3}", jiff::Timestamp::now() + jiff::SignedDuration::from_secs(seconds));
     let signature = sign(SECRET, &timestamp, BODY.as_bytes());
@@ -23,8 +23,7 @@ async fn send(relay: &Relay, [timestamp, signature]: &[String; 2]) -> Answer {
 
 const WINDOW: Duration = Duration::from_secs(5);
 
-/// Waits until the dedupe window of what was answered by now has passed. Nothing is sent meanwhile: of one body's signatures
-/// only the newest are kept.
+/// Waits until the dedupe window of everything that was answered has passed.
 async fn window_passes() {
     let begun = Instant::now();
     eventually("the end of the dedupe window", async || {
@@ -39,12 +38,12 @@ fn assert_recognised(answer: &Answer, id: &str) {
 }
 
 #[tokio::test]
-async fn a_captured_request_is_not_published_again_however_often_it_comes() {
+async fn a_captured_request_is_never_published_again() {
     let vhost = Vhost::new(Node::shared().await).await;
     let mut relay = Setup::new(&vhost.url()).set("dedupe.window", "5s").start().await;
     let (first, captured) = signed(&relay, 0).await;
     let first = first.id();
-    // A re-send of Prism's is signed anew, by a clock that is ahead, and captured as well.
+    // Prism signs a re-send again, with a clock that is ahead. It is captured as well.
     let (again, re_sent) = signed(&relay, 200).await;
     assert_recognised(&again, &first);
 
@@ -52,14 +51,14 @@ async fn a_captured_request_is_not_published_again_however_often_it_comes() {
     for captured in [&captured, &re_sent] {
         assert_recognised(&send(&relay, captured).await, &first);
     }
-    // What is delivered and not yet deleted would be delivered again.
+    // After the kill, an event that is not yet deleted would be delivered again.
     relay.eventually_nothing_pending().await;
     relay.kill9().await;
     relay.start_again().await;
     for captured in [&captured, &re_sent] {
         assert_recognised(&send(&relay, captured).await, &first);
     }
-    // Signed anew it is a new event, for the captured ones as well.
+    // The same body with a new signature is a new event, and captured requests then get its id.
     let (second, _) = signed(&relay, 0).await;
     let second = second.id();
     assert_ne!(first, second);
@@ -82,7 +81,7 @@ async fn a_captured_request_is_refused_once_its_signature_is_too_old() {
     let relay = setup.set("dedupe.window", "1s").set("signature.tolerance", "10s").start().await;
     let (first, captured) = signed(&relay, 0).await;
     let first = first.id();
-    // Recognised until then, and never a new event.
+    // Until its signature expires it is recognised, and never a new event.
     let refused = eventually("the end of the tolerance", async || {
         let answer = send(&relay, &captured).await;
         if answer.status == 200 {
@@ -106,7 +105,7 @@ async fn a_window_that_is_turned_off_recognises_nothing() {
 }
 
 #[tokio::test]
-async fn more_events_than_the_window_may_hold_are_told_of() {
+async fn more_events_than_the_window_may_hold_cause_a_warning() {
     let relay = Setup::without_broker().set("dedupe.entries_max", 2).start().await;
     let (_, captured) = signed(&relay, 0).await;
     for number in 0..4 {

@@ -1,4 +1,4 @@
-//! Beyond one machine: two relays with a spool each, a cluster of three nodes behind them, nginx in front.
+//! Two relays with a spool each, behind nginx and in front of a cluster of three nodes.
 
 use std::collections::BTreeSet;
 
@@ -10,7 +10,7 @@ use crate::harness::{Authority, Cluster, Relay, Setup, Vhost, Wire, eventually, 
 
 const COUNT: usize = 1800;
 
-/// nginx with the file that is for people to take. Dropping it kills it.
+/// nginx with the configuration of `deploy/nginx`. Dropping this kills it.
 struct Nginx {
     program: Program,
     folder: Scratch,
@@ -49,7 +49,7 @@ impl Nginx {
         std::fs::write(path("nginx.conf"), whole).unwrap();
         let nginx = std::env::var("PRISM_TEST_NGINX").unwrap_or("nginx".to_owned());
         let mut command = leash::command(&nginx);
-        // Its workers need no user of their own here.
+        // Its workers need no separate user here.
         command.args(["-p", &path(""), "-c", &path("nginx.conf"), "-g", "user root;"]);
         let nginx = Self { program: Program::start(command), folder, port };
         eventually("nginx (tests/run.sh brings it)", async || {
@@ -61,7 +61,7 @@ impl Nginx {
         nginx
     }
 
-    /// Plays Prism, retries and all, through nginx.
+    /// Sends webhooks through nginx as Prism does, with retries.
     fn send(&self, setup: &Setup) -> Program {
         let url = format!("https://localhost:{}/webhooks/prism", self.port);
         let ca = self.folder.path().join("ca.pem").display().to_string();
@@ -70,19 +70,19 @@ impl Nginx {
     }
 }
 
-/// One relay dies for good with a backlog, and a node of the cluster with it. Its volume comes back under a new process.
+/// One relay dies with a backlog, and a node of the cluster dies as well. A new process then gets the relay's volume.
 #[tokio::test]
 async fn a_relay_dies_with_a_backlog_and_its_volume_comes_back() {
     let cluster = Cluster::turn().await;
     let vhost = Vhost::new(cluster.node(0)).await;
     let urls: Vec<_> = [0, 1, 2].map(|index| vhost.url_for("guest", PASSWORD, cluster.node(index).address())).into();
     let setup = |urls| {
-        // A port that no other relay gets when this one is dead.
+        // A port that no other relay gets while this one is dead.
         let setup = Setup::new("unused").set("http.listen", format!("127.0.0.1:{}", ports::free()));
         setup.set("broker.urls", json!(urls)).set("http.trusted_proxies", json!(["127.0.0.1"]))
     };
     let first = setup(urls.clone()).start().await;
-    // This one reaches the cluster by a wire that can be held.
+    // The second relay reaches the cluster through a wire that can be stalled.
     let wire = Wire::new(cluster.node(0).address());
     let mut second = setup(vec![vhost.url_through(&wire)]).start().await;
     for relay in [&first, &second] {
@@ -99,7 +99,7 @@ async fn a_relay_dies_with_a_backlog_and_its_volume_comes_back() {
     .await;
     cluster.node(1).kill().await;
     second.kill9().await;
-    assert!(sending.exited().is_none(), "the relay dies too late");
+    assert!(sending.exited().is_none(), "all webhooks were sent before the relay died");
     let sent = sending.wait().await;
     assert_eq!(sent.code, Some(0), "{sent:?}");
     assert!(sent.stdout.lines().any(|line| line.starts_with("given up") && line.ends_with(" 0")), "{}", sent.stdout);
@@ -109,8 +109,8 @@ async fn a_relay_dies_with_a_backlog_and_its_volume_comes_back() {
     for relay in [&first, &second] {
         relay.eventually_nothing_pending().await;
     }
-    // A node that has missed a change of the leader says 0 at first.
-    let depth = eventually("all of them in the queue", async || {
+    // A node that missed a change of the leader reports 0 at first.
+    let depth = eventually("all events in the queue", async || {
         let depth = vhost.depth("prism.scan").await as usize;
         if depth >= COUNT { Ok(depth) } else { Err(depth) }
     })
@@ -118,7 +118,7 @@ async fn a_relay_dies_with_a_backlog_and_its_volume_comes_back() {
     let messages = vhost.messages("prism.scan", depth).await;
     let subjects: BTreeSet<_> = messages.iter().map(|message| message.header("prism-subject")).collect();
     assert_eq!(subjects.len(), COUNT, "of {depth}");
-    // What both have taken is recognised.
+    // Workers recognise an event that both relays accepted by its fingerprint.
     let fingerprints: BTreeSet<_> = messages.iter().map(|message| message.header("prism-fingerprint")).collect();
     assert_eq!(fingerprints.len(), COUNT);
     for relay in [&first, &second] {

@@ -17,7 +17,7 @@ use crate::harness::marks::PASSWORD;
 use crate::harness::samples::scan;
 use crate::harness::{Authority, Client, Node, Raw, Relay, SECRET, Setup, Vhost, eventually};
 
-/// Puts a certificate and its key where the relay expects them.
+/// Writes a certificate and its key to the files that the relay reads.
 fn install(setup: &Setup, issued: &Issued) -> serde_json::Value {
     json!({
         "certificate": setup.file("tls.crt", &issued.certificate),
@@ -31,7 +31,7 @@ fn with_tls(issued: &Issued) -> Setup {
     setup.set("http.tls", tls)
 }
 
-/// The webhook's address with the name that is in the certificate.
+/// The URL for webhooks, with the host name in the certificate.
 fn url(relay: &Relay) -> String {
     assert!(relay.url().starts_with("https://"), "{}", relay.url());
     relay.url().replace("127.0.0.1", "localhost")
@@ -49,8 +49,8 @@ async fn connect(address: SocketAddr, config: ClientConfig) -> std::io::Result<T
     TlsConnector::from(Arc::new(config)).connect("localhost".try_into().unwrap(), stream).await
 }
 
-/// The certificate that a new connection is shown.
-async fn shown(relay: &Relay, authority: &Authority) -> Vec<u8> {
+/// The certificate that the relay presents on a new connection.
+async fn presented(relay: &Relay, authority: &Authority) -> Vec<u8> {
     let stream = connect(relay.address(), tls_config(Some(&authority.pem()), None)).await.unwrap();
     stream.get_ref().1.peer_certificates().unwrap()[0].to_vec()
 }
@@ -77,7 +77,7 @@ async fn webhooks_are_accepted_over_tls() {
 }
 
 #[tokio::test]
-async fn clients_show_a_certificate_where_the_relay_asks_for_one() {
+async fn clients_need_a_certificate_if_the_relay_asks_for_one() {
     let (authority, clients) = (Authority::new(), Authority::new());
     let setup = Setup::without_broker();
     let mut tls = install(&setup, &authority.issue_server());
@@ -89,21 +89,21 @@ async fn clients_show_a_certificate_where_the_relay_asks_for_one() {
     };
     assert_eq!(attempt(Some(clients.issue("prism", 1))).await, Ok(200));
     assert!(attempt(None).await.is_err());
-    assert!(attempt(Some(authority.issue("prism", 1))).await.is_err(), "signed by somebody else");
+    assert!(attempt(Some(authority.issue("prism", 1))).await.is_err(), "signed by another authority");
     assert!(attempt(Some(clients.issue("prism", -1))).await.is_err(), "expired");
     let refused = [("listener", "http"), ("reason", "tls-handshake")];
     relay.eventually_metric("prism_relay_connections_refused_total", &refused, 3.0).await;
 }
 
 #[tokio::test]
-async fn a_new_certificate_is_taken_up_and_open_connections_stay() {
+async fn a_new_certificate_is_reloaded_and_open_connections_stay() {
     let authority = Authority::new();
     // The open connection is idle for some seconds.
     let mut relay = with_tls(&authority.issue("old", 10)).set("http.header_timeout", "60s").start().await;
     let days = relay.metric("prism_relay_tls_certificate_days_left", &[]).await;
     assert!((9.9..=10.0).contains(&days), "{days}");
     relay.eventually_logs("about to expire").await;
-    let old = shown(&relay, &authority).await;
+    let old = presented(&relay, &authority).await;
     let mut open = connect(relay.address(), tls_config(Some(&authority.pem()), None)).await.unwrap();
     let ask = "GET /healthz HTTP/1.1\r\nhost: relay\r\n\r\n";
     let mut answer = async || {
@@ -115,18 +115,15 @@ async fn a_new_certificate_is_taken_up_and_open_connections_stay() {
     assert!(answer().await.starts_with("HTTP/1.1 200 "));
 
     install(relay.setup(), &authority.issue("new", 300));
-    eventually(
-        "the new certificate",
-        async || {
-            if shown(&relay, &authority).await == old { Err("the old one") } else { Ok(()) }
-        },
-    )
+    eventually("the new certificate", async || {
+        if presented(&relay, &authority).await == old { Err("the old one") } else { Ok(()) }
+    })
     .await;
-    assert!(answer().await.starts_with("HTTP/1.1 200 "), "the old connection is still served");
+    assert!(answer().await.starts_with("HTTP/1.1 200 "), "the old connection is no longer served");
     assert!(relay.metric("prism_relay_tls_certificate_days_left", &[]).await > 299.0);
 
     // An unusable file changes nothing; the log warns.
-    let new = shown(&relay, &authority).await;
+    let new = presented(&relay, &authority).await;
     let keyless = Issued { private_key: String::new(), ..authority.issue("x", 1) };
     for (bad, expected) in [(authority.issue("expired", -1), "expired on"), (keyless, "holds no private key")] {
         install(relay.setup(), &bad);
@@ -134,16 +131,16 @@ async fn a_new_certificate_is_taken_up_and_open_connections_stay() {
         let warning = relay.eventually_logs(expected).await;
         assert_eq!((&warning["level"], &warning["key"]), (&json!("WARN"), &json!("http.tls")), "{warning}");
     }
-    // It may have looked by itself as well.
+    // The relay may have tried to reload by itself as well.
     assert!(relay.metric("prism_relay_reloads_total", &[("outcome", "failed")]).await >= 2.0);
-    assert_eq!(shown(&relay, &authority).await, new);
+    assert_eq!(presented(&relay, &authority).await, new);
 }
 
 #[tokio::test]
-async fn certificates_that_cannot_be_used_are_told_at_the_start() {
+async fn unusable_certificates_are_reported_at_the_start() {
     let (authority, other) = (Authority::new(), Authority::new());
     let good = authority.issue_server();
-    // As it comes out of a variable that has lost its line ends. The parser would quote all of it.
+    // A key without its line ends, as from an environment variable. The parser's own error would quote all of it.
     let one_line = good.private_key.trim().replace('\n', " ");
     let broken = "-----BEGIN CERTIFICATE-----\n!\n-----END CERTIFICATE-----\n".to_owned();
     for (issued, expected) in [
@@ -174,9 +171,9 @@ async fn certificates_that_cannot_be_used_are_told_at_the_start() {
 }
 
 #[tokio::test]
-async fn handshakes_have_a_deadline_and_other_protocols_are_cut() {
+async fn handshakes_have_a_deadline_and_other_protocols_are_closed() {
     let relay = with_tls(&Authority::new().issue_server()).set("http.header_timeout", "300ms").start().await;
-    // Nothing at all, and half of a client's first words.
+    // Nothing at all, and the first part of a ClientHello.
     for start in [b"".as_slice(), b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"] {
         let mut raw = Raw::connect(relay.address()).await;
         raw.write(start).await.unwrap();
@@ -194,7 +191,7 @@ async fn handshakes_have_a_deadline_and_other_protocols_are_cut() {
 fn to_broker(node: &Node, url: &str) -> Setup {
     let setup = Setup::new(url);
     let ca = setup.file("rabbitmq-ca.crt", node.authority().pem());
-    // The node's certificate is for localhost, not for the address of the url.
+    // The node's certificate is for localhost, not for the address in the URL.
     setup.set("broker.tls", json!({ "ca": ca, "server_name": "localhost" }))
 }
 
@@ -222,7 +219,7 @@ async fn the_broker_is_reached_with_tls() {
 }
 
 #[tokio::test]
-async fn a_broker_that_is_not_whom_it_should_be_gets_nothing() {
+async fn a_broker_with_the_wrong_certificate_gets_nothing() {
     let node = Node::shared().await;
     let vhost = Vhost::new(node).await;
     let url = vhost.tls_url(&format!("guest:{PASSWORD}@"), node.tls_address());
@@ -236,7 +233,7 @@ async fn a_broker_that_is_not_whom_it_should_be_gets_nothing() {
     stranger.post(scan(2)).await.expect(200);
     let line = stranger.eventually_logs("not delivering").await;
     assert!(line["error"].as_str().unwrap().contains("UnknownIssuer"), "{line}");
-    // The right authority appears in the same file: the next try succeeds.
+    // The next attempt reads the right authority from the same file, and succeeds.
     stranger.setup().file("rabbitmq-ca.crt", node.authority().pem());
     assert_eq!(vhost.messages("prism.scan", 1).await[0].text(), scan(2));
 
@@ -284,7 +281,7 @@ async fn a_certificate_is_a_login() {
     })
     .await;
     // Another certificate takes effect with the next connection.
-    let unknown = node.authority().issue("somebody unknown", 1);
+    let unknown = node.authority().issue("an unknown user", 1);
     relay.setup().file("client.crt", &unknown.certificate);
     relay.setup().file("client.key", &unknown.private_key);
     relay.eventually_logs("reloaded").await;

@@ -54,7 +54,7 @@ impl Collector {
         self.bodies.lock().unwrap().windows(text.len()).any(|window| window == text)
     }
 
-    async fn gets(&self, text: &str) {
+    async fn eventually_has(&self, text: &str) {
         eventually(&format!("{text:?} at the collector"), async || {
             if self.has(text.as_bytes()) { Ok(()) } else { Err(format!("{} bytes", self.bodies.lock().unwrap().len())) }
         })
@@ -83,7 +83,7 @@ async fn both_spans_of_an_event_are_exported_and_the_message_continues_the_last_
     let message = vhost.messages("prism.scan", 1).await.remove(0);
     let parent = message.header("traceparent");
     assert!(parent.starts_with(&format!("00-{TRACE}-")) && parent.ends_with("-01"), "{parent}");
-    assert!(!parent.contains("b7ad6b7169203331"), "a span of the relay's own: {parent}");
+    assert!(!parent.contains("b7ad6b7169203331"), "the parent is not a span of the relay: {parent}");
     assert_eq!(message.header("tracestate"), "vendor=1");
     for text in [
         "prism webhook",
@@ -96,14 +96,14 @@ async fn both_spans_of_an_event_are_exported_and_the_message_continues_the_last_
         "service.name",
         "prism-relay",
     ] {
-        collector.gets(text).await;
+        collector.eventually_has(text).await;
     }
     let bytes = |hex: &str| {
         (0..hex.len()).step_by(2).map(|at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap()).collect::<Vec<_>>()
     };
     assert!(
         collector.has(&bytes(TRACE)) && collector.has(&bytes("b7ad6b7169203331")),
-        "the sender's span is the parent"
+        "the sender's span is not exported as the parent"
     );
     assert!(!collector.has(b"partner-user-42"));
     // The last spans are exported before the relay exits.

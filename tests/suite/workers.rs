@@ -1,4 +1,4 @@
-//! The example workers of `deploy/workers/`, through the whole life of a message.
+//! The example workers of `deploy/workers/`: they do, fail, retry and skip messages, reconnect and stop.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -13,18 +13,18 @@ use crate::harness::{Node, Relay, Setup, Vhost, eventually, leash, samples};
 const DONE: &str = "done";
 
 #[tokio::test]
-async fn python() {
+async fn the_python_worker_handles_the_life_of_a_message() {
     the_life_of_a_message("/usr/bin/python3", &[&source("python/worker.py")]).await;
 }
 
 #[tokio::test]
-async fn node() {
+async fn the_node_worker_handles_the_life_of_a_message() {
     the_life_of_a_message("node", &[&source("node/worker.js")]).await;
 }
 
 #[tokio::test]
-async fn rust() {
-    // Built here, because cargo builds examples only when all of the tests are asked for.
+async fn the_rust_worker_handles_the_life_of_a_message() {
+    // Built here, because cargo builds examples only for a run of all tests.
     let build = tokio::task::spawn_blocking(|| {
         Command::new(env!("CARGO")).args(["build", "--quiet", "--locked", "--example", "worker"]).status()
     });
@@ -38,7 +38,7 @@ fn source(file: &str) -> String {
     format!("{}/deploy/workers/{file}", env!("CARGO_MANIFEST_DIR"))
 }
 
-/// A worker that runs, and where it writes.
+/// A running worker, and the folder to which it writes.
 struct Worker {
     program: Program,
     out: PathBuf,
@@ -52,13 +52,13 @@ impl Worker {
             command.env("NODE_PATH", modules);
         }
         let worker = Self { program: Program::start(command), out: out.to_owned() };
-        worker.eventually_says("consuming prism.scan", 1).await;
+        worker.eventually_prints("consuming prism.scan", 1).await;
         worker
     }
 
-    /// Waits for `count` lines that begin with `start`.
-    async fn eventually_says(&self, start: &str, count: usize) {
-        eventually(&format!("{count} lines {start:?} of a worker"), async || {
+    /// Waits until `count` lines of its output begin with `start`.
+    async fn eventually_prints(&self, start: &str, count: usize) {
+        eventually(&format!("{count} lines of a worker that begin with {start:?}"), async || {
             let lines = self.program.stdout();
             let found = lines.iter().filter(|line| line.starts_with(start)).count();
             if found == count { Ok(()) } else { Err(format!("{lines:?} {:?}", self.program.stderr())) }
@@ -66,10 +66,10 @@ impl Worker {
         .await;
     }
 
-    /// The ids of the files that it has written.
+    /// The ids in the names of the files that it has written.
     fn files(&self) -> BTreeSet<String> {
         let files = std::fs::read_dir(&self.out).unwrap().map(|file| file.unwrap().file_name().into_string().unwrap());
-        files.map(|name| name.strip_suffix(".json").expect("nothing but whole files").to_owned()).collect()
+        files.map(|name| name.strip_suffix(".json").expect("only complete files").to_owned()).collect()
     }
 }
 
@@ -85,37 +85,37 @@ async fn the_life_of_a_message(program: &str, arguments: &[&str]) {
     let out = relay.folder().join("out");
     std::fs::create_dir(&out).unwrap();
 
-    // Delivered, and done.
+    // A delivered message is done.
     let mut worker = Worker::start(program, arguments, &vhost, &out).await;
     let first = post(&relay, 0).await;
-    worker.eventually_says(&format!("done {first} scan.processing.succeeded"), 1).await;
+    worker.eventually_prints(&format!("done {first} scan.processing.succeeded"), 1).await;
     assert_eq!(worker.files(), [first.clone()].into());
 
-    // Broken: failed, delayed, retried, delayed, retried, dead.
+    // The worker cannot write its files: the message fails, is retried twice, and becomes a dead letter.
     std::fs::rename(&out, relay.folder().join("away")).unwrap();
     let second = post(&relay, 1).await;
-    worker.eventually_says(&format!("failed {second} scan.processing.succeeded"), 3).await;
+    worker.eventually_prints(&format!("failed {second} scan.processing.succeeded"), 3).await;
     vhost.eventually_depth("prism.dead", 1).await;
 
-    // Repaired, redriven, done.
+    // The worker can write again: a redriven message is done.
     std::fs::rename(relay.folder().join("away"), &out).unwrap();
     let redriven = relay.run(&["redrive"]).await;
     assert!(redriven.stdout.starts_with("1 moved"), "{redriven:?}");
-    worker.eventually_says(&format!("done {second} scan.processing.succeeded"), 1).await;
+    worker.eventually_prints(&format!("done {second} scan.processing.succeeded"), 1).await;
     assert_eq!(worker.files(), [first.clone(), second].into());
 
-    // What comes twice is done once.
+    // A message that comes twice is done once.
     let again = BasicProperties::default().with_message_id(first.as_str().into()).with_type("scan.a".into());
     vhost.publish_with("prism.events", "scan.a", "{}", again).await;
-    worker.eventually_says(&format!("again {first} scan.a"), 1).await;
-    // What is no name of the relay's never becomes a path.
+    worker.eventually_prints(&format!("again {first} scan.a"), 1).await;
+    // An id that is not a UUID never becomes a path.
     let evil = BasicProperties::default().with_message_id("../../evil".into()).with_type("scan.a".into());
     vhost.publish_with("prism.events", "scan.a", "{}", evil).await;
     vhost.eventually_depth("prism.dead", 1).await;
 
-    // Cut off, it comes back.
-    eventually("the worker to come back", async || {
-        // A connection that is new shows up a moment later.
+    // A worker whose connection is closed reconnects.
+    eventually("the worker to reconnect", async || {
+        // The API shows a new connection a moment later.
         vhost.close_connections().await;
         let lines = worker.program.stdout();
         let began = lines.iter().filter(|line| *line == "consuming prism.scan").count();
@@ -123,19 +123,19 @@ async fn the_life_of_a_message(program: &str, arguments: &[&str]) {
     })
     .await;
 
-    stopped_in_the_middle_of_its_work(&mut worker, &relay, &vhost).await;
+    stop_in_the_middle_of_the_work(&mut worker, &relay, &vhost).await;
     let words = [worker.program.stdout(), worker.program.stderr()].concat().join("\n");
-    assert!(!words.contains("partner-user-42"), "a worker that says too much: {words}");
+    assert!(!words.contains("partner-user-42"), "the worker prints a user token: {words}");
 }
 
-/// What it has in hand is finished and acknowledged, and the rest is in the queue: nothing twice, nothing nowhere.
-async fn stopped_in_the_middle_of_its_work(worker: &mut Worker, relay: &Relay, vhost: &Vhost) {
+/// A worker that stops finishes and acknowledges its current message. Every other message stays in the queue.
+async fn stop_in_the_middle_of_the_work(worker: &mut Worker, relay: &Relay, vhost: &Vhost) {
     let before = worker.files();
     let mut ids = BTreeSet::new();
     for number in 2..202 {
         ids.insert(post(relay, number).await);
         if number == 100 {
-            eventually("the worker to be at it", async || {
+            eventually("the worker to do some of them", async || {
                 let done = worker.program.stdout().iter().filter(|line| line.starts_with(DONE)).count();
                 if done > 2 { Ok(()) } else { Err(done) }
             })

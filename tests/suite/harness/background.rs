@@ -1,5 +1,5 @@
-//! A runtime of the harness's own, for what must go on while a test blocks its thread, and for what a `Drop` must
-//! wait for.
+//! The harness's own runtime: for work that must continue while a test blocks its thread, and for work that a `Drop`
+//! must wait for.
 
 use std::sync::{LazyLock, mpsc};
 use std::time::Duration;
@@ -16,13 +16,13 @@ static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| {
         .expect("a runtime for the harness")
 });
 
-/// Runs `work` beside the test.
+/// Runs `work` in the background.
 pub fn spawn<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> JoinHandle<T> {
     RUNTIME.spawn(work)
 }
 
-/// Runs `work` and blocks this thread until it is done or `limit` is over. Made for `Drop`, where nothing can be
-/// awaited; `None` if there was not enough time.
+/// Runs `work` and blocks this thread until it is done; `None` if that takes longer than `limit`. Made for `Drop`,
+/// where nothing can be awaited.
 pub fn wait_for<T: Send + 'static>(limit: Duration, work: impl Future<Output = T> + Send + 'static) -> Option<T> {
     let (done, outcome) = mpsc::channel();
     RUNTIME.spawn(async move { done.send(work.await) });

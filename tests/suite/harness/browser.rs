@@ -1,7 +1,7 @@
-//! A real Chromium without a screen, driven through ChromeDriver (the W3C's WebDriver protocol).
+//! A real headless Chromium, driven through ChromeDriver (the W3C's WebDriver protocol).
 //!
-//! Both are Debian's packages `chromium` and `chromium-driver`; `PRISM_TEST_CHROMIUM` and `PRISM_TEST_CHROMEDRIVER` name
-//! others. With `PRISM_TEST_SCREENSHOTS` set to a folder, what the tests see is kept there.
+//! By default, Chromium and ChromeDriver are Debian's packages `chromium` and `chromium-driver`; `PRISM_TEST_CHROMIUM`
+//! and `PRISM_TEST_CHROMEDRIVER` name others. With `PRISM_TEST_SCREENSHOTS` set to a folder, screenshots are saved there.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -16,10 +16,10 @@ use super::ports;
 use super::program::Program;
 use super::scratch::Scratch;
 
-/// Both programs together take some seconds to start, and more beside a compiler.
+/// Both programs together take some seconds to start, and longer while a compiler runs.
 const START_DEADLINE: Duration = Duration::from_secs(60);
 
-/// The key under which WebDriver hands out elements (W3C WebDriver, section 12.1).
+/// The key under which WebDriver returns elements (W3C WebDriver, section 12.1).
 const ELEMENT: &str = "element-6066-11e4-a52e-4f735466cecf";
 
 pub struct Browser {
@@ -55,17 +55,17 @@ impl Browser {
         let driver = Program::start(driver);
 
         let (client, url) = (Client::http1(), format!("http://127.0.0.1:{port}/session"));
-        // The driver attaches to the browser, which hangs on a leash of its own.
+        // The driver attaches to a running browser, so that the browser has its own leash.
         let options = json!({ "debuggerAddress": format!("127.0.0.1:{debugging}") });
         let always = json!({ "goog:chromeOptions": options, "goog:loggingPrefs": { "browser": "ALL" } });
-        let wanted = json!({ "capabilities": { "alwaysMatch": always } }).to_string();
+        let capabilities = json!({ "capabilities": { "alwaysMatch": always } }).to_string();
         let session = poll(START_DEADLINE, async || {
-            let answer = client.send(Method::POST, &url, &[], wanted.clone()).await?;
+            let answer = client.send(Method::POST, &url, &[], capabilities.clone()).await?;
             let id = answer.json()["value"]["sessionId"].as_str().map(str::to_owned);
             id.ok_or_else(|| answer.to_string())
         });
         let session = session.await.unwrap_or_else(|error| {
-            panic!("no browser (see the head of browser.rs): {error}\n{}", chromium.stderr().join("\n"))
+            panic!("no browser (see the module doc of browser.rs): {error}\n{}", chromium.stderr().join("\n"))
         });
         let session = format!("{url}/{session}");
         Self { client, session, _driver: driver, _chromium: chromium, _profile: profile }
@@ -81,10 +81,10 @@ impl Browser {
         self.call(Method::POST, "url", json!({ "url": url })).await.expect(200);
     }
 
-    /// Runs the body of a function in the page, and returns what it returns.
+    /// Runs the body of a function in the page and gives back its result.
     pub async fn run(&self, script: &str) -> Value {
         let body = json!({ "script": script, "args": [] });
-        // One page may just be giving way to the next.
+        // A page that is being replaced by the next one cannot run scripts.
         eventually(&format!("the page to run {script:?}"), async || {
             let answer = self.call(Method::POST, "execute/sync", body.clone()).await;
             if answer.status == 200 { Ok(answer.json()["value"].take()) } else { Err(answer) }
@@ -92,7 +92,7 @@ impl Browser {
         .await
     }
 
-    /// The text of the first element that matches, as it is seen; empty if there is none, or it is hidden.
+    /// The visible text of the first element that matches; empty if there is none or it is hidden.
     pub async fn text(&self, css: &str) -> String {
         let script = format!("return document.querySelector({})?.innerText ?? ''", Value::from(css));
         self.run(&script).await.as_str().unwrap_or_default().to_owned()
@@ -116,7 +116,7 @@ impl Browser {
         .await
     }
 
-    /// Clicks as a person does: on what can be seen and is not covered.
+    /// Clicks as a person does: only on an element that is visible and not covered.
     pub async fn click(&self, css: &str) {
         eventually(&format!("a click on {css}"), async || {
             let element = self.element(css).await;
@@ -131,7 +131,7 @@ impl Browser {
         self.call(Method::POST, &format!("element/{element}/value"), json!({ "text": text })).await.expect(200);
     }
 
-    /// Width and height of the page in CSS pixels, and light or dark.
+    /// Sets the width and height of the page in CSS pixels, and a light or dark colour scheme.
     pub async fn look_like(&self, (width, height): (u32, u32), dark: bool) {
         let metrics = json!({ "width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600 });
         self.devtools("Emulation.setDeviceMetricsOverride", metrics).await;
@@ -145,7 +145,7 @@ impl Browser {
         self.call(Method::POST, "goog/cdp/execute", body).await.expect(200).json()["value"].take()
     }
 
-    /// Keeps a picture of the page, if somebody wants to see it.
+    /// Saves a screenshot of the page if `PRISM_TEST_SCREENSHOTS` is set.
     pub async fn screenshot(&self, name: &str) {
         let Some(folder) = std::env::var_os("PRISM_TEST_SCREENSHOTS").map(PathBuf::from) else { return };
         let picture = self.devtools("Page.captureScreenshot", json!({ "format": "png" })).await;
@@ -155,8 +155,8 @@ impl Browser {
             .expect("write");
     }
 
-    /// What the page has complained of since the last call: errors of scripts, of the network, of the content policy.
-    pub async fn complaints(&self) -> Vec<String> {
+    /// The warnings and errors on the browser's console since the last call: scripts, network, content policy.
+    pub async fn errors(&self) -> Vec<String> {
         let log = self.call(Method::POST, "se/log", json!({ "type": "browser" })).await.expect(200).json();
         let lines = log["value"].as_array().cloned().unwrap_or_default();
         let serious = lines.iter().filter(|line| line["level"] == "SEVERE" || line["level"] == "WARNING");

@@ -1,4 +1,4 @@
-//! A certificate authority of one's own, and what it signs.
+//! A certificate authority for tests, and the certificates that it signs.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use rcgen::{
     KeyUsagePurpose,
 };
 
-/// The name under which servers of the suite are known. Their address, 127.0.0.1, is in no certificate.
+/// The host name in the suite's certificates. No certificate contains the address, 127.0.0.1.
 const NAME: &str = "localhost";
 
 pub struct Authority(CertifiedIssuer<'static, KeyPair>);
@@ -24,7 +24,7 @@ impl Authority {
         let mut params = CertificateParams::new(Vec::new()).expect("no names");
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-        // A name of its own: who shares a name is told from the other by a bad signature, not by being unknown.
+        // A unique name: with a shared name, clients would report a bad signature in place of an unknown issuer.
         params.distinguished_name.push(DnType::CommonName, uuid::Uuid::now_v7().to_string());
         let key = KeyPair::generate().expect("a key");
         Self(CertifiedIssuer::self_signed(params, key).expect("a certificate of an authority"))
@@ -35,12 +35,13 @@ impl Authority {
         self.0.pem()
     }
 
-    /// For a server at [`NAME`], or a client with this common name. `days`: how long it is valid; negative: has been.
+    /// A certificate for a server at [`NAME`], or for a client with this common name. It expires in `days`; if that is
+    /// negative, it has expired.
     pub fn issue(&self, common_name: &str, days: i32) -> Issued {
         self.issue_from(common_name, -1000, days)
     }
 
-    /// The same, valid from so many days on.
+    /// As [`Self::issue`], valid from `from` days after now.
     pub fn issue_from(&self, common_name: &str, from: i32, days: i32) -> Issued {
         let mut params = CertificateParams::new(vec![NAME.to_owned()]).expect("a name");
         params.distinguished_name.push(DnType::CommonName, common_name);
@@ -59,6 +60,6 @@ impl Authority {
 
     /// A certificate for a server, valid for a year.
     pub fn issue_server(&self) -> Issued {
-        self.issue("a server of the suite's own", 365)
+        self.issue("a server of the suite", 365)
     }
 }

@@ -1,4 +1,4 @@
-//! Three RabbitMQ nodes that form a cluster, to be broken and made whole again.
+//! Three RabbitMQ nodes that form a cluster, for tests that break it and repair it.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -12,7 +12,7 @@ use super::node::Node;
 
 const NAMES: [&str; 3] = ["n1@localhost", "n2@localhost", "n3@localhost"];
 
-/// From the moment on that all nodes run.
+/// How long the nodes may take to see each other once all of them run.
 const WHOLE_DEADLINE: Duration = Duration::from_secs(60);
 
 static SHARED: OnceCell<Result<Mutex<Cluster>, String>> = OnceCell::const_new();
@@ -25,11 +25,11 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// The cluster that all tests share, whole again, for one of them at a time. The first one waits for its boot.
+    /// The cluster that all tests share, repaired, for one test at a time. The first test waits for the boot.
     pub async fn turn() -> MutexGuard<'static, Self> {
         let shared = SHARED.get_or_init(Self::try_start).await;
         let mut cluster = shared.as_ref().unwrap_or_else(|error| panic!("{error}")).lock().await;
-        cluster.mend().await;
+        cluster.repair().await;
         cluster
     }
 
@@ -54,8 +54,8 @@ impl Cluster {
         }
     }
 
-    /// Parts one node from the two others: it gets another cookie for them than they have, so neither side's connections
-    /// are let in by the other. Clients still reach every node.
+    /// Separates one node from the two others: the node gets a cookie for them that they do not have, so each side
+    /// refuses the other's connections. Clients still reach every node.
     pub async fn isolate(&mut self, index: usize) {
         self.isolated = Some(index);
         let others = self.others(index);
@@ -65,8 +65,8 @@ impl Cluster {
         self.nodes[index].ctl(&["eval", &expression]).await;
     }
 
-    /// Starts what is dead, ends a partition, and waits until every node sees all three.
-    pub async fn mend(&mut self) {
+    /// Starts dead nodes, ends a partition, and waits until every node sees all three.
+    pub async fn repair(&mut self) {
         for node in self.nodes.iter().filter(|node| node.runs()) {
             node.thaw();
         }
@@ -83,12 +83,12 @@ impl Cluster {
         let [first, second, third] = &self.nodes;
         tokio::join!(start(first), start(second), start(third));
         for node in &self.nodes {
-            let what = format!("three nodes in the eyes of {}", node.name());
+            let what = format!("{} to see all three nodes", node.name());
             eventually_within(WHOLE_DEADLINE, &what, async || sees_all(node).await).await;
         }
     }
 
-    /// The nodes that lead the quorum queues of a vhost, as one of the running nodes knows them.
+    /// The nodes that lead the quorum queues of a vhost, according to a running node.
     pub async fn leaders(&self, vhost: &str) -> BTreeSet<String> {
         let node = self.nodes.iter().find(|node| node.runs()).expect("a node that runs");
         let queues = node.management().list(&format!("queues/{vhost}")).await;
@@ -103,7 +103,7 @@ impl Cluster {
     }
 }
 
-/// Whether this node is well, and connected with both others.
+/// Checks that this node runs and is connected to both others.
 async fn sees_all(node: &Node) -> Result<(), String> {
     let answer = node.management().call(Method::GET, "nodes", &Value::Null).await?;
     if answer.status != 200 {

@@ -1,25 +1,25 @@
-//! Waiting for something to become true. No test sleeps in any other way.
+//! Polling until something becomes true. No test sleeps in any other way.
 
 use std::fmt::{Debug, Display};
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout_at};
 
-/// How long anything may take before a test fails. Generous: it is only ever used up by a test that fails anyway.
+/// How long anything may take before a test fails. Generous, because only a test that fails takes that long.
 pub const DEADLINE: Duration = Duration::from_secs(60);
 
-/// Time between two looks. Short enough not to slow a test down, long enough not to load the machine.
+/// Time between two probes. Short enough not to slow a test down, long enough not to load the machine.
 const INTERVAL: Duration = Duration::from_millis(25);
 
-/// Calls `probe` until it gives `Ok`, and returns what is inside. An `Err` says what was seen instead.
+/// Calls `probe` until it gives `Ok`, and returns the value. An `Err` says what was seen instead.
 ///
 /// # Panics
-/// After [`DEADLINE`], with `timed out waiting for: <what>` and what was last seen.
+/// After [`DEADLINE`], with `timed out waiting for: <what>` and the last `Err`.
 pub async fn eventually<T, S: Display>(what: &str, probe: impl AsyncFnMut() -> Result<T, S>) -> T {
     eventually_within(DEADLINE, what, probe).await
 }
 
-/// As [`eventually()`], with a deadline of its own.
+/// As [`eventually()`], with another deadline.
 pub async fn eventually_within<T, S: Display>(
     deadline: Duration,
     what: &str,
@@ -28,8 +28,7 @@ pub async fn eventually_within<T, S: Display>(
     poll(deadline, probe).await.unwrap_or_else(|seen| panic!("timed out waiting for: {what}; last seen: {seen}"))
 }
 
-/// Calls `probe` until it gives `Ok`; at the deadline, which also ends a probe that hangs, the error is what was last
-/// seen.
+/// Calls `probe` until it gives `Ok`. At the deadline, which also ends a probe that hangs, returns the last `Err`.
 pub async fn poll<T, S: Display>(
     deadline: Duration,
     mut probe: impl AsyncFnMut() -> Result<T, S>,
@@ -40,7 +39,7 @@ pub async fn poll<T, S: Display>(
         match timeout_at(end, probe()).await {
             Ok(Ok(value)) => return Ok(value),
             Ok(Err(seen)) => last_seen = seen.to_string(),
-            Err(_) => return Err(format!("{last_seen} (and then a look that did not end)")),
+            Err(_) => return Err(format!("{last_seen} (then a probe that did not end)")),
         }
         sleep(INTERVAL).await;
         if Instant::now() >= end {
@@ -49,10 +48,10 @@ pub async fn poll<T, S: Display>(
     }
 }
 
-/// Waits until `look` gives `expected`.
-pub async fn eventually_equal<T: PartialEq + Debug>(what: &str, expected: T, mut look: impl AsyncFnMut() -> T) {
+/// Waits until `probe` gives `expected`.
+pub async fn eventually_equal<T: PartialEq + Debug>(what: &str, expected: T, mut probe: impl AsyncFnMut() -> T) {
     eventually(what, async || {
-        let seen = look().await;
+        let seen = probe().await;
         if seen == expected { Ok(()) } else { Err(format!("{seen:?}, not {expected:?}")) }
     })
     .await;

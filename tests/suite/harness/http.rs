@@ -1,4 +1,4 @@
-//! HTTP as Prism and the operators speak it, and bare TCP for what no HTTP client would send.
+//! HTTP as Prism and operators use it, and plain TCP for bytes that no HTTP client would send.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -24,7 +24,7 @@ use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 use super::certificates::Issued;
 use super::eventually::DEADLINE;
 
-/// A client that keeps its connections. It belongs to the runtime of one test.
+/// A client that reuses its connections. It belongs to the runtime of one test.
 #[derive(Clone)]
 pub struct Client(legacy::Client<HttpsConnector<HttpConnector>, Full<Bytes>>);
 
@@ -40,12 +40,12 @@ impl Client {
         connector.enforce_http(false);
         let builder = HttpsConnectorBuilder::new().with_tls_config(config).https_or_http().enable_http1();
         let connector = builder.wrap_connector(connector);
-        // The relay closes idle connections after ten seconds: what is sent right then gets no answer.
+        // The relay closes idle connections after ten seconds, and a request sent at that moment gets no answer.
         let mut builder = legacy::Client::builder(TokioExecutor::new());
         Self(builder.pool_idle_timeout(Duration::from_secs(5)).build(connector))
     }
 
-    /// One exchange. The error is a text for humans; it covers a refused connection, a reset and a missing answer.
+    /// Sends one request. The error, a text for humans, covers a refused connection, a reset and a missing answer.
     pub async fn send(
         &self,
         method: Method,
@@ -71,7 +71,7 @@ impl Client {
     }
 }
 
-/// What a client believes (the authority's PEM), and what it shows of itself.
+/// A client that trusts this authority (PEM) and presents this certificate.
 pub fn tls_config(ca: Option<&str>, identity: Option<&Issued>) -> ClientConfig {
     let mut roots = RootCertStore::empty();
     for certificate in CertificateDer::pem_slice_iter(ca.unwrap_or_default().as_bytes()) {
@@ -90,7 +90,7 @@ pub fn tls_config(ca: Option<&str>, identity: Option<&Issued>) -> ClientConfig {
     }
 }
 
-/// What a server answered.
+/// The answer of a server.
 #[derive(Debug, Clone)]
 pub struct Answer {
     pub status: u16,
@@ -99,7 +99,7 @@ pub struct Answer {
 }
 
 impl Answer {
-    /// The body as text, with a mark in place of what is not UTF-8.
+    /// The body as text; bytes that are not UTF-8 become replacement characters.
     pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.body).into_owned()
     }
@@ -108,14 +108,17 @@ impl Answer {
         serde_json::from_slice(&self.body).unwrap_or_else(|error| panic!("{error} in the answer {self}"))
     }
 
-    /// A header, if it is there and is text.
+    /// A header, if it is present and is text.
     pub fn header(&self, name: &str) -> Option<&str> {
         self.headers.get(name)?.to_str().ok()
     }
 
-    /// This answer, if it has the wanted status; else a panic that shows it.
+    /// Returns this answer if it has this status.
+    ///
+    /// # Panics
+    /// If it has another one, with the whole answer.
     pub fn expect(self, status: u16) -> Self {
-        assert_eq!(self.status, status, "wanted another status than that of {self}");
+        assert_eq!(self.status, status, "the answer is {self}");
         self
     }
 
@@ -132,8 +135,8 @@ impl std::fmt::Display for Answer {
     }
 }
 
-/// Prism's signature: lower-case hex of HMAC-SHA256 over `{timestamp}.{body}`. Written here once more, on purpose: the
-/// relay must not be tested against itself.
+/// Prism's signature: lower-case hex of HMAC-SHA256 over `{timestamp}.{body}`. Written here a second time on purpose, so
+/// that the relay is not tested against itself.
 pub fn sign(secret: &str, timestamp: &str, body: &[u8]) -> String {
     let mut mac = Hmac::<Sha256>::new_from_slice(secret.as_bytes()).expect("HMAC takes keys of any length");
     mac.update(timestamp.as_bytes());
@@ -142,12 +145,12 @@ pub fn sign(secret: &str, timestamp: &str, body: &[u8]) -> String {
     mac.finalize().into_bytes().iter().fold(String::new(), |hex, byte| hex + &format!("{byte:02x}"))
 }
 
-/// Now, as Prism writes it.
+/// The current time, as Prism writes it.
 pub fn now() -> String {
     format!("{:.3}", jiff::Timestamp::now())
 }
 
-/// A bare TCP connection, for half requests, garbage and silence.
+/// A plain TCP connection, for incomplete requests, garbage and silence.
 pub struct Raw(TcpStream);
 
 impl Raw {
@@ -156,13 +159,13 @@ impl Raw {
         Self(within(DEADLINE, "a TCP connection", connect).await.unwrap_or_else(|error| panic!("{error}")))
     }
 
-    /// Writes `bytes`; the error says that the peer does not want them any more.
+    /// Writes `bytes`; fails if the peer no longer reads.
     pub async fn write(&mut self, bytes: impl AsRef<[u8]>) -> Result<(), String> {
         let write = async { self.0.write_all(bytes.as_ref()).await.map_err(|error| chain(&error)) };
         within(DEADLINE, "room to write", write).await
     }
 
-    /// Says that nothing more will be written, and can still read.
+    /// Closes the sending side; reading still works.
     pub async fn end(&mut self) {
         let _ = self.0.shutdown().await;
     }
@@ -180,7 +183,7 @@ impl Raw {
     /// Reads until `enough` says so or the peer closes.
     ///
     /// # Panics
-    /// At the deadline, with what has come.
+    /// At the deadline, with the bytes read so far.
     pub async fn read_until(&mut self, enough: impl Fn(&[u8]) -> bool) -> Vec<u8> {
         let mut bytes = Vec::new();
         let reading = async { while !enough(&bytes) && self.0.read_buf(&mut bytes).await.unwrap_or(0) > 0 {} };
@@ -192,7 +195,7 @@ impl Raw {
     /// Writes `bytes` to a new connection and reads until the peer closes.
     pub async fn exchange(address: SocketAddr, bytes: impl AsRef<[u8]>) -> String {
         let mut raw = Self::connect(address).await;
-        // A server may answer and close before it has read everything: what it said is what counts.
+        // A server may answer and close before it has read everything: only its answer matters.
         let _ = raw.write(bytes).await;
         String::from_utf8_lossy(&raw.read_to_end().await).into_owned()
     }
@@ -205,7 +208,7 @@ async fn within<T>(limit: Duration, what: &str, work: impl Future<Output = Resul
     }
 }
 
-/// An error with all its causes: hyper's own says little more than "client error".
+/// An error with all its causes: hyper's own text is little more than "client error".
 fn chain(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(Some(error), |error| error.source());
     causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")

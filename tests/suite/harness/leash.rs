@@ -1,9 +1,9 @@
-//! A process that cannot outlive the test process, not even if that is killed with SIGKILL.
+//! A process that cannot outlive the test process, not even one that is killed with SIGKILL.
 //!
-//! Two small shells see to it. The *gate* becomes the wanted program (same pid) only after a line has come down its
-//! standard input; if the test process dies before, it reads the end of the file and gives up. The *watchdog* learns
-//! the pid before the gate opens, and kills the process group when its own standard input ends. Both pipes are held
-//! by the test process alone, so the kernel closes them whichever way that ends.
+//! Two small shells ensure that. The *gate* becomes the program (same pid) only after it has read a line from its
+//! standard input; if the test process dies first, the gate reads the end of the file and exits. The *watchdog* knows the
+//! pid before the gate opens, and kills the process group when its own standard input ends. Only the test process holds
+//! the two pipes, so the kernel closes them however the test process ends.
 
 use std::ffi::OsStr;
 use std::io::Write;
@@ -12,17 +12,17 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 
 const GATE: &str = r#"read -r go && exec "$@" </dev/null"#;
 
-/// `released` arrives when the process has ended and was reaped: from then on its pid may belong to somebody else.
+/// `released` arrives when the process has ended and was reaped: from then on another process may have its pid.
 const WATCHDOG: &str = r#"read -r released || kill -s KILL -- "-$1""#;
 
-/// A command that will wait at the gate. Give it arguments, environment and output as usual, then [`Leash::start`] it.
+/// A command that waits at the gate. Set arguments, environment and output as usual, then call [`Leash::start`].
 pub fn command(program: &str) -> Command {
     let mut command = Command::new("/bin/sh");
     command.args(["-c", GATE, "gate"]).arg(program);
     command
 }
 
-/// A shell that waits on its standard input for the end of the test process, and then does what `script` says.
+/// A shell that waits for the end of its standard input, which is the end of the test process, and then runs `script`.
 pub fn sentinel(script: &str, argument: impl AsRef<OsStr>) -> Child {
     Command::new("/bin/sh")
         .args(["-c", script, "sentinel"])
@@ -30,13 +30,13 @@ pub fn sentinel(script: &str, argument: impl AsRef<OsStr>) -> Child {
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
-        // Ctrl-C goes to the whole group in the foreground: a sentinel has to survive it.
+        // Ctrl-C goes to the whole foreground group; a sentinel has to survive it.
         .process_group(0)
         .spawn()
         .expect("spawn a sentinel")
 }
 
-/// Holds a process, the leader of its own process group. Dropping it kills the group and waits for the end.
+/// A process that leads its own process group. Dropping this kills the group and waits for its end.
 pub struct Leash {
     process: Child,
     watchdog: Child,
@@ -57,7 +57,7 @@ impl Leash {
         self.process.id()
     }
 
-    /// The pipes that were asked for with [`Command::stdout`] and [`Command::stderr`].
+    /// The process, with the pipes that [`Command::stdout`] and [`Command::stderr`] requested.
     pub fn process(&mut self) -> &mut Child {
         &mut self.process
     }
@@ -65,7 +65,7 @@ impl Leash {
     /// Sends a signal (`TERM`, `KILL`, `STOP`, `CONT`, ...) to the process, unless it has ended.
     pub fn signal(&mut self, name: &str) {
         if self.exited().is_none() {
-            // The shell's own `kill`: there is no other in a slim image. The pid is ours until it has been reaped.
+            // The shell's built-in `kill`: a slim image has no other. The pid stays ours until the process is reaped.
             let status = Command::new("/bin/sh")
                 .args(["-c", r#"kill -s "$1" "$2""#, "signal", name, &self.pid().to_string()])
                 .status()
@@ -85,10 +85,10 @@ impl Leash {
         self.exit
     }
 
-    fn end_watchdog(&mut self, last_words: &[u8]) {
+    fn end_watchdog(&mut self, message: &[u8]) {
         if let Some(mut pipe) = self.watchdog.stdin.take() {
-            // It fails only if somebody killed the watchdog, and then there is nothing left to tell.
-            let _ = pipe.write_all(last_words);
+            // This fails only if the watchdog was killed, and then there is nothing left to do.
+            let _ = pipe.write_all(message);
         }
         let _ = self.watchdog.wait();
     }

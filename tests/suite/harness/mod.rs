@@ -14,7 +14,6 @@
 //! Nothing outlives the test process, however that ends: every process has a [`leash::Leash`], and every folder is a
 //! [`scratch::Scratch`]. Nothing sleeps, except [`eventually()`] between two probes, a slow [`Wire`], and steady
 //! [`traffic`] between two webhooks.
-#![allow(dead_code, unused_imports, reason = "a harness offers more than the tests of one day use")]
 
 pub mod background;
 pub mod browser;

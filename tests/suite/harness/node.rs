@@ -1,10 +1,10 @@
-//! A private RabbitMQ node: its own ports, its own folder, its own epmd, and no trace of it afterwards.
+//! A private RabbitMQ node with its own ports, folder and epmd. It leaves nothing behind.
 //!
-//! Where it comes from:
+//! Two variables say which RabbitMQ runs:
 //! - `PRISM_TEST_RABBITMQ_BIN`: the folder of `rabbitmq-server`; `/usr/lib/rabbitmq/bin` by default. The wrappers in
-//!   `/usr/sbin` insist on users of their own and do not work here.
+//!   `/usr/sbin` do not work here, because they require the users `root` or `rabbitmq`.
 //! - `PRISM_TEST_RABBITMQ_ROOT`: a root tree to run it in, such as a debootstrap of another Debian; none by default.
-//!   The node then sees a `/proc` that is mounted in a mount namespace of its own and vanishes with it. Needs root.
+//!   The node then gets its own mount namespace with its own `/proc`, which ends with the node. Needs root.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -26,7 +26,7 @@ use super::marks::PASSWORD;
 use super::ports;
 use super::scratch::Scratch;
 
-/// A boot takes 4 to 20 s, and more beside a compiler.
+/// A boot takes 4 to 20 s, and longer while a compiler runs.
 const BOOT_DEADLINE: Duration = Duration::from_secs(120);
 
 /// A clean stop takes 6 s on RabbitMQ 3.10.
@@ -34,10 +34,10 @@ const STOP_DEADLINE: Duration = Duration::from_secs(60);
 
 const EPMD_DEADLINE: Duration = Duration::from_secs(60);
 
-/// What epmd and the node's start-up say, in its folder. RabbitMQ's own log is below `log/`.
+/// The file in the node's folder with the output of epmd and of the node's start-up. RabbitMQ's own log is below `log/`.
 const OUTPUT: &str = "output.log";
 
-/// Becomes the program `$2...` inside the root tree `$1`.
+/// A shell script that executes `$2...` inside the root tree `$1`.
 const ENTER: &str = r#"mount -t proc proc "$1/proc" && exec chroot "$@""#;
 
 static SHARED: OnceCell<Result<Node, String>> = OnceCell::const_new();
@@ -52,27 +52,27 @@ pub struct Node {
     dist: u16,
     authority: Authority,
     management: Management,
-    // Dropped in this order: the node, then what it needs.
+    // Dropped in this order: the node, then epmd and the folder, which it needs.
     broker: Mutex<Option<Leash>>,
     epmd: Arc<Epmd>,
     folder: Scratch,
 }
 
-/// Tells the nodes of one cluster each other's ports; nobody else's nodes are known to it.
+/// Erlang's port mapper: tells the nodes of one cluster each other's ports, and knows no other nodes.
 pub(super) struct Epmd {
     port: u16,
     _process: Leash,
 }
 
 impl Node {
-    /// The node that all tests share; the first one waits for its boot. If that fails it fails for all, at once.
-    /// A test that stops, freezes or alarms a node takes one of its own.
+    /// The node that all tests share; the first test waits for its boot. If the boot fails, every test fails at once.
+    /// A test that stops, freezes or alarms a node must use [`Node::start`].
     pub async fn shared() -> &'static Self {
         let node = SHARED.get_or_init(Self::try_start).await;
         node.as_ref().unwrap_or_else(|error| panic!("{error}"))
     }
 
-    /// A node of one's own, ready for use.
+    /// A new node for one test, ready for use.
     pub async fn start() -> Self {
         Self::try_start().await.unwrap_or_else(|error| panic!("{error}"))
     }
@@ -83,8 +83,8 @@ impl Node {
         Ok(node)
     }
 
-    /// A node that does not run yet. `cluster`: the names of all its nodes, this one included, of which all but the first
-    /// are given the first one's `epmd`.
+    /// A node that does not run yet. `cluster` has the names of all nodes of its cluster, including this one; all nodes
+    /// but the first need the first one's `epmd`.
     pub(super) fn prepare(name: &str, cluster: &[&str], epmd: Option<Arc<Epmd>>) -> Result<Self, String> {
         let root = std::env::var_os("PRISM_TEST_RABBITMQ_ROOT").filter(|root| !root.is_empty()).map(PathBuf::from);
         let folder = match &root {
@@ -113,32 +113,33 @@ impl Node {
         Arc::clone(&self.epmd)
     }
 
-    /// Its name among Erlang nodes, such as `n1@localhost`.
+    /// Its Erlang node name, such as `n1@localhost`.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Whether it was started and neither killed nor stopped since.
+    /// Whether it was started, and neither killed nor stopped since then.
     pub fn runs(&self) -> bool {
         self.broker().is_some()
     }
 
-    /// The address of AMQP, `127.0.0.1:port`.
+    /// The address of the AMQP listener.
     pub fn address(&self) -> std::net::SocketAddr {
         ([127, 0, 0, 1], self.amqp).into()
     }
 
-    /// The URL of a vhost, for `guest`, who may do everything.
+    /// The URL of a vhost for `guest`, who has all permissions.
     pub fn amqp_url(&self, vhost: &str) -> String {
         format!("amqp://guest:{PASSWORD}@{}/{}", self.address(), encode(vhost))
     }
 
-    /// The address of AMQP with TLS. Who shows a certificate of [`Self::authority`] may log in as its common name.
+    /// The address of the AMQP listener with TLS. A client with a certificate of [`Self::authority`] may log in as its
+    /// common name.
     pub fn tls_address(&self) -> std::net::SocketAddr {
         ([127, 0, 0, 1], self.amqps).into()
     }
 
-    /// Has signed the node's certificate.
+    /// The authority that signed the node's certificate.
     pub fn authority(&self) -> &Authority {
         &self.authority
     }
@@ -152,12 +153,12 @@ impl Node {
         self.folder.path()
     }
 
-    /// A file in [`Self::folder`] as the node sees it.
+    /// The path of a file in [`Self::folder`] as the node sees it.
     pub fn inside(&self, path: &Path) -> String {
         inside(self.root.as_deref(), path).display().to_string()
     }
 
-    /// SIGKILL: what was not fsynced by the node may be lost, its connections are reset.
+    /// SIGKILL: the node may lose data that it had not fsynced, and its connections are reset.
     pub async fn kill(&self) {
         self.end("KILL").await;
     }
@@ -167,13 +168,13 @@ impl Node {
         self.end("TERM").await;
     }
 
-    /// Boots a node again that was killed or stopped: same ports, same data.
+    /// Boots a killed or stopped node again, with the same ports and data.
     pub async fn start_again(&self) {
         assert!(self.broker().is_none(), "the node runs");
         self.boot().await.unwrap_or_else(|error| panic!("{error}"));
     }
 
-    /// SIGSTOP: its connections stay open, and nothing is answered.
+    /// SIGSTOP: its connections stay open, and it answers nothing.
     pub fn freeze(&self) {
         self.broker().as_mut().expect("a node that runs").signal("STOP");
     }
@@ -183,7 +184,7 @@ impl Node {
         self.broker().as_mut().expect("a node that runs").signal("CONT");
     }
 
-    /// Runs `rabbitmqctl` and returns what it prints. Takes about a second: the management API is quicker.
+    /// Runs `rabbitmqctl` and returns its output. Takes about a second; the management API is faster.
     pub async fn ctl(&self, arguments: &[&str]) -> String {
         let mut command =
             into_tree(self.root.as_deref(), &self.bin.join("rabbitmqctl"), |program| Command::new(program));
@@ -201,12 +202,12 @@ impl Node {
         text(&output.stdout)
     }
 
-    /// Sets the memory alarm off (`true`) or clears it: publishers are blocked meanwhile.
+    /// Raises the memory alarm (`true`) or clears it. RabbitMQ blocks publishers during an alarm.
     pub async fn memory_alarm(&self, on: bool) {
         self.ctl(&["set_vm_memory_high_watermark", if on { "0.0001" } else { "0.4" }]).await;
     }
 
-    /// Sets the disk alarm off (`true`) or clears it: publishers are blocked meanwhile.
+    /// Raises the disk alarm (`true`) or clears it. RabbitMQ blocks publishers during an alarm.
     pub async fn disk_alarm(&self, on: bool) {
         self.ctl(&["set_disk_free_limit", if on { "9000GB" } else { "50MB" }]).await;
     }
@@ -217,7 +218,7 @@ impl Node {
         self.permit("guest", name, ".*", ".*", ".*").await;
     }
 
-    /// Deletes a vhost with all that is in it; whether there was one.
+    /// Deletes a vhost with everything in it. Returns whether it existed.
     pub async fn delete_vhost(&self, name: &str) -> bool {
         self.management.delete(&format!("vhosts/{}", encode(name))).await
     }
@@ -227,7 +228,7 @@ impl Node {
         self.management.put(&format!("users/{}", encode(name)), json!({"password": password, "tags": ""})).await;
     }
 
-    /// Lets a user configure, write and read what these regular expressions match.
+    /// Sets the permissions of a user: regular expressions for configure, write and read.
     pub async fn permit(&self, user: &str, vhost: &str, configure: &str, write: &str, read: &str) {
         let path = format!("permissions/{}/{}", encode(vhost), encode(user));
         self.management.put(&path, json!({"configure": configure, "write": write, "read": read})).await;
@@ -258,7 +259,7 @@ impl Node {
 
     async fn ready(&self) -> Result<(), String> {
         let ready = async {
-            // The API comes last in the boot, and asking it is cheaper.
+            // The API is the last to start, and a request to it is cheap.
             let answer = self.management.call(hyper::Method::GET, "overview", &Value::Null).await?;
             if answer.status != 200 {
                 return Err(answer.to_string());
@@ -271,16 +272,16 @@ impl Node {
         timeout(Duration::from_secs(5), ready).await.map_err(|_| "no answer within 5 s".to_owned())?
     }
 
-    /// An error with what the node has written.
+    /// An error with the node's output.
     fn explain(&self, error: &str) -> String {
         let log = fs::read_to_string(self.folder().join(OUTPUT)).unwrap_or_default();
-        format!("a RabbitMQ node (see the head of node.rs): {error}; its output:\n{log}")
+        format!("a RabbitMQ node (see the module doc of node.rs): {error}; its output:\n{log}")
     }
 
     async fn end(&self, signal: &str) {
         let mut leash = self.broker().take().expect("a node that runs");
         leash.signal(signal);
-        eventually_within(STOP_DEADLINE, "the end of the node", async || leash.exited().ok_or("it runs")).await;
+        eventually_within(STOP_DEADLINE, "the end of the node", async || leash.exited().ok_or("it still runs")).await;
     }
 
     fn write_files(&self, cluster: &[&str]) -> std::io::Result<()> {
@@ -312,7 +313,7 @@ impl Node {
                  listeners.tcp.default = 127.0.0.1:{}\n\
                  management.tcp.ip = 127.0.0.1\n\
                  management.tcp.port = {}\n\
-                 # What the API tells of rates is half a second old at most; of new connections, and of policies, some seconds.\n\
+                 # Rates of the API are at most half a second old; its connections and policies some seconds.\n\
                  collect_statistics_interval = 500\n\
                  listeners.ssl.default = 127.0.0.1:{}\n\
                  ssl_options.cacertfile = {tls}/ca.pem\n\
@@ -330,7 +331,7 @@ impl Node {
         )
     }
 
-    /// All that a node and `rabbitmqctl` may know of the machine.
+    /// The whole environment of the node and of `rabbitmqctl`.
     fn environment(&self) -> Vec<(&'static str, String)> {
         let folder = inside(self.root.as_deref(), self.folder());
         let below = |name: &str| folder.join(name).display().to_string();
@@ -347,15 +348,15 @@ impl Node {
             ("RABBITMQ_MNESIA_BASE", below("data")),
             ("RABBITMQ_LOG_BASE", below("log")),
             ("RABBITMQ_PID_FILE", below("pid")),
-            // Makes the script become the Erlang VM in place of staying as its parent: the pid on the leash is the VM's.
+            // The script then executes the Erlang VM in place of starting a child: the pid on the leash is the VM's.
             ("RUNNING_UNDER_SYSTEMD", "true".to_owned()),
-            // Two schedulers that never spin: the tests need the processor themselves.
+            // Two schedulers that never busy-wait, because the tests need the processor.
             ("RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS", "+S 2:2 +sbwt none +sbwtdcpu none +sbwtdio none".to_owned()),
         ]
     }
 }
 
-/// Were it left to Erlang to start one, it would become a daemon that nobody holds.
+/// Starts epmd on a leash. Erlang would otherwise start one as a daemon, which outlives the tests.
 fn start_epmd(root: Option<&Path>, folder: &Path) -> Epmd {
     let port = ports::free();
     let mut command = into_tree(root, Path::new("epmd"), leash::command);
@@ -367,7 +368,7 @@ fn start_epmd(root: Option<&Path>, folder: &Path) -> Epmd {
 
 fn log_to(command: &mut Command, folder: &Path) {
     let log = fs::File::options().create(true).append(true).open(folder.join(OUTPUT)).expect("open a node's log");
-    command.stderr(log.try_clone().expect("one more handle of a node's log")).stdout(log);
+    command.stderr(log.try_clone().expect("duplicate the handle of a node's log")).stdout(log);
 }
 
 /// A command for `program`, in the root tree if there is one.
@@ -390,8 +391,8 @@ fn inside(root: Option<&Path>, path: &Path) -> PathBuf {
     }
 }
 
-/// Erlang may be anywhere; `chroot` and `unshare` may be where only root looks.
+/// Erlang may be anywhere; `chroot` and `unshare` may be in `sbin`, which is not on every PATH.
 fn search_path() -> String {
-    let own = std::env::var("PATH").unwrap_or_default();
-    format!("{own}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+    let inherited = std::env::var("PATH").unwrap_or_default();
+    format!("{inherited}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
 }

@@ -15,7 +15,7 @@ pub struct Program {
     stderr: Lines,
 }
 
-/// What a program left behind when it ended.
+/// The exit code and the output of a program that has ended.
 #[derive(Debug)]
 pub struct Ended {
     /// `None` if a signal ended it.
@@ -48,12 +48,12 @@ impl Program {
         self.leash.exited()
     }
 
-    /// What it has written to standard output so far.
+    /// The lines on standard output so far.
     pub fn stdout(&self) -> Vec<String> {
         self.stdout.so_far()
     }
 
-    /// What it has written to standard error so far.
+    /// The lines on standard error so far.
     pub fn stderr(&self) -> Vec<String> {
         self.stderr.so_far()
     }
@@ -62,7 +62,7 @@ impl Program {
     pub async fn wait(&mut self) -> Ended {
         let pid = self.pid();
         let status = eventually(&format!("the end of process {pid}"), async || {
-            self.leash.exited().ok_or_else(|| format!("it runs; its log:\n{}", self.stderr.so_far().join("\n")))
+            self.leash.exited().ok_or_else(|| format!("it still runs; its log:\n{}", self.stderr.so_far().join("\n")))
         })
         .await;
         Ended { code: status.code(), stdout: self.stdout.all(), stderr: self.stderr.all() }
@@ -92,7 +92,7 @@ impl Lines {
         self.collected.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Everything, once the pipe has ended.
+    /// Waits for the end of the pipe and returns everything.
     fn all(&mut self) -> String {
         if let Some(reader) = self.reader.take() {
             reader.join().expect("the thread that reads a pipe");

@@ -1,4 +1,4 @@
-//! The real relay as a process of its own.
+//! The real relay, as a separate process.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -15,10 +15,10 @@ use super::setup::{SECRET, Setup};
 use super::vhost::Vhost;
 use super::wire::Wire;
 
-/// What the relay logs once it has bound both listeners.
+/// The message that the relay logs once it has bound both listeners.
 const READY: &str = "accepting webhooks";
 
-/// A relay that runs, or ran. Dropping it kills it and removes its folder.
+/// A relay that runs or has ended. Dropping this kills it and removes its folder.
 pub struct Relay {
     // Dropped before the folder, which is in `setup`.
     program: Program,
@@ -34,7 +34,7 @@ impl Relay {
         Setup::new(&vhost.url()).start().await
     }
 
-    /// The same, with a wire between it and the broker.
+    /// As [`Self::start`], with a wire between the relay and the broker.
     pub async fn start_through(vhost: &Vhost, wire: &Wire) -> Self {
         Setup::new(&vhost.url_through(wire)).start().await
     }
@@ -45,9 +45,9 @@ impl Relay {
         Self { program, url, ops, client: Client::http1(), setup }
     }
 
-    /// Starts it again after its end, in the same folder and on the same spool. Its ports are new ones.
+    /// Starts it again after its end, with the same folder and spool, on new ports.
     pub async fn start_again(&mut self) {
-        assert!(self.program.exited().is_some(), "the relay runs");
+        assert!(self.program.exited().is_some(), "the relay still runs");
         assert_discreet("the log", &self.log_text());
         self.program = self.setup.launch(&["serve"]);
         (self.url, self.ops) = ready(&mut self.program).await;
@@ -57,7 +57,7 @@ impl Relay {
     pub async fn restart(&mut self) {
         self.sigterm();
         let ended = self.wait().await;
-        assert_eq!(ended.code, Some(0), "the relay ended badly: {ended:?}");
+        assert_eq!(ended.code, Some(0), "the relay failed on SIGTERM: {ended:?}");
         self.start_again().await;
     }
 
@@ -66,7 +66,7 @@ impl Relay {
         self.setup.change(key, value);
     }
 
-    /// Runs another command of the binary with this relay's configuration, beside it.
+    /// Runs another command of the binary with this relay's configuration, while this relay runs.
     pub async fn run(&self, arguments: &[&str]) -> Ended {
         self.setup.run(arguments).await
     }
@@ -94,7 +94,7 @@ impl Relay {
         self.program.signal(name);
     }
 
-    /// SIGKILL, and waits until it is gone.
+    /// Sends SIGKILL and waits for the end.
     pub async fn kill9(&mut self) -> Ended {
         self.program.signal("KILL");
         self.wait().await
@@ -105,12 +105,12 @@ impl Relay {
         self.program.wait().await
     }
 
-    /// Every line that it logged since its last start. What is no JSON, such as a panic, is a JSON string.
+    /// Every line that it logged since its last start. A line that is not JSON, such as a panic, becomes a JSON string.
     pub fn logs(&self) -> Vec<Value> {
         self.program.stderr().into_iter().map(parse).collect()
     }
 
-    /// Everything that it logged since its last start, as one text.
+    /// The log since its last start, as one text.
     pub fn log_text(&self) -> String {
         self.program.stderr().join("\n")
     }
@@ -127,12 +127,12 @@ impl Relay {
 
     // -- the public listener ------------------------------------------------------------------------------------------
 
-    /// Where webhooks go, such as `http://127.0.0.1:41234/webhooks/prism`.
+    /// The URL for webhooks, such as `http://127.0.0.1:41234/webhooks/prism`.
     pub fn url(&self) -> &str {
         &self.url
     }
 
-    /// The public listener, for [`super::Raw`] connections.
+    /// The address of the public listener, for [`super::Raw`] connections.
     pub fn address(&self) -> SocketAddr {
         let authority = self.url.split('/').nth(2).unwrap_or_default();
         authority.parse().unwrap_or_else(|_| panic!("no address in {}", self.url))
@@ -143,12 +143,12 @@ impl Relay {
         &self.ops
     }
 
-    /// Sends a webhook as Prism does: signed with [`SECRET`], now. Panics if there is no answer at all.
+    /// Sends a webhook as Prism does, signed with [`SECRET`] and the current time. Panics if there is no answer.
     pub async fn post(&self, body: impl AsRef<[u8]>) -> Answer {
         self.try_post(body).await.unwrap_or_else(|error| panic!("no answer to a webhook: {error}\n{}", self.log_text()))
     }
 
-    /// As [`Self::post`], for a relay that may die meanwhile.
+    /// As [`Self::post`], for a relay that may die before it answers.
     pub async fn try_post(&self, body: impl AsRef<[u8]>) -> Result<Answer, String> {
         sender(&self.client, &self.url).post(body).await
     }
@@ -162,7 +162,7 @@ impl Relay {
         .await
     }
 
-    /// Sends a webhook with exactly these headers, unsigned unless they sign it. Panics if there is no answer at all.
+    /// Sends a webhook with exactly these headers, which may contain a signature. Panics if there is no answer.
     pub async fn post_with(&self, headers: &[(&str, &str)], body: impl AsRef<[u8]>) -> Answer {
         let answer = self.client.send(Method::POST, &self.url, headers, body.as_ref().to_vec()).await;
         let answer = answer.unwrap_or_else(|error| panic!("no answer to a webhook: {error}\n{}", self.log_text()));
@@ -170,7 +170,7 @@ impl Relay {
         answer
     }
 
-    /// A sender that can be moved into another task, and still works (with errors) when the relay is gone.
+    /// A sender that can be moved into another task. Once the relay is gone, it returns errors.
     pub fn sender(&self) -> Sender {
         sender(&self.client, &self.url)
     }
@@ -234,7 +234,7 @@ impl Relay {
     }
 }
 
-/// Whatever a relay has logged in its life is searched for what must not be there.
+/// Searches the log for secrets and user tokens.
 impl Drop for Relay {
     fn drop(&mut self) {
         if !std::thread::panicking() {
@@ -267,7 +267,7 @@ impl SpoolReport {
     }
 }
 
-/// Plays Prism against one URL.
+/// Sends webhooks to one URL, as Prism does.
 #[derive(Clone)]
 pub struct Sender {
     client: Client,
@@ -275,7 +275,7 @@ pub struct Sender {
 }
 
 impl Sender {
-    /// Sends a webhook, signed with [`SECRET`], now.
+    /// Sends a webhook, signed with [`SECRET`] and the current time.
     pub async fn post(&self, body: impl AsRef<[u8]>) -> Result<Answer, String> {
         let (body, timestamp) = (body.as_ref(), now());
         let signature = sign(SECRET, &timestamp, body);
@@ -294,7 +294,7 @@ fn sender(client: &Client, url: &str) -> Sender {
     Sender { client: client.clone(), url: url.to_owned() }
 }
 
-/// Waits for the line that tells the addresses, `(url, ops)`.
+/// Waits for the line with the addresses, `(url, ops)`.
 async fn ready(program: &mut Program) -> (String, String) {
     let line = eventually("the relay to accept webhooks", async || {
         let lines = program.stderr();

@@ -1,4 +1,4 @@
-//! A folder that goes away with the test process, however that ends.
+//! A temporary folder that is removed when the test process ends, however it ends.
 
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
@@ -7,21 +7,22 @@ use std::process::Child;
 
 use super::leash::sentinel;
 
-/// Removes the folder when its standard input ends. Tries for a while, because dying processes may still write into it.
+/// Removes the folder when its standard input ends. Retries for ten seconds, because dying processes may still write
+/// to it.
 const GUARD: &str = r#"
 read -r never
 tries=0
 until rm -rf -- "$1" || [ "$tries" -ge 100 ]; do tries=$((tries + 1)); sleep 0.1; done
 "#;
 
-/// A temporary folder, removed when this is dropped and also when the test process is killed.
+/// A temporary folder. It is removed when this is dropped, and also when the test process is killed.
 pub struct Scratch {
     path: PathBuf,
     guard: Child,
 }
 
 impl Scratch {
-    /// A new folder in the usual place for temporary files.
+    /// A new folder in the system's folder for temporary files.
     pub fn new() -> Self {
         Self::below(&std::env::temp_dir())
     }
@@ -30,7 +31,7 @@ impl Scratch {
     pub fn below(parent: &Path) -> Self {
         let path = tempfile::Builder::new()
             .prefix("prism-test-")
-            // Nodes in a root tree may run as somebody else one day; the secrets in here are worth nothing.
+            // A node in a root tree may run as another user. The secrets in here are worthless.
             .permissions(Permissions::from_mode(0o755))
             .tempdir_in(parent)
             .unwrap_or_else(|error| panic!("cannot make a folder below {}: {error}", parent.display()))

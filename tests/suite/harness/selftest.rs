@@ -1,4 +1,4 @@
-//! The harness proves itself here: a test that fails elsewhere should speak of the relay.
+//! Tests of the harness itself, so that a failure elsewhere is a failure of the relay.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -29,11 +29,11 @@ use super::{Answer, Client, Delivery, Node, Raw, SECRET, Setup, Vhost, Wire};
 // -- waiting ----------------------------------------------------------------------------------------------------------
 
 #[tokio::test]
-async fn eventually_returns_the_value_or_tells_what_it_saw() {
-    let mut looks = 0;
-    let third = eventually("the third look", async || {
-        looks += 1;
-        if looks == 3 { Ok(looks) } else { Err(looks) }
+async fn eventually_returns_the_value_or_reports_what_was_last_seen() {
+    let mut probes = 0;
+    let third = eventually("the third probe", async || {
+        probes += 1;
+        if probes == 3 { Ok(probes) } else { Err(probes) }
     });
     assert_eq!(third.await, 3);
 
@@ -42,7 +42,7 @@ async fn eventually_returns_the_value_or_tells_what_it_saw() {
     assert_eq!(panic.downcast_ref::<String>().unwrap(), "timed out waiting for: a miracle; last seen: none");
 
     let hangs = poll(Duration::from_millis(60), async || std::future::pending::<Result<(), &str>>().await);
-    assert_eq!(hangs.await.unwrap_err(), "nothing (and then a look that did not end)");
+    assert_eq!(hangs.await.unwrap_err(), "nothing (then a probe that did not end)");
 }
 
 // -- processes --------------------------------------------------------------------------------------------------------
@@ -66,15 +66,15 @@ async fn a_killed_test_process_leaves_nothing_behind() {
 
     copy.kill().unwrap();
     copy.wait().unwrap();
-    eventually("the end of the leashed process", async || if lives(pid) { Err("it lives") } else { Ok(()) }).await;
+    eventually("the end of the leashed process", async || if lives(pid) { Err("it still runs") } else { Ok(()) }).await;
     eventually(
         "the removal of the folder",
-        async || if Path::new(folder).exists() { Err("it is there") } else { Ok(()) },
+        async || if Path::new(folder).exists() { Err("it still exists") } else { Ok(()) },
     )
     .await;
 }
 
-/// Lives only in the copy that is killed; there is nothing to it otherwise.
+/// Does something only in the copy of this program that is killed.
 #[test]
 fn sacrifice() {
     if std::env::var_os(SACRIFICE).is_some() {
@@ -90,13 +90,13 @@ fn sacrifice() {
 }
 
 #[tokio::test]
-async fn a_leash_tells_the_exit_and_ends_what_does_not_end_itself() {
+async fn a_leash_reports_the_exit_and_kills_a_running_process_when_dropped() {
     let mut command = leash::command("/bin/sh");
     command.args(["-c", "exit 7"]);
     let mut leash = Leash::start(command);
     let status = eventually("an exit", async || leash.exited().ok_or("none")).await;
     assert_eq!(status.code(), Some(7));
-    leash.signal("TERM"); // to nobody
+    leash.signal("TERM"); // Sends nothing to a process that has ended.
 
     let mut command = leash::command("sleep");
     command.arg("1000");
@@ -120,8 +120,8 @@ async fn http_sends_requests_and_raw_bytes() {
     let text = Raw::exchange(address, "GET /path HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await;
     assert!(text.starts_with("HTTP/1.1 200 OK\r\n"), "{text}");
 
-    let nobody = SocketAddr::from(([127, 0, 0, 1], super::ports::free()));
-    let refused = Client::http1().get(&format!("http://{nobody}/")).await.unwrap_err();
+    let unused = SocketAddr::from(([127, 0, 0, 1], super::ports::free()));
+    let refused = Client::http1().get(&format!("http://{unused}/")).await.unwrap_err();
     assert!(refused.contains("refused"), "{refused}");
 }
 
@@ -226,7 +226,7 @@ async fn a_vhost_has_queues_of_its_own() {
     assert_eq!((first[0].id().as_str(), first[0].header("prism-state")), ("id-0", "READY"));
     assert_eq!((first[1].exchange.as_str(), first[1].routing_key.as_str()), ("events", "scan.1"));
     let rest = vhost.messages("all", 3).await;
-    assert!(rest.iter().all(|message| !message.redelivered), "a message was handed out and not taken");
+    assert!(rest.iter().all(|message| !message.redelivered), "a message was delivered before and not acknowledged");
     vhost.assert_empty("all").await;
 
     vhost.publish("events", "more", "").await;
@@ -241,13 +241,16 @@ async fn an_operator_can_close_connections_and_change_rights() {
     let node = Node::shared().await;
     let vhost = Vhost::new(node).await;
     let connection = vhost.connect().await;
-    eventually("the connection in the list", async || match vhost.close_connections().await {
+    eventually("the API to show the connection", async || match vhost.close_connections().await {
         1 => Ok(()),
         other => Err(other),
     })
     .await;
-    eventually("the forced end", async || if connection.status().connected() { Err("connected") } else { Ok(()) })
-        .await;
+    eventually(
+        "the connection to be closed",
+        async || if connection.status().connected() { Err("connected") } else { Ok(()) },
+    )
+    .await;
 
     vhost.set_policy("tight", ".*", json!({"max-length": 1})).await;
     assert!(vhost.delete_policy("tight").await);
@@ -264,7 +267,7 @@ async fn an_operator_can_close_connections_and_change_rights() {
 
     let name = vhost.name().to_owned();
     drop(vhost);
-    assert!(!node.delete_vhost(&name).await, "the vhost should be gone by now");
+    assert!(!node.delete_vhost(&name).await, "dropping the vhost did not delete it");
 }
 
 #[tokio::test]
@@ -283,7 +286,7 @@ async fn a_node_can_be_frozen_killed_and_started_again() {
 
     let connection = vhost.connect().await;
     node.memory_alarm(true).await;
-    // The alarm reaches a connection with its first publish.
+    // RabbitMQ blocks a connection at its first publish.
     let publishing = Box::pin(vhost.publish("", "durable", "held"));
     let held = tokio::time::timeout(Duration::from_millis(500), publishing).await;
     assert!(held.is_err(), "a node with a memory alarm confirmed a publish");
@@ -298,7 +301,7 @@ async fn a_node_can_be_frozen_killed_and_started_again() {
     vhost.messages("durable", 1).await;
 
     drop(vhost);
-    assert!(processes_in(&folder).len() >= 2, "the node's processes should be found: {:?}", processes_in(&folder));
+    assert!(processes_in(&folder).len() >= 2, "the search misses processes of the node: {:?}", processes_in(&folder));
     drop(node);
     super::eventually_equal("no process of the node", Vec::<u32>::new(), async || processes_in(&folder)).await;
     assert!(!folder.exists());
@@ -310,13 +313,13 @@ async fn overview(node: &Node) -> Answer {
 
 // -- helpers ----------------------------------------------------------------------------------------------------------
 
-/// A zombie is dead: only its parent has not looked yet.
+/// Whether a process runs. A zombie has ended: only its parent has not reaped it yet.
 fn lives(pid: u32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
 }
 
-/// The processes whose environment names `folder`. A node's path in a root tree ends in the same name.
+/// The processes whose environment contains the name of `folder`, which is the same inside a root tree.
 fn processes_in(folder: &Path) -> Vec<u32> {
     let name = folder.file_name().unwrap().as_encoded_bytes();
     let pids = fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
@@ -327,7 +330,7 @@ fn processes_in(folder: &Path) -> Vec<u32> {
     .collect()
 }
 
-/// A TCP server that sends back what it gets.
+/// A TCP server that echoes every byte.
 async fn listen_and_echo() -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -344,7 +347,7 @@ async fn listen_and_echo() -> SocketAddr {
     address
 }
 
-/// An HTTP server that sends back the body and tells what it saw of the head.
+/// An HTTP server that echoes the body, and describes the request in the header `x-seen`.
 async fn serve_echo() -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();

@@ -1,4 +1,4 @@
-//! The configuration file of a relay under test, and the folder in which it lives.
+//! The configuration file of a relay under test, and its folder.
 
 use std::collections::BTreeMap;
 use std::os::fd::RawFd;
@@ -19,7 +19,7 @@ pub const SECRET: &str = "whsec_test";
 /// The URL of a broker that does not exist: nothing listens on this port.
 pub const NO_BROKER: &str = "amqp://guest:guest@127.0.0.1:1/%2f";
 
-/// How a relay will be started. Keys are dotted (`spool.max_bytes`), values are JSON and written as TOML.
+/// The configuration of a relay. Keys are dotted (`spool.max_bytes`); values are JSON and are written as TOML.
 pub struct Setup {
     folder: Scratch,
     settings: BTreeMap<String, Value>,
@@ -27,8 +27,8 @@ pub struct Setup {
     sockets: Vec<(&'static str, RawFd)>,
 }
 
-/// Moves the descriptors `$2...` to where a service manager puts them, tells of them by the names `$1` as it does, and becomes
-/// the program behind `--`.
+/// Passes sockets on as a service manager does: moves the descriptors `$2...` to 3 and up, sets the variables of
+/// sd_listen_fds(3) with the names `$1`, and executes the program after `--`.
 const HAND_OVER: &str = r#"
 names=$1 number=3 && shift
 while [[ $1 != -- ]]; do eval "exec $((number++))<&$1" && shift; done && shift
@@ -63,12 +63,12 @@ impl Setup {
         self
     }
 
-    /// As [`Self::set`], in place.
+    /// As [`Self::set`], by reference.
     pub fn change(&mut self, key: &str, value: impl Into<Value>) {
         self.settings.insert(key.to_owned(), value.into());
     }
 
-    /// Leaves a key to the relay's own default.
+    /// Removes a key, so that the relay's own default applies.
     pub fn unset(mut self, key: &str) -> Self {
         self.settings.remove(key);
         self
@@ -80,18 +80,18 @@ impl Setup {
         self
     }
 
-    /// Hands listening sockets over to `serve`, by name, as systemd does (sd_listen_fds(3)). They have to be inheritable.
+    /// Passes listening sockets to `serve`, by name, as systemd does (sd_listen_fds(3)). They must be inheritable.
     pub fn handed_over(mut self, sockets: &[(&'static str, RawFd)]) -> Self {
         self.sockets = sockets.to_vec();
         self
     }
 
-    /// The folder: working directory, configuration and spool.
+    /// The folder with the configuration and the spool; the relay's working directory.
     pub fn folder(&self) -> &Path {
         self.folder.path()
     }
 
-    /// A file in the folder, written now. For secrets, certificates and the like. Whoever reads it meanwhile sees the old one.
+    /// Writes a file in the folder, such as a secret or a certificate. A reader sees the old content or the new one.
     pub fn file(&self, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
         let (path, new) = (self.folder().join(name), self.folder().join(format!("{name}.new")));
         let written = std::fs::write(&new, content).and_then(|()| std::fs::rename(&new, &path));
@@ -99,7 +99,7 @@ impl Setup {
         path
     }
 
-    /// The spool file, where [`Setup::new`] puts it.
+    /// The path of the spool file that [`Setup::new`] configures.
     pub fn spool(&self) -> PathBuf {
         self.folder().join("spool.db")
     }
@@ -115,7 +115,7 @@ impl Setup {
         Relay::from_setup(self).await
     }
 
-    /// Starts `prism-relay --config <file> <arguments>`, whatever that does.
+    /// Starts `prism-relay --config <file> <arguments>`.
     pub fn launch(&self, arguments: &[&str]) -> Program {
         let file = self.file("relay.toml", self.toml());
         let relay = env!("CARGO_BIN_EXE_prism-relay");
@@ -139,15 +139,15 @@ impl Setup {
         Program::start(command)
     }
 
-    /// Runs `prism-relay --config <file> <arguments>` to its end.
+    /// Runs `prism-relay --config <file> <arguments>` and waits for its end.
     pub async fn run(&self, arguments: &[&str]) -> Ended {
         let ended = self.launch(arguments).wait().await;
-        assert_discreet("what a command says", &format!("{}\n{}", ended.stdout, ended.stderr));
+        assert_discreet("the output of a command", &format!("{}\n{}", ended.stdout, ended.stderr));
         ended
     }
 }
 
-/// A JSON value as TOML. JSON's string escapes are all known to TOML.
+/// A JSON value as TOML. TOML knows all string escapes of JSON.
 fn toml(value: &Value) -> String {
     let joined = |parts: Vec<String>| parts.join(", ");
     match value {

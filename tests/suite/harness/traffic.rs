@@ -1,4 +1,4 @@
-//! Steady traffic through a relay, and the proof of what became of it.
+//! Steady traffic through a relay, and the check that all of it is delivered.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
@@ -16,22 +16,22 @@ use super::relay::{Relay, Sender, SpoolReport};
 use super::samples;
 use super::vhost::{Delivery, Vhost};
 
-/// Of which every second is a scan and the others are predictions.
+/// Every second subject is a scan; the others are predictions.
 const SUBJECTS: usize = 8;
 
-/// Between two webhooks of a subject.
+/// The time between two webhooks of a subject.
 const PACE: Duration = Duration::from_millis(100);
 
-/// Between two looks at the ledger.
+/// The time between two checks of the ledger.
 const LEDGER_EVERY: Duration = Duration::from_millis(100);
 
-/// How long the relay may take to deliver the rest, once all is well again.
+/// How long the relay may take to deliver pending events once the fault is over.
 const DELIVERY_DEADLINE: Duration = Duration::from_secs(90);
 
 const QUEUES: [&str; 2] = ["prism.scan", "prism.future_me"];
 
-/// Prism, sending events of several subjects. Anything but a 200 fails the test, and so does a ledger that does not
-/// balance at any instant.
+/// Prism, sending events of several subjects. Any answer other than 200 fails the test, and so does a ledger that does
+/// not balance at some instant.
 pub struct Traffic {
     stop: watch::Sender<bool>,
     accepted: Arc<AtomicUsize>,
@@ -49,31 +49,34 @@ impl Traffic {
         Self { stop, accepted, senders, auditor }
     }
 
-    /// Waits until Prism has got `count` more 200s.
+    /// Waits until `count` more webhooks are answered 200.
     pub async fn more(&self, count: usize) {
         let before = self.accepted.load(Ordering::Relaxed);
-        eventually_within(DELIVERY_DEADLINE, &format!("{count} more 200s"), async || {
-            assert!(!self.senders.iter().any(JoinHandle::is_finished), "a sender has failed: see above");
+        eventually_within(DELIVERY_DEADLINE, &format!("{count} more webhooks to be answered 200"), async || {
+            assert!(
+                !self.senders.iter().any(JoinHandle::is_finished),
+                "a sender has failed; its panic is printed above"
+            );
             let now = self.accepted.load(Ordering::Relaxed);
             if now >= before + count { Ok(()) } else { Err(now - before) }
         })
         .await;
     }
 
-    /// Ends the traffic and checks that everything that was answered 200 comes out: as it was sent, under the id that
-    /// was answered, first deliveries in order; and that the ledger agrees.
+    /// Ends the traffic and checks that every event that was answered 200 is delivered: with the same body, under the id
+    /// of the answer, first deliveries in order. Also checks the ledger.
     pub async fn arrives(self, relay: &Relay, vhost: &Vhost) {
         self.stop.send_replace(true);
         let mut ids = Vec::new();
         for sender in self.senders {
-            ids.push(sender.await.expect("webhooks that are answered 200"));
+            ids.push(sender.await.expect("every webhook is answered 200"));
         }
-        self.auditor.await.expect("a ledger that balances");
+        self.auditor.await.expect("the ledger always balances");
         let events = ids.iter().map(Vec::len).sum::<usize>();
         let distinct: HashSet<_> = ids.iter().flatten().collect();
-        assert_eq!(distinct.len(), events, "each event has an id of its own");
+        assert_eq!(distinct.len(), events, "each event has its own id");
 
-        eventually_within(DELIVERY_DEADLINE, "nothing pending", async || {
+        eventually_within(DELIVERY_DEADLINE, "no pending events", async || {
             let spool = relay.spool().await;
             check_ledger(&spool);
             if spool.pending == 0 { Ok(()) } else { Err(format!("{spool:?}\n{}", warnings(relay))) }
@@ -90,11 +93,11 @@ impl Traffic {
         }
         vhost.assert_empty("prism.unrouted").await;
         check_deliveries(&deliveries, &ids);
-        println!("{events} events, all of them delivered, {} of them once more", deliveries.len() - events);
+        println!("{events} events, all delivered; {} duplicates", deliveries.len() - events);
     }
 }
 
-/// Body and subject of an event.
+/// The body and the subject of an event.
 fn event(subject: usize, number: usize) -> (String, String) {
     if subject.is_multiple_of(2) {
         (samples::nth_of_scan(subject, number), format!("scan:scan-{subject}"))
@@ -134,10 +137,10 @@ pub fn check_ledger(spool: &SpoolReport) {
     assert!(spool.oldest_age_seconds.is_none_or(|age| age >= 0.0), "{spool:?}");
 }
 
-/// Empties a queue until every expected id has come.
+/// Takes messages from a queue until every expected id has come and the queue is empty.
 async fn take_all(vhost: &Vhost, queue: &str, expected: HashSet<&str>) -> Vec<Delivery> {
     let mut taken: Vec<Delivery> = Vec::new();
-    eventually_within(DELIVERY_DEADLINE, &format!("everything in {queue}"), async || {
+    eventually_within(DELIVERY_DEADLINE, &format!("all events in {queue}"), async || {
         let depth = vhost.depth(queue).await as usize;
         taken.extend(vhost.messages(queue, depth).await);
         let came: HashSet<_> = taken.iter().map(Delivery::id).collect();
@@ -157,7 +160,7 @@ fn check_deliveries(deliveries: &[Delivery], ids: &[Vec<String>]) {
     let (mut seen, mut next) = (HashSet::new(), BTreeMap::<usize, usize>::new());
     for delivery in deliveries {
         let id = delivery.id();
-        let (subject, number) = *sent.get(&id).unwrap_or_else(|| panic!("{id} was never answered"));
+        let (subject, number) = *sent.get(&id).unwrap_or_else(|| panic!("{id} was delivered, but is in no answer"));
         let (body, name) = event(subject, number);
         assert_eq!((delivery.text(), delivery.header("prism-subject")), (body, name.as_str()));
         if seen.insert(id) {
@@ -166,10 +169,10 @@ fn check_deliveries(deliveries: &[Delivery], ids: &[Vec<String>]) {
             *expected += 1;
         }
     }
-    assert_eq!(seen.len(), sent.len(), "everything that was answered 200 came out");
+    assert_eq!(seen.len(), sent.len(), "every event that was answered 200 is delivered");
 }
 
-/// What the relay had to complain about, for a test that fails.
+/// The relay's warnings and errors, for a test that fails.
 fn warnings(relay: &Relay) -> String {
     let lines = relay.logs().into_iter().filter(|line| line["level"] == "WARN" || line["level"] == "ERROR");
     lines.map(|line| line.to_string()).collect::<Vec<_>>().join("\n")

@@ -1,4 +1,4 @@
-//! A vhost of one's own on a node: tests side by side do not see each other's queues.
+//! A new vhost on a node for each test, so that tests on a shared node do not see each other's queues.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -22,10 +22,10 @@ use super::marks::{PASSWORD, assert_discreet};
 use super::node::Node;
 use super::wire::Wire;
 
-/// Unacknowledged messages at most. A broker may refuse more than 2000 to one consumer of a quorum queue.
+/// The most unacknowledged messages at a time. A broker may refuse a prefetch above 2000 for a quorum queue.
 const BATCH: usize = 1000;
 
-/// A fresh vhost. Dropping it deletes it with all that is in it, if the node still answers.
+/// A new vhost. Dropping this deletes the vhost with everything in it, if the node still answers.
 pub struct Vhost {
     name: String,
     address: SocketAddr,
@@ -43,22 +43,22 @@ impl Vhost {
         &self.name
     }
 
-    /// The node's AMQP listener, such as a [`Wire`] leads to.
+    /// The address of the node's AMQP listener, for instance for a [`Wire`].
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// The URL for `guest`, who may do everything.
+    /// The URL for `guest`, who has all permissions.
     pub fn url(&self) -> String {
         self.url_for("guest", PASSWORD, self.address)
     }
 
-    /// The URL for `guest` that leads through a wire.
+    /// The URL for `guest`, through a wire.
     pub fn url_through(&self, wire: &Wire) -> String {
         self.url_for("guest", PASSWORD, wire.address())
     }
 
-    /// The URL for another user, or by another way. Letters and digits only, please.
+    /// The URL for another user or address. User and password must be letters and digits only.
     pub fn url_for(&self, user: &str, password: &str, address: SocketAddr) -> String {
         format!("amqp://{user}:{password}@{address}/{}", encode(&self.name))
     }
@@ -77,12 +77,12 @@ impl Vhost {
         connection.unwrap_or_else(|error| panic!("connect to vhost {}: {error}", self.name))
     }
 
-    /// Plays a worker that cannot use its message: takes the first one of the queue and rejects it.
+    /// Acts as a worker that fails: takes the first message of the queue and rejects it.
     pub async fn reject(&self, queue: &str) {
         self.eventually_depth(queue, 1).await;
         let connection = self.connect().await;
         let channel = connection.create_channel().await.expect("a channel");
-        // Not by basic.get, which RabbitMQ refuses for a queue with a single active consumer.
+        // RabbitMQ refuses basic.get for a queue with a single active consumer.
         channel.basic_qos(1, BasicQosOptions::default()).await.expect("qos");
         let (options, arguments) = (BasicConsumeOptions::default(), FieldTable::default());
         let consumer = channel.basic_consume(queue.into(), "".into(), options, arguments).await;
@@ -90,12 +90,12 @@ impl Vhost {
         let message = timeout(DEADLINE, consumer.next()).await.expect("a message in time");
         let message = message.expect("a message").expect("a message");
         message.acker.reject(Default::default()).await.expect("reject");
-        // Nothing answers a rejection, and a close of the connection may overtake it.
+        // basic.reject has no reply, and closing the connection may overtake it; channel.close has a reply.
         channel.close(200, "done".into()).await.expect("close the channel");
         close(&connection).await;
     }
 
-    /// Plays a worker that dies with a message in hand, if there is one.
+    /// Acts as a worker that dies before it acknowledges a message. Does nothing if the queue is empty.
     pub async fn take_and_drop(&self, queue: &str) {
         let connection = self.connect().await;
         let channel = connection.create_channel().await.expect("a channel");
@@ -109,7 +109,7 @@ impl Vhost {
         self.publish_with(exchange, routing_key, body, BasicProperties::default()).await;
     }
 
-    /// As [`Self::publish`], with properties of one's own.
+    /// As [`Self::publish`], with these properties.
     pub async fn publish_with(
         &self,
         exchange: &str,
@@ -131,11 +131,11 @@ impl Vhost {
         close(&connection).await;
     }
 
-    /// Takes exactly `count` messages from a queue, acknowledged, in the order of their delivery. Waits for the queue
-    /// to exist and for the messages to come.
+    /// Takes and acknowledges exactly `count` messages of a queue, in the order of their delivery. Waits for the queue to
+    /// exist and for the messages to come.
     ///
     /// # Panics
-    /// At the deadline, with how many came and what they were.
+    /// At the deadline, with the number of messages that came and a summary of each.
     pub async fn messages(&self, queue: &str, count: usize) -> Vec<Delivery> {
         eventually(&format!("the queue {queue}"), async || self.look_at(queue).await).await;
         let connection = self.connect().await;
@@ -159,24 +159,24 @@ impl Vhost {
         taken
     }
 
-    /// How many messages a queue holds ready. Exact for this instant; those handed to a consumer do not count.
+    /// The number of ready messages in a queue, exact for this instant. Messages that a consumer has do not count.
     pub async fn depth(&self, queue: &str) -> u32 {
         self.look_at(queue).await.unwrap_or_else(|error| panic!("the depth of {queue}: {error}")).message_count()
     }
 
-    /// How many consumers a queue has.
+    /// The number of consumers of a queue.
     pub async fn consumers(&self, queue: &str) -> u32 {
         self.look_at(queue).await.unwrap_or_else(|error| panic!("the consumers of {queue}: {error}")).consumer_count()
     }
 
-    /// Waits until a queue holds `expected` messages.
+    /// Waits until a queue has `expected` ready messages.
     pub async fn eventually_depth(&self, queue: &str, expected: u32) {
         let what = format!("{expected} messages in {queue}");
         eventually_equal(&what, Ok(expected), async || self.look_at(queue).await.map(|queue| queue.message_count()))
             .await;
     }
 
-    /// Checks that a queue is empty. Acknowledgements that are under way get the time to arrive.
+    /// Checks that a queue is empty, after waiting for acknowledgements that are in flight.
     pub async fn assert_empty(&self, queue: &str) {
         self.eventually_depth(queue, 0).await;
     }
@@ -188,7 +188,7 @@ impl Vhost {
             loop {
                 let (options, asked) = (QueueDeclareOptions { passive: true, ..Default::default() }, Instant::now());
                 let seen = channel.queue_declare(queue.into(), options, FieldTable::default()).await?;
-                // Of a quorum queue whose leader does not answer within 250 ms RabbitMQ says that it is empty.
+                // RabbitMQ reports a quorum queue as empty if its leader does not answer within 250 ms.
                 if seen.message_count() > 0 || asked.elapsed() < Duration::from_millis(200) {
                     return Ok::<_, lapin::Error>(seen);
                 }
@@ -206,7 +206,8 @@ impl Vhost {
         self.management.put(&self.path("queues", name), json!({"durable": true, "arguments": arguments})).await;
     }
 
-    /// A queue as the API shows it (`arguments`, `type`, `policy`, ...), if it exists. Its counts lag: see [`Self::depth`].
+    /// A queue as the API shows it (`arguments`, `type`, `policy`, ...), if it exists. Its counts are some seconds old; use
+    /// [`Self::depth`].
     pub async fn queue(&self, name: &str) -> Option<Value> {
         self.management.find(&self.path("queues", name)).await
     }
@@ -264,7 +265,7 @@ impl Vhost {
         self.management.delete(&self.path("policies", name)).await
     }
 
-    /// Lets a user of the node into this vhost, or changes what `guest` may do.
+    /// Sets the permissions of a user of the node in this vhost: regular expressions for configure, write and read.
     pub async fn permit(&self, user: &str, configure: &str, write: &str, read: &str) {
         let body = json!({"configure": configure, "write": write, "read": read});
         self.management.put(&self.path("permissions", user), body).await;
@@ -275,7 +276,7 @@ impl Vhost {
         self.management.list(&format!("vhosts/{}/connections", encode(&self.name))).await
     }
 
-    /// Closes every connection as an operator would (320 `CONNECTION_FORCED`); how many there were.
+    /// Closes every connection as an operator would (320 `CONNECTION_FORCED`). Returns their number.
     pub async fn close_connections(&self) -> usize {
         let mut closed = 0;
         for connection in self.connections().await {
@@ -285,10 +286,10 @@ impl Vhost {
         closed
     }
 
-    /// As [`Self::close_connections`], once there is one to be seen.
+    /// As [`Self::close_connections`], once the API shows a connection.
     pub async fn eventually_close_connections(&self) {
-        eventually("a connection to be closed", async || match self.close_connections().await {
-            0 => Err("there is none"),
+        eventually("a connection to close", async || match self.close_connections().await {
+            0 => Err("the API shows none"),
             _ => Ok(()),
         })
         .await;
@@ -306,14 +307,14 @@ impl Vhost {
 impl Drop for Vhost {
     fn drop(&mut self) {
         let (management, path) = (self.management, format!("vhosts/{}", encode(&self.name)));
-        // The node may be dead or frozen by now, and then there is nothing to clean up.
+        // A node that is dead or frozen by now needs no clean-up.
         background::wait_for(Duration::from_secs(5), async move {
             let _ = management.call(hyper::Method::DELETE, &path, &Value::Null).await;
         });
     }
 }
 
-/// A message that was taken from a queue.
+/// A message taken from a queue.
 #[derive(Debug, Clone)]
 pub struct Delivery {
     pub exchange: String,
@@ -321,7 +322,7 @@ pub struct Delivery {
     pub body: Vec<u8>,
     pub redelivered: bool,
     pub properties: BasicProperties,
-    /// Long and short strings as they are, anything else as its `Debug` text.
+    /// Strings as text, values of other types as their `Debug` text.
     pub headers: BTreeMap<String, String>,
 }
 
@@ -334,12 +335,15 @@ impl Delivery {
         serde_json::from_slice(&self.body).unwrap_or_else(|error| panic!("{error} in {:?}", self.text()))
     }
 
-    /// The `message_id`; empty if there is none.
+    /// The `message_id`; empty if the message has none.
     pub fn id(&self) -> String {
         self.properties.message_id().as_ref().map(ToString::to_string).unwrap_or_default()
     }
 
-    /// A header; panics with all of them if it is missing.
+    /// A header.
+    ///
+    /// # Panics
+    /// If it is missing, with all headers.
     pub fn header(&self, name: &str) -> &str {
         self.headers.get(name).unwrap_or_else(|| panic!("no header {name} in {:?}", self.headers))
     }
@@ -369,8 +373,8 @@ impl From<lapin::message::Delivery> for Delivery {
     }
 }
 
-/// Appends `count` messages to `taken` and acknowledges them. No more than these ever leave the queue: the prefetch is
-/// their number, and the consumer is cancelled before the acknowledgement makes room.
+/// Takes `count` messages into `taken` and acknowledges them. No further message leaves the queue: the prefetch is
+/// `count`, and the consumer is cancelled before the acknowledgement makes room for more.
 async fn take(connection: &Connection, queue: &str, count: usize, taken: &mut Vec<Delivery>) -> lapin::Result<()> {
     let prefetch = u16::try_from(count).expect("a batch fits the prefetch");
     let channel = connection.create_channel().await?;
@@ -380,17 +384,17 @@ async fn take(connection: &Connection, queue: &str, count: usize, taken: &mut Ve
         channel.basic_consume(queue.into(), tag.into(), BasicConsumeOptions::default(), arguments).await?;
     let mut last = 0;
     for _ in 0..count {
-        let delivery = consumer.next().await.expect("a consumer that nobody cancels")?;
+        let delivery = consumer.next().await.expect("the broker does not cancel the consumer")?;
         last = delivery.delivery_tag;
         taken.push(delivery.into());
     }
     channel.basic_cancel(tag.into(), BasicCancelOptions::default()).await?;
     channel.basic_ack(last, BasicAckOptions { multiple: true }).await?;
-    // Nothing answers an ack, and a close may overtake it: RabbitMQ would deliver the messages once more.
+    // basic.ack has no reply; channel.close has one, and RabbitMQ sends it after it has processed the ack.
     channel.close(200, "done".into()).await
 }
 
 async fn close(connection: &Connection) {
-    // A connection that the broker closed already is as good.
+    // The broker may have closed the connection already.
     let _ = timeout(DEADLINE, connection.close(200, "done".into())).await;
 }

@@ -13,32 +13,32 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use super::{background, ports};
 
-/// What passes. Held bytes are not lost: they arrive once the wire flows again, as after a short partition.
+/// Which bytes pass. Held bytes are not lost: they arrive once the wire flows again, as after a short partition.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Flow {
     Both,
-    /// What the client sends arrives; what the server answers is held.
+    /// Bytes of the client pass; bytes of the server are held.
     HoldAnswers,
     Neither,
 }
 
-/// What the line does to the bytes that pass.
+/// The condition of the line.
 #[derive(Debug, Clone, Copy)]
 struct Line {
     flow: Flow,
-    /// One way.
+    /// In each direction.
     latency: Duration,
-    /// Each way; `None`: as many as there are.
+    /// In each direction; `None` for no limit.
     bytes_per_second: Option<usize>,
 }
 
-/// Chunks on their way at a time, so that a slow line pushes back.
+/// The most chunks in transit at a time, so that a slow line slows its sender down.
 const CHUNKS: usize = 64;
 
-/// A slow line passes bytes so many times a second.
+/// How many times a second a slow line passes bytes.
 const SLICES_PER_SECOND: usize = 20;
 
-/// A proxy on a port of its own, which stays the same. Works beside the test, also while that blocks its thread.
+/// A TCP proxy on a fixed port. It works in the background, also while the test blocks its thread.
 pub struct Wire {
     port: u16,
     target: SocketAddr,
@@ -49,7 +49,7 @@ pub struct Wire {
 }
 
 impl Wire {
-    /// A wire to `target` that flows. `target` need not listen yet.
+    /// A wire to `target` that passes all bytes. `target` need not listen yet.
     pub fn new(target: SocketAddr) -> Self {
         let (line, _) = watch::channel(Line { flow: Flow::Both, latency: Duration::ZERO, bytes_per_second: None });
         let (broker_side_gone, _) = watch::channel(());
@@ -63,21 +63,21 @@ impl Wire {
         (Ipv4Addr::LOCALHOST, self.port).into()
     }
 
-    /// The open connections.
+    /// The number of open connections.
     pub fn connections(&self) -> usize {
         reap(&self.connections).len()
     }
 
-    /// Drops all connections, on both sides; new ones are served.
+    /// Closes all connections on both sides; accepts new ones.
     pub fn cut(&self) {
         reap(&self.connections).abort_all();
     }
 
-    /// Stops listening: who connects from now on is refused. Open connections stay.
+    /// Stops listening: new connections are refused. Open connections stay.
     pub async fn refuse(&mut self) {
         if let Some(acceptor) = self.acceptor.take() {
             acceptor.abort();
-            // The port is closed when the task is gone, not before.
+            // The port is closed only when the task has ended.
             let _ = acceptor.await;
         }
     }
@@ -96,33 +96,33 @@ impl Wire {
         }));
     }
 
-    /// A black hole: connections are accepted and stay open, and not a byte passes.
+    /// A black hole: connections are accepted and stay open, and no byte passes.
     pub fn stall(&self) {
         self.line.send_modify(|line| line.flow = Flow::Neither);
     }
 
-    /// Half a black hole: the broker gets everything, and its answers (confirms!) are held.
+    /// Half a black hole: the broker receives everything, and its answers, such as confirms, are held.
     pub fn stall_answers(&self) {
         self.line.send_modify(|line| line.flow = Flow::HoldAnswers);
     }
 
-    /// Everything passes again, with what was held first.
+    /// Lets everything pass again, held bytes first.
     pub fn flow(&self) {
         self.line.send_modify(|line| line.flow = Flow::Both);
     }
 
-    /// How long each byte travels, one way, from now on.
+    /// Sets the latency in each direction.
     pub fn set_latency(&self, latency: Duration) {
         self.line.send_modify(|line| line.latency = latency);
     }
 
-    /// How many bytes pass in a second, each way, on each connection; `None`: as many as there are.
+    /// Sets the bandwidth of each connection in each direction; `None` for no limit.
     pub fn set_bandwidth(&self, bytes_per_second: Option<usize>) {
         self.line.send_modify(|line| line.bytes_per_second = bytes_per_second);
     }
 
-    /// Half-open: the broker's side of all connections is closed, and the relay's side stays open and silent, as after
-    /// a firewall has forgotten them. New connections are served.
+    /// Half-open connections: the broker's side of all connections is closed, and the relay's side stays open and silent,
+    /// as when a firewall forgets them. New connections work.
     pub fn lose_the_broker_side(&self) {
         self.broker_side_gone.send_replace(());
     }
@@ -137,7 +137,7 @@ impl Drop for Wire {
     }
 }
 
-/// The set of connections without those that have ended.
+/// Removes the connections that have ended from the set.
 fn reap(connections: &Mutex<JoinSet<()>>) -> MutexGuard<'_, JoinSet<()>> {
     let mut connections = connections.lock().unwrap_or_else(PoisonError::into_inner);
     while connections.try_join_next().is_some() {}
@@ -146,10 +146,10 @@ fn reap(connections: &Mutex<JoinSet<()>>) -> MutexGuard<'_, JoinSet<()>> {
 
 /// One connection, until either side closes it.
 async fn carry(client: TcpStream, target: SocketAddr, line: watch::Receiver<Line>, mut gone: watch::Receiver<()>) {
-    // Who cannot be reached closes at once, as a broker that died behind a load balancer.
+    // A target that refuses closes the connection, as a load balancer does whose broker died.
     let Ok(server) = TcpStream::connect(target).await else { return };
     for stream in [&client, &server] {
-        // Without it the wire itself would add 40 ms to small frames.
+        // Without this the wire itself would add 40 ms to small frames.
         let _ = stream.set_nodelay(true);
     }
     let (mut from_client, mut to_client) = client.into_split();
@@ -164,7 +164,7 @@ async fn carry(client: TcpStream, target: SocketAddr, line: watch::Receiver<Line
     let _ = tokio::io::copy(&mut from_client, &mut nowhere).await;
 }
 
-/// Moves bytes while `passes`. An end of file is held and delayed as bytes are.
+/// Moves bytes while `passes` allows it. The end of the stream is held and delayed like bytes.
 async fn pump(
     from: &mut OwnedReadHalf,
     to: &mut OwnedWriteHalf,
@@ -172,7 +172,7 @@ async fn pump(
     passes: impl Fn(Flow) -> bool,
 ) {
     let latency = line.clone();
-    let (sender, mut under_way) = mpsc::channel::<(Instant, Vec<u8>)>(CHUNKS);
+    let (sender, mut in_transit) = mpsc::channel::<(Instant, Vec<u8>)>(CHUNKS);
     let read = async move {
         let mut buffer = vec![0; 64 * 1024];
         loop {
@@ -184,7 +184,7 @@ async fn pump(
         }
     };
     let write = async move {
-        while let Some((due, chunk)) = under_way.recv().await {
+        while let Some((due, chunk)) = in_transit.recv().await {
             sleep_until(due).await;
             let mut rest = chunk.as_slice();
             loop {
