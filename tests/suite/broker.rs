@@ -4,11 +4,8 @@ use std::collections::HashSet;
 
 use serde_json::json;
 
+use crate::harness::samples::nth;
 use crate::harness::{Node, Relay, Setup, Vhost, Wire, eventually};
-
-fn scan(number: u32) -> String {
-    json!({"eventType": "scan.processing.started", "payload": {"scanId": "s", "number": number}}).to_string()
-}
 
 /// One node of its own, because the test kills, freezes and blocks it.
 #[tokio::test]
@@ -17,26 +14,26 @@ async fn a_node_that_is_killed_restarted_frozen_and_blocked() {
     let vhost = Vhost::new(&node).await;
     let setup = Setup::new(&vhost.url()).set("broker.heartbeat", "5s").set("broker.confirm_timeout", "5s");
     let mut relay = setup.start().await;
-    relay.post(scan(0)).await.expect(200);
-    assert_eq!(vhost.messages("prism.scan", 1).await[0].text(), scan(0));
+    relay.post(nth(0)).await.expect(200);
+    assert_eq!(vhost.messages("prism.scan", 1).await[0].text(), nth(0));
 
     // Killed while events flow, then restarted with its disk.
     node.kill().await;
-    relay.post(scan(1)).await.expect(200);
+    relay.post(nth(1)).await.expect(200);
     node.start_again().await;
-    relay.post(scan(2)).await.expect(200);
-    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    relay.post(nth(2)).await.expect(200);
+    relay.eventually_nothing_pending().await;
     // The broker may have lost the acknowledgement of the first event.
     let depth = vhost.depth("prism.scan").await as usize;
     let mut texts: Vec<_> = vhost.messages("prism.scan", depth).await.iter().map(|delivery| delivery.text()).collect();
     // Each event may arrive twice, also as a repeated pair.
-    let mut seen = HashSet::from([scan(0)]);
+    let mut seen = HashSet::from([nth(0)]);
     texts.retain(|text| seen.insert(text.clone()));
-    assert_eq!(texts, [scan(1), scan(2)]);
+    assert_eq!(texts, [nth(1), nth(2)]);
 
     // Frozen: the heartbeat or the confirm deadline notices, and nothing is lost.
     node.freeze();
-    let id = relay.post(scan(3)).await.id();
+    let id = relay.post(nth(3)).await.id();
     eventually("the relay to give up the frozen connection", async || {
         let status = relay.status().await;
         if status["broker"]["connected"] == false { Ok(()) } else { Err(status) }
@@ -44,7 +41,7 @@ async fn a_node_that_is_killed_restarted_frozen_and_blocked() {
     .await;
     node.thaw();
     assert_eq!(vhost.messages("prism.scan", 1).await[0].id(), id);
-    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    relay.eventually_nothing_pending().await;
     // Messages in the frozen node's sockets may arrive as duplicates.
     eventually("no more duplicates", async || {
         let depth = vhost.depth("prism.scan").await as usize;
@@ -56,7 +53,7 @@ async fn a_node_that_is_killed_restarted_frozen_and_blocked() {
     // Blocked by an alarm for longer than the confirm deadline: events are kept, and published once after it.
     node.memory_alarm(true).await;
     for number in 4..10 {
-        relay.post(scan(number)).await.expect(200);
+        relay.post(nth(number)).await.expect(200);
     }
     eventually("the relay to learn that it is blocked", async || {
         let status = relay.status().await;
@@ -74,14 +71,14 @@ async fn a_node_that_is_killed_restarted_frozen_and_blocked() {
     .await;
     node.memory_alarm(false).await;
     let texts: Vec<_> = vhost.messages("prism.scan", 6).await.iter().map(|delivery| delivery.text()).collect();
-    assert_eq!(texts, (4..10).map(scan).collect::<Vec<_>>());
-    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    assert_eq!(texts, (4..10).map(nth).collect::<Vec<_>>());
+    relay.eventually_nothing_pending().await;
     assert_eq!(relay.status().await["broker"]["connects"], connects, "the connection survives, so nothing comes twice");
     vhost.assert_empty("prism.scan").await;
 
     // A disk alarm has the same effect. A relay that is stopped during the alarm does not wait for its end.
     node.disk_alarm(true).await;
-    let id = relay.post(scan(10)).await.id();
+    let id = relay.post(nth(10)).await.id();
     eventually("the relay to learn that it is blocked", async || {
         let status = relay.status().await;
         if status["broker"]["blocked"].is_string() { Ok(()) } else { Err(status) }
@@ -90,7 +87,7 @@ async fn a_node_that_is_killed_restarted_frozen_and_blocked() {
     relay.restart().await;
     node.disk_alarm(false).await;
     assert_eq!(vhost.messages("prism.scan", 1).await[0].id(), id);
-    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    relay.eventually_nothing_pending().await;
 }
 
 #[tokio::test]
@@ -102,12 +99,12 @@ async fn a_broker_that_is_replaced_gets_the_topology_again() {
     let setup = Setup::new("unused").set("broker.urls", json!([old.url_through(&wire), new.url()]));
     let mut wire = wire;
     let relay = setup.start().await;
-    relay.post(scan(0)).await.expect(200);
-    assert_eq!(old.messages("prism.scan", 1).await[0].text(), scan(0));
-    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    relay.post(nth(0)).await.expect(200);
+    assert_eq!(old.messages("prism.scan", 1).await[0].text(), nth(0));
+    relay.eventually_nothing_pending().await;
     wire.refuse().await;
     wire.cut();
-    let id = relay.post(scan(1)).await.id();
+    let id = relay.post(nth(1)).await.id();
     assert_eq!(new.messages("prism.scan", 1).await[0].id(), id);
 }
 
@@ -115,33 +112,33 @@ async fn a_broker_that_is_replaced_gets_the_topology_again() {
 async fn an_exchange_that_is_deleted_is_declared_again() {
     let vhost = Vhost::new(Node::shared().await).await;
     let relay = Relay::start(&vhost).await;
-    relay.post(scan(0)).await.expect(200);
+    relay.post(nth(0)).await.expect(200);
     vhost.messages("prism.scan", 1).await;
     vhost.delete_exchange("prism.events").await;
     for number in 1..5 {
-        relay.post(scan(number)).await.expect(200);
+        relay.post(nth(number)).await.expect(200);
     }
     let texts: Vec<_> = vhost.messages("prism.scan", 4).await.iter().map(|delivery| delivery.text()).collect();
-    assert_eq!(texts, (1..5).map(scan).collect::<Vec<_>>());
-    relay.eventually_metric("prism_relay_spool_parked_events", &[], 0.0).await;
+    assert_eq!(texts, (1..5).map(nth).collect::<Vec<_>>());
+    relay.eventually_parked(0).await;
 }
 
 #[tokio::test]
 async fn without_its_queue_an_event_goes_to_unrouted_until_the_queue_is_declared_again() {
     let vhost = Vhost::new(Node::shared().await).await;
     let mut relay = Relay::start(&vhost).await;
-    relay.post(scan(0)).await.expect(200);
+    relay.post(nth(0)).await.expect(200);
     vhost.eventually_depth("prism.scan", 1).await;
     // The relay does not publish confirmed events again after an operator's purge.
     vhost.purge_queue("prism.scan").await;
-    relay.post(scan(1)).await.expect(200);
-    assert_eq!(vhost.messages("prism.scan", 1).await[0].text(), scan(1));
+    relay.post(nth(1)).await.expect(200);
+    assert_eq!(vhost.messages("prism.scan", 1).await[0].text(), nth(1));
     vhost.delete_queue("prism.scan").await;
-    relay.post(scan(2)).await.expect(200);
-    assert_eq!(vhost.messages("prism.unrouted", 1).await[0].text(), scan(2));
+    relay.post(nth(2)).await.expect(200);
+    assert_eq!(vhost.messages("prism.unrouted", 1).await[0].text(), nth(2));
     relay.restart().await;
-    relay.post(scan(3)).await.expect(200);
-    assert_eq!(vhost.messages("prism.scan", 1).await[0].text(), scan(3));
+    relay.post(nth(3)).await.expect(200);
+    assert_eq!(vhost.messages("prism.scan", 1).await[0].text(), nth(3));
 }
 
 #[tokio::test]
@@ -149,7 +146,7 @@ async fn a_connection_that_an_operator_closes_comes_back() {
     let vhost = Vhost::new(Node::shared().await).await;
     let relay = Relay::start(&vhost).await;
     // Closed before it is ready, the connection would not count as one, and the next would be no reconnect.
-    relay.eventually_metric("prism_relay_broker_connected", &[], 1.0).await;
+    relay.eventually_connected().await;
     eventually("the connection to be listed and closed", async || match vhost.close_connections().await {
         0 => Err("none listed yet"),
         _ => Ok(()),
@@ -157,7 +154,7 @@ async fn a_connection_that_an_operator_closes_comes_back() {
     .await;
     relay.eventually_metric("prism_relay_broker_reconnects_total", &[], 1.0).await;
     relay.eventually_logs("CONNECTION_FORCED").await;
-    relay.post(scan(1)).await.expect(200);
+    relay.post(nth(1)).await.expect(200);
     vhost.messages("prism.scan", 1).await;
 }
 
@@ -177,14 +174,14 @@ async fn nacks_keep_the_event_until_the_queue_has_room() {
     // A queue that fills up a second time is logged a second time.
     for first in [0, 100_000] {
         let logged = warnings();
-        relay.post(scan(first)).await.expect(200);
+        relay.post(nth(first)).await.expect(200);
         vhost.eventually_depth("prism.scan", 1).await;
         vhost.set_policy("limit", "^prism.scan$", json!({"max-length": 1})).await;
         policy_is(json!("limit")).await;
         let mut next = first + 1;
         let nacks = relay.metric("prism_relay_publish_total", &[("outcome", "nacked")]).await;
         eventually("a nack", async || {
-            relay.post(scan(next)).await.expect(200);
+            relay.post(nth(next)).await.expect(200);
             next += 1;
             let nacked = relay.metric("prism_relay_publish_total", &[("outcome", "nacked")]).await;
             if nacked > nacks { Ok(()) } else { Err(nacked) }
@@ -197,8 +194,8 @@ async fn nacks_keep_the_event_until_the_queue_has_room() {
         let mut sorted = texts.clone();
         sorted
             .sort_by_key(|text| serde_json::from_str::<serde_json::Value>(text).unwrap()["payload"]["number"].as_u64());
-        assert_eq!(sorted, (first..next).map(scan).collect::<Vec<_>>(), "each one once");
-        relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+        assert_eq!(sorted, (first..next).map(nth).collect::<Vec<_>>(), "each one once");
+        relay.eventually_nothing_pending().await;
         policy_is(json!(null)).await;
     }
 }
@@ -213,7 +210,7 @@ async fn wrong_credentials_and_vhosts_are_logged_and_do_not_stop_the_relay() {
     ];
     for (url, expected) in wrong {
         let relay = Setup::new(&url).start().await;
-        relay.post(scan(1)).await.expect(200);
+        relay.post(nth(1)).await.expect(200);
         let line = relay.eventually_logs("not delivering").await;
         assert!(line["error"].as_str().unwrap().contains(expected), "{line}");
         assert!(!relay.log_text().contains("hunter2"));
@@ -229,7 +226,7 @@ async fn a_broker_that_does_not_answer_is_given_up_in_time() {
     wire.stall();
     let setup = Setup::new(&vhost.url_through(&wire)).set("broker.connect_timeout", "200ms");
     let relay = setup.start().await;
-    relay.post(scan(1)).await.expect(200);
+    relay.post(nth(1)).await.expect(200);
     relay.eventually_logs("no answer from").await;
     // Each try ends its thread and closes its socket.
     eventually("several tries", async || {

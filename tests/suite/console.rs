@@ -189,8 +189,7 @@ async fn each_situation_shows_in_summary_and_answers() {
 
 #[tokio::test]
 async fn with_a_token_the_console_asks_for_it() {
-    let relay =
-        Setup::without_broker().set("ops.token", "a-token-that-is-long-enough").start();
+    let relay = Setup::without_broker().set("ops.token", "a-token-that-is-long-enough").start();
     let relay = relay.await;
     let browser = Browser::start().await;
     browser.open(&format!("{}/", relay.ops())).await;

@@ -4,11 +4,8 @@ use std::collections::HashSet;
 
 use serde_json::json;
 
+use crate::harness::samples::of_type;
 use crate::harness::{Node, Setup, Vhost, Wire, eventually};
-
-fn event(event_type: &str) -> String {
-    json!({"eventType": event_type, "payload": {"scanId": "s"}}).to_string()
-}
 
 #[tokio::test]
 async fn an_event_without_a_queue_is_parked_and_released_when_there_is_one() {
@@ -21,20 +18,17 @@ async fn an_event_without_a_queue_is_parked_and_released_when_there_is_one() {
     let relay = setup.start().await;
     let mut expected = Vec::new();
     for number in 0..30 {
-        let known = event(&format!("scan.n{number}"));
+        let known = of_type(&format!("scan.n{number}"));
         relay.post(&known).await.expect(200);
         expected.push(known);
-        relay.post(event(&format!("other.n{number}"))).await.expect(200);
+        relay.post(of_type(&format!("other.n{number}"))).await.expect(200);
     }
     let texts: Vec<_> = vhost.messages("prism.scan", 30).await.iter().map(|delivery| delivery.text()).collect();
     assert_eq!(texts, expected, "the other events are not held up");
-    relay.eventually_metric("prism_relay_spool_parked_events", &[], 30.0).await;
-    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
-    let spool = relay.status().await["spool"].clone();
-    assert_eq!(
-        (spool["accepted"].as_u64(), spool["confirmed"].as_u64(), spool["parked"].as_u64()),
-        (Some(60), Some(30), Some(30))
-    );
+    relay.eventually_parked(30).await;
+    relay.eventually_nothing_pending().await;
+    let spool = relay.spool().await;
+    assert_eq!((spool.accepted, spool.confirmed, spool.parked), (60, 30, 30), "{spool:?}");
     // Retried and still unroutable: the events stay parked, and the connection stays open.
     let returned = relay.metric("prism_relay_publish_total", &[("outcome", "returned")]).await;
     eventually("another retry of the parked events", async || {
@@ -48,7 +42,7 @@ async fn an_event_without_a_queue_is_parked_and_released_when_there_is_one() {
     vhost.bind("prism.events", "rest", "other.#").await;
     let released = vhost.messages("rest", 30).await;
     assert!(released.iter().all(|delivery| delivery.routing_key.starts_with("other.")));
-    relay.eventually_metric("prism_relay_spool_parked_events", &[], 0.0).await;
+    relay.eventually_parked(0).await;
 }
 
 /// A user who may publish to `prism.events` by these keys only (a regular expression). For any other the broker closes
@@ -77,7 +71,7 @@ async fn a_message_that_closes_the_channel_is_found_and_parked() {
     let relay = Setup::new(&url).set("broker.parked_retry", "10m").start().await;
     let mut expected = Vec::new();
     for number in 0..40 {
-        let body = event(&format!("scan.{}{number}", if number % 20 == 7 { "poison" } else { "good" }));
+        let body = of_type(&format!("scan.{}{number}", if number % 20 == 7 { "poison" } else { "good" }));
         relay.post(&body).await.expect(200);
         if number % 20 != 7 {
             expected.push(body);
@@ -85,8 +79,8 @@ async fn a_message_that_closes_the_channel_is_found_and_parked() {
     }
     // The whole backlog at once, with the culprits in the middle of the window.
     wire.accept();
-    relay.eventually_metric("prism_relay_spool_parked_events", &[], 2.0).await;
-    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    relay.eventually_parked(2).await;
+    relay.eventually_nothing_pending().await;
     let depth = vhost.depth("prism.scan").await as usize;
     let mut seen = HashSet::new();
     let deliveries = vhost.messages("prism.scan", depth).await;
@@ -96,7 +90,7 @@ async fn a_message_that_closes_the_channel_is_found_and_parked() {
     assert!(reason["reason"].as_str().unwrap().contains("access to topic"), "{reason}");
     assert_eq!(relay.metric("prism_relay_publish_total", &[("outcome", "refused")]).await, 2.0);
     // Later events are delivered.
-    relay.post(event("scan.after")).await.expect(200);
+    relay.post(of_type("scan.after")).await.expect(200);
     assert_eq!(vhost.messages("prism.scan", 1).await[0].routing_key, "scan.after");
 }
 
@@ -114,15 +108,15 @@ async fn a_message_that_is_too_large_for_the_broker_is_parked_and_released_when_
     let relay = Setup::new(&vhost.url()).set("broker.parked_retry", "300ms").start().await;
     let large = json!({"eventType": "scan.large", "payload": {"filler": "x".repeat(3000)}}).to_string();
     let id = relay.post(&large).await.id();
-    relay.post(event("scan.small")).await.expect(200);
+    relay.post(of_type("scan.small")).await.expect(200);
     assert_eq!(vhost.messages("prism.scan", 1).await[0].routing_key, "scan.small");
-    relay.eventually_metric("prism_relay_spool_parked_events", &[], 1.0).await;
+    relay.eventually_parked(1).await;
     let list = relay.run(&["spool", "list", "--parked"]).await.stdout;
     assert!(list.contains(&id) && list.contains("larger than configured max size"), "{list}");
     limit(16 * 1024 * 1024).await;
     let released = vhost.messages("prism.scan", 1).await.remove(0);
     assert_eq!((released.id(), released.text()), (id, large));
-    relay.eventually_metric("prism_relay_spool_parked_events", &[], 0.0).await;
+    relay.eventually_parked(0).await;
 }
 
 #[tokio::test]
@@ -133,22 +127,22 @@ async fn parked_events_that_keep_closing_the_channel_do_not_hold_up_others() {
     let url = vhost.url_for(&user, "password", vhost.address());
     let relay = Setup::new(&url).set("broker.parked_retry", "100ms").start().await;
     for number in 0..5 {
-        relay.post(event(&format!("body_shape_prediction.n{number}"))).await.expect(200);
+        relay.post(of_type(&format!("body_shape_prediction.n{number}"))).await.expect(200);
     }
-    relay.eventually_metric("prism_relay_spool_parked_events", &[], 5.0).await;
+    relay.eventually_parked(5).await;
     let mut expected = Vec::new();
     for number in 0..300 {
-        expected.push(relay.post(event(&format!("scan.n{number}"))).await.id());
+        expected.push(relay.post(of_type(&format!("scan.n{number}"))).await.id());
     }
     let ids: HashSet<_> = {
-        relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+        relay.eventually_nothing_pending().await;
         let depth = vhost.depth("prism.scan").await as usize;
         vhost.messages("prism.scan", depth).await.iter().map(|delivery| delivery.id()).collect()
     };
     assert_eq!(ids, expected.into_iter().collect());
     permit_topics(node, &vhost, &user, ".*").await;
     vhost.messages("prism.future_me", 5).await;
-    relay.eventually_metric("prism_relay_spool_parked_events", &[], 0.0).await;
+    relay.eventually_parked(0).await;
 }
 
 #[tokio::test]
@@ -159,7 +153,7 @@ async fn missing_permissions_hold_up_everything_and_park_nothing() {
     node.create_user(&user, "password").await;
     vhost.permit(&user, ".*", ".*", ".*").await;
     let relay = Setup::new(&vhost.url_for(&user, "password", vhost.address())).start().await;
-    relay.post(event("scan.first")).await.expect(200);
+    relay.post(of_type("scan.first")).await.expect(200);
     vhost.messages("prism.scan", 1).await;
     vhost.permit(&user, ".*", "^prism.(unrouted|dead|scan|future_me)$", ".*").await;
     // The broker caches the permissions of a connection. The API lists new connections some seconds late.
@@ -169,9 +163,9 @@ async fn missing_permissions_hold_up_everything_and_park_nothing() {
         if reconnects > 0.0 { Ok(()) } else { Err(reconnects) }
     })
     .await;
-    relay.post(event("scan.second")).await.expect(200);
+    relay.post(of_type("scan.second")).await.expect(200);
     relay.eventually_logs("access to exchange 'prism.events'").await;
-    assert_eq!(relay.status().await["spool"]["parked"], 0);
+    assert_eq!(relay.spool().await.parked, 0);
     vhost.permit(&user, ".*", ".*", ".*").await;
     assert_eq!(vhost.messages("prism.scan", 1).await[0].routing_key, "scan.second");
 }
