@@ -7,11 +7,8 @@ use serde_json::json;
 
 use crate::harness::http::{now, sign};
 use crate::harness::marks::{PASSWORD, USER_TOKEN, indiscretion};
+use crate::harness::samples::of_type;
 use crate::harness::{Client, Node, Raw, SECRET, Setup, Vhost, eventually};
-
-fn event(event_type: &str) -> String {
-    json!({"eventType": event_type, "payload": {"userToken": USER_TOKEN, "scanId": "s"}}).to_string()
-}
 
 #[test]
 fn the_search_finds_each_mark() {
@@ -29,33 +26,33 @@ async fn no_output_quotes_what_a_sender_sent() {
     let setup = Setup::new(&vhost.url()).set("log.filter", "trace,lapin=trace").set("http.body_bytes_max", "1KiB");
     let relay = setup.set("signature.required", false).start().await;
     let timestamp = now();
-    let signature = sign(SECRET, &timestamp, event("scan.a").as_bytes());
-    relay.post(event("scan.processing.started")).await.expect(200);
-    relay.post(event("unknown")).await.expect(200);
+    let signature = sign(SECRET, &timestamp, of_type("scan.a").as_bytes());
+    relay.post(of_type("scan.processing.started")).await.expect(200);
+    relay.post(of_type("unknown")).await.expect(200);
     let signed = [("prism-timestamp", timestamp.as_str()), ("prism-signature", signature.as_str())];
-    relay.post_with(&signed, event("scan.b")).await.expect(401);
-    let [not_json, no_envelope] = [event("a") + "}", format!("[{}]", event("a"))];
+    relay.post_with(&signed, of_type("scan.b")).await.expect(401);
+    let [not_json, no_envelope] = [of_type("a") + "}", format!("[{}]", of_type("a"))];
     relay.post_with(&[], not_json).await.expect(400);
     relay.post_with(&[], no_envelope).await.expect(422);
-    relay.post_with(&[], [event("a").as_bytes(), b"\xff"].concat()).await.expect(400);
-    relay.post_with(&[], event("a").repeat(20)).await.expect(413);
+    relay.post_with(&[], [of_type("a").as_bytes(), b"\xff"].concat()).await.expect(400);
+    relay.post_with(&[], of_type("a").repeat(20)).await.expect(413);
     // The marks in headers, path and query.
     let headers = [("x-user", USER_TOKEN), ("prism-timestamp", USER_TOKEN), ("prism-signature", USER_TOKEN)];
-    relay.post_with(&headers, event("scan.c")).await.expect(401);
+    relay.post_with(&headers, of_type("scan.c")).await.expect(401);
     let url = relay.url().to_owned();
     let elsewhere = format!("{url}/{USER_TOKEN}?secret={SECRET}");
-    Client::http1().send(hyper::Method::POST, &elsewhere, &[], event("scan.d")).await.unwrap().expect(404);
-    Client::http1().send(hyper::Method::POST, &url, &headers[..1], event("scan.e")).await.unwrap().expect(200);
+    Client::http1().send(hyper::Method::POST, &elsewhere, &[], of_type("scan.d")).await.unwrap().expect(404);
+    Client::http1().send(hyper::Method::POST, &url, &headers[..1], of_type("scan.e")).await.unwrap().expect(200);
     for broken in [format!("POST /{USER_TOKEN} HTTP/9.9\r\n\r\n"), format!("{USER_TOKEN}: {SECRET}\r\n\r\n")] {
         let answer = Raw::exchange(relay.address(), broken).await;
         assert_eq!(indiscretion(&answer), None);
     }
-    let broken_off = format!("POST /webhooks/prism HTTP/1.1\r\nhost: r\r\ncontent-length: 999\r\n\r\n{}", event("a"));
+    let broken_off = format!("POST /webhooks/prism HTTP/1.1\r\nhost: r\r\ncontent-length: 999\r\n\r\n{}", of_type("a"));
     let mut raw = Raw::connect(relay.address()).await;
     raw.write(broken_off).await.unwrap();
     raw.end().await;
     raw.read_to_end().await;
-    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    relay.eventually_nothing_pending().await;
     relay.metrics().await;
     relay.status().await;
     assert_eq!(vhost.messages("prism.scan", 2).await.len(), 2);
@@ -68,8 +65,8 @@ async fn commands_and_errors_of_the_broker_quote_no_secret() {
     vhost.create_exchange("prism.events", "topic", json!({})).await;
     let setup = Setup::new(&vhost.url()).set("topology.declare", "off").set("log.filter", "trace,lapin=trace");
     let relay = setup.start().await;
-    let id = relay.post(event("scan.processing.started")).await.id();
-    relay.eventually_metric("prism_relay_spool_parked_events", &[], 1.0).await;
+    let id = relay.post(of_type("scan.processing.started")).await.id();
+    relay.eventually_parked(1).await;
     for command in [
         &["spool", "stats"][..],
         &["spool", "list"],

@@ -10,18 +10,10 @@ use hyper::Method;
 use serde_json::{Value, json};
 
 use crate::harness::http::Raw;
+use crate::harness::samples::scan;
 use crate::harness::{Answer, Client, Node, Relay, Setup, Vhost, eventually};
 
-/// Nobody listens here: no answer to a webhook may depend on the broker.
-const NO_BROKER: &str = "amqp://guest:guest@127.0.0.1:1/%2f";
-
 const TOKEN: &str = "a-token-that-is-long-enough";
-
-fn scan(number: usize) -> String {
-    format!(
-        r#"{{"eventType":"scan.processing.started","payload":{{"userToken":"partner-user-42","scanId":"scan-{number}"}}}}"#
-    )
-}
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -51,7 +43,7 @@ async fn eventful(vhost: &Vhost) -> Relay {
     relay.post(scan(1)).await.expect(200);
     relay.post_with(&[], scan(2)).await.expect(401);
     Raw::exchange(relay.address(), "no HTTP\r\n\r\n").await;
-    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    relay.eventually_nothing_pending().await;
     relay
 }
 
@@ -125,7 +117,7 @@ async fn the_latest_events_can_be_found_and_are_counted_by_type() {
     let id = relay.post(scan(7)).await.id();
     relay.post(scan(8)).await.expect(200);
     relay.post("signed, and no event").await.expect(200);
-    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    relay.eventually_nothing_pending().await;
     let found = get(&relay, "/api/events?find=scan-7", &[]).await.expect(200).json();
     let events = found["events"].as_array().unwrap();
     assert_eq!(events.len(), 1, "{found}");
@@ -156,7 +148,7 @@ async fn the_latest_events_can_be_found_and_are_counted_by_type() {
 
 #[tokio::test]
 async fn the_stream_sends_status_and_points() {
-    let relay = Setup::new(NO_BROKER).start().await;
+    let relay = Setup::without_broker().start().await;
     let address = relay.ops().strip_prefix("http://").unwrap().parse().unwrap();
     let mut raw = Raw::connect(address).await;
     raw.write("GET /api/stream HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n").await.unwrap();
@@ -170,7 +162,7 @@ async fn the_stream_sends_status_and_points() {
 #[tokio::test]
 async fn the_console_and_api_are_only_open_to_operators() {
     // On loopback: open with an IP address in Host, closed with an unknown name.
-    let relay = Setup::new(NO_BROKER).start().await;
+    let relay = Setup::without_broker().start().await;
     let foreign = [("host", "evil.example")];
     for path in ["/", "/api/status", "/api/events", "/api/parked", "/api/history", "/api/stream"] {
         assert_eq!(get(&relay, path, &foreign).await.status, 403, "{path}");
@@ -183,14 +175,14 @@ async fn the_console_and_api_are_only_open_to_operators() {
     assert!(page.text().contains("name=\"prism-token\" content=\"") && !page.text().contains("__ACTION_TOKEN__"));
 
     // On any other address: closed without a token.
-    let exposed = Setup::new(NO_BROKER).set("ops.listen", "0.0.0.0:0").start().await;
+    let exposed = Setup::without_broker().set("ops.listen", "0.0.0.0:0").start().await;
     exposed.eventually_logs("ops.token is not set").await;
     for path in ["/", "/api/status"] {
         let url = format!("{}{path}", exposed.ops().replace("0.0.0.0", "127.0.0.1"));
         let answer = Client::http1().get(&url).await.unwrap().expect(403);
         assert!(answer.text().contains("ops.token"), "{answer}");
     }
-    let relay = Setup::new(NO_BROKER).set("ops.listen", "0.0.0.0:0").set("ops.token", TOKEN).start().await;
+    let relay = Setup::without_broker().set("ops.listen", "0.0.0.0:0").set("ops.token", TOKEN).start().await;
     let url = |path: &str| format!("{}{path}", relay.ops().replace("0.0.0.0", "127.0.0.1"));
     let client = Client::http1();
     let bearer = format!("Bearer {TOKEN}");
@@ -207,7 +199,7 @@ async fn the_console_and_api_are_only_open_to_operators() {
     client.send(Method::GET, &url("/"), &[("cookie", session)], "").await.unwrap().expect(200);
     client.send(Method::POST, &url("/login"), &[], "x".repeat(5000)).await.unwrap().expect(400);
     assert!(!relay.log_text().contains(TOKEN));
-    let short = Setup::new(NO_BROKER).set("ops.token", "short").run(&["serve"]).await;
+    let short = Setup::without_broker().set("ops.token", "short").run(&["serve"]).await;
     assert!(short.code == Some(64) && short.stderr.contains("ops.token: the value is shorter than 16"), "{short:?}");
 }
 
@@ -218,7 +210,7 @@ async fn only_the_consoles_own_page_acts_on_parked_events() {
     let setup = Setup::new(&vhost.url()).set("topology.declare", "off").set("broker.parked_retry", "1h");
     let relay = setup.start().await;
     let id = relay.post(scan(1)).await.id();
-    relay.eventually_metric("prism_relay_spool_parked_events", &[], 1.0).await;
+    relay.eventually_parked(1).await;
     assert_eq!(
         relay.metric("prism_relay_publish_total", &[("outcome", "confirmed")]).await,
         0.0,
@@ -240,20 +232,20 @@ async fn only_the_consoles_own_page_acts_on_parked_events() {
     post(&relay, &path("no-id", "remove"), &own).await.expect(404);
     post(&relay, &path(&uuid::Uuid::now_v7().to_string(), "retry"), &own).await.expect(404);
     post(&relay, &path(&id, "explode"), &own).await.expect(405);
-    assert_eq!(relay.status().await["spool"]["parked"], 1);
+    assert_eq!(relay.spool().await.parked, 1);
 
     // A retry is sent at once; RabbitMQ returns the event again, because no queue is bound.
     let returned = relay.metric("prism_relay_publish_total", &[("outcome", "returned")]).await;
     post(&relay, &path(&id, "retry"), &own).await.expect(200);
     relay.eventually_metric("prism_relay_publish_total", &[("outcome", "returned")], returned + 1.0).await;
     post(&relay, &path(&id, "remove"), &own).await.expect(200);
-    let spool = relay.status().await["spool"].clone();
-    assert_eq!((&spool["parked"], &spool["removed"], &spool["lost"]), (&json!(0), &json!(1), &json!(0)));
+    let spool = relay.spool().await;
+    assert_eq!((spool.parked, spool.removed, spool.lost), (0, 1, 0), "{spool:?}");
     post(&relay, &path(&id, "remove"), &own).await.expect(404);
     let events = get(&relay, "/api/events", &[]).await.json();
     assert_eq!(events["events"][0]["status"], "removed", "removed, not delivered: {events}");
     // A pending event cannot be removed.
-    let waiting = Setup::new(NO_BROKER).set("ops.token", TOKEN).start().await;
+    let waiting = Setup::without_broker().set("ops.token", TOKEN).start().await;
     let id = waiting.post(scan(2)).await.id();
     let bearer = format!("Bearer {TOKEN}");
     post(&waiting, &path(&id, "remove"), &[("authorization", &bearer)]).await.expect(404);
@@ -270,7 +262,7 @@ async fn the_service_manager_is_notified() {
         let count = socket.recv(&mut bytes).expect("a notification from the relay");
         String::from_utf8_lossy(&bytes[..count]).trim().to_owned()
     };
-    let setup = Setup::new(NO_BROKER).env("NOTIFY_SOCKET", path.to_str().unwrap()).env("WATCHDOG_USEC", "200000");
+    let setup = Setup::without_broker().env("NOTIFY_SOCKET", path.to_str().unwrap()).env("WATCHDOG_USEC", "200000");
     let mut relay = setup.start().await;
     let first = [hear(), hear(), hear(), hear()];
     assert!(first.contains(&"READY=1".to_owned()), "{first:?}");
@@ -284,7 +276,7 @@ async fn the_service_manager_is_notified() {
 #[tokio::test]
 async fn top_shows_the_consoles_numbers() {
     let port = crate::harness::ports::free();
-    let setup = Setup::new(NO_BROKER).set("ops.listen", format!("127.0.0.1:{port}")).set("ops.token", TOKEN);
+    let setup = Setup::without_broker().set("ops.listen", format!("127.0.0.1:{port}")).set("ops.token", TOKEN);
     let mut relay = setup.start().await;
     relay.post(scan(1)).await.expect(200);
     let top = relay.run(&["top", "--once"]).await;
@@ -311,7 +303,7 @@ async fn log_lines_are_json_with_stable_names_and_a_request_logs_none_at_info() 
     }
     relay.eventually_metric("prism_relay_publish_total", &[("outcome", "confirmed")], 50.0).await;
     assert_eq!(relay.logs().len(), before, "{}", relay.log_text());
-    let verbose = Setup::new(NO_BROKER).set("log.filter", "prism_relay=debug").start().await;
+    let verbose = Setup::without_broker().set("log.filter", "prism_relay=debug").start().await;
     let id = verbose.post(scan(1)).await.id();
     verbose.post_with(&[], scan(2)).await.expect(401);
     let accepted = verbose.eventually_logs("\"message\":\"accepted\"").await;

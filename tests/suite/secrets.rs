@@ -1,20 +1,12 @@
 //! Secrets and passwords that change while the relay runs.
 
 use crate::harness::http::{now, sign};
+use crate::harness::samples::scan;
 use crate::harness::{Node, Relay, Setup, Vhost, eventually};
-
-/// Nobody listens here: no answer to a webhook may depend on the broker.
-const NO_BROKER: &str = "amqp://guest:guest@127.0.0.1:1/%2f";
-
-fn event(number: usize) -> String {
-    format!(
-        r#"{{"eventType":"scan.processing.started","payload":{{"userToken":"partner-user-42","scanId":"{number}"}}}}"#
-    )
-}
 
 /// The status of the answer to a webhook signed with `secret`.
 async fn status(relay: &Relay, secret: &str) -> u16 {
-    let (body, timestamp) = (event(0), now());
+    let (body, timestamp) = (scan(0), now());
     let signature = sign(secret, &timestamp, body.as_bytes());
     relay.post_with(&[("prism-timestamp", &timestamp), ("prism-signature", &signature)], body).await.status
 }
@@ -33,7 +25,7 @@ fn verified(position: &str) -> [(&str, &str); 1] {
 
 #[tokio::test]
 async fn the_signature_secret_is_rotated_without_a_restart() {
-    let setup = Setup::new(NO_BROKER).unset("signature.secrets");
+    let setup = Setup::without_broker().unset("signature.secrets");
     let file = setup.file("secrets", "whsec_one\n");
     let mut relay = setup.set("signature.secrets_file", file.to_str().unwrap()).start().await;
     let metric = "prism_relay_signature_verified_total";
@@ -71,10 +63,10 @@ async fn the_signature_secret_is_rotated_without_a_restart() {
 
 #[tokio::test]
 async fn sighup_without_secret_files_does_not_end_the_relay() {
-    let mut relay = Setup::new(NO_BROKER).start().await;
+    let mut relay = Setup::without_broker().start().await;
     relay.signal("HUP");
     relay.eventually_logs("so there is nothing to reload").await;
-    relay.post(event(1)).await.expect(200);
+    relay.post(scan(1)).await.expect(200);
 }
 
 #[tokio::test]
@@ -91,7 +83,7 @@ async fn the_broker_password_is_rotated_without_a_restart() {
     let mut sent = 0;
     let mut arrives = async |relay: &Relay| {
         sent += 1;
-        let id = relay.post(event(sent)).await.id();
+        let id = relay.post(scan(sent)).await.id();
         assert_eq!(vhost.messages("prism.scan", 1).await[0].id(), id);
     };
     let taken_up = async |relay: &Relay, times: f64| {
