@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# The whole test suite: brings what it needs, then `cargo test`. The suite starts RabbitMQ nodes of its own, in folders and
-# on ports of their own; no service is started or touched.
+# Runs the whole test suite: installs what it needs, then runs `cargo test`. The suite starts private RabbitMQ nodes with
+# their own folders and ports; it starts and changes no service of the system.
 set -euo pipefail
 
 usage() {
   cat <<'EOF'
 Usage: ./tests/run.sh [--rabbitmq-4] [ARGUMENTS FOR CARGO TEST]
 
-  --rabbitmq-4  run the suite against Debian 13's RabbitMQ 4 instead of the system's, from a tree that is made once
-                with debootstrap and kept in ~/.cache/prism-relay/trixie (needs Debian and root; a few minutes)
+  --rabbitmq-4  run the suite against Debian 13's RabbitMQ 4 in place of the system's, in a tree that debootstrap
+                makes once in ~/.cache/prism-relay/trixie (needs Debian and root; takes a few minutes)
   -h, --help    this text
 
 For example: ./tests/run.sh --test suite restart
@@ -34,20 +34,20 @@ main() {
   need_node
   need_promtool
   need_nginx
-  # Most of a test is waiting: for what RabbitMQ tells late, for retries. So cores are not what limits it.
+  # A test mostly waits, for RabbitMQ's statistics and for retries. So more tests than cores run at a time.
   if [[ ! ${RUST_TEST_THREADS-} && $(nproc) -lt 4 ]]; then export RUST_TEST_THREADS=4; fi
-  # Some tests mount small file systems. Where the system lets us be root in a namespace of our own, that is enough.
+  # Some tests mount small file systems: as root, or as root of a user namespace where the system allows that.
   if [[ $EUID != 0 ]] && unshare --user --map-root-user --mount true 2>/dev/null; then
-    exec unshare --user --map-root-user --mount cargo test --locked "$@"
+    exec unshare --user --map-root-user --mount cargo test --locked --all-features "$@"
   fi
-  exec cargo test --locked "$@"
+  exec cargo test --locked --all-features "$@"
 }
 
-# The same step as the quickstart's, which knows how to install the package without starting its service.
+# Installs RabbitMQ with the quickstart, which does not start its service.
 need_rabbitmq() {
   if [[ ${PRISM_TEST_RABBITMQ_BIN-}${PRISM_TEST_RABBITMQ_ROOT-} || -x /usr/lib/rabbitmq/bin/rabbitmq-server ]]; then return; fi
   if ! command -v apt-get >/dev/null; then
-    echo 'The suite needs RabbitMQ in /usr/lib/rabbitmq/bin, where Debian and its kin have it (package rabbitmq-server).' >&2
+    echo 'The suite needs RabbitMQ in /usr/lib/rabbitmq/bin, where the Debian package rabbitmq-server installs it.' >&2
     echo 'Elsewhere set PRISM_TEST_RABBITMQ_BIN to the folder of rabbitmq-server, or run this in a Debian container.' >&2
     exit 1
   fi
@@ -70,7 +70,7 @@ need_package() {
   as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$package" >/dev/null
 }
 
-# For the example worker: Node.js, and the library that it names.
+# Installs Node.js and the library of the example worker.
 need_node() {
   local folder=${XDG_CACHE_HOME:-$HOME/.cache}/prism-relay/node
   command -v node >/dev/null || need_package nodejs /usr/bin/node
@@ -84,21 +84,21 @@ need_node() {
   rm -rf "$folder" && mv "$folder.partial" "$folder"
 }
 
-# Checks metrics and alert rules.
+# Fetches promtool, which checks metrics and alert rules.
 need_promtool() {
   if [[ ${PRISM_TEST_PROMTOOL-} ]] || command -v promtool >/dev/null; then return; fi
   take_out prometheus usr/bin/promtool
   export PRISM_TEST_PROMTOOL=$taken
 }
 
-# Stands in front of two relays.
+# Fetches nginx, the proxy in front of two relays.
 need_nginx() {
   if [[ ${PRISM_TEST_NGINX-} ]] || command -v nginx >/dev/null; then return; fi
   take_out nginx usr/sbin/nginx
   export PRISM_TEST_NGINX=$taken
 }
 
-# Takes one program out of its package, because installing that would start a service. Its path is then in $taken.
+# Extracts one program from its package, because installing the package would start a service. Sets $taken to its path.
 take_out() {
   local package=$1 folder=${XDG_CACHE_HOME:-$HOME/.cache}/prism-relay/$1 download
   taken=$folder/$2
@@ -109,7 +109,7 @@ take_out() {
   fi
   echo "Fetching ${2##*/} ..."
   mkdir -p "$folder"
-  # apt downloads as a user of its own, who may not write everywhere.
+  # apt downloads as the user _apt, who needs a readable folder.
   download=$(mktemp -d) && chmod 755 "$download"
   if ! (cd "$download" && { apt-get download -qq "$package" || { as_root apt-get update -qq && apt-get download -qq "$package"; }; }) >"$download/log" 2>&1; then
     cat "$download/log" >&2
@@ -130,7 +130,7 @@ need_trixie() {
   if [[ -d $tree ]]; then return; fi
 
   if [[ $EUID != 0 ]] || ! command -v apt-get >/dev/null; then
-    echo '--rabbitmq-4 makes a Debian 13 tree and runs RabbitMQ in it with chroot: it needs Debian (or its kin) and root.' >&2
+    echo '--rabbitmq-4 makes a Debian 13 tree and runs RabbitMQ in it with chroot. It needs Debian or a derivative, and root.' >&2
     exit 1
   fi
   if ! command -v debootstrap >/dev/null; then
@@ -140,7 +140,7 @@ need_trixie() {
 
   echo "Making a Debian 13 tree with RabbitMQ 4 in $tree (once, a few minutes) ..."
   rm -rf "$tree.partial" && mkdir -p "$tree.partial"
-  # From the mirror that this system's own packages come from; debootstrap's default if apt names none.
+  # The mirror of this system's packages, or debootstrap's default if apt names none.
   # shellcheck disable=SC2016 # apt expands it
   mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Component: main' 'Origin: Debian' 2>/dev/null | grep -v security | head -n 1 || true)
   debootstrap --variant=minbase --include=rabbitmq-server trixie "$tree.partial" ${mirror:+"$mirror"} >"$tree.log" 2>&1 || {

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The long soak: random faults, drawn from a seed, under steady traffic; ends with a ledger, and with 1 if anything is lost.
+# The long soak: random faults from a seed under steady traffic. It prints a ledger, and ends with 1 if an event is lost.
 # The suite runs the same test for half a minute.
 set -euo pipefail
 
@@ -7,11 +7,11 @@ usage() {
   cat <<'TEXT'
 Usage: ./tests/soak.sh [--minutes N] [--seed S]
 
-  --minutes N  how long faults are made, 30 by default; fractions such as 0.5 are fine
-  --seed S     the number that the faults are drawn from; a new one by default, which the ledger tells
+  --minutes N  how long it makes faults, 30 by default; fractions such as 0.5 work
+  --seed S     the seed of the faults; a random one by default, which the ledger shows
   -h, --help   this text
 
-The faults and their order depend on the seed alone; what they hit depends on the machine.
+Only the seed decides the faults and their order; their effects depend on the timing of the machine.
 TEXT
 }
 
