@@ -1,8 +1,8 @@
-//! The dedupe window: which bodies and which signed requests were accepted recently, and under which id. In memory, bounded,
-//! pure; takes `now`.
+//! The dedupe window: which bodies and which signed requests were accepted recently, and under which id. In memory,
+//! bounded, pure; takes `now`.
 //!
-//! A body is remembered for the length of the window. Signed requests are remembered until their signature expires, even after
-//! the window has passed, because a captured request can be replayed until then.
+//! A body is remembered for the length of the window. Signed requests are remembered until their signature expires,
+//! even after the window has passed, because a captured request can be replayed until then.
 //!
 //! Ages are measured with the monotonic clock, so a jump of the wall clock neither stretches nor cuts the window.
 
@@ -23,8 +23,8 @@ pub struct Settings {
     pub entries_max: usize,
 }
 
-/// How much longer than its signature is valid a request is remembered: a signature is checked before the request waits for its
-/// commit, and clocks are corrected by a little now and then.
+/// How much longer than its signature is valid a request is remembered: a signature is checked before the request waits
+/// for its commit, and clocks are corrected by a little now and then.
 const MARGIN_MS: i64 = 60_000;
 
 /// Twice the largest `signature.tolerance`. Without a limit, a clock set back by years would keep entries for years.
@@ -163,8 +163,8 @@ impl Window {
         !self.length.is_zero()
     }
 
-    /// Takes over the entries of an earlier process; `last` is the number of the last one. An entry from the future counts as
-    /// accepted just now.
+    /// Takes over the entries of an earlier process; `last` is the number of the last one. An entry from the future
+    /// counts as accepted just now.
     pub fn load(&mut self, seen: Vec<Seen>, last: u64, now: Now) {
         self.first = last + 1 - seen.len() as u64;
         for Seen { seq, body, id, accepted_ms, replayable_until_ms } in seen {
@@ -174,8 +174,9 @@ impl Window {
         }
     }
 
-    /// Whether this is a re-send: the body was accepted within the window, or the very same signed request was accepted before.
-    /// The latter was captured: Prism signs what it sends later with a later time. Remembers the signature of a re-send.
+    /// Whether this is a re-send: the body was accepted within the window, or the very same signed request was accepted
+    /// before. The latter was captured: Prism signs what it sends later with a later time. Remembers the signature of a
+    /// re-send.
     pub fn recognise(
         &mut self,
         fingerprint: &Fingerprint,

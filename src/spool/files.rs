@@ -31,8 +31,8 @@ pub(super) fn sync_folder(path: &Path) -> io::Result<()> {
     File::open(parent)?.sync_all()
 }
 
-/// Creates the file, readable and writable for its owner only: it holds people's data. SQLite gives the `-wal` and `-shm` files
-/// the mode of the database.
+/// Creates the file, readable and writable for its owner only: it holds people's data. SQLite gives the `-wal` and
+/// `-shm` files the mode of the database.
 pub(super) fn create_private(path: &Path) -> io::Result<()> {
     match OpenOptions::new().write(true).create_new(true).mode(0o600).open(path) {
         Ok(file) => {
@@ -46,8 +46,8 @@ pub(super) fn create_private(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Detects that the opened files were deleted, replaced or unmounted. Open files go on working then, but the data written to
-/// them is gone with the process.
+/// Detects that the opened files were deleted, replaced or unmounted. Open files go on working then, but the data
+/// written to them is gone with the process.
 pub(super) struct FileIdentity(Vec<(PathBuf, u64)>);
 
 impl FileIdentity {
@@ -64,8 +64,8 @@ impl FileIdentity {
     }
 }
 
-/// Disk space to give up when the disk is full: a checkpoint and the deletion of delivered events need some, and only they
-/// free space again.
+/// Disk space to give up when the disk is full: a checkpoint and the deletion of delivered events need some, and only
+/// they free space again.
 pub(super) struct Reserve {
     path: PathBuf,
     held: bool,
@@ -128,9 +128,9 @@ impl Reserve {
     }
 }
 
-/// The right to use a spool. The lock is a file of its own, because SQLite loses its locks when a process opens and closes the
-/// database a second time (<https://www.sqlite.org/howtocorrupt.html>, section 2.2). The file holds the pid of the relay, for
-/// operators, and is emptied when the spool is closed, so that the next relay can detect a crash.
+/// The right to use a spool. The lock is a file of its own, because SQLite loses its locks when a process opens and
+/// closes the database a second time (<https://www.sqlite.org/howtocorrupt.html>, section 2.2). The file holds the pid
+/// of the relay, for operators, and is emptied when the spool is closed, so that the next relay can detect a crash.
 pub(super) struct Lock {
     file: File,
     is_old: bool,

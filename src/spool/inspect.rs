@@ -120,7 +120,8 @@ impl Inspector {
         self.connection.query_row(&sql, [id.as_bytes()], entry).optional()
     }
 
-    /// Reads everything: checks the structure of the file, each body against its fingerprint, and the ledger against the events.
+    /// Reads everything: checks the structure of the file, each body against its fingerprint, and the ledger against
+    /// the events.
     pub fn verify(&mut self) -> Result<Verdict> {
         // In one transaction, so that a running relay does not change the totals meanwhile.
         let transaction = self.connection.transaction()?;

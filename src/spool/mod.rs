@@ -1,8 +1,8 @@
 //! Durable, ordered, bounded: the events that were accepted and are not yet delivered. Knows neither HTTP nor AMQP.
 //!
-//! One SQLite file, one writer thread. All waiting events are committed in one transaction with one fsync, and answered after
-//! it; deletions of delivered events are part of the next transaction. An event's `seq` is its number in the order of
-//! acceptance, counted over the life of the file.
+//! One SQLite file, one writer thread. All waiting events are committed in one transaction with one fsync, and answered
+//! after it; deletions of delivered events are part of the next transaction. An event's `seq` is its number in the
+//! order of acceptance, counted over the life of the file.
 
 pub mod dedupe;
 mod error;
@@ -38,7 +38,8 @@ use writer::{Append, Command, Exit, Writer};
 use crate::event::Event;
 use crate::metrics::Metrics;
 
-/// Most appends that wait for the writer; further ones wait until there is room. With bodies of 256 KiB this is 256 MiB.
+/// Most appends that wait for the writer; further ones wait until there is room. With bodies of 256 KiB this is 256
+/// MiB.
 const INBOX_CAPACITY: usize = 1024;
 
 /// The spool as the other modules use it: cheap to clone.
@@ -90,8 +91,8 @@ impl Spool {
 
     /// Returns once the event is on disk. Dropping the future does not take the event back.
     ///
-    /// `replayable_until`: until when the same signed request would be accepted if it was captured and sent again. Until then
-    /// it is recognised as a re-send.
+    /// `replayable_until`: until when the same signed request would be accepted if it was captured and sent again.
+    /// Until then it is recognised as a re-send.
     pub async fn append(&self, event: Event, replayable_until: Option<Timestamp>) -> Result<Receipt, AppendError> {
         if self.closed.load(Ordering::Relaxed) {
             return Err(AppendError::Closed);
@@ -130,8 +131,8 @@ impl Spool {
         }
     }
 
-    /// Records what became of published events, without waiting for the disk. If a crash loses it, the events are published
-    /// again under the same ids.
+    /// Records what became of published events, without waiting for the disk. If a crash loses it, the events are
+    /// published again under the same ids.
     pub async fn settle(&self, settlements: Vec<Settlement>) {
         // The writer ends only after the publisher, or with the process.
         let _ = self.inbox.send(Command::Settle(settlements)).await;
@@ -150,8 +151,8 @@ impl Spool {
         self.reader.run(move |connection| reader::pending_after(connection, seq, limit)).await
     }
 
-    /// Parked events that were not tried within the last `retry_ms`, longest waiting first: at most `limit`, and about 4 MiB
-    /// of bodies.
+    /// Parked events that were not tried within the last `retry_ms`, longest waiting first: at most `limit`, and about
+    /// 4 MiB of bodies.
     pub async fn parked_due(&self, now_ms: i64, retry_ms: i64, limit: usize) -> Result<Batch, ReadError> {
         self.reader.run(move |connection| reader::parked_due(connection, now_ms, retry_ms, limit)).await
     }

@@ -1,4 +1,5 @@
-//! Reading, on a connection of its own, so that the publisher never waits for the writer: WAL mode lets both run at once.
+//! Reading, on a connection of its own, so that the publisher never waits for the writer: WAL mode lets both run at
+//! once.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};

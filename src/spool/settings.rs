@@ -6,7 +6,7 @@ use std::path::PathBuf;
 #[derive(Clone, Debug)]
 pub struct Settings {
     pub path: PathBuf,
-    /// Limit for the pending and parked events, counted with [`super::EVENT_OVERHEAD_BYTES`] for each.
+    /// Limit for the pending and parked events, counted with `EVENT_OVERHEAD_BYTES` for each.
     pub max_bytes: u64,
     pub durability: Durability,
 }

@@ -130,8 +130,8 @@ impl Store {
         if ledger.accepted >= highest { Ok(ledger) } else { Err(wrong_totals()) }
     }
 
-    /// `durable`: whether this transaction has to survive a power loss once it is committed. A deletion need not: if it is
-    /// lost, the event is published again under the same id.
+    /// `durable`: whether this transaction has to survive a power loss once it is committed. A deletion need not: if it
+    /// is lost, the event is published again under the same id.
     pub fn begin(&mut self, durable: bool) -> Result<()> {
         self.set_synced(durable)?;
         self.run("BEGIN IMMEDIATE")
@@ -145,8 +145,8 @@ impl Store {
         if self.connection.is_autocommit() { Ok(()) } else { self.run("ROLLBACK") }
     }
 
-    /// Copies the write-ahead log into the file, syncs the file, and truncates the log. Fails with `ExecuteReturnedResults` if
-    /// another process reads the file.
+    /// Copies the write-ahead log into the file, syncs the file, and truncates the log. Fails with
+    /// `ExecuteReturnedResults` if another process reads the file.
     pub fn restart_log(&mut self) -> Result<()> {
         self.set_synced(true)?;
         let busy: bool = self.connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get(0))?;
@@ -298,8 +298,8 @@ impl Store {
     fn set_synced(&mut self, durable: bool) -> Result<()> {
         let synced = durable && self.durability == Durability::Disk;
         if synced != self.synced {
-            // In WAL mode FULL syncs each commit; NORMAL syncs only before a checkpoint, so that a power loss may
-            // take back the last commits but not damage the file (https://www.sqlite.org/pragma.html#pragma_synchronous).
+            // In WAL mode FULL syncs each commit; NORMAL syncs only before a checkpoint, so that a power loss may take
+            // back the last commits but not damage the file (https://www.sqlite.org/pragma.html#pragma_synchronous).
             self.connection.execute_batch(if synced {
                 "PRAGMA synchronous = FULL"
             } else {
@@ -322,8 +322,8 @@ fn create(connection: &Connection) -> Result<()> {
     ))
 }
 
-/// Counts the events first: a DELETE with RETURNING would keep a journal of its own, in memory that it allocates and frees each
-/// time.
+/// Counts the events first: a DELETE with RETURNING would keep a journal of its own, in memory that it allocates and
+/// frees each time.
 pub(super) fn delete(connection: &Connection, first: u64, last: u64) -> Result<Deleted> {
     let mut count = connection.prepare_cached(
         "SELECT count(*), count(parked_reason), coalesce(sum(length(body)), 0) FROM event WHERE seq BETWEEN ?1 AND ?2",

@@ -4,8 +4,8 @@ use uuid::Uuid;
 
 use crate::event::Event;
 
-/// What an event counts for in `spool.max_bytes` in addition to its body: its row, its share of the dedupe window, and the
-/// space that SQLite leaves between rows.
+/// What an event counts for in `spool.max_bytes` in addition to its body: its row, its share of the dedupe window, and
+/// the space that SQLite leaves between rows.
 pub const EVENT_OVERHEAD_BYTES: u64 = 256;
 
 /// What an event with this body counts for in `spool.max_bytes`.

@@ -1,7 +1,7 @@
 //! The one thread that writes: it commits all waiting commands with one fsync, and then answers them.
 //!
-//! If a commit fails, nothing of it remains: its webhooks are answered 503 and will not appear later, and its settlements are
-//! kept for the next commit.
+//! If a commit fails, nothing of it remains: its webhooks are answered 503 and will not appear later, and its
+//! settlements are kept for the next commit.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -147,7 +147,8 @@ impl Writer {
         })
     }
 
-    /// Runs until every sender of commands is gone, the files are gone and their events delivered, or the file is damaged.
+    /// Runs until every sender of commands is gone, the files are gone and their events delivered, or the file is
+    /// damaged.
     pub fn run(mut self, mut commands: mpsc::Receiver<Command>, runtime: &Handle) -> Exit {
         while !self.damaged {
             let first = if self.status.writable() {
@@ -318,7 +319,8 @@ impl Writer {
         if let Some(unreported) = self.log_limiter.due("short-window", Instant::now()) {
             warn!(
                 unreported,
-                "dedupe.entries_max is too small for this traffic: re-sends and captured requests may be published again"
+                "dedupe.entries_max is too small for this traffic: re-sends and captured requests may be published \
+                 again; raise it"
             );
         }
     }
@@ -338,10 +340,11 @@ impl Writer {
         held
     }
 
-    /// Makes sure after a failed commit that the disk works again; events are accepted only after that. Returns whether it does.
+    /// Makes sure after a failed commit that the disk works again; events are accepted only after that. Returns whether
+    /// it does.
     ///
-    /// After a disk error it is unknown which pages of the write-ahead log reached the disk: Linux reports a failed fsync once
-    /// and then forgets it. So the log is copied into the file and truncated first.
+    /// After a disk error it is unknown which pages of the write-ahead log reached the disk: Linux reports a failed
+    /// fsync once and then forgets it. So the log is copied into the file and truncated first.
     fn resume(&mut self) -> bool {
         let restarted = match self.failure {
             Some(CommitFailure::Locked) | None => Ok(()),
@@ -358,7 +361,8 @@ impl Writer {
         {
             warn!(
                 unreported,
-                "cannot accept events while another process reads the spool file (spool verify, a backup, sqlite3); stop it"
+                "cannot accept events while another process reads the spool file (spool verify, a backup, sqlite3); \
+                 stop it"
             );
         }
         let resumed = match restarted {
@@ -392,7 +396,7 @@ impl Writer {
         let is_taken = cause.sqlite_error().map(|error| error.extended_code) == Some(SQLITE_CONSTRAINT_PRIMARYKEY);
         self.damaged |= is_damage(cause) || is_taken;
         if may_lack_space(cause) && self.store.reserve().give_up() {
-            warn!(error = %cause, "the reserve of the spool was freed, so that deliveries go on while the disk is full");
+            warn!(error = %cause, "the reserve of the spool was freed: deliveries go on while the disk is full");
         }
         if self.status.set_writable(false) {
             error!(error = %cause, "the spool cannot be written: answering webhooks 503 until it can");

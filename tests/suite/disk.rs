@@ -1,4 +1,5 @@
-//! Disk faults: full, read-only, deleted, failing, damaged. Every event answered 200 is kept, or the relay reports its loss.
+//! Disk faults: full, read-only, deleted, failing, damaged. Every event answered 200 is kept, or the relay reports its
+//! loss.
 
 use std::fs;
 use std::os::unix::fs::FileExt;
@@ -251,7 +252,8 @@ fn insert_events(path: &Path, count: u64) {
              WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {count})
              INSERT INTO event (seq, id, accepted_ms, authentic, fingerprint, body)
                  SELECT (SELECT accepted FROM ledger) + i, randomblob(16), 0, 1, randomblob(32), randomblob(300) FROM n;
-             UPDATE ledger SET accepted = accepted + {count}, pending = pending + {count}, bytes = bytes + {count} * 556;
+             UPDATE ledger SET accepted = accepted + {count}, pending = pending + {count},
+                               bytes = bytes + {count} * 556;
              COMMIT"
         ))
         .unwrap();

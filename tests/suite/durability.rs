@@ -1,4 +1,5 @@
-//! Promises 1, 2, 3, 5 and 6: what was answered 200 comes out, once if it can be, in order, whatever dies in between.
+//! Promises 1, 2, 3, 5 and 6: every event answered 200 is delivered, in order, whatever crashes, and not more often than
+//! necessary.
 
 use std::collections::{BTreeMap, HashSet};
 
@@ -21,7 +22,7 @@ async fn a_broker_that_is_away_at_the_start_changes_nothing_for_prism() {
     for number in 0..20 {
         ids.push(relay.post(scan(1, number)).await.id());
     }
-    assert_eq!(relay.ops_get("/readyz").await.status, 200, "a dead broker does not make it unready");
+    assert_eq!(relay.ops_get("/readyz").await.status, 200, "a dead broker does not make the relay unready");
     let status = relay.status().await;
     assert_eq!((status["spool"]["pending"].as_u64(), status["broker"]["connected"].as_bool()), (Some(20), Some(false)));
     wire.accept();
@@ -44,7 +45,7 @@ async fn an_event_answered_200_survives_kill_9_and_is_published_once() {
     assert_eq!(again, json!({"ok": true, "id": id, "duplicate": true}), "recognised across the crash");
     assert_eq!(vhost.messages("prism.scan", 1).await[0].id(), id);
     relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
-    // Delivered and gone, and still recognised after another crash.
+    // The event is delivered and deleted, and still recognised after another crash.
     relay.kill9().await;
     relay.start_again().await;
     assert_eq!(relay.post(scan(1, 1)).await.expect(200).json()["id"], json!(id));
@@ -60,7 +61,7 @@ async fn a_publish_without_its_confirm_is_repeated_under_the_same_id() {
     relay.post(scan(1, 0)).await.expect(200);
     vhost.messages("prism.scan", 1).await;
     relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
-    // The broker gets it, but its confirm does not come back before the relay dies.
+    // The broker gets the event, but the relay crashes before the confirm arrives.
     wire.stall_answers();
     let id = relay.post(scan(1, 1)).await.id();
     let first = vhost.messages("prism.scan", 1).await.remove(0);
@@ -147,7 +148,7 @@ async fn sigterm_drains_requests_and_publishes_and_ends_with_0() {
             let sender = relay.sender();
             tokio::spawn(async move {
                 let mut answered = 0;
-                // Until the relay takes no more.
+                // Until the relay refuses.
                 while let Ok(answer) = sender.post(scan(subject, answered)).await {
                     if answer.status != 200 {
                         break;
@@ -172,7 +173,7 @@ async fn sigterm_drains_requests_and_publishes_and_ends_with_0() {
     }
     let delivered = vhost.messages("prism.scan", answered).await;
     let ids: HashSet<_> = delivered.iter().map(|delivery| delivery.id()).collect();
-    assert_eq!(ids.len(), answered, "each one once");
+    assert_eq!(ids.len(), answered, "each event once");
     let Ok(check) = rusqlite::Connection::open(relay.setup().spool()) else { panic!("the spool is a file") };
     let left: i64 = check.query_row("SELECT count(*) FROM event", [], |row| row.get(0)).unwrap();
     assert_eq!(left, 0);

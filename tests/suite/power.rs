@@ -1,9 +1,9 @@
 //! Promise 1 under power loss, and with a disk that refuses to write or sync.
 //!
 //! The real relay runs with a library between it and the disk (`faults/disk.c`), which keeps a journal of every write,
-//! truncation and sync of the spool's files. For many instants the test builds files that a power loss at that instant could
-//! have left: everything up to each file's last sync, and some of the sectors written after it. SQLite opens them, and every
-//! event that was answered 200 before that instant has to be there.
+//! truncation and sync of the spool's files. For many instants the test builds files that a power loss at that instant
+//! could have left: everything up to each file's last sync, and some of the sectors written after it. SQLite opens
+//! them, and every event that was answered 200 before that instant has to be there.
 
 use std::collections::HashSet;
 use std::fs;
@@ -51,7 +51,8 @@ enum Call {
     Sync { file: usize },
 }
 
-/// The calls, each with the journal's length after it. Without the last one if the process was killed while recording it.
+/// The calls, each with the journal's length after it. Without the last one if the process was killed while recording
+/// it.
 fn read_journal(path: &Path) -> Vec<(u64, Call)> {
     let journal = fs::read(path).unwrap();
     let mut calls = Vec::new();
@@ -122,7 +123,8 @@ fn reopen(folder: &Path, [database, log]: [Vec<u8>; 2]) -> HashSet<Vec<u8>> {
     let Ok(mut statement) = connection.prepare("SELECT entries FROM seen") else { return HashSet::new() };
     let rows = statement.query_map([], |row| row.get(0)).unwrap();
     let entries: Vec<u8> = rows.collect::<Result<Vec<Vec<u8>>, _>>().unwrap().concat();
-    // Delivered events are deleted, but the dedupe window still has their ids: 56 bytes an entry, the id from the 24th on.
+    // Delivered events are deleted, but the dedupe window still has their ids: 56 bytes an entry, the id from the 24th
+    // on.
     entries.chunks_exact(56).map(|entry| entry[24..40].to_vec()).collect()
 }
 

@@ -60,8 +60,8 @@ pub(super) fn copy(old: Option<&Connection>, store: &mut Store) -> Result<Saved>
     let (oldest, highest) = store.numbers()?;
     let (events, mut ledger) = (copied.pending + copied.parked, known.unwrap_or_default());
     if known.is_none() {
-        // The numbers stand in for the totals: no number is given twice, and events before the oldest pending one were probably
-        // delivered. If events may be missing, one is counted as lost, so that metrics and alerts show it.
+        // The numbers stand in for the totals: no number is given twice, and events before the oldest pending one were
+        // probably delivered. If events may be missing, one is counted as lost, so that metrics and alerts show it.
         let missing = u64::from(old.is_none() || damage || events == 0);
         ledger.accepted = (highest + missing).max(events + missing);
         ledger.confirmed = oldest.saturating_sub(1).min(ledger.accepted - events - missing);
@@ -144,8 +144,8 @@ impl Copier<'_> {
         Ok(false)
     }
 
-    /// The ranges of numbers that were not copied and may have an event, the shortest first: a long one is more likely to come
-    /// from a number that the damage made up.
+    /// The ranges of numbers that were not copied and may have an event, the shortest first: a long one is more likely
+    /// to come from a number that the damage made up.
     fn gaps(&self, accepted: Option<u64>) -> Result<Vec<(u64, u64)>> {
         let (first, last) = self.store.range()?.unwrap_or_else(|| {
             let end = accepted.unwrap_or(1).max(1);

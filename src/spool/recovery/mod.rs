@@ -1,5 +1,6 @@
-//! Recovery of a damaged spool. All readable events are copied into a new file; when it is complete it takes the place of the
-//! damaged one, which is kept under another name. Recovery may be interrupted at any time: the next start continues it.
+//! Recovery of a damaged spool. All readable events are copied into a new file; when it is complete it takes the place
+//! of the damaged one, which is kept under another name. Recovery may be interrupted at any time: the next start
+//! continues it.
 
 mod copy;
 
@@ -20,8 +21,8 @@ use super::reader::open_read_only;
 use super::settings::Durability;
 use super::store::Store;
 
-/// Suffix of an empty file that asks the next start to recover the spool. The relay creates it when it finds damage while it
-/// runs.
+/// Suffix of an empty file that asks the next start to recover the spool. The relay creates it when it finds damage
+/// while it runs.
 const REQUESTED: &str = ".recover";
 
 /// Suffix of the new file while events are copied. It is useless until it is complete.
@@ -37,8 +38,8 @@ const FILES: [&str; 3] = ["", "-wal", "-shm"];
 const ROUNDS: u32 = 5;
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// With more unreadable blocks than this, or with half of its blocks unreadable, the disk itself is failing or away, and the file
-/// is left in place.
+/// With more unreadable blocks than this, or with half of its blocks unreadable, the disk itself is failing or away,
+/// and the file is left in place.
 const BAD_BLOCKS_MAX: u64 = 64;
 const BLOCK_BYTES: u64 = 4096;
 
@@ -55,8 +56,8 @@ pub(super) fn is_due(path: &Path) -> bool {
     [REQUESTED, COPYING, COMPLETE].iter().any(|suffix| sibling(path, suffix).exists())
 }
 
-/// Opens the spool, and recovers it first if it is damaged. A damaged file that no relay has used before is an error: it may be
-/// something else.
+/// Opens the spool, and recovers it first if it is damaged. A damaged file that no relay has used before is an error:
+/// it may be something else.
 pub(super) fn open(path: &Path, durability: Durability, lock: &Lock) -> Result<Store, OpenError> {
     let io = |source| OpenError::Io { path: path.to_owned(), source };
     let is_complete = sibling(path, COMPLETE).try_exists().map_err(io)?;
@@ -103,8 +104,9 @@ fn report_missing_files(path: &Path) {
     }
 }
 
-/// Copies all readable events into a new file, puts it in the place of the damaged one, and opens it. Needs as much disk space as
-/// the events take. On an error either the damaged file is unchanged, or the new one is complete and the next start continues.
+/// Copies all readable events into a new file, puts it in the place of the damaged one, and opens it. Needs as much
+/// disk space as the events take. On an error either the damaged file is unchanged, or the new one is complete and the
+/// next start continues.
 pub(super) fn recover(path: &Path, durability: Durability, cause: &str) -> Result<Store, OpenError> {
     let io = |source| OpenError::Io { path: path.to_owned(), source };
     error!(path = %path.display(), cause, "the spool is damaged: copying all readable events into a new file");
@@ -130,7 +132,8 @@ pub(super) fn recover(path: &Path, durability: Durability, cause: &str) -> Resul
     Store::open(path, durability)
 }
 
-/// Reads the file until two reads give the same events: SQLite reports a disk error as damage, and a disk error may pass.
+/// Reads the file until two reads give the same events: SQLite reports a disk error as damage, and a disk error may
+/// pass.
 fn copy_until_stable(path: &Path, durability: Durability) -> Result<Saved, OpenError> {
     let io = |source| OpenError::Io { path: path.to_owned(), source };
     let mut before = None;
@@ -210,8 +213,8 @@ fn replace(path: &Path) -> io::Result<PathBuf> {
     Ok(aside)
 }
 
-/// A free name for the damaged file, by the time at which its events were copied: an interrupted recovery continues under the
-/// same name.
+/// A free name for the damaged file, by the time at which its events were copied: an interrupted recovery continues
+/// under the same name.
 pub(super) fn aside(path: &Path, at: Timestamp) -> PathBuf {
     let name = |count: u32| {
         let more = if count > 1 { format!("-{count}") } else { String::new() };
@@ -229,7 +232,8 @@ fn open_damaged(path: &Path) -> Result<Option<Connection>, OpenError> {
     }
     let opening = || {
         let connection = open_read_only(path)?;
-        // writable_schema lets SQLite read a file that is shorter than its header says. One transaction reads one snapshot.
+        // writable_schema lets SQLite read a file that is shorter than its header says. One transaction reads one
+        // snapshot.
         connection.execute_batch("PRAGMA writable_schema = ON; BEGIN")?;
         Ok(connection)
     };

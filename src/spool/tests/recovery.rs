@@ -143,7 +143,8 @@ fn table_of_events(path: &Path) -> (Vec<u8>, usize) {
     (std::fs::read(path).unwrap(), (root - 1) * 4096)
 }
 
-/// The offset of a cell of a page: an array of offsets follows the header (<https://www.sqlite.org/fileformat2.html>, 1.6).
+/// The offset of a cell of a page: an array of offsets follows the header (<https://www.sqlite.org/fileformat2.html>,
+/// 1.6).
 fn cell_in(bytes: &[u8], page: usize, header: usize, cell: usize) -> usize {
     let pointer = page + header + 2 * cell;
     page + usize::from(u16::from_be_bytes([bytes[pointer], bytes[pointer + 1]]))

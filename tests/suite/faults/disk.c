@@ -1,11 +1,13 @@
-/* Stands between the relay and the disk (LD_PRELOAD): notes every write, cut and sync of the spool's files in a journal,
- * so that a test can work out what a power loss would have left; and makes calls fail while a test asks for it.
+/* Stands between the relay and the disk (LD_PRELOAD). It records every write, truncation and sync of the spool's files in a
+ * journal, so that a test can build the files that a power loss would have left, and makes calls fail on request.
  *
- * PRISM_DISK_JOURNAL  the journal: records of { kind, file, offset, length } and the bytes of a write
- * PRISM_DISK_FAULTS   a file; while it holds "fsync", "write" or "read", these calls fail with EIO (a read only behind the first
- *                     page); while it holds "read-only", all that change something fail with EROFS, as on an ext4 that was
- *                     made read-only because of an error; while it holds "quota", writes fail with EDQUOT unless the reserve
- *                     is given up; while it holds "hang", syncs do not return
+ * PRISM_DISK_JOURNAL  the journal: records of { kind, file, offset, length }, followed by the bytes of a write
+ * PRISM_DISK_FAULTS   a file whose content chooses the fault:
+ *                       fsync, write   these calls fail with EIO
+ *                       read           reads behind the first page fail with EIO
+ *                       read-only      calls that change something fail with EROFS, as on an ext4 remounted after an error
+ *                       quota          writes fail with EDQUOT while the reserve exists
+ *                       hang           syncs do not return
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -43,14 +45,14 @@ static enum file file_of(int fd) {
     return OTHER;
 }
 
-/* Whether the spool in the folder of this file holds its reserve. */
-static int has_reserve(const char *beside) {
+/* Whether the spool in the folder of this file has its reserve. */
+static int has_reserve(const char *faults) {
     char path[4096];
-    snprintf(path, sizeof path, "%.*s/spool.db.reserve", (int)(strrchr(beside, '/') - beside), beside);
+    snprintf(path, sizeof path, "%.*s/spool.db.reserve", (int)(strrchr(faults, '/') - faults), faults);
     return !access(path, F_OK);
 }
 
-/* The error that a call is to fail with, 0 if it is to succeed. */
+/* The error that a call should fail with; 0 if it should succeed. */
 static int fault_of(const char *call) {
     const char *path = getenv("PRISM_DISK_FAULTS");
     char text[16] = "";
@@ -137,7 +139,7 @@ static int sync_by(const char *symbol, int fd) {
     while (fault_of("hang") == EIO) usleep(10000);
     int fault = fault_of("fsync");
     if (fault) return errno = fault, -1;
-    /* Noted before it is done: what is written meanwhile by others is not covered by it. */
+    /* Under the lock: a write of another thread during the sync is not covered by it. */
     pthread_mutex_lock(&lock);
     int outcome = next(fd);
     if (!outcome) note(SYNC, file, 0, NULL, 0);
