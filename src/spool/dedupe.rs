@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use uuid::Uuid;
 
+use super::types::Receipt;
 use crate::event::Fingerprint;
 
 /// The settings of the dedupe window.
@@ -28,58 +29,25 @@ pub struct Settings {
 const MARGIN_MS: i64 = 60_000;
 
 /// Twice the largest `signature.tolerance`. Without a limit, a clock set back by years would keep entries for years.
-const REPLAYABLE_MAX: Duration = Duration::from_secs(2 * 24 * 3600);
+const REPLAYABLE_MS_MAX: i64 = 2 * 24 * 3_600_000;
 
 /// Most entries to allocate room for at the start, and how many more a commit may add before the oldest are dropped.
 const ROOM_MAX: usize = 200_000;
 const ROOM_BEYOND: usize = 2048;
 
-/// Half of a body's SHA-256: enough to tell bodies apart, and half the memory.
+/// An entry as it is on disk, big-endian: the number of the first acceptance (8 bytes), the key of the body (16), the
+/// id (16), when it was accepted (8) and when the signature expires (8), both in milliseconds since 1970; 0: unsigned.
+pub(super) type EntryBytes = [u8; 56];
+
+/// Half of a body's SHA-256: enough to distinguish bodies, in half the memory.
 type BodyKey = [u8; 16];
 
-/// An entry as it is on disk.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Seen {
-    pub seq: u64,
-    pub body: BodyKey,
-    pub id: Uuid,
-    /// By the wall clock, in milliseconds since 1970.
-    pub accepted_ms: i64,
-    /// When the signature expires, in milliseconds since 1970; `None` for an unsigned request.
-    pub replayable_until_ms: Option<NonZeroI64>,
-}
-
-impl Seen {
-    pub const BYTES: usize = 56;
-
-    pub fn to_bytes(&self) -> [u8; Self::BYTES] {
-        let mut bytes = [0; Self::BYTES];
-        bytes[..8].copy_from_slice(&self.seq.to_be_bytes());
-        bytes[8..24].copy_from_slice(&self.body);
-        bytes[24..40].copy_from_slice(self.id.as_bytes());
-        bytes[40..48].copy_from_slice(&self.accepted_ms.to_be_bytes());
-        bytes[48..].copy_from_slice(&self.replayable_until_ms.map_or(0, NonZeroI64::get).to_be_bytes());
-        bytes
-    }
-
-    pub fn from_bytes(bytes: &[u8; Self::BYTES]) -> Self {
-        let piece = |from: usize| bytes[from..].first_chunk().expect("56 bytes");
-        let sixteen = |from: usize| *bytes[from..].first_chunk().expect("56 bytes");
-        Self {
-            seq: u64::from_be_bytes(*piece(0)),
-            body: sixteen(8),
-            id: Uuid::from_bytes(sixteen(24)),
-            accepted_ms: i64::from_be_bytes(*piece(40)),
-            replayable_until_ms: NonZeroI64::new(i64::from_be_bytes(*piece(48))),
-        }
-    }
-}
-
-/// Entries in the order of acceptance, and where the latest one of each body and of each signed request is.
+/// Entries in the order of acceptance, and where the latest one of each body and of each signed request is. A re-send
+/// under another signature is an entry of its own, with the number and id of the first acceptance.
 ///
-/// A full window of 100,000 entries takes 11 MB: 64 bytes for each entry, and two maps of 131,072 places of 17 bytes.
+/// 100,000 entries take 11 MB: 64 bytes for each, and two maps of 131,072 places of 17 bytes.
 pub(super) struct Window {
-    length: Duration,
+    length_ms: i64,
     entries_max: usize,
     /// Times are milliseconds since then.
     origin: Instant,
@@ -89,8 +57,8 @@ pub(super) struct Window {
     first: u64,
     bodies: HashMap<u64, u64>,
     requests: HashMap<u64, u64>,
-    /// Entries of the transaction in progress, as [`Seen::to_bytes`].
-    uncommitted: Vec<u8>,
+    /// The entries of the transaction in progress.
+    uncommitted: Vec<EntryBytes>,
 }
 
 struct Entry {
@@ -101,13 +69,6 @@ struct Entry {
     replayable_until_ms: Option<NonZeroI64>,
     /// When the entry can be dropped.
     expires_at: i64,
-}
-
-/// The first acceptance of a body or of a signed request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct First {
-    pub seq: u64,
-    pub id: Uuid,
 }
 
 /// What [`Window::purge`] dropped.
@@ -134,12 +95,22 @@ impl Now {
 
 impl Entry {
     fn body_key(&self) -> u64 {
-        u64::from_be_bytes(*self.body.first_chunk().expect("16 bytes"))
+        u64::from_be_bytes(piece(&self.body, 0))
     }
 
-    /// Identifies the signed request: the time of signing plus a constant, mixed with a hash of the body.
+    /// Identifies the signed request: the time of signing plus a constant, mixed with the hash of the body.
     fn request_key(&self) -> Option<u64> {
         self.replayable_until_ms.map(|until| self.body_key() ^ until.get().cast_unsigned())
+    }
+
+    fn to_bytes(&self, accepted_ms: i64) -> EntryBytes {
+        let mut bytes = [0; _];
+        bytes[..8].copy_from_slice(&self.seq.to_be_bytes());
+        bytes[8..24].copy_from_slice(&self.body);
+        bytes[24..40].copy_from_slice(self.id.as_bytes());
+        bytes[40..48].copy_from_slice(&accepted_ms.to_be_bytes());
+        bytes[48..].copy_from_slice(&self.replayable_until_ms.map_or(0, NonZeroI64::get).to_be_bytes());
+        bytes
     }
 }
 
@@ -148,7 +119,7 @@ impl Window {
         // Memory counts only once it is used; growing step by step would take half as much again for a while.
         let room = if settings.window.is_zero() { 0 } else { settings.entries_max.min(ROOM_MAX) + ROOM_BEYOND };
         Self {
-            length: settings.window,
+            length_ms: milliseconds(settings.window),
             entries_max: settings.entries_max,
             origin: Instant::now(),
             entries: VecDeque::with_capacity(room),
@@ -160,47 +131,51 @@ impl Window {
     }
 
     pub fn is_on(&self) -> bool {
-        !self.length.is_zero()
+        self.length_ms > 0
     }
 
     /// Takes over the entries of an earlier process; `last` is the number of the last one. An entry from the future
     /// counts as accepted just now.
-    pub fn load(&mut self, seen: Vec<Seen>, last: u64, now: Now) {
-        self.first = last + 1 - seen.len() as u64;
-        for Seen { seq, body, id, accepted_ms, replayable_until_ms } in seen {
-            let age = i64::max(0, now.wall_ms.saturating_sub(accepted_ms));
-            let accepted_at = self.at(now.monotonic).saturating_sub(age);
-            self.push(Entry { seq, body, id, accepted_at, replayable_until_ms, expires_at: 0 }, now);
+    pub fn load(&mut self, entries: &[EntryBytes], last: u64, now: Now) {
+        self.first = last + 1 - entries.len() as u64;
+        for bytes in entries {
+            let age = i64::max(0, now.wall_ms.saturating_sub(i64::from_be_bytes(piece(bytes, 40))));
+            let entry = Entry {
+                seq: u64::from_be_bytes(piece(bytes, 0)),
+                body: piece(bytes, 8),
+                id: Uuid::from_bytes(piece(bytes, 24)),
+                accepted_at: self.at(now.monotonic).saturating_sub(age),
+                replayable_until_ms: NonZeroI64::new(i64::from_be_bytes(piece(bytes, 48))),
+                expires_at: 0,
+            };
+            self.push(entry, now);
         }
     }
 
-    /// Whether this is a re-send: the body was accepted within the window, or the very same signed request was accepted
-    /// before. The latter was captured: Prism signs what it sends later with a later time. Remembers the signature of a
-    /// re-send.
+    /// The receipt of the first acceptance, if this is a re-send: the body was accepted within the window, or the very
+    /// same signed request was accepted before. The latter was captured: Prism signs what it sends later with a later
+    /// time. Remembers the signature of a re-send.
     pub fn recognise(
         &mut self,
         fingerprint: &Fingerprint,
         replayable_until_ms: Option<i64>,
         now: Now,
-    ) -> Option<First> {
+    ) -> Option<Receipt> {
         let mut entry = self.entry(0, fingerprint, Uuid::nil(), replayable_until_ms, now);
-        let found = |map: &HashMap<u64, u64>, key: u64| {
-            let known = &self.entries[usize::try_from(map.get(&key)? - self.first).ok()?];
-            (known.body == entry.body).then_some(known)
+        let known = |map: &HashMap<u64, u64>, key| {
+            let index = usize::try_from(map.get(&key)? - self.first).ok()?;
+            self.entries.get(index).filter(|known| known.body == entry.body)
         };
-        if let Some(known) = entry.request_key().and_then(|key| found(&self.requests, key)) {
-            return Some(First { seq: known.seq, id: known.id });
-        }
-        let known = found(&self.bodies, entry.body_key())?;
-        if entry.accepted_at.saturating_sub(known.accepted_at) > milliseconds(self.length) {
-            return None;
-        }
-        let first = First { seq: known.seq, id: known.id };
-        (entry.seq, entry.id, entry.accepted_at) = (known.seq, known.id, known.accepted_at);
-        if entry.replayable_until_ms.is_some() {
+        let replayed = entry.request_key().and_then(|key| known(&self.requests, key));
+        let recent = |known: &&Entry| entry.accepted_at.saturating_sub(known.accepted_at) <= self.length_ms;
+        let first = replayed.or_else(|| known(&self.bodies, entry.body_key()).filter(recent))?;
+        let receipt = Receipt { seq: first.seq, id: first.id, duplicate: true };
+        let is_signed_again = replayed.is_none() && entry.replayable_until_ms.is_some();
+        (entry.seq, entry.id, entry.accepted_at) = (first.seq, first.id, first.accepted_at);
+        if is_signed_again {
             self.add(entry, now);
         }
-        Some(first)
+        Some(receipt)
     }
 
     /// Remembers an accepted event.
@@ -217,9 +192,14 @@ impl Window {
         }
     }
 
-    /// The entries of the transaction in progress, as they go to the disk, and the number of the last one.
-    pub fn uncommitted(&self) -> Option<(u64, &[u8])> {
-        (!self.uncommitted.is_empty()).then(|| (self.first + self.entries.len() as u64 - 1, &self.uncommitted[..]))
+    /// The entries of the transaction in progress, for the disk. Empty if there are none.
+    pub fn uncommitted(&self) -> &[EntryBytes] {
+        &self.uncommitted
+    }
+
+    /// The number of the last entry.
+    pub fn last(&self) -> u64 {
+        self.first + self.entries.len() as u64 - 1
     }
 
     /// The transaction was committed.
@@ -227,14 +207,14 @@ impl Window {
         self.uncommitted.clear();
     }
 
-    /// The transaction failed: forgets its entries.
+    /// The transaction failed: forgets its entries. They may have replaced earlier ones in the maps, so all are indexed
+    /// again: failures are rare.
     pub fn roll_back(&mut self) {
         if self.uncommitted.is_empty() {
             return;
         }
-        self.entries.truncate(self.entries.len() - self.uncommitted.len() / Seen::BYTES);
+        self.entries.truncate(self.entries.len() - self.uncommitted.len());
         self.uncommitted.clear();
-        // The entries may have replaced earlier ones in the maps. Failures are rare, so all is indexed again.
         self.bodies.clear();
         self.requests.clear();
         for index in 0..self.entries.len() {
@@ -246,22 +226,18 @@ impl Window {
     pub fn purge(&mut self, now: Instant) -> Option<Purged> {
         let (now, mut purged) = (self.at(now), None);
         while let Some(oldest) = self.entries.front() {
-            let early = oldest.expires_at > now;
-            if early && self.entries.len() <= self.entries_max {
+            let is_live = oldest.expires_at > now;
+            if is_live && self.entries.len() <= self.entries_max {
                 break;
             }
-            let number = self.first;
-            let keys = [(&mut self.bodies, Some(oldest.body_key())), (&mut self.requests, oldest.request_key())];
-            for (map, key) in keys {
-                if let Some(key) = key
-                    && map.get(&key) == Some(&number)
-                {
-                    map.remove(&key);
-                }
+            let last = self.first;
+            forget(&mut self.bodies, oldest.body_key(), last);
+            if let Some(key) = oldest.request_key() {
+                forget(&mut self.requests, key, last);
             }
             self.entries.pop_front();
             self.first += 1;
-            purged = Some(Purged { last: number, early: early || purged.is_some_and(|purged: Purged| purged.early) });
+            purged = Some(Purged { last, early: is_live || purged.is_some_and(|purged: Purged| purged.early) });
         }
         purged
     }
@@ -274,24 +250,23 @@ impl Window {
         replayable_until_ms: Option<i64>,
         now: Now,
     ) -> Entry {
-        let body = *fingerprint.0.first_chunk().expect("a fingerprint has 32 bytes");
-        let replayable_until_ms = replayable_until_ms.and_then(NonZeroI64::new);
+        let (body, replayable_until_ms) = (piece(&fingerprint.0, 0), replayable_until_ms.and_then(NonZeroI64::new));
         Entry { seq, body, id, accepted_at: self.at(now.monotonic), replayable_until_ms, expires_at: 0 }
     }
 
     fn add(&mut self, entry: Entry, now: Now) {
-        let Entry { seq, body, id, accepted_at, replayable_until_ms, .. } = entry;
-        let accepted_ms = now.wall_ms.saturating_sub(self.at(now.monotonic) - accepted_at);
-        let seen = Seen { seq, body, id, accepted_ms, replayable_until_ms };
-        self.uncommitted.extend_from_slice(&seen.to_bytes());
+        let age = self.at(now.monotonic) - entry.accepted_at;
+        self.uncommitted.push(entry.to_bytes(now.wall_ms.saturating_sub(age)));
         self.push(entry, now);
     }
 
     fn push(&mut self, mut entry: Entry, now: Now) {
-        let signature = entry.replayable_until_ms.map_or(i64::MIN, |until| until.get().saturating_add(MARGIN_MS));
-        let replayable = signature.saturating_sub(now.wall_ms).clamp(0, milliseconds(REPLAYABLE_MAX));
-        entry.expires_at =
-            i64::max(entry.accepted_at.saturating_add(milliseconds(self.length)), self.at(now.monotonic) + replayable);
+        entry.expires_at = entry.accepted_at.saturating_add(self.length_ms);
+        if let Some(until) = entry.replayable_until_ms {
+            let valid_for = until.get().saturating_add(MARGIN_MS).saturating_sub(now.wall_ms);
+            let expires_at = self.at(now.monotonic) + valid_for.clamp(0, REPLAYABLE_MS_MAX);
+            entry.expires_at = entry.expires_at.max(expires_at);
+        }
         self.entries.push_back(entry);
         self.index(self.entries.len() - 1);
     }
@@ -304,17 +279,26 @@ impl Window {
         }
     }
 
-    /// In milliseconds since the origin; negative before.
+    /// In milliseconds since the origin.
     fn at(&self, time: Instant) -> i64 {
-        match time.checked_duration_since(self.origin) {
-            Some(after) => milliseconds(after),
-            None => -milliseconds(self.origin - time),
-        }
+        milliseconds(time.saturating_duration_since(self.origin))
+    }
+}
+
+/// Removes a key, unless a later entry has it.
+fn forget(map: &mut HashMap<u64, u64>, key: u64, number: u64) {
+    if map.get(&key) == Some(&number) {
+        map.remove(&key);
     }
 }
 
 fn milliseconds(duration: Duration) -> i64 {
     i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
+}
+
+/// The `N` bytes from `from` on.
+fn piece<const N: usize>(bytes: &[u8], from: usize) -> [u8; N] {
+    *bytes[from..].first_chunk().expect("the callers' offsets lie within the bytes")
 }
 
 #[cfg(test)]
@@ -350,13 +334,7 @@ mod tests {
     }
 
     fn found(window: &mut Window, n: u8, until_ms: Option<i64>, now: Now) -> Option<Uuid> {
-        window.recognise(&body(n), until_ms, now).map(|first| first.id)
-    }
-
-    fn entries_in(bytes: &[u8]) -> Vec<Seen> {
-        let (entries, rest) = bytes.as_chunks();
-        assert!(rest.is_empty());
-        entries.iter().map(Seen::from_bytes).collect()
+        window.recognise(&body(n), until_ms, now).map(|receipt| receipt.id)
     }
 
     #[test]
@@ -400,7 +378,7 @@ mod tests {
         assert_eq!(found(&mut window, 1, third, at(start, 131)), Some(id(2)));
         window.insert(3, &body(2), id(3), None, at(start, 131));
         window.roll_back();
-        assert_eq!(window.uncommitted(), None);
+        assert!(window.uncommitted().is_empty());
         assert_eq!(found(&mut window, 2, None, at(start, 131)), None);
         let known = [first, second, third].map(|until| found(&mut window, 1, until, at(start, 200)));
         assert_eq!(known, [Some(id(1)), None, None]);
@@ -440,19 +418,18 @@ mod tests {
         let mut window = empty(10);
         let until = Some(at(start, 300).wall_ms);
         window.insert(7, &body(1), id(1), until, at(start, 5));
+        let mut saved = window.uncommitted().to_vec();
         window.commit();
         assert_eq!(found(&mut window, 1, Some(at(start, 310).wall_ms), at(start, 15)), Some(id(1)));
         window.insert(8, &body(2), id(2), None, at(start, 20));
-        let (last, bytes) = window.uncommitted().unwrap();
-        let seen = entries_in(bytes);
-        assert_eq!((last, seen[0].seq, seen[0].id, seen[0].accepted_ms), (3, 7, id(1), at(start, 5).wall_ms));
-        assert_eq!((seen[1].seq, seen[1].accepted_ms), (8, at(start, 20).wall_ms));
-        assert_eq!(seen.iter().flat_map(Seen::to_bytes).collect::<Vec<_>>(), bytes);
+        saved.extend(window.uncommitted());
+        assert_eq!((saved.len(), window.last()), (3, 3));
         let mut reopened = empty(10);
-        reopened.load(seen, last, at(start, 50));
+        reopened.load(&saved, 3, at(start, 50));
         assert_eq!(found(&mut reopened, 1, None, at(start, 125)), Some(id(1)));
         assert_eq!(found(&mut reopened, 1, None, at(start, 126)), None);
-        assert_eq!(found(&mut reopened, 1, Some(at(start, 310).wall_ms), at(start, 309)), Some(id(1)));
+        let replayed = reopened.recognise(&body(1), Some(at(start, 310).wall_ms), at(start, 309));
+        assert_eq!(replayed, Some(Receipt { seq: 7, id: id(1), duplicate: true }));
         assert_eq!(reopened.purge(at(start, 1000).monotonic), Some(Purged { last: 3, early: false }));
     }
 
@@ -461,11 +438,13 @@ mod tests {
         let monotonic = Instant::now() + Duration::from_secs(1000);
         let now = |seconds| Now { wall_ms: 200_000, monotonic: monotonic + seconds * SECOND };
         let seen = |n: u8, accepted_ms, until| {
-            let (body, replayable_until_ms) = ([n; 16], NonZeroI64::new(until));
-            Seen { seq: n.into(), body, id: id(n), accepted_ms, replayable_until_ms }
+            let replayable_until_ms = NonZeroI64::new(until);
+            let entry =
+                Entry { seq: n.into(), body: [n; 16], id: id(n), accepted_at: 0, replayable_until_ms, expires_at: 0 };
+            entry.to_bytes(accepted_ms)
         };
         let mut window = empty(10);
-        window.load(vec![seen(1, 0, 0), seen(2, 100_000, 0), seen(3, 900_000, 0), seen(4, 0, 500_000)], 4, now(0));
+        window.load(&[seen(1, 0, 0), seen(2, 100_000, 0), seen(3, 900_000, 0), seen(4, 0, 500_000)], 4, now(0));
         window.purge(monotonic);
         assert_eq!([1, 2, 3].map(|n| found(&mut window, n, None, now(0)).is_some()), [false, true, true]);
         assert_eq!(found(&mut window, 3, None, now(121)), None);

@@ -1,12 +1,13 @@
 //! The SQLite file: its schema, its modes, and the statements that change it.
 
+use std::ops::RangeInclusive;
 use std::path::Path;
 use std::time::Duration;
 
 use rusqlite::{Connection, OptionalExtension, Result};
 use uuid::Uuid;
 
-use super::dedupe::Seen;
+use super::dedupe::EntryBytes;
 use super::error::OpenError;
 use super::files::{self, FileIdentity, Reserve};
 use super::ledger::{Deleted, Ledger, wrong_totals};
@@ -38,8 +39,7 @@ const SCHEMA: &str = "
     CREATE INDEX parked ON event (tried_ms) WHERE parked_reason IS NOT NULL;
     CREATE TABLE seen (                    -- the dedupe window, in the order of acceptance: a row for each transaction
         last          INTEGER PRIMARY KEY, -- the number of the last entry in it
-        entries       BLOB    NOT NULL     -- 56 bytes each: seq 8, SHA-256 of the body 16 (its first half), id 16,
-                                           -- accepted_ms 8, when the signature expires 8 (ms since 1970; 0: unsigned)
+        entries       BLOB    NOT NULL     -- 56 bytes each: see EntryBytes
     ) STRICT;
     CREATE TABLE ledger (                  -- accepted = confirmed + pending + parked + removed
         id            INTEGER PRIMARY KEY CHECK (id = 1),
@@ -62,7 +62,7 @@ pub(super) const NUMBER_MAX: u64 = 1 << 48;
 /// The dedupe window as it is on disk.
 pub(super) struct SeenEntries {
     /// The oldest first.
-    pub entries: Vec<Seen>,
+    pub entries: Vec<EntryBytes>,
     /// The number of the last one; 0 without any.
     pub last: u64,
 }
@@ -126,8 +126,8 @@ impl Store {
 
     /// Reads the totals. Fails as well if an event has a higher number than the last accepted one.
     pub fn ledger_of_events(&self) -> Result<Ledger> {
-        let (ledger, (_, highest)) = (self.ledger()?, self.numbers()?);
-        if ledger.accepted >= highest { Ok(ledger) } else { Err(wrong_totals()) }
+        let ledger = self.ledger()?;
+        if ledger.accepted >= self.highest()? { Ok(ledger) } else { Err(wrong_totals()) }
     }
 
     /// `durable`: whether this transaction has to survive a power loss once it is committed. A deletion need not: if it
@@ -221,9 +221,12 @@ impl Store {
     }
 
     /// Appends entries to the dedupe window; `last` is the number of the last one.
-    pub fn remember(&self, last: u64, entries: &[u8]) -> Result<()> {
+    pub fn remember(&self, last: u64, entries: &[EntryBytes]) -> Result<()> {
+        if entries.is_empty() {
+            return Ok(());
+        }
         let mut statement = self.connection.prepare_cached("INSERT INTO seen (last, entries) VALUES (?1, ?2)")?;
-        statement.execute((last, entries)).map(|_| ())
+        statement.execute((last, entries.as_flattened())).map(|_| ())
     }
 
     /// Deletes the entries of the dedupe window up to number `last`. Rows with a later entry stay as they are.
@@ -245,7 +248,7 @@ impl Store {
             if !rest.is_empty() {
                 return Err(wrong_totals());
             }
-            entries.extend(chunks.iter().rev().map(Seen::from_bytes));
+            entries.extend(chunks.iter().rev());
         }
         if last < entries.len() as u64 || last > NUMBER_MAX {
             return Err(wrong_totals());
@@ -260,35 +263,42 @@ impl Store {
         statement.query_row([seq], |row| Ok(Uuid::from_bytes(row.get(0)?))).optional()
     }
 
-    /// The lowest and the highest number of the events.
-    pub fn range(&self) -> Result<Option<(u64, u64)>> {
-        let sql = "SELECT min(seq), max(seq) FROM event";
-        self.connection.query_row(sql, [], |row| Ok(row.get::<_, Option<u64>>(0)?.zip(row.get(1)?)))
+    /// From the lowest to the highest number of the events.
+    pub fn range(&self) -> Result<Option<RangeInclusive<u64>>> {
+        self.connection.query_row("SELECT min(seq), max(seq) FROM event", [], |row| {
+            let ends = row.get::<_, Option<u64>>(0)?.zip(row.get(1)?);
+            Ok(ends.map(|(first, last)| first..=last))
+        })
     }
 
-    /// The numbers from `first` to `last` that no event has, as ranges with both ends included.
-    pub fn gaps(&self, first: u64, last: u64) -> Result<Vec<(u64, u64)>> {
+    /// The numbers in `range` that no event has.
+    pub fn gaps(&self, range: RangeInclusive<u64>) -> Result<Vec<RangeInclusive<u64>>> {
+        let (mut next, last) = range.into_inner();
         let mut statement =
             self.connection.prepare("SELECT seq FROM event WHERE seq BETWEEN ?1 AND ?2 ORDER BY seq")?;
-        let (mut gaps, mut next) = (Vec::new(), first);
-        for seq in statement.query_map([first, last], |row| row.get::<_, u64>(0))? {
+        let mut gaps = Vec::new();
+        for seq in statement.query_map([next, last], |row| row.get::<_, u64>(0))? {
             let seq = seq?;
             if seq > next {
-                gaps.push((next, seq - 1));
+                gaps.push(next..=seq - 1);
             }
             next = seq + 1;
         }
         if next <= last {
-            gaps.push((next, last));
+            gaps.push(next..=last);
         }
         Ok(gaps)
     }
 
-    /// The number of the oldest pending event and the highest one of all events; 0 if there is none.
-    pub fn numbers(&self) -> Result<(u64, u64)> {
-        let sql = "SELECT coalesce((SELECT seq FROM event WHERE parked_reason IS NULL ORDER BY seq LIMIT 1), 0),
-                          coalesce(max(seq), 0) FROM event";
-        self.connection.query_row(sql, [], |row| Ok((row.get(0)?, row.get(1)?)))
+    /// The number of the oldest pending event; 0 if there is none.
+    pub fn oldest_pending(&self) -> Result<u64> {
+        let sql = "SELECT coalesce((SELECT seq FROM event WHERE parked_reason IS NULL ORDER BY seq LIMIT 1), 0)";
+        self.connection.query_row(sql, [], |row| row.get(0))
+    }
+
+    /// The highest number of the events; 0 if there is none.
+    pub fn highest(&self) -> Result<u64> {
+        self.connection.query_row("SELECT coalesce(max(seq), 0) FROM event", [], |row| row.get(0))
     }
 
     fn run(&self, sql: &str) -> Result<()> {

@@ -13,7 +13,7 @@ use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tracing::{error, info, warn};
 
-use super::dedupe::{self, First, Now, Purged, Window};
+use super::dedupe::{self, Now, Purged, Window};
 use super::error::{AppendError, is_damage};
 use super::ledger::Ledger;
 use super::status::SpoolStatus;
@@ -130,7 +130,7 @@ impl Writer {
         let mut window = Window::new(dedupe);
         if window.is_on() {
             let seen = store.seen(dedupe.entries_max)?;
-            window.load(seen.entries, seen.last, Now::read());
+            window.load(&seen.entries, seen.last, Now::read());
         }
         Ok(Self {
             store,
@@ -264,9 +264,7 @@ impl Writer {
                 transaction.appended += u64::from(matches!(answer, Ok(Receipt { duplicate: false, .. })));
                 transaction.replies.last_mut().expect("just pushed").1 = answer;
             }
-            if let Some((last, entries)) = self.window.uncommitted() {
-                self.store.remember(last, entries)?;
-            }
+            self.store.remember(self.window.last(), self.window.uncommitted())?;
             self.store.write_ledger(&transaction.ledger)?;
             if self.failure.is_some() {
                 self.store.touch()?;
@@ -298,9 +296,9 @@ impl Writer {
         replayable_until_ms: Option<i64>,
     ) -> Result<Result<Receipt, AppendError>> {
         let now = Now::read();
-        if let Some(First { seq, id }) = self.window.recognise(&event.fingerprint, replayable_until_ms, now) {
+        if let Some(first) = self.window.recognise(&event.fingerprint, replayable_until_ms, now) {
             ledger.duplicates += 1;
-            return Ok(Ok(Receipt { seq, id, duplicate: true }));
+            return Ok(Ok(first));
         }
         let cost = cost(&event.body);
         if ledger.bytes + cost > self.max_bytes {

@@ -246,7 +246,7 @@ async fn a_stalled_disk_is_reported_and_not_waited_for() {
     // A start does not delay a signal either.
     fs::write(relay.setup().spool().with_extension("db.recover"), "").unwrap();
     let mut starting = relay.setup().launch(&["serve"]);
-    eventually("the start to say what it does", async || {
+    eventually("the log line about the recovery", async || {
         let lines = starting.stderr();
         if lines.iter().any(|line| line.contains("copying all readable events")) {
             Ok(())
@@ -336,7 +336,7 @@ async fn parked_events_are_not_repeated_on_a_failing_disk() {
     vhost.create_queue("rest", json!({})).await;
     vhost.bind("prism.events", "rest", "#").await;
     let begun = Instant::now();
-    eventually("the time of many tries", async || {
+    eventually("2 s, enough for many retries", async || {
         let elapsed = begun.elapsed();
         if elapsed.as_secs() >= 2 { Ok(()) } else { Err(format!("{elapsed:?}")) }
     })

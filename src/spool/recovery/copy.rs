@@ -1,5 +1,7 @@
 //! Copies the readable events of a damaged spool into a new one. Knows nothing of files.
 
+use std::ops::RangeInclusive;
+
 use rusqlite::{Connection, ErrorCode, Result, Row};
 
 use super::super::ledger::Ledger;
@@ -57,7 +59,7 @@ pub(super) fn copy(old: Option<&Connection>, store: &mut Store) -> Result<Saved>
         copier.copy_from(old, known.map(|known| known.accepted))?;
     }
     let Copier { ledger: copied, damage, .. } = copier;
-    let (oldest, highest) = store.numbers()?;
+    let (oldest, highest) = (store.oldest_pending()?, store.highest()?);
     let (events, mut ledger) = (copied.pending + copied.parked, known.unwrap_or_default());
     if known.is_none() {
         // The numbers stand in for the totals: no number is given twice, and events before the oldest pending one were
@@ -107,13 +109,13 @@ impl Copier<'_> {
             return Ok(());
         }
         self.damage = true;
-        let (_, reached) = self.store.numbers()?;
+        let reached = self.store.highest()?;
         self.copy_rows(old, &format!("{columns} ORDER BY seq DESC"), reached)?;
         // Without a schema there is nothing to look up.
         if let Some(mut one) = readable(old.prepare(&format!("{columns} WHERE seq = ?1")))? {
             let mut failed = 0;
             let gaps = self.gaps(accepted)?;
-            for seq in gaps.into_iter().flat_map(|(from, to)| from..=to) {
+            for seq in gaps.into_iter().flatten() {
                 let found = readable(one.query_one([seq], |row| Ok(self.take(row))))?.transpose()?;
                 failed += u64::from(found.flatten().is_none());
                 if failed >= LOOKUPS_MAX {
@@ -123,9 +125,9 @@ impl Copier<'_> {
         }
         // The own number of a homeless event is among those without an event.
         let gaps = self.gaps(accepted)?;
-        let mut free = gaps.into_iter().flat_map(|(from, to)| from..=to);
+        let mut free = gaps.into_iter().flatten();
         for mut event in std::mem::take(&mut self.homeless) {
-            event.stored.seq = free.next().map_or_else(|| self.store.numbers().map(|(_, last)| last + 1), Ok)?;
+            event.stored.seq = free.next().map_or_else(|| self.store.highest().map(|last| last + 1), Ok)?;
             self.keep(&event)?;
         }
         Ok(())
@@ -146,14 +148,14 @@ impl Copier<'_> {
 
     /// The ranges of numbers that were not copied and may have an event, the shortest first: a long one is more likely
     /// to come from a number that the damage made up.
-    fn gaps(&self, accepted: Option<u64>) -> Result<Vec<(u64, u64)>> {
-        let (first, last) = self.store.range()?.unwrap_or_else(|| {
-            let end = accepted.unwrap_or(1).max(1);
-            (end + 1, end)
-        });
+    fn gaps(&self, accepted: Option<u64>) -> Result<Vec<RangeInclusive<u64>>> {
+        let (first, last) = match self.store.range()? {
+            Some(range) => range.into_inner(),
+            None => (accepted.unwrap_or(1).max(1) + 1, accepted.unwrap_or(1).max(1)),
+        };
         let last = accepted.map_or(last.saturating_add(MARGIN), |accepted| accepted.max(last)).min(self.highest);
-        let mut gaps = self.store.gaps(first.saturating_sub(MARGIN).max(1), last)?;
-        gaps.sort_by_key(|(from, to)| to - from);
+        let mut gaps = self.store.gaps(first.saturating_sub(MARGIN).max(1)..=last)?;
+        gaps.sort_by_key(|gap| gap.end() - gap.start());
         Ok(gaps)
     }
 
