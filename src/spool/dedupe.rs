@@ -14,7 +14,7 @@ use jiff::Timestamp;
 use uuid::Uuid;
 
 use super::types::Receipt;
-use crate::event::Fingerprint;
+use crate::event::Event;
 
 /// The settings of the dedupe window.
 #[derive(Clone, Debug)]
@@ -155,13 +155,8 @@ impl Window {
     /// The receipt of the first acceptance, if this is a re-send: the body was accepted within the window, or the very
     /// same signed request was accepted before. The latter was captured: Prism signs what it sends later with a later
     /// time. Remembers the signature of a re-send.
-    pub fn recognise(
-        &mut self,
-        fingerprint: &Fingerprint,
-        replayable_until_ms: Option<i64>,
-        now: Now,
-    ) -> Option<Receipt> {
-        let mut entry = self.entry(0, fingerprint, Uuid::nil(), replayable_until_ms, now);
+    pub fn recognise(&mut self, event: &Event, replayable_until_ms: Option<i64>, now: Now) -> Option<Receipt> {
+        let mut entry = self.entry(0, event, replayable_until_ms, now);
         let known = |map: &HashMap<u64, u64>, key| {
             let index = usize::try_from(map.get(&key)? - self.first).ok()?;
             self.entries.get(index).filter(|known| known.body == entry.body)
@@ -179,16 +174,9 @@ impl Window {
     }
 
     /// Remembers an accepted event.
-    pub fn insert(
-        &mut self,
-        seq: u64,
-        fingerprint: &Fingerprint,
-        id: Uuid,
-        replayable_until_ms: Option<i64>,
-        now: Now,
-    ) {
+    pub fn insert(&mut self, seq: u64, event: &Event, replayable_until_ms: Option<i64>, now: Now) {
         if self.is_on() {
-            self.add(self.entry(seq, fingerprint, id, replayable_until_ms, now), now);
+            self.add(self.entry(seq, event, replayable_until_ms, now), now);
         }
     }
 
@@ -242,16 +230,15 @@ impl Window {
         purged
     }
 
-    fn entry(
-        &self,
-        seq: u64,
-        fingerprint: &Fingerprint,
-        id: Uuid,
-        replayable_until_ms: Option<i64>,
-        now: Now,
-    ) -> Entry {
-        let (body, replayable_until_ms) = (piece(&fingerprint.0, 0), replayable_until_ms.and_then(NonZeroI64::new));
-        Entry { seq, body, id, accepted_at: self.at(now.monotonic), replayable_until_ms, expires_at: 0 }
+    fn entry(&self, seq: u64, event: &Event, replayable_until_ms: Option<i64>, now: Now) -> Entry {
+        Entry {
+            seq,
+            body: piece(&event.fingerprint.0, 0),
+            id: event.id,
+            accepted_at: self.at(now.monotonic),
+            replayable_until_ms: replayable_until_ms.and_then(NonZeroI64::new),
+            expires_at: 0,
+        }
     }
 
     fn add(&mut self, entry: Entry, now: Now) {
@@ -303,12 +290,16 @@ fn piece<const N: usize>(bytes: &[u8], from: usize) -> [u8; N] {
 
 #[cfg(test)]
 mod tests {
+    use bytes::Bytes;
+
     use super::*;
+    use crate::event::Fingerprint;
 
     const SECOND: Duration = Duration::from_secs(1);
 
-    fn body(n: u8) -> Fingerprint {
-        Fingerprint([n; 32])
+    fn event(body: u8, id: Uuid) -> Event {
+        let fingerprint = Fingerprint([body; 32]);
+        Event { id, accepted_ms: 0, authentic: true, trace: None, fingerprint, body: Bytes::new() }
     }
 
     fn id(n: u8) -> Uuid {
@@ -327,14 +318,14 @@ mod tests {
     fn window(entries_max: usize, count: u8, start: Instant) -> Window {
         let mut window = empty(entries_max);
         for n in 1..=count {
-            window.insert(n.into(), &body(n), id(n), None, at(start, 0));
+            window.insert(n.into(), &event(n, id(n)), None, at(start, 0));
         }
         window.commit();
         window
     }
 
     fn found(window: &mut Window, n: u8, until_ms: Option<i64>, now: Now) -> Option<Uuid> {
-        window.recognise(&body(n), until_ms, now).map(|receipt| receipt.id)
+        window.recognise(&event(n, id(99)), until_ms, now).map(|receipt| receipt.id)
     }
 
     #[test]
@@ -371,12 +362,12 @@ mod tests {
         let start = Instant::now();
         let mut window = empty(10);
         let [first, second, third] = [300, 430, 500].map(|seconds| Some(at(start, seconds).wall_ms));
-        window.insert(1, &body(1), id(1), first, at(start, 0));
+        window.insert(1, &event(1, id(1)), first, at(start, 0));
         window.commit();
         // The body is accepted a second time, sent again, and another one is accepted.
-        window.insert(2, &body(1), id(2), second, at(start, 130));
+        window.insert(2, &event(1, id(2)), second, at(start, 130));
         assert_eq!(found(&mut window, 1, third, at(start, 131)), Some(id(2)));
-        window.insert(3, &body(2), id(3), None, at(start, 131));
+        window.insert(3, &event(2, id(3)), None, at(start, 131));
         window.roll_back();
         assert!(window.uncommitted().is_empty());
         assert_eq!(found(&mut window, 2, None, at(start, 131)), None);
@@ -392,7 +383,7 @@ mod tests {
         let mut window = empty(10);
         // Signed by a clock that is ahead: valid for ten minutes from now on.
         let first = Some(at(600).wall_ms);
-        window.insert(1, &body(1), id(1), first, at(0));
+        window.insert(1, &event(1, id(1)), first, at(0));
         // A re-send within the window has a signature of its own, and could be captured as well.
         let second = Some(at(630).wall_ms);
         assert_eq!(found(&mut window, 1, second, at(30)), Some(id(1)));
@@ -404,7 +395,7 @@ mod tests {
         let (later, earlier) = (Some(at(700).wall_ms), Some(at(500).wall_ms));
         assert_eq!([later, earlier].map(|until| found(&mut window, 1, until, at(200))), [None, None]);
         // The body is accepted a second time: the earlier request is still recognised.
-        window.insert(2, &body(1), id(2), later, at(200));
+        window.insert(2, &event(1, id(2)), later, at(200));
         assert_eq!(found(&mut window, 1, second, at(629)), Some(id(1)));
         assert_eq!(found(&mut window, 1, later, at(699)), Some(id(2)));
         assert_eq!(window.purge(at(689).monotonic), None);
@@ -417,18 +408,18 @@ mod tests {
         let start = Instant::now();
         let mut window = empty(10);
         let until = Some(at(start, 300).wall_ms);
-        window.insert(7, &body(1), id(1), until, at(start, 5));
+        window.insert(7, &event(1, id(1)), until, at(start, 5));
         let mut saved = window.uncommitted().to_vec();
         window.commit();
         assert_eq!(found(&mut window, 1, Some(at(start, 310).wall_ms), at(start, 15)), Some(id(1)));
-        window.insert(8, &body(2), id(2), None, at(start, 20));
+        window.insert(8, &event(2, id(2)), None, at(start, 20));
         saved.extend(window.uncommitted());
         assert_eq!((saved.len(), window.last()), (3, 3));
         let mut reopened = empty(10);
         reopened.load(&saved, 3, at(start, 50));
         assert_eq!(found(&mut reopened, 1, None, at(start, 125)), Some(id(1)));
         assert_eq!(found(&mut reopened, 1, None, at(start, 126)), None);
-        let replayed = reopened.recognise(&body(1), Some(at(start, 310).wall_ms), at(start, 309));
+        let replayed = reopened.recognise(&event(1, id(99)), Some(at(start, 310).wall_ms), at(start, 309));
         assert_eq!(replayed, Some(Receipt { seq: 7, id: id(1), duplicate: true }));
         assert_eq!(reopened.purge(at(start, 1000).monotonic), Some(Purged { last: 3, early: false }));
     }

@@ -296,7 +296,7 @@ impl Writer {
         replayable_until_ms: Option<i64>,
     ) -> Result<Result<Receipt, AppendError>> {
         let now = Now::read();
-        if let Some(first) = self.window.recognise(&event.fingerprint, replayable_until_ms, now) {
+        if let Some(first) = self.window.recognise(event, replayable_until_ms, now) {
             ledger.duplicates += 1;
             return Ok(Ok(first));
         }
@@ -306,7 +306,7 @@ impl Writer {
         }
         let seq = ledger.accepted + 1;
         self.store.insert(seq, event)?;
-        self.window.insert(seq, &event.fingerprint, event.id, replayable_until_ms, now);
+        self.window.insert(seq, event, replayable_until_ms, now);
         ledger.accepted = seq;
         ledger.pending += 1;
         ledger.bytes += cost;
