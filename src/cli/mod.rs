@@ -191,7 +191,10 @@ fn execute(arguments: Arguments) -> Result<(), Failure> {
         match command {
             Command::Serve => {
                 logging::init(&config.log);
-                Ok(relay::serve(config).await?)
+                relay::serve(config).await.map_err(|error| match error.is_misconfiguration() {
+                    true => Failure::Config(error.into()),
+                    false => Failure::Other(error.into()),
+                })
             }
             Command::Check(options) => check::run(&config, file, options).await,
             Command::Send(options) => send::run(&config, options).await,

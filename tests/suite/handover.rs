@@ -84,7 +84,7 @@ async fn a_socket_without_a_purpose_is_an_error() {
     let ((_one, one), (_two, two)) = (socket(), socket());
     let setup = Setup::new("amqp://127.0.0.1:1").handed_over(&[("prism-relay.socket", one), ("other", two)]);
     let ended = setup.run(&["serve"]).await;
-    assert!(ended.code == Some(1) && ended.stderr.contains("two sockets for http"), "{ended:?}");
+    assert!(ended.code == Some(64) && ended.stderr.contains("two sockets for http"), "{ended:?}");
     // One alone is for the webhooks, whatever its name.
     let (http, number) = socket();
     let relay = Setup::new("amqp://127.0.0.1:1").handed_over(&[("prism-relay.socket", number)]).start().await;
