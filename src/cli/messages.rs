@@ -2,6 +2,7 @@
 
 use std::io::{self, Write};
 
+use anyhow::Context;
 use jiff::Timestamp;
 use lapin::BasicProperties;
 use lapin::message::Delivery;
@@ -9,6 +10,7 @@ use lapin::types::{AMQPValue, FieldTable, ShortString};
 use serde::Serialize;
 
 use super::clean;
+use crate::broker::{SHORT_STRING_BYTES_MAX, short_string};
 
 /// When a message was passed on by `replay`; such messages are not replayed again.
 pub const REPLAYED_AT: &str = "prism-replayed-at";
@@ -39,10 +41,10 @@ pub fn print(delivery: &Delivery, json: bool) -> io::Result<()> {
     let properties = &delivery.properties;
     let header = |name: &str| header(properties, name).unwrap_or_default();
     let (time, subject, state) = (header("prism-received-at"), header("prism-subject"), header("prism-state"));
-    let key = original_key(delivery);
+    let key = first_key(delivery);
     let line = Line {
         time: &time,
-        key: key.as_str(),
+        key: &key,
         subject: &subject,
         state: &state,
         id: properties.message_id().as_ref().map_or("", ShortString::as_str),
@@ -93,8 +95,8 @@ pub fn time_of(properties: &BasicProperties) -> Option<Timestamp> {
     accepted.or_else(|| Timestamp::from_second(i64::try_from((*properties.timestamp())?).ok()?).ok())
 }
 
-/// The routing key with which a message was first published, which a retry ladder replaces by its own.
-pub fn original_key(delivery: &Delivery) -> ShortString {
+/// The routing key with which a message was first published; a retry queue and `--to` replace it by their own.
+pub fn first_key(delivery: &Delivery) -> String {
     let first_death = || {
         let queue = header(&delivery.properties, "x-first-death-queue")?;
         let reason = header(&delivery.properties, "x-first-death-reason")?;
@@ -107,7 +109,15 @@ pub fn original_key(delivery: &Delivery) -> ShortString {
         }
     };
     let key = header(&delivery.properties, ORIGINAL_KEY).or_else(first_death);
-    key.map_or_else(|| delivery.routing_key.clone(), |key| short(&key))
+    key.unwrap_or_else(|| delivery.routing_key.to_string())
+}
+
+/// [`first_key`] for a publish.
+pub fn original_key(delivery: &Delivery) -> anyhow::Result<ShortString> {
+    short_string(&first_key(delivery)).with_context(|| {
+        let id = delivery.properties.message_id().as_ref().map_or("without an id", ShortString::as_str);
+        format!("cannot publish message {} under its original routing key", clean(id))
+    })
 }
 
 /// Why and where a message died for the last time, such as `rejected by prism.scan (3 times)`.
@@ -188,16 +198,11 @@ fn published_again(old: &BasicProperties, without: impl Fn(&str) -> bool) -> Bas
     new
 }
 
-/// Names are checked before; AMQP's short strings end at 255 bytes.
-pub fn short(text: &str) -> ShortString {
-    ShortString::try_new(text).unwrap_or_default()
-}
-
-/// The name of a queue, as an option of the command line takes it.
-pub fn queue_name(text: &str) -> Result<String, String> {
-    match text.len() {
-        1..=255 => Ok(text.to_owned()),
-        _ => Err("takes a name of 1 to 255 bytes".to_owned()),
+/// Parses an option that names a queue.
+pub fn queue_name(text: &str) -> Result<ShortString, String> {
+    match short_string(text) {
+        Ok(name) if !text.is_empty() => Ok(name),
+        _ => Err(format!("takes a name of 1 to {SHORT_STRING_BYTES_MAX} bytes")),
     }
 }
 

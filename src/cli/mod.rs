@@ -1,9 +1,9 @@
 //! The command line: one file a command, and the exit codes. 0 done, 1 failed, 64 wrong usage or configuration.
 
 mod check;
+mod consumer;
 mod health;
 mod http;
-mod intake;
 mod manual;
 mod messages;
 mod redrive;

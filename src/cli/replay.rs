@@ -6,24 +6,24 @@ use anyhow::{Context, bail};
 use jiff::{SignedDuration, Timestamp};
 use lapin::Channel;
 use lapin::message::Delivery;
-use lapin::options::{BasicAckOptions, ConfirmSelectOptions};
-use lapin::types::{AMQPValue, FieldTable};
+use lapin::options::BasicAckOptions;
+use lapin::types::{AMQPValue, FieldTable, ShortString};
 use tokio::time::Instant;
 
-use super::intake::{Intake, count};
+use super::consumer::{Consumer, count};
 use super::messages::{REPLAYED_AT, header, matches, number, print, queue_name, replayed, time_of};
-use super::transfer::{Destination, Parcel, Transfer, TransferError, in_time, while_connected};
+use super::transfer::{Destination, Outgoing, Transfer, TransferError, in_time, while_connected};
 use super::{Failure, progress_bar, say};
-use crate::broker::BrokerConnection;
+use crate::broker::{BrokerConnection, short_string};
 use crate::config::Config;
 use crate::topology::ARCHIVE;
 
-/// A stream says nothing at its end. Whoever has read so much of it and hears nothing for so long has read its last part.
+/// A stream does not report its end. After this long without a delivery its last part has been read.
 const LAST_PART: Duration = Duration::from_secs(2);
 /// The first message comes at once, if there is one.
 const FIRST: Duration = Duration::from_secs(5);
-/// Events lie in the order in which the broker took them, which may be long after they were accepted, but not before: this is
-/// for clocks that differ.
+/// A stream keeps the order in which the broker took the events. That may be long after they were accepted, but before only
+/// if the clocks differ: by this much at most.
 const CLOCKS_DIFFER: SignedDuration = SignedDuration::from_mins(10);
 
 #[derive(clap::Args)]
@@ -39,10 +39,10 @@ pub struct Options {
     key: String,
     /// Straight into this queue, instead of to the exchange, from which every queue that is bound for it gets it
     #[arg(long, value_name = "QUEUE", value_parser = queue_name)]
-    to: Option<String>,
+    to: Option<ShortString>,
     /// The stream to read [default: topology.archive.name of the configuration]
     #[arg(long, value_name = "STREAM", value_parser = queue_name)]
-    from: Option<String>,
+    from: Option<ShortString>,
     /// Print what would be replayed, and publish nothing
     #[arg(long)]
     dry_run: bool,
@@ -59,83 +59,125 @@ fn when(text: &str) -> Result<Timestamp, String> {
 
 pub async fn run(config: &Config, options: Options) -> Result<(), Failure> {
     let name = config.topology.archive.as_ref().map_or(ARCHIVE, |archive| &archive.name);
-    let from = options.from.clone().unwrap_or_else(|| name.to_owned());
-    let to = Destination::new(config, options.to.as_deref());
+    let from = options.from.clone().map_or_else(|| short_string(name), Ok)?;
+    let to = Destination::new(config, options.to.clone())?;
     let link = super::connect(config, "prism-relay replay").await?;
-    let mut published = 0;
-    let outcome = while_connected(&link, replay(config, &options, &from, &to, &link, &mut published)).await;
+    let deadline = config.publisher.confirm_timeout;
+    let transfer = Transfer::open(&link, deadline).await?;
+    let mut replay = Replay { options: &options, from: &from, to: &to, link: &link, deadline, transfer, printed: 0 };
+    let outcome = while_connected(&link, replay.run()).await;
+    let published = replay.printed + replay.transfer.moved();
     link.close().await;
     let verb = if options.dry_run { "would be published" } else { "published" };
     say(&format!("{published} events of {from} {verb} to {to}"));
     Ok(outcome?)
 }
 
-async fn replay(
-    config: &Config,
-    options: &Options,
-    from: &str,
-    to: &Destination,
-    link: &BrokerConnection,
-    published: &mut u64,
-) -> anyhow::Result<()> {
-    let (now, until) = (Timestamp::now(), options.until.unwrap_or(Timestamp::MAX));
-    let deadline = config.publisher.confirm_timeout;
-    let Some(end) = find_end(link, deadline, from, now).await? else { return Ok(()) };
-    let start = options.since.checked_sub(CLOCKS_DIFFER).unwrap_or(Timestamp::UNIX_EPOCH).as_second();
-    let start = AMQPValue::Timestamp(u64::try_from(start).unwrap_or(0));
-    let opening = async {
-        let channel = link.connection.create_channel().await?;
-        channel.confirm_select(ConfirmSelectOptions::default()).await?;
-        Ok(channel)
-    };
-    let channel = in_time(deadline, opening).await?;
-    let mut intake = read(&channel, deadline, from, start).await?;
-    let mut transfer = Transfer::new(channel, config);
-    let mut interrupt = Box::pin(tokio::signal::ctrl_c());
-    let (mut progress, mut reached) = (None, None);
-    let maybe_nothing = end.accepted < options.since;
-    while reached.is_none_or(|reached| reached < end.offset) {
-        let next = tokio::select! {
-            biased;
-            _ = &mut interrupt => bail!("interrupted"),
-            next = intake.next(if reached.is_none() && maybe_nothing { FIRST } else { deadline }) => next?,
-        };
-        let delivery = match (next, reached) {
-            (Some(delivery), _) => delivery,
-            (None, None) if maybe_nothing => break,
-            (None, _) => bail!("the stream says no more before its end at offset {}", end.offset),
-        };
-        let offset = offset_of(&delivery)?;
-        reached = Some(offset);
-        progress.get_or_insert_with(|| progress_bar((end.offset + 1).saturating_sub(offset), "messages")).inc(1);
-        let accepted = accepted(&delivery);
-        let wanted = (options.since..until).contains(&accepted)
-            && matches(&options.key, delivery.routing_key.as_str())
-            && header(&delivery.properties, REPLAYED_AT).is_none();
-        if wanted && !options.dry_run {
-            let (key, properties) = (delivery.routing_key.clone(), replayed(&delivery.properties, now));
-            transfer.add(Parcel { to: to.clone(), key, properties, delivery }, published).await?;
-        } else {
-            if wanted {
-                print(&delivery, false).context("cannot print")?;
-                *published += 1;
-            }
-            // Makes room for more.
-            in_time(deadline, delivery.acker.ack(BasicAckOptions::default())).await?;
-        }
-    }
-    transfer.flush(published).await?;
-    if let Some(bar) = progress {
-        bar.finish_and_clear();
-    }
-    Ok(())
+/// One run and its counts.
+struct Replay<'a> {
+    options: &'a Options,
+    from: &'a ShortString,
+    to: &'a Destination,
+    link: &'a BrokerConnection,
+    /// For an answer of the broker.
+    deadline: Duration,
+    transfer: Transfer,
+    /// Events that a dry run would publish.
+    printed: u64,
 }
 
-/// From an offset on. What else the channel is asked is answered after what comes, so it is asked before.
-async fn read(channel: &Channel, deadline: Duration, stream: &str, offset: AMQPValue) -> Result<Intake, TransferError> {
-    let mut arguments = FieldTable::default();
-    arguments.insert("x-stream-offset".into(), offset);
-    Intake::open(channel, stream, arguments, deadline).await
+impl Replay<'_> {
+    async fn run(&mut self) -> anyhow::Result<()> {
+        let now = Timestamp::now();
+        let Some(end) = self.find_end(now).await? else { return Ok(()) };
+        let since = self.options.since;
+        let start = since.checked_sub(CLOCKS_DIFFER).unwrap_or(Timestamp::UNIX_EPOCH).as_second();
+        let start = AMQPValue::Timestamp(u64::try_from(start).unwrap_or(0));
+        let channel = in_time(self.deadline, self.link.connection.create_channel()).await?;
+        let mut consumer = self.read(&channel, start).await?;
+        let mut interrupt = Box::pin(tokio::signal::ctrl_c());
+        let (mut progress, mut reached) = (None, None);
+        let may_be_empty = end.accepted < since;
+        while reached.is_none_or(|reached| reached < end.offset) {
+            let patience = if reached.is_none() && may_be_empty { FIRST } else { self.deadline };
+            let next = tokio::select! {
+                biased;
+                _ = &mut interrupt => bail!("interrupted"),
+                next = consumer.next(patience) => next?,
+            };
+            let delivery = match (next, reached) {
+                (Some(delivery), _) => delivery,
+                (None, None) if may_be_empty => break,
+                (None, _) => bail!("the stream delivers nothing more before its end at offset {}", end.offset),
+            };
+            let offset = offset_of(&delivery)?;
+            reached = Some(offset);
+            progress.get_or_insert_with(|| progress_bar((end.offset + 1).saturating_sub(offset), "messages")).inc(1);
+            self.handle(delivery, now).await?;
+        }
+        self.transfer.flush().await?;
+        if let Some(bar) = progress {
+            bar.finish_and_clear();
+        }
+        Ok(())
+    }
+
+    /// Publishes or prints an event that matches the options, and skips any other message.
+    async fn handle(&mut self, delivery: Delivery, now: Timestamp) -> anyhow::Result<()> {
+        let Options { since, until, key, dry_run, .. } = self.options;
+        let wanted = (*since..until.unwrap_or(Timestamp::MAX)).contains(&accepted(&delivery))
+            && matches(key, delivery.routing_key.as_str())
+            && header(&delivery.properties, REPLAYED_AT).is_none();
+        if wanted && !dry_run {
+            let (key, properties) = (delivery.routing_key.clone(), replayed(&delivery.properties, now));
+            return Ok(self.transfer.add(Outgoing { to: self.to.clone(), key, properties, delivery }).await?);
+        }
+        if wanted {
+            print(&delivery, false).context("cannot print")?;
+            self.printed += 1;
+        }
+        // The broker delivers more only as messages are acknowledged.
+        in_time(self.deadline, delivery.acker.ack(BasicAckOptions::default())).await?;
+        Ok(())
+    }
+
+    /// Reads the stream from an offset on.
+    async fn read(&self, channel: &Channel, offset: AMQPValue) -> Result<Consumer, TransferError> {
+        let mut arguments = FieldTable::default();
+        arguments.insert("x-stream-offset".into(), offset);
+        Consumer::open(channel, self.from, arguments, self.deadline).await
+    }
+
+    /// Where the stream ends now; `None` if it is empty. The length that AMQP reports is seconds old, so this reads the last
+    /// part of the stream.
+    async fn find_end(&self, now: Timestamp) -> anyhow::Result<Option<End>> {
+        let opening = async {
+            let channel = self.link.connection.create_channel().await?;
+            let count = count(&channel, self.from).await?;
+            Ok((channel, count))
+        };
+        let (channel, count) = in_time(self.deadline, opening).await?;
+        let mut consumer = self.read(&channel, AMQPValue::LongString("last".into())).await?;
+        // A stream that is not empty delivers its last part, however slow the line is.
+        let patience = if count > 0 { self.deadline } else { LAST_PART };
+        let (mut end, mut first_at) = (None, None);
+        while let Some(delivery) = consumer.next(if end.is_none() { patience } else { LAST_PART }).await? {
+            let (offset, accepted) = (offset_of(&delivery)?, accepted(&delivery));
+            end = Some(End { offset, accepted });
+            in_time(self.deadline, delivery.acker.ack(BasicAckOptions::default())).await?;
+            // While events come in all the time the stream is never silent. Events accepted after `now` are not replayed.
+            let read_for = first_at.get_or_insert_with(Instant::now).elapsed();
+            if read_for > self.deadline || (read_for > LAST_PART && accepted >= now) {
+                break;
+            }
+        }
+        consumer.end().await?;
+        in_time(self.deadline, channel.close(200, "done".into())).await?;
+        match end {
+            None if count > 0 => Err(TransferError::Silent(self.deadline).into()),
+            end => Ok(end),
+        }
+    }
 }
 
 /// The last message of a stream.
@@ -144,43 +186,8 @@ struct End {
     accepted: Timestamp,
 }
 
-/// Where the stream ends now; `None` if it is empty. What AMQP tells of its length is seconds old, so its last part is read.
-async fn find_end(
-    link: &BrokerConnection,
-    deadline: Duration,
-    stream: &str,
-    now: Timestamp,
-) -> anyhow::Result<Option<End>> {
-    let opening = async {
-        let channel = link.connection.create_channel().await?;
-        let count = count(&channel, stream).await?;
-        Ok((channel, count))
-    };
-    let (channel, count) = in_time(deadline, opening).await?;
-    let mut intake = read(&channel, deadline, stream, AMQPValue::LongString("last".into())).await?;
-    // Where there is something, it comes, sooner or later.
-    let patience = if count > 0 { deadline } else { LAST_PART };
-    let (mut end, mut first_at) = (None, None);
-    while let Some(delivery) = intake.next(if end.is_none() { patience } else { LAST_PART }).await? {
-        let (offset, accepted) = (offset_of(&delivery)?, accepted(&delivery));
-        end = Some(End { offset, accepted });
-        in_time(deadline, delivery.acker.ack(BasicAckOptions::default())).await?;
-        // Where events come in all the time it is never silent: what comes from now on is later than this run.
-        let read_for = first_at.get_or_insert_with(Instant::now).elapsed();
-        if read_for > deadline || (read_for > LAST_PART && accepted >= now) {
-            break;
-        }
-    }
-    intake.end().await?;
-    in_time(deadline, channel.close(200, "done".into())).await?;
-    match end {
-        None if count > 0 => Err(TransferError::Silent(deadline).into()),
-        end => Ok(end),
-    }
-}
-
 fn offset_of(delivery: &Delivery) -> anyhow::Result<u64> {
-    number(&delivery.properties, "x-stream-offset").context("that is no stream: its messages have no offset")
+    number(&delivery.properties, "x-stream-offset").context("this is not a stream: its messages have no offset")
 }
 
 fn accepted(delivery: &Delivery) -> Timestamp {

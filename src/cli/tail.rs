@@ -6,11 +6,11 @@ use std::num::NonZeroU64;
 use anyhow::{Context, anyhow};
 use futures_util::StreamExt;
 use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions, QueueBindOptions, QueueDeclareOptions};
-use lapin::types::{AMQPValue, FieldTable};
+use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{Channel, Consumer};
 
-use super::messages::{matches, print, queue_name, short};
-use crate::broker::{BrokerConnection, reply_text};
+use super::messages::{matches, print, queue_name};
+use crate::broker::{BrokerConnection, reply_text, short_string};
 use crate::config::Config;
 use crate::topology::UNROUTED;
 
@@ -32,7 +32,7 @@ pub struct Options {
     count: Option<NonZeroU64>,
     /// Work like a worker instead: take events from this queue and acknowledge them, so that nobody else gets them
     #[arg(long, value_name = "NAME", value_parser = queue_name)]
-    queue: Option<String>,
+    queue: Option<ShortString>,
 }
 
 pub async fn run(config: &Config, options: Options) -> anyhow::Result<()> {
@@ -48,11 +48,10 @@ pub async fn run(config: &Config, options: Options) -> anyhow::Result<()> {
 
 async fn print_events(config: &Config, options: &Options, link: &BrokerConnection) -> anyhow::Result<()> {
     let channel = link.connection.create_channel().await.map_err(refused)?;
-    let deliveries = match &options.queue {
-        Some(queue) => work(&channel, queue).await,
-        None => listen(config, &channel).await,
+    let mut deliveries = match &options.queue {
+        Some(queue) => work(&channel, queue).await.map_err(refused)?,
+        None => listen(config, &channel).await?,
     };
-    let mut deliveries = deliveries.map_err(refused)?;
     let mut left = options.count.map(NonZeroU64::get);
     while left != Some(0) {
         let delivery = deliveries.next().await.context("the connection to the broker was lost")?.map_err(refused)?;
@@ -80,24 +79,23 @@ fn refused(error: lapin::Error) -> anyhow::Error {
 ///
 /// It is bound like the work queues, and to what they leave over, instead of by the pattern: an event of an unknown
 /// type would count as routed if a throw-away queue took it, and would be lost to prism.unrouted.
-async fn listen(config: &Config, channel: &Channel) -> Result<Consumer, lapin::Error> {
+async fn listen(config: &Config, channel: &Channel) -> anyhow::Result<Consumer> {
     let mut arguments = FieldTable::default();
     arguments.insert("x-max-length".into(), AMQPValue::LongInt(BACKLOG_MAX));
     let options = QueueDeclareOptions { exclusive: true, auto_delete: true, ..Default::default() };
-    let queue = channel.queue_declare("".into(), options, arguments).await?;
+    let queue = channel.queue_declare("".into(), options, arguments).await.map_err(refused)?;
+    let queue = queue.name();
     let bindings = config.topology.queues.iter().flat_map(|queue| &queue.bindings);
     let bindings = bindings.map(|key| (config.publisher.exchange.as_str(), key.as_str())).chain([(UNROUTED, "")]);
     for (exchange, key) in bindings {
-        let (exchange, key) = (short(exchange), short(key));
-        channel
-            .queue_bind(queue.name().clone(), exchange, key, QueueBindOptions::default(), FieldTable::default())
-            .await?;
+        let (exchange, key, options) = (short_string(exchange)?, short_string(key)?, QueueBindOptions::default());
+        channel.queue_bind(queue.clone(), exchange, key, options, FieldTable::default()).await.map_err(refused)?;
     }
     let options = BasicConsumeOptions { no_ack: true, exclusive: true, ..Default::default() };
-    channel.basic_consume(queue.name().clone(), "".into(), options, FieldTable::default()).await
+    channel.basic_consume(queue.clone(), "".into(), options, FieldTable::default()).await.map_err(refused)
 }
 
-async fn work(channel: &Channel, queue: &str) -> Result<Consumer, lapin::Error> {
+async fn work(channel: &Channel, queue: &ShortString) -> Result<Consumer, lapin::Error> {
     channel.basic_qos(PREFETCH, BasicQosOptions::default()).await?;
-    channel.basic_consume(short(queue), "".into(), BasicConsumeOptions::default(), FieldTable::default()).await
+    channel.basic_consume(queue.clone(), "".into(), BasicConsumeOptions::default(), FieldTable::default()).await
 }

@@ -1,39 +1,41 @@
-//! Passing messages on: a batch at a time, of which nothing is let go before the broker has confirmed all of it.
+//! Moves messages in batches: a message is acknowledged only after the broker has confirmed its copy.
 
 use std::time::Duration;
 
 use lapin::message::Delivery;
-use lapin::options::{BasicAckOptions, BasicPublishOptions};
+use lapin::options::{BasicAckOptions, BasicPublishOptions, ConfirmSelectOptions};
 use lapin::types::ShortString;
 use lapin::{BasicProperties, Channel, Confirmation};
 use thiserror::Error;
 use tokio::time::{sleep, timeout};
 
-use super::messages::{short, with_original_key};
-use crate::broker::{BrokerConnection, reply_code, reply_text};
+use super::messages::with_original_key;
+use crate::broker::{BrokerConnection, NameTooLong, reply_code, reply_text, short_string};
 use crate::config::Config;
 
-/// Messages between two waits for the broker.
+/// Messages and bytes of a batch at most: the memory that it takes, and what a failure delivers twice.
 const BATCH_MAX: usize = 200;
-/// And their bodies.
 const BATCH_BYTES_MAX: usize = 16 * 1024 * 1024;
 
-/// Between two looks at the connection.
-const LOOK: Duration = Duration::from_millis(500);
+/// How often the state of the connection is checked.
+const CHECK_INTERVAL: Duration = Duration::from_millis(500);
 
 #[derive(Debug, Error)]
 pub enum TransferError {
     #[error("the broker refuses: {0}")]
     Refused(String),
     #[error("{to} did not take a message ({reason}); it stays where it is")]
-    NotTaken { to: String, reason: String },
-    #[error("no answer from the broker within {0:?}; what it has not confirmed stays where it is")]
+    NotTaken { to: ShortString, reason: String },
+    #[error("no answer from the broker within {0:?}; unconfirmed messages stay where they are")]
     Silent(Duration),
-    #[error("the connection to the broker was lost; what it has not confirmed stays where it is")]
+    #[error("lost the connection to the broker; unconfirmed messages stay where they are")]
     Lost,
-    #[error("{left} messages of {from} were not delivered to us: is there another consumer, a single active one?")]
-    NotDelivered { from: String, left: u32 },
-    #[error("interrupted; the rest is where it was")]
+    #[error(
+        "the broker did not deliver {left} messages of {from}: another process holds them, or is the single active \
+         consumer; stop it and run this again"
+    )]
+    NotDelivered { from: ShortString, left: u32 },
+    #[error("interrupted; unconfirmed messages stay where they are")]
     Interrupted,
 }
 
@@ -46,7 +48,7 @@ impl From<lapin::Error> for TransferError {
     }
 }
 
-/// An answer of the broker, in time: one that blocks publishers answers nothing at all.
+/// An answer of the broker within a deadline. A broker that blocks publishers does not answer them at all.
 pub async fn in_time<T>(
     deadline: Duration,
     answer: impl Future<Output = Result<T, lapin::Error>>,
@@ -54,20 +56,20 @@ pub async fn in_time<T>(
     Ok(timeout(deadline, answer).await.map_err(|_| TransferError::Silent(deadline))??)
 }
 
-/// Does something for as long as there is a connection: lapin may leave somebody waiting who asks just when it ends.
-pub async fn while_connected<T, E: From<TransferError>>(
+/// Runs `work` while the connection lasts: lapin may never answer a caller that asks just as the connection ends.
+pub async fn while_connected<T>(
     link: &BrokerConnection,
-    doing: impl Future<Output = Result<T, E>>,
-) -> Result<T, E> {
+    work: impl Future<Output = anyhow::Result<T>>,
+) -> anyhow::Result<T> {
     let lost = async {
         while link.connection.status().connected() {
-            sleep(LOOK).await;
+            sleep(CHECK_INTERVAL).await;
         }
-        // Whoever waits learns the reason, if there is one.
-        sleep(LOOK).await;
+        // Time for `work` to end with a better reason.
+        sleep(CHECK_INTERVAL).await;
     };
     tokio::select! {
-        done = doing => done,
+        done = work => done,
         () = lost => Err(TransferError::Lost.into()),
     }
 }
@@ -75,116 +77,143 @@ pub async fn while_connected<T, E: From<TransferError>>(
 /// Where messages go.
 #[derive(Clone, Debug)]
 pub enum Destination {
-    /// Under the key of the message.
-    Exchange(String),
-    Queue(String),
+    /// To this exchange, under the message's own routing key.
+    Exchange(ShortString),
+    Queue(ShortString),
 }
 
 impl Destination {
-    /// The exchange of the configuration, or a queue if one was asked for.
-    pub fn new(config: &Config, queue: Option<&str>) -> Self {
-        queue.map_or_else(|| Self::Exchange(config.publisher.exchange.clone()), |queue| Self::Queue(queue.to_owned()))
+    /// `queue`, or else the exchange of the configuration.
+    pub fn new(config: &Config, queue: Option<ShortString>) -> Result<Self, NameTooLong> {
+        match queue {
+            Some(queue) => Ok(Self::Queue(queue)),
+            None => Ok(Self::Exchange(short_string(&config.publisher.exchange)?)),
+        }
+    }
+
+    fn name(&self) -> &ShortString {
+        let (Self::Exchange(name) | Self::Queue(name)) = self;
+        name
     }
 
     /// Exchange, routing key and properties of a publish.
-    fn address(&self, parcel: &Parcel) -> (ShortString, ShortString, BasicProperties) {
-        let Parcel { key, properties, .. } = parcel;
+    fn address(&self, message: &Outgoing) -> (ShortString, ShortString, BasicProperties) {
+        let Outgoing { key, properties, .. } = message;
         match self {
-            Self::Exchange(exchange) => (short(exchange), key.clone(), properties.clone()),
+            Self::Exchange(exchange) => (exchange.clone(), key.clone(), properties.clone()),
             // The default exchange is bound to every queue by its name. A header keeps the key for a later redrive.
-            Self::Queue(queue) => (ShortString::default(), short(queue), with_original_key(properties, key)),
+            Self::Queue(queue) => (ShortString::default(), queue.clone(), with_original_key(properties, key)),
         }
     }
 }
 
 impl std::fmt::Display for Destination {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let (Self::Exchange(name) | Self::Queue(name)) = self;
-        f.write_str(name)
+        f.write_str(self.name().as_str())
     }
 }
 
-/// A message on its way to somewhere else.
-pub struct Parcel {
+/// A message to publish, and the delivery to acknowledge after that.
+pub struct Outgoing {
     pub to: Destination,
     pub key: ShortString,
     pub properties: BasicProperties,
     pub delivery: Delivery,
 }
 
-impl Parcel {
+impl Outgoing {
     fn not_taken(&self, reason: &str) -> TransferError {
-        TransferError::NotTaken { to: self.to.to_string(), reason: reason.to_owned() }
+        TransferError::NotTaken { to: self.to.name().clone(), reason: reason.to_owned() }
     }
 }
 
-/// A channel in confirm mode and what is to be published on it next.
+/// What the broker answered to a publish.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Verdict {
+    Confirmed,
+    Rejected,
+}
+
+/// A channel in confirm mode, the batch to be published next, and a count.
 pub struct Transfer {
     channel: Channel,
     deadline: Duration,
-    batch: Vec<Parcel>,
+    batch: Vec<Outgoing>,
     bytes: usize,
+    moved: u64,
 }
 
 impl Transfer {
-    pub fn new(channel: Channel, config: &Config) -> Self {
-        Self { channel, deadline: config.publisher.confirm_timeout, batch: Vec::new(), bytes: 0 }
+    /// Opens a channel in confirm mode.
+    pub async fn open(link: &BrokerConnection, deadline: Duration) -> Result<Self, TransferError> {
+        let opening = async {
+            let channel = link.connection.create_channel().await?;
+            channel.confirm_select(ConfirmSelectOptions::default()).await?;
+            Ok(channel)
+        };
+        let channel = in_time(deadline, opening).await?;
+        Ok(Self { channel, deadline, batch: Vec::new(), bytes: 0, moved: 0 })
     }
 
-    /// Passes a message on with the next batch, which is this one if it is full. `moved` grows by what has been moved, also
-    /// where there is an error.
-    pub async fn add(&mut self, parcel: Parcel, moved: &mut u64) -> Result<(), TransferError> {
-        self.bytes += parcel.delivery.data.len();
-        self.batch.push(parcel);
+    /// How many messages were confirmed and acknowledged, also after an error.
+    pub fn moved(&self) -> u64 {
+        self.moved
+    }
+
+    /// Adds a message to the batch, and moves the batch if it is full.
+    pub async fn add(&mut self, message: Outgoing) -> Result<(), TransferError> {
+        self.bytes += message.delivery.data.len();
+        self.batch.push(message);
         if self.batch.len() < BATCH_MAX && self.bytes < BATCH_BYTES_MAX {
             return Ok(());
         }
-        self.flush(moved).await
+        self.flush().await
     }
 
-    /// Publishes the batch in its order, waits until all of it is confirmed or rejected, and only then acknowledges what the
-    /// confirmed ones came from. Where anything else goes wrong nothing of the batch is acknowledged: it may be there twice, but
-    /// it is not lost.
-    pub async fn flush(&mut self, moved: &mut u64) -> Result<(), TransferError> {
+    /// Publishes the batch in its order, waits until every message is confirmed or rejected, and only then acknowledges
+    /// the confirmed ones. After any other failure nothing of the batch is acknowledged: messages may be delivered twice,
+    /// and none is lost.
+    pub async fn flush(&mut self) -> Result<(), TransferError> {
         let batch = std::mem::take(&mut self.batch);
         self.bytes = 0;
-        let confirmed = self.publish(&batch).await?;
+        let verdicts = self.publish(&batch).await?;
+        let moved = &mut self.moved;
         let acks = async {
-            for (parcel, _) in batch.iter().zip(&confirmed).filter(|(_, confirmed)| **confirmed) {
-                parcel.delivery.acker.ack(BasicAckOptions::default()).await?;
+            for (message, _) in batch.iter().zip(&verdicts).filter(|(_, verdict)| **verdict == Verdict::Confirmed) {
+                message.delivery.acker.ack(BasicAckOptions::default()).await?;
                 *moved += 1;
             }
             Ok(())
         };
         in_time(self.deadline, acks).await?;
-        match batch.iter().zip(&confirmed).find(|(_, confirmed)| !**confirmed) {
-            Some((parcel, _)) => Err(parcel.not_taken("a queue is full, or could not store it")),
+        match batch.iter().zip(&verdicts).find(|(_, verdict)| **verdict == Verdict::Rejected) {
+            Some((message, _)) => Err(message.not_taken("a queue is full, or could not store it")),
             None => Ok(()),
         }
     }
 
-    /// Of each whether it is confirmed, or rejected.
-    async fn publish(&self, batch: &[Parcel]) -> Result<Vec<bool>, TransferError> {
+    /// One verdict for each message of the batch, in its order.
+    async fn publish(&self, batch: &[Outgoing]) -> Result<Vec<Verdict>, TransferError> {
         let mut confirms = Vec::with_capacity(batch.len());
-        for parcel in batch {
-            let (exchange, key, properties) = parcel.to.address(parcel);
+        for message in batch {
+            let (exchange, key, properties) = message.to.address(message);
             let options = BasicPublishOptions { mandatory: true, immediate: false };
-            let sending = self.channel.basic_publish(exchange, key, options, &parcel.delivery.data, properties);
+            let sending = self.channel.basic_publish(exchange, key, options, &message.delivery.data, properties);
             confirms.push(in_time(self.deadline, sending).await?);
         }
-        let mut confirmed = Vec::with_capacity(batch.len());
-        for (confirm, parcel) in confirms.into_iter().zip(batch) {
-            // Each has its time: a slow line takes long for all of them.
-            confirmed.push(match in_time(self.deadline, confirm).await? {
-                Confirmation::Ack(None) => true,
-                Confirmation::Nack(None) => false,
-                // A return comes before its own confirm, but lapin may hand it to another one: it counts for the whole batch.
+        let mut verdicts = Vec::with_capacity(batch.len());
+        for (confirm, message) in confirms.into_iter().zip(batch) {
+            // Each confirm has the whole deadline, because a slow line needs long for all of them.
+            verdicts.push(match in_time(self.deadline, confirm).await? {
+                Confirmation::Ack(None) => Verdict::Confirmed,
+                Confirmation::Nack(None) => Verdict::Rejected,
+                // lapin may attach a return to the confirm of another message, so it counts for the whole batch.
                 Confirmation::Ack(Some(returned)) | Confirmation::Nack(Some(returned)) => {
-                    return Err(parcel.not_taken(returned.reply_text.as_str()));
+                    return Err(message.not_taken(returned.reply_text.as_str()));
                 }
-                Confirmation::NotRequested => return Err(parcel.not_taken("it confirms nothing")),
+                Confirmation::NotRequested => return Err(message.not_taken("the channel is not in confirm mode")),
             });
         }
-        Ok(confirmed)
+        Ok(verdicts)
     }
 }
