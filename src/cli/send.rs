@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use hdrhistogram::Histogram;
 use http_body_util::{BodyExt, Full};
 use hyper::{Request, StatusCode, Uri};
 use jiff::Timestamp;
@@ -32,6 +33,11 @@ const RETRIES: [Duration; 3] = [Duration::ZERO, Duration::from_secs(5), Duration
 
 /// How long an answer may take. Prism's own limit is not documented.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// No answer takes longer.
+const LATENCY_MAX_US: u64 = ANSWER_TIMEOUT.as_micros() as u64;
+/// A quantile is at most 0.1 percent above the true value.
+const SIGNIFICANT_DIGITS: u8 = 3;
 
 #[derive(clap::Args)]
 pub struct Options {
@@ -241,17 +247,21 @@ fn summary(fates: &[Fate], elapsed: Duration) -> String {
         };
         *outcomes.entry(name).or_default() += 1;
     }
-    let mut latencies: Vec<Duration> = fates.iter().filter_map(|fate| fate.latency).collect();
-    latencies.sort_unstable();
+    let mut latencies = Histogram::<u64>::new_with_max(LATENCY_MAX_US, SIGNIFICANT_DIGITS)
+        .expect("both constants are within the histogram's limits");
+    for latency in fates.iter().filter_map(|fate| fate.latency) {
+        latencies.saturating_record(u64::try_from(latency.as_micros()).unwrap_or(u64::MAX));
+    }
     let requests: usize = outcomes.values().sum();
-    let given_up = fates.len() - latencies.len();
+    let accepted = latencies.len();
+    let given_up = fates.len() as u64 - accepted;
     let rate = fates.len() as f64 / elapsed.as_secs_f64().max(0.001);
 
     let mut text = format!("{:<28} {:>9}", "events", fates.len());
     let mut line = |name: &str, value: String| {
         let _ = write!(text, "\n{name:<28} {value:>9}");
     };
-    line("accepted", latencies.len().to_string());
+    line("accepted", accepted.to_string());
     line("given up", given_up.to_string());
     line("requests", requests.to_string());
     for (name, count) in &outcomes {
@@ -259,18 +269,13 @@ fn summary(fates: &[Fate], elapsed: Duration) -> String {
     }
     line("seconds", format!("{:.1}", elapsed.as_secs_f64()));
     line("events a second", format!("{rate:.0}"));
-    for (name, share) in [("p50", 0.5), ("p99", 0.99), ("max", 1.0)] {
-        if let Some(latency) = quantile(&latencies, share) {
-            line(&format!("time to the 2xx, {name} (ms)"), format!("{:.1}", latency.as_secs_f64() * 1000.0));
+    if accepted > 0 {
+        for (name, share) in [("p50", 0.5), ("p99", 0.99), ("max", 1.0)] {
+            let microseconds = latencies.value_at_quantile(share);
+            line(&format!("time to the 2xx, {name} (ms)"), format!("{:.1}", microseconds as f64 / 1000.0));
         }
     }
     text
-}
-
-/// The smallest value that at least this share of the sorted values do not exceed.
-fn quantile(sorted: &[Duration], share: f64) -> Option<Duration> {
-    let rank = (sorted.len() as f64 * share).ceil() as usize;
-    sorted.get(rank.saturating_sub(1)).copied()
 }
 
 #[cfg(test)]
@@ -286,15 +291,5 @@ mod tests {
             assert_eq!(envelope.event_type, event_type);
             assert_eq!(envelope.prediction_id.is_some(), event_type.starts_with("body_shape_prediction."));
         }
-    }
-
-    #[test]
-    fn quantiles_are_nearest_rank() {
-        let values: Vec<_> = (1..=100).map(Duration::from_millis).collect();
-        assert_eq!(quantile(&values, 0.5), Some(Duration::from_millis(50)));
-        assert_eq!(quantile(&values, 0.99), Some(Duration::from_millis(99)));
-        assert_eq!(quantile(&values, 1.0), Some(Duration::from_millis(100)));
-        assert_eq!(quantile(&values[..1], 0.5), Some(Duration::from_millis(1)));
-        assert_eq!(quantile(&[], 0.5), None);
     }
 }
