@@ -15,7 +15,7 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[derive(clap::Args)]
 pub struct Options {
-    /// Leave the broker out: only what has to be right before the relay can start
+    /// Skip the broker: check only what the relay needs to start
     #[arg(long)]
     offline: bool,
 }
@@ -64,7 +64,7 @@ async fn check_brokers(config: &Config, file: Option<&Path>, table: &mut Table) 
         match access.open(index, "prism-relay check").await {
             Ok(link) => {
                 table.good(&what, &format!("logged in to {url}"));
-                // The nodes of a cluster share their topology, so one look is enough.
+                // The nodes of a cluster share their topology, so it is compared once.
                 if !compared {
                     compared = true;
                     check_topology(config, file, &link, url, table).await;
@@ -114,7 +114,7 @@ fn check_spool(config: &Config, table: &mut Table) {
     }
 }
 
-/// Whether a file can be made here; it is gone again at once.
+/// Creates a file in this folder, and removes it at once.
 fn tempfile_in(folder: &std::path::Path) -> std::io::Result<()> {
     let path = folder.join(format!(".prism-relay-check-{}", std::process::id()));
     std::fs::File::create_new(&path)?;

@@ -12,7 +12,8 @@ use tokio::time::{Instant, timeout};
 
 use super::transfer::{TransferError, in_time};
 
-/// Unacknowledged deliveries at most. It is larger than a batch of a transfer, which acknowledges nothing before it is full.
+/// Unacknowledged deliveries at most. It is larger than a batch of a transfer, which acknowledges nothing before it is
+/// full.
 const PREFETCH: u16 = 500;
 const CONSUMER_TAG: &str = "prism-relay";
 
@@ -94,9 +95,9 @@ impl Consumer {
     }
 }
 
-/// How many messages a queue could deliver. RabbitMQ reports no messages and no consumers if the leader of a quorum queue
-/// does not answer it within 250 ms (`rabbit_quorum_queue:stat`). So that report counts only if it came quickly, or again
-/// and again.
+/// How many messages a queue could deliver. RabbitMQ reports no messages and no consumers if the leader of a quorum
+/// queue does not answer it within 250 ms (`rabbit_quorum_queue:stat`). So that report counts only if it came quickly,
+/// or again and again.
 pub async fn count(channel: &Channel, queue: &ShortString) -> Result<u32, lapin::Error> {
     let mut attempts = 0;
     loop {

@@ -1,4 +1,4 @@
-//! Messages of the broker, as commands show, choose and pass them on. Nothing of a body is ever shown.
+//! Messages of the broker: how commands print, choose and publish them again. No body is ever printed.
 
 use std::io::{self, Write};
 
@@ -22,7 +22,7 @@ const ORIGINAL_KEY: &str = "prism-original-key";
 const PAST: [&str; 4] = ["x-death", "x-delivery-count", "x-stream-offset", ORIGINAL_KEY];
 const PAST_PREFIXES: [&str; 2] = ["x-first-death-", "x-last-death-"];
 
-/// What is told of an event.
+/// The printed facts of an event.
 #[derive(Serialize)]
 struct Line<'a> {
     time: &'a str,

@@ -28,7 +28,7 @@ use crate::config::{Config, Purpose};
 use crate::text::{chain, clean};
 use crate::{logging, relay};
 
-/// Such as `0.1.0 (3f2a9c01b7de)`; the commit is build.rs's word.
+/// Such as `0.1.0 (3f2a9c01b7de)`; build.rs provides the commit.
 const LONG_VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (", env!("PRISM_RELAY_COMMIT"), ")");
 
 /// EX_USAGE of sysexits.h: a service manager should not try again.
@@ -61,7 +61,7 @@ enum Command {
     Tail(tail::Options),
     /// Show how the relay is doing, live: the console's numbers in a terminal.
     Top(top::Options),
-    /// Print, declare, compare or export what the relay wants on the broker.
+    /// Print, declare, compare or export the exchanges, queues and bindings.
     #[command(subcommand)]
     Topology(topology::Action),
     /// Publish dead letters, or what was unroutable, once more.
@@ -79,7 +79,8 @@ enum Command {
     Completions { shell: clap_complete::Shell },
 }
 
-/// Why a command failed, which decides the exit code. It is no `Error` itself, so that `?` turns every error into `Other`.
+/// Why a command failed, which decides the exit code. It is no `Error` itself, so that `?` turns every error into
+/// `Other`.
 #[derive(Debug)]
 enum Failure {
     /// The command line cannot be used.
@@ -134,13 +135,12 @@ fn out(bytes: &[u8]) -> anyhow::Result<()> {
     }
 }
 
-/// A line for standard output, now. `println!` would panic when nobody reads it (`| head`), and the command has other
-/// things to do than to tell.
+/// Prints a line at once. `println!` would panic when the reader has ended (`| head`).
 fn say(line: &str) {
     let _ = writeln!(io::stdout().lock(), "{line}");
 }
 
-/// indicatif draws it on standard error, and only if that is a terminal.
+/// A progress bar on standard error, drawn only if that is a terminal.
 fn progress_bar(count: u64, what: &str) -> ProgressBar {
     let template = format!("{{bar:40}} {{pos}}/{{len}} {what}, {{per_sec}}, {{eta}} left");
     let style = ProgressStyle::with_template(&template).unwrap_or_else(|_| ProgressStyle::default_bar());
@@ -209,12 +209,12 @@ fn execute(arguments: Arguments) -> Result<(), Failure> {
             Command::Completions { shell } => Ok(manual::completions(shell)?),
         }
     });
-    // Not waiting for threads that hang in a name look-up or on a sick disk: what matters has been waited for.
+    // Threads may hang in a name look-up or on a failing disk. All work that matters is done, so this does not wait.
     runtime.shutdown_background();
     outcome
 }
 
-/// The variables that concern us. One that is not UTF-8 is a mistake, not a missing one.
+/// Our variables. One that is not UTF-8 is an error.
 fn environment() -> Result<Vec<(String, String)>, Failure> {
     let ours = std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value)));
     let ours = ours.filter(|(name, _)| name.starts_with("PRISM_RELAY__"));

@@ -21,18 +21,18 @@ use crate::broker::BrokerConnection;
 use crate::config::Config;
 use crate::topology::DEAD;
 
-/// RabbitMQ 4 drops a message that was returned 20 times if its queue has no other limit and no dead-letter exchange. Long
-/// before that, a copy replaces the message, and its count starts again at 0.
+/// RabbitMQ 4 drops a message that was returned 20 times if its queue has no other limit and no dead-letter exchange.
+/// Long before that, a copy replaces the message, and its count starts again at 0.
 const RETURNS_MAX: u64 = 10;
 /// After this long without a delivery there is nothing left to deliver.
 const QUIET: Duration = Duration::from_secs(5);
 
 #[derive(clap::Args)]
 pub struct Options {
-    /// The queue to take from; with a single active consumer only as a whole, without any of the options below
+    /// The queue to take from. A queue with a single active consumer can only be moved as a whole, without filters
     #[arg(long, value_name = "QUEUE", default_value = DEAD, value_parser = queue_name)]
     from: ShortString,
-    /// Straight into this queue, instead of to the exchange, from which every queue that is bound for it gets it
+    /// Publish into this queue only [default: to the exchange, so every queue that is bound gets it]
     #[arg(long, value_name = "QUEUE", value_parser = queue_name)]
     to: Option<ShortString>,
     /// Only events of these types, as a topic pattern: * stands for one word, # for any number of words
@@ -41,16 +41,17 @@ pub struct Options {
     /// Only events of this subject, such as scan:7f2ec6e0-b06d-42b1-b2a1-fff59a458490
     #[arg(long)]
     subject: Option<String>,
-    /// Only events that were accepted longer ago, such as 10m or 2h
+    /// Only events that were accepted longer ago than this, such as 10m or 2h
     #[arg(long, value_name = "AGE", value_parser = humantime::parse_duration)]
     older_than: Option<Duration>,
-    /// Only events that were accepted since
+    /// Only events that were accepted within this time, such as 10m or 2h
     #[arg(long, value_name = "AGE", value_parser = humantime::parse_duration)]
     newer_than: Option<Duration>,
-    /// At most so many
+    /// Stop after this many events
     #[arg(long)]
     count: Option<NonZeroU64>,
-    /// Print what would be moved, and move nothing; what was returned often is put back as a copy, so that it may be returned again
+    /// Print what would be moved, and move nothing. Messages that were returned often are replaced by copies in the
+    /// queue
     #[arg(long)]
     dry_run: bool,
 }
@@ -132,8 +133,8 @@ impl Redrive<'_> {
         Ok(reader.close().await?)
     }
 
-    /// Replaces a message by a copy at the end of its queue, whose count of returns starts again at 0. The reader gets the
-    /// copy later.
+    /// Replaces a message by a copy at the end of its queue, whose count of returns starts again at 0. The reader gets
+    /// the copy later.
     async fn put_back(&mut self, reader: &mut QueueReader<'_>, delivery: Delivery) -> anyhow::Result<()> {
         let to = Destination::Queue(reader.queue.clone());
         let (key, properties) = (original_key(&delivery)?, put_back(&delivery.properties));
@@ -144,7 +145,8 @@ impl Redrive<'_> {
     }
 }
 
-/// Reads as many messages as the queue has now, and no more: messages that come back to it must not be moved in circles.
+/// Reads as many messages as the queue has now, and no more: messages that come back to it must not be moved in
+/// circles.
 struct QueueReader<'a> {
     link: &'a BrokerConnection,
     channel: Channel,
@@ -209,7 +211,8 @@ impl<'a> QueueReader<'a> {
         Ok(read)
     }
 
-    /// Returns unacknowledged messages to the queue. An error if the broker delivered fewer messages than the queue has.
+    /// Returns unacknowledged messages to the queue. An error if the broker delivered fewer messages than the queue
+    /// has.
     async fn close(mut self) -> Result<(), TransferError> {
         if let Source::Consume(consumer) = &mut self.source {
             consumer.end().await?;

@@ -22,22 +22,22 @@ use crate::topology::ARCHIVE;
 const LAST_PART: Duration = Duration::from_secs(2);
 /// The first message comes at once, if there is one.
 const FIRST: Duration = Duration::from_secs(5);
-/// A stream keeps the order in which the broker took the events. That may be long after they were accepted, but before only
-/// if the clocks differ: by this much at most.
+/// A stream keeps the order in which the broker took the events. That may be long after they were accepted, but before
+/// only if the clocks differ: by this much at most.
 const CLOCKS_DIFFER: SignedDuration = SignedDuration::from_mins(10);
 
 #[derive(clap::Args)]
 pub struct Options {
-    /// Events that were accepted since then: a time such as 2026-11-24T12:00:00Z, or an age such as 2h
+    /// Only events accepted since this time, such as 2026-11-24T12:00:00Z, or within this age, such as 2h
     #[arg(long, value_name = "WHEN", value_parser = when)]
     since: Timestamp,
-    /// Events that were accepted before [default: all that are there now]
+    /// Only events accepted before this time or age [default: now]
     #[arg(long, value_name = "WHEN", value_parser = when)]
     until: Option<Timestamp>,
     /// Only events whose routing key matches, as a topic pattern: * stands for one word, # for any number of words
     #[arg(long, value_name = "PATTERN", default_value = "#")]
     key: String,
-    /// Straight into this queue, instead of to the exchange, from which every queue that is bound for it gets it
+    /// Publish into this queue only [default: to the exchange, so every queue that is bound gets it]
     #[arg(long, value_name = "QUEUE", value_parser = queue_name)]
     to: Option<ShortString>,
     /// The stream to read [default: topology.archive.name of the configuration]
@@ -148,8 +148,8 @@ impl Replay<'_> {
         Consumer::open(channel, self.from, arguments, self.deadline).await
     }
 
-    /// Where the stream ends now; `None` if it is empty. The length that AMQP reports is seconds old, so this reads the last
-    /// part of the stream.
+    /// Where the stream ends now; `None` if it is empty. The length that AMQP reports is seconds old, so this reads
+    /// the last part of the stream.
     async fn find_end(&self, now: Timestamp) -> anyhow::Result<Option<End>> {
         let opening = async {
             let channel = self.link.connection.create_channel().await?;
@@ -165,7 +165,8 @@ impl Replay<'_> {
             let (offset, accepted) = (offset_of(&delivery)?, accepted(&delivery));
             end = Some(End { offset, accepted });
             in_time(self.deadline, delivery.acker.ack(BasicAckOptions::default())).await?;
-            // While events come in all the time the stream is never silent. Events accepted after `now` are not replayed.
+            // While events come in all the time the stream is never silent. Events accepted after `now` are not
+            // replayed.
             let read_for = first_at.get_or_insert_with(Instant::now).elapsed();
             if read_for > self.deadline || (read_for > LAST_PART && accepted >= now) {
                 break;

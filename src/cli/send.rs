@@ -1,4 +1,4 @@
-//! `send`: plays Prism, retries and all, and tells what became of each event.
+//! `send`: plays Prism with its retries, and reports how many events were accepted and how fast.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -50,16 +50,16 @@ pub struct Options {
     /// How many events to send [default: one of each type]
     #[arg(long)]
     count: Option<NonZeroU64>,
-    /// Events a second [default: as fast as the answers come]
+    /// Events per second [default: as fast as the answers come]
     #[arg(long, value_parser = rate)]
     rate: Option<f64>,
-    /// Events under way at a time, at most
+    /// Events in flight at most
     #[arg(long, default_value = "64")]
     concurrency: NonZeroUsize,
     /// Send the contents of this file as the body of every event, as it is
     #[arg(long, value_name = "FILE", conflicts_with = "types")]
     body: Option<PathBuf>,
-    /// Believe only this authority (PEM), if the url begins with https [default: those of the system]
+    /// Trust only this certificate authority (PEM) for https URLs [default: those of the system]
     #[arg(long, value_name = "FILE")]
     ca: Option<PathBuf>,
     /// Do not sign, even if the configuration has a secret
@@ -85,7 +85,7 @@ struct Sender {
     retries: &'static [Duration],
 }
 
-/// What became of one event.
+/// The outcome of one event.
 struct Fate {
     /// The outcome of each try: a status, or why there was none.
     tries: Vec<Result<StatusCode, String>>,
@@ -138,7 +138,7 @@ fn client(url: &Uri, ca: Option<PathBuf>) -> Result<HttpClient, Failure> {
     Ok(http_client(tls))
 }
 
-/// Where a relay with this configuration takes webhooks.
+/// The address on which a relay with this configuration accepts webhooks.
 fn own_url(config: &Config) -> Result<Uri, Failure> {
     if config.http.tls.is_some() {
         let hint = "the relay speaks TLS: give --url with the host name that is in its certificate";

@@ -12,7 +12,7 @@ use crate::config::Config;
 use crate::event::Envelope;
 use crate::spool::{Entry, Inspector};
 
-/// What stands in place of a value that is nobody's business.
+/// Replaces a value that must not be printed.
 const HIDDEN: &str = "[hidden]";
 
 #[derive(Subcommand)]
@@ -21,13 +21,13 @@ pub enum Action {
     Stats,
     /// List the events, the oldest first
     List {
-        /// Only those that the broker does not take, with the reason
+        /// Only parked events, which the broker does not take, with the reason
         #[arg(long)]
         parked: bool,
-        /// At most so many
+        /// Stop after this many events
         #[arg(long, default_value = "100")]
         limit: u64,
-        /// Print a JSON object a line
+        /// Print one JSON object per line
         #[arg(long)]
         json: bool,
     },
@@ -152,7 +152,7 @@ fn show(spool: &Inspector, id: Uuid) -> anyhow::Result<Printed> {
             printed.line(serde_json::to_string_pretty(&json).unwrap_or_default());
         }
         // It may hold anything, so it is not printed.
-        Err(_) => printed.line(format!("the body, {} bytes, is no JSON", body.len())),
+        Err(_) => printed.line(format!("the body, {} bytes, is not JSON", body.len())),
     }
     Ok(printed)
 }

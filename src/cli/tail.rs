@@ -1,4 +1,4 @@
-//! `tail`: prints events as they pass, without taking them from anybody.
+//! `tail`: prints events as they pass, and takes none away from the workers.
 
 use std::io;
 use std::num::NonZeroU64;
@@ -24,13 +24,13 @@ pub struct Options {
     /// Which events to print, as a topic pattern: * stands for one word, # for any number of words
     #[arg(default_value = "#")]
     pattern: String,
-    /// Print a JSON object a line
+    /// Print one JSON object per line
     #[arg(long)]
     json: bool,
-    /// Stop after so many events
+    /// Stop after this many events
     #[arg(long)]
     count: Option<NonZeroU64>,
-    /// Work like a worker instead: take events from this queue and acknowledge them, so that nobody else gets them
+    /// Work like a worker: take events from this queue and acknowledge them, so that no worker gets them
     #[arg(long, value_name = "NAME", value_parser = queue_name)]
     queue: Option<ShortString>,
 }

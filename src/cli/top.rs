@@ -29,13 +29,13 @@ const TURNS_MAX: usize = 5;
 
 #[derive(clap::Args)]
 pub struct Options {
-    /// Where the relay's operators' listener is [default: ops.listen of the configuration]
+    /// The address of the relay's operators' listener [default: ops.listen of the configuration]
     #[arg(long)]
     url: Option<Uri>,
-    /// Time between two looks
+    /// Time between two updates
     #[arg(long, default_value = "1s", value_parser = humantime::parse_duration)]
     interval: Duration,
-    /// Look once and end, as it does where the output is no terminal
+    /// Print once and exit, as when the output is not a terminal
     #[arg(long)]
     once: bool,
 }
@@ -54,7 +54,7 @@ pub async fn run(config: &Config, options: Options) -> Result<(), Failure> {
     }
 }
 
-/// Goes on for ever: a relay that does not answer may come back.
+/// Never ends by itself: a relay that does not answer may come back.
 async fn watch(status: &OpsResource, every: Duration) -> io::Result<()> {
     let mut looks = interval(every.max(Duration::from_millis(100)));
     loop {
@@ -70,7 +70,7 @@ async fn watch(status: &OpsResource, every: Duration) -> io::Result<()> {
     }
 }
 
-/// What `/api/status` tells, for eighty columns. What is missing is shown as such: the relay may be another version.
+/// `/api/status` in eighty columns. A missing value is shown as `?`, because the relay may be another version.
 fn picture(status: &Value) -> String {
     let mut text = String::new();
     let mut line = |name: &str, value: String| {

@@ -100,7 +100,8 @@ async fn diff(config: &Config, file: Option<&Path>, plan: &Plan) -> Result<(), F
     }
 }
 
-/// Prints each difference with its remedy below it. A remedy that several of them share is printed once, below the last.
+/// Prints each difference with its remedy below it. A remedy that several of them share is printed once, below the
+/// last.
 fn print_all<'a>(found: impl Iterator<Item = &'a Difference>) {
     let mut found = found.peekable();
     while let Some(Difference { entity, what, kind, remedy }) = found.next() {

@@ -170,9 +170,9 @@ impl Transfer {
         self.flush().await
     }
 
-    /// Publishes the batch in its order, waits until every message is confirmed or rejected, and only then acknowledges
-    /// the confirmed ones. After any other failure nothing of the batch is acknowledged: messages may be delivered twice,
-    /// and none is lost.
+    /// Publishes the batch in its order, waits until every message is confirmed or rejected, and only then
+    /// acknowledges the confirmed ones. After any other failure nothing of the batch is acknowledged: messages may be
+    /// delivered twice, and none is lost.
     pub async fn flush(&mut self) -> Result<(), TransferError> {
         let batch = std::mem::take(&mut self.batch);
         self.bytes = 0;
