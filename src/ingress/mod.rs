@@ -33,7 +33,7 @@ use crate::log_limiter::LogLimiter;
 use crate::metrics::Metrics;
 use crate::recent::Recent;
 use crate::server::{Admission, Limits, Peer, Server};
-use crate::signature::{Accepted, SIGNATURE_HEADER, TIMESTAMP_HEADER, Verifier};
+use crate::signature::{SIGNATURE_HEADER, TIMESTAMP_HEADER, Verifier};
 use crate::spool::{AppendError, Receipt, Spool};
 use crate::tls;
 use crate::traces::Traces;
@@ -202,7 +202,13 @@ impl WebhookHandler {
         let now = Timestamp::now();
         let (timestamp, signature) = (header(headers, TIMESTAMP_HEADER), header(headers, SIGNATURE_HEADER));
         let verified = self.verifier.verify(timestamp, signature, body, now)?;
-        must_be_believable(&verified)?;
+        let body = verified.body().clone();
+        // An unsigned body has to be an event. A signed one comes from Prism: it is accepted whatever it holds.
+        let envelope = match Envelope::parse(&body) {
+            Ok(envelope) => Some(envelope),
+            Err(_) if verified.authentic() => None,
+            Err(reason) => return Err(reason.into()),
+        };
         let signed = verified.signed();
         if let Some(signed) = signed {
             self.metrics.signature_verified(signed.secret);
@@ -212,8 +218,7 @@ impl WebhookHandler {
         let sent = TraceContext::from_headers(header(headers, "traceparent"), header(headers, "tracestate"));
         let trace = self.traces.start_webhook(sent, begun);
         let event = Event::new(verified, trace.context(), now);
-        let body = event.body.clone();
-        // An event that is committed later all the same is recognised when the sender comes back.
+        // An event that is committed after this deadline is recognised when the sender tries again.
         let appended =
             timeout(APPEND_PATIENCE, self.spool.append(event, signed.map(|signed| signed.valid_until))).await;
         let receipt = match appended.unwrap_or(Err(AppendError::Unavailable)) {
@@ -225,18 +230,17 @@ impl WebhookHandler {
         };
         debug!(id = %receipt.id, duplicate = receipt.duplicate, "accepted");
         trace.accepted(receipt.id, receipt.duplicate);
-        self.note(&receipt, &body, now);
+        self.record(&receipt, envelope.as_ref(), now);
         Ok(receipt)
     }
 
-    /// For the operators.
-    fn note(&self, receipt: &Receipt, body: &[u8], now: Timestamp) {
+    /// Records an accepted webhook for the metrics and the console.
+    fn record(&self, receipt: &Receipt, envelope: Option<&Envelope<'_>>, now: Timestamp) {
         if receipt.duplicate {
             return self.recent.duplicate(now);
         }
-        let envelope = Envelope::parse(body).ok();
-        self.metrics.event(envelope.as_ref().map(|envelope| &*envelope.event_type));
-        self.recent.accepted(receipt.seq, receipt.id, envelope.as_ref(), now);
+        self.metrics.event(envelope.map(|envelope| &*envelope.event_type));
+        self.recent.accepted(receipt.seq, receipt.id, envelope, now);
     }
 
     /// Who is asking, behind the proxies that we trust.
@@ -263,14 +267,6 @@ impl WebhookHandler {
         }
         Ok(())
     }
-}
-
-/// A body without a signature has to be an event. A signed one comes from Prism, whatever it is: it is never refused.
-fn must_be_believable(body: &Accepted<Bytes>) -> Result<(), Refusal> {
-    if body.authentic() {
-        return Ok(());
-    }
-    Ok(Envelope::parse(body.body()).map(|_| ())?)
 }
 
 fn header<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a [u8]> {
