@@ -1,7 +1,15 @@
-//! Bodies: read within a limit, a deadline and a share of the memory, or discarded.
+//! Bodies: read within a size, a deadline and a share of the memory, or discarded.
+//!
+//! All bodies together use at most `http.buffer_bytes_max`:
+//!
+//! 1. A body that arrives in one piece takes its memory at once, if that much is free.
+//! 2. Any other body takes memory for each piece before the piece is kept, and waits while there is not enough.
+//! 3. A body that has waited for [`CROWDED_PATIENCE`] evicts the oldest body that is still arriving, if that is older
+//!    than itself, and waits again. The evicted body is answered 503: slow senders make room for fast ones.
+//! 4. A complete body is never evicted. It keeps its memory until the webhook is answered.
+//! 5. A body that had to wait and misses its deadline is answered 503 in place of 408: its sender was not slow.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -15,18 +23,16 @@ use tokio_util::sync::CancellationToken;
 
 use super::answer::{Code, Refusal};
 
-/// How much of a refused body is still read, so that the sender gets to see the answer instead of a reset.
+/// How much of a refused body is still read, so that the sender receives the answer instead of a reset.
 const DISCARD_BYTES_MAX: usize = 1024 * 1024;
 
-/// How long a body waits for memory before another one, which is slower, has to make room.
+/// How long a body waits for memory before it evicts an older one.
 const CROWDED_PATIENCE: Duration = Duration::from_millis(20);
 
-/// What all bodies together may take, in bytes. Where it is used up, the body that has been arriving for longest makes
-/// room, so that slow ones, which need not be Prism's, hold up nobody.
-#[derive(Clone)]
+/// The memory for all bodies together, in bytes.
 pub struct Memory {
     free: Arc<Semaphore>,
-    arriving: Arc<Mutex<Arriving>>,
+    arriving: Mutex<Arriving>,
 }
 
 /// The bodies that are not complete yet, the oldest first.
@@ -36,23 +42,30 @@ struct Arriving {
     bodies: BTreeMap<u64, CancellationToken>,
 }
 
-/// The part of the [`Memory`] that a body takes; given back when it is dropped.
-#[derive(Default)]
-pub struct Share(Option<OwnedSemaphorePermit>);
+/// A complete body. Dropping it gives its memory back.
+pub struct Buffered {
+    pub bytes: Bytes,
+    pub share: OwnedSemaphorePermit,
+}
 
 impl Memory {
     pub fn new(bytes: usize) -> Self {
         let free = Arc::new(Semaphore::new(bytes.min(Semaphore::MAX_PERMITS)));
-        Self { free, arriving: Arc::default() }
+        Self { free, arriving: Mutex::default() }
+    }
+
+    /// Takes memory if that much is free.
+    fn try_take(&self, bytes: usize) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.free).try_acquire_many_owned(permits(bytes)).ok()
     }
 
     fn arrive(&self) -> Arrival<'_> {
         let mut arriving = self.arriving();
         let id = arriving.next_id;
         arriving.next_id += 1;
-        let displaced = CancellationToken::new();
-        arriving.bodies.insert(id, displaced.clone());
-        Arrival { memory: self, id, displaced, waited: AtomicBool::new(false) }
+        let evicted = CancellationToken::new();
+        arriving.bodies.insert(id, evicted.clone());
+        Arrival { memory: self, id, evicted, has_waited: false }
     }
 
     fn arriving(&self) -> MutexGuard<'_, Arriving> {
@@ -60,37 +73,31 @@ impl Memory {
     }
 }
 
-/// A body on the list of those that are arriving.
+/// A body on the list of those that are arriving. Dropping it takes it off the list.
 struct Arrival<'a> {
     memory: &'a Memory,
     id: u64,
-    displaced: CancellationToken,
-    /// It had to wait for memory.
-    waited: AtomicBool,
+    evicted: CancellationToken,
+    has_waited: bool,
 }
 
 impl Arrival<'_> {
-    /// Takes more memory for the body, if need be that of an older one.
-    async fn grow(&self, share: &mut Share, bytes: usize) {
+    /// Takes memory for the next piece, if necessary that of an older body.
+    async fn take(&mut self, bytes: usize) -> OwnedSemaphorePermit {
         let bytes = permits(bytes);
-        let more = loop {
-            let more = Arc::clone(&self.memory.free).acquire_many_owned(bytes);
-            match timeout(CROWDED_PATIENCE, more).await {
-                // The semaphore is never closed.
-                Ok(more) => break more.ok(),
+        loop {
+            let taken = Arc::clone(&self.memory.free).acquire_many_owned(bytes);
+            match timeout(CROWDED_PATIENCE, taken).await {
+                Ok(taken) => return taken.expect("the semaphore is never closed"),
                 Err(_) => {
-                    self.waited.store(true, Ordering::Relaxed);
-                    self.displace_an_older_one();
+                    self.has_waited = true;
+                    self.evict_an_older_one();
                 }
             }
-        };
-        match (&mut share.0, more) {
-            (Some(share), Some(more)) => share.merge(more),
-            (none, more) => *none = more,
         }
     }
 
-    fn displace_an_older_one(&self) {
+    fn evict_an_older_one(&self) {
         let mut arriving = self.memory.arriving();
         if let Some(oldest) = arriving.bodies.first_entry().filter(|oldest| *oldest.key() < self.id) {
             oldest.remove().cancel();
@@ -104,55 +111,57 @@ impl Drop for Arrival<'_> {
     }
 }
 
-/// A body on its way in.
+/// A body that is still to be read.
 pub struct Inbound {
     body: Incoming,
     deadline: Duration,
-    /// The sender sends only when it is told to, which reading does (RFC 9110, section 10.1.1).
-    waits: bool,
+    /// The sender waits for `100 Continue`, which reading sends (RFC 9110, section 10.1.1).
+    awaits_continue: bool,
 }
 
 impl Inbound {
     pub fn new(body: Incoming, headers: &HeaderMap, deadline: Duration) -> Self {
-        Self { body, deadline, waits: headers.contains_key(EXPECT) }
+        Self { body, deadline, awaits_continue: headers.contains_key(EXPECT) }
     }
 
-    /// The length that the sender has declared, in bytes; 0 if it has not.
+    /// The length that the sender has declared, in bytes; 0 if it has declared none.
     pub fn declared(&self) -> u64 {
         self.body.size_hint().lower()
     }
 
-    /// The whole body. Most arrive in one piece, which is passed on without copying, and at once has its memory.
-    pub async fn read(&mut self, limit: usize, memory: &Memory) -> Result<(Bytes, Share), Refusal> {
-        self.waits = false;
+    /// Reads the whole body. A body in one piece, as most are, is passed on without copying.
+    pub async fn read(&mut self, limit: usize, memory: &Memory) -> Result<Buffered, Refusal> {
+        self.awaits_continue = false;
         let deadline = Instant::now() + self.deadline;
-        let first = timeout_at(deadline, next(&mut self.body)).await.map_err(|_| timed_out())??;
-        let Some(first) = first else { return Ok((Bytes::new(), Share::default())) };
+        let first = timeout_at(deadline, next(&mut self.body)).await.map_err(|_| timed_out())??.unwrap_or_default();
         if first.len() > limit {
             return Err(Refusal::body_too_large(limit));
         }
         if self.body.is_end_stream()
-            && let Ok(taken) = Arc::clone(&memory.free).try_acquire_many_owned(permits(first.len()))
+            && let Some(share) = memory.try_take(first.len())
         {
-            return Ok((first, Share(Some(taken))));
+            return Ok(Buffered { bytes: first, share });
         }
-        let arrival = memory.arrive();
-        tokio::select! {
-            body = timeout_at(deadline, read_on(&mut self.body, first, limit, &arrival)) => body.unwrap_or_else(|_| {
-                // A sender that had to wait for us was not slow.
-                Err(if arrival.waited.load(Ordering::Relaxed) { overloaded() } else { timed_out() })
-            }),
-            () = arrival.displaced.cancelled() => Err(overloaded()),
+        let mut arrival = memory.arrive();
+        let evicted = arrival.evicted.clone();
+        let outcome = tokio::select! {
+            outcome = timeout_at(deadline, read_on(&mut self.body, first, limit, &mut arrival)) => outcome,
+            () = evicted.cancelled() => return Err(overloaded()),
+        };
+        match outcome {
+            Ok(body) => body,
+            Err(_) if arrival.has_waited => Err(overloaded()),
+            Err(_) => Err(timed_out()),
         }
     }
 
-    /// Reads on for a while, beside the answer. A connection that is closed with unread data in it is reset, and the
-    /// sender would see that instead of the answer.
+    /// Reads and drops the rest while the answer is sent. A connection that is closed with unread data in it is reset, and
+    /// the sender would see the reset instead of the answer.
     pub fn discard(mut self) {
-        if self.waits || self.body.is_end_stream() {
+        if self.awaits_continue || self.body.is_end_stream() {
             return;
         }
-        // It ends by itself, and nothing depends on it.
+        // The task ends at its deadline, and nothing depends on it.
         tokio::spawn(timeout(self.deadline, async move {
             let mut rest = DISCARD_BYTES_MAX;
             while let Some(Ok(frame)) = self.body.frame().await {
@@ -163,7 +172,7 @@ impl Inbound {
     }
 }
 
-/// The next piece. Trailers carry nothing that counts.
+/// The next piece. Trailers are ignored.
 async fn next(body: &mut Incoming) -> Result<Option<Bytes>, Refusal> {
     while let Some(frame) = body.frame().await {
         let frame = frame
@@ -179,22 +188,22 @@ async fn read_on(
     body: &mut Incoming,
     first: Bytes,
     limit: usize,
-    arrival: &Arrival<'_>,
-) -> Result<(Bytes, Share), Refusal> {
-    let mut share = Share::default();
-    arrival.grow(&mut share, first.len()).await;
+    arrival: &mut Arrival<'_>,
+) -> Result<Buffered, Refusal> {
+    let mut share = arrival.take(first.len()).await;
+    // Pieces are copied: even a piece of one byte would hold a whole buffer of hyper's.
     let mut whole = BytesMut::new();
     while let Some(data) = next(body).await? {
         if first.len().max(whole.len()) + data.len() > limit {
             return Err(Refusal::body_too_large(limit));
         }
-        arrival.grow(&mut share, data.len()).await;
+        share.merge(arrival.take(data.len()).await);
         if whole.is_empty() {
             whole.extend_from_slice(&first);
         }
         whole.extend_from_slice(&data);
     }
-    Ok((if whole.is_empty() { first } else { whole.freeze() }, share))
+    Ok(Buffered { bytes: if whole.is_empty() { first } else { whole.freeze() }, share })
 }
 
 fn timed_out() -> Refusal {

@@ -24,7 +24,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 use answer::{Code, Refusal, accepted, readiness};
-use body::{Inbound, Memory};
+use body::{Buffered, Inbound, Memory};
 pub use settings::{HEALTH_PATH, Settings};
 
 use crate::event::{DOCUMENTED_TYPES, Envelope, Event, TraceContext};
@@ -196,8 +196,8 @@ impl WebhookHandler {
 
     async fn receive(&self, headers: &HeaderMap, body: &mut Inbound) -> Result<Receipt, Refusal> {
         let begun = SystemTime::now();
-        // The share of the memory is held until the answer: until then the body may be in it.
-        let (body, _share) = body.read(self.http.body_bytes_max, &self.memory).await?;
+        // The body's share of the memory is held until the webhook is answered.
+        let Buffered { bytes: body, share: _share } = body.read(self.http.body_bytes_max, &self.memory).await?;
 
         let now = Timestamp::now();
         let (timestamp, signature) = (header(headers, TIMESTAMP_HEADER), header(headers, SIGNATURE_HEADER));
