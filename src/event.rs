@@ -1,6 +1,6 @@
-//! What it is: the envelope, the subject, the routing key. Pure; knows neither HTTP, nor the disk, nor AMQP.
+//! Events: envelope, subject and routing key. Pure; knows neither HTTP, nor the disk, nor AMQP.
 //!
-//! The body is borrowed and never written again: what Prism signed is what the workers get.
+//! The body is borrowed and never serialised again: workers receive the bytes that Prism signed.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -27,7 +27,7 @@ pub const DOCUMENTED_TYPES: [&str; 6] = [
     "body_shape_prediction.processing.failed",
 ];
 
-/// The routing key of an event whose type is no safe topic key.
+/// The routing key of an event whose type is not a safe topic key.
 pub const INVALID_EVENT_TYPE: &str = "invalid.event_type";
 /// The routing key of a signed body that is not an envelope.
 pub const INVALID_BODY: &str = "invalid.body";
@@ -35,17 +35,17 @@ pub const INVALID_BODY: &str = "invalid.body";
 /// AMQP 0-9-1 limits a routing key to 255 bytes; the rest is left to what brokers and shovels put in front.
 const ROUTING_KEY_BYTES_MAX: usize = 200;
 
-/// One accepted webhook: all that is kept of it on disk.
+/// An accepted webhook, as it is stored on disk.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Event {
     /// UUIDv7, the same for every publish of this event and for every answer about it.
     pub id: Uuid,
-    /// Wall clock, in milliseconds since 1970: what the workers are told.
+    /// The time of acceptance by the wall clock, in milliseconds since 1970. Workers receive it in the message.
     pub accepted_ms: i64,
-    /// Whether a signature vouches for the body.
+    /// Whether the body has a valid signature.
     pub authentic: bool,
     pub trace: Option<TraceContext>,
-    /// Of the body as it was received: recognises a re-send, and damage on the disk.
+    /// The fingerprint of the body as it was received. It shows a re-send, and damage on the disk.
     pub fingerprint: Fingerprint,
     /// The bytes as they were received.
     pub body: Bytes,
@@ -135,7 +135,7 @@ fn is_traceparent(text: &str) -> bool {
     text.len() <= 128 && !text.starts_with("ff") && hex(2) && hex(32) && hex(16) && hex(2)
 }
 
-/// Why a body is no envelope.
+/// Why a body is not an envelope.
 #[derive(Debug, Error)]
 pub enum NotAnEnvelope {
     #[error("the body is not UTF-8, as JSON has to be (RFC 8259, section 8.1)")]
@@ -167,7 +167,7 @@ impl<'a> Envelope<'a> {
             _ => {}
         });
         if let Err(error) = outcome {
-            // An array or a number stops the reader at once: is the rest JSON, too?
+            // An array or a number stops the reader at once, so the rest is checked for being JSON.
             return Err(match serde_json::from_str::<&RawValue>(text) {
                 Ok(_) if error.is_data() => NotAnEnvelope::EventType,
                 Ok(_) => NotAnEnvelope::Json(error),
@@ -177,7 +177,7 @@ impl<'a> Envelope<'a> {
         let mut envelope =
             Self { event_type: event_type.and_then(string).ok_or(NotAnEnvelope::EventType)?, ..Self::default() };
         if let Some(payload) = payload {
-            // A payload that is no object has no fields, and that is all right.
+            // A payload that is not an object has no fields, which is not an error.
             let _ = for_each_member(payload.get(), |name, value| match name {
                 "scanId" => envelope.scan_id = string(value),
                 "bodyShapePredictionId" => envelope.prediction_id = string(value),
@@ -193,13 +193,13 @@ impl<'a> Envelope<'a> {
         if is_topic_key(&self.event_type) { &self.event_type } else { INVALID_EVENT_TYPE }
     }
 
-    /// Whose order has to be kept: one prediction's, or else one scan's.
+    /// The subject, whose events are published in order: the prediction if there is one, else the scan.
     pub fn subject(&self) -> Option<String> {
         subject(self.prediction_id.as_deref(), self.scan_id.as_deref())
     }
 }
 
-/// As [`Envelope::subject`], from the ids alone.
+/// The subject for these ids, as in [`Envelope::subject`].
 pub fn subject(prediction_id: Option<&str>, scan_id: Option<&str>) -> Option<String> {
     let prediction = prediction_id.map(|id| format!("prediction:{id}"));
     prediction.or_else(|| scan_id.map(|id| format!("scan:{id}")))
@@ -292,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_envelope_is_told_apart() {
+    fn bodies_that_are_not_envelopes_are_told_apart_by_reason() {
         for (body, expected) in [
             (&b"\xff"[..], "Encoding"),
             (b"{\"eventType\":\"a\",\"payload\":\"\xff\"}", "Encoding"),

@@ -1,4 +1,4 @@
-//! Who sent it: Prism's signature over the raw bytes. Pure; takes `now`; knows neither HTTP statuses nor JSON.
+//! Verifies Prism's signature over the raw bytes of a body. Pure; takes `now`; knows neither HTTP statuses nor JSON.
 //!
 //! The scheme is Prism's own: `prism-signature` is the lower-case hex of HMAC-SHA256, keyed by the secret's UTF-8
 //! bytes, over `<prism-timestamp>.<raw body>`. The timestamp is part of what is signed, so it goes into the HMAC
@@ -52,24 +52,24 @@ pub enum Rejection {
     StaleTimestamp { age: i64, tolerance: u64 },
 }
 
-/// A body that has passed the one door of this module: a signature vouches for it, or the configuration lets it pass
-/// without one.
+/// A body that was verified. Only this module makes one: the signature is valid, or the configuration allows unsigned
+/// bodies.
 pub struct Accepted<B> {
     body: B,
     signed: Option<Signed>,
 }
 
-/// What a signature that was right tells.
+/// What is known from a valid signature.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Signed {
     /// The position of its secret in the list, from 0.
     pub secret: usize,
-    /// Until when the same request, captured and sent again, would pass the door.
+    /// Until when the same request, captured and sent again, would be accepted.
     pub valid_until: Timestamp,
 }
 
 impl<B> Accepted<B> {
-    /// Whether a signature vouches for the body.
+    /// Whether the body has a valid signature.
     pub fn authentic(&self) -> bool {
         self.signed.is_some()
     }
@@ -112,15 +112,15 @@ impl Verifier {
         self.keys.read().unwrap_or_else(PoisonError::into_inner).len()
     }
 
-    /// From now on these secrets count, and no others.
+    /// Replaces all secrets.
     pub fn replace(&self, secrets: &[Secret]) {
         *self.keys.write().unwrap_or_else(PoisonError::into_inner) = keys(secrets);
     }
 
-    /// Lets `body` through if a secret signed it lately, or if it is unsigned and signatures are not required.
+    /// Accepts `body` if a secret signed it within the tolerance, or if it is unsigned and signatures are not required.
     ///
-    /// A signature that is present is always checked, unless there is no secret to check it with: whoever may send
-    /// without a signature gains nothing by adding one, and an account that begins to sign must not lose its events.
+    /// A signature that is present is checked whenever there is a secret. Without a secret it is ignored if signatures
+    /// are not required: an account that begins to sign must not lose its events.
     pub fn verify<B: AsRef<[u8]>>(
         &self,
         timestamp: Option<&[u8]>,
@@ -140,7 +140,7 @@ impl Verifier {
             .ok_or(Rejection::InvalidTimestamp)?;
 
         let secret = signer(&keys, timestamp, body.as_ref(), signature).ok_or(Rejection::InvalidSignature)?;
-        // Only after the signature: an authentic but late request tells the operator of a clock that is wrong.
+        // Checked after the signature, so that this rejection means a wrong clock and not a forged request.
         let age = now.as_second() - signed_at.as_second();
         let tolerance = self.tolerance.as_secs();
         if now.duration_since(signed_at).unsigned_abs() > self.tolerance {
@@ -152,7 +152,7 @@ impl Verifier {
     }
 }
 
-/// Tries every key, also after a match, so that the time taken does not tell which one it was.
+/// Tries every key, also after a match, so that the time taken does not reveal which one it was.
 fn signer(keys: &[Hmac<Sha256>], timestamp: &[u8], body: &[u8], signature: &[u8]) -> Option<usize> {
     const NONE: u32 = u32::MAX;
     let mut found = NONE;
@@ -259,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn the_secret_that_signed_is_told_and_secrets_can_be_replaced() {
+    fn the_secret_that_signed_is_reported_and_secrets_can_be_replaced() {
         let verifier = verifier(&["new", "old"], true);
         let now: Timestamp = "2025-10-01T21:26:17Z".parse().unwrap();
         let check = |secret: &str| {
@@ -290,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn timestamps_that_are_no_times_are_named_as_such() {
+    fn invalid_timestamps_are_rejected_as_such() {
         for bad in ["", "now", "1759353977", "2025-10-01", "2025-10-01T21:26:17", "2025-13-01T21:26:17Z"] {
             let signature = sign(&Secret::new("s"), bad, b"{}");
             let result = verifier(&["s"], true).verify(
@@ -307,7 +307,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_is_sent_without_the_secret_is_refused(
+        fn nothing_is_accepted_without_the_secret(
             timestamp in prop_oneof![
                 proptest::collection::vec(any::<u8>(), 0..40),
                 "[-+]?[0-9]{1,6}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\\.[0-9]{1,12})?(Z|[-+][0-9]{2}:[0-9]{2})"
@@ -321,7 +321,7 @@ mod tests {
         }
 
         #[test]
-        fn whatever_is_signed_lately_is_authentic(body in proptest::collection::vec(any::<u8>(), 0..100), offset in -299i64..299) {
+        fn everything_signed_within_the_tolerance_is_authentic(body in proptest::collection::vec(any::<u8>(), 0..100), offset in -299i64..299) {
             let now = Timestamp::now();
             let timestamp = (now + jiff::SignedDuration::from_secs(offset)).to_string();
             let signature = sign(&Secret::new("s"), &timestamp, &body);

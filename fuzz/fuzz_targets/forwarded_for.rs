@@ -1,4 +1,4 @@
-//! X-Forwarded-For as anybody may write it: it counts only from trusted proxies, and what a client writes never
+//! X-Forwarded-For as any client may write it: it counts only from trusted proxies, and what a client writes never
 //! displaces what the proxy has added.
 //!
 //! Input: lines.

@@ -1,4 +1,4 @@
-//! What somebody without the secret may put into the two headers and the body: nothing of it is ever let in.
+//! Headers and bodies from a client without the secret: none is ever accepted.
 //!
 //! Input: timestamp, line feed, signature, line feed, body.
 #![no_main]

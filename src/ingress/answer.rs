@@ -1,4 +1,4 @@
-//! The only place that chooses a status: from what became of a webhook to the HTTP answer.
+//! The only place that chooses a status: turns the outcome of a webhook into the HTTP answer.
 
 use std::borrow::Cow;
 
@@ -13,7 +13,7 @@ use crate::health::Health;
 use crate::signature::Rejection;
 use crate::spool::{AppendError, Receipt};
 
-/// Seconds after which a sender may try again. Prism's own retries come after 0, 5 and 30 s.
+/// Seconds after which a sender should try again. Prism's own retries come after 0, 5 and 30 s.
 const RETRY_AFTER_SECONDS: HeaderValue = HeaderValue::from_static("5");
 
 /// Defines [`Code`] from a table: each row is a code once, with its status, its text and its title.
@@ -161,7 +161,7 @@ impl From<AppendError> for Refusal {
     }
 }
 
-/// The 200, which may be sent only with a receipt in hand.
+/// The 200. The receipt proves that the event is on disk.
 pub fn accepted(receipt: &Receipt) -> Response<Full<Bytes>> {
     #[derive(Serialize)]
     struct Accepted {

@@ -155,8 +155,8 @@ impl Inbound {
         }
     }
 
-    /// Reads and drops the rest while the answer is sent. A connection that is closed with unread data in it is reset, and
-    /// the sender would see the reset instead of the answer.
+    /// Reads and drops the rest while the answer is sent. Closing a connection with unread data in it resets it, and the
+    /// sender would see the reset instead of the answer.
     pub fn discard(mut self) {
         if self.awaits_continue || self.body.is_end_stream() {
             return;
@@ -211,7 +211,7 @@ fn timed_out() -> Refusal {
 }
 
 fn overloaded() -> Refusal {
-    Refusal::new(Code::Overloaded, "there is no memory for the body at the moment (http.buffer_bytes_max)")
+    Refusal::new(Code::Overloaded, "there is no free memory for the body (http.buffer_bytes_max)")
 }
 
 fn permits(bytes: usize) -> u32 {

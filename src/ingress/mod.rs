@@ -1,5 +1,5 @@
-//! HTTP in: one webhook is read, verified, named and stored, and only then answered. Never names the publisher, and
-//! never waits for it.
+//! HTTP in: a webhook is read, verified, parsed and stored, and only then answered. The answer never depends on
+//! RabbitMQ.
 
 mod answer;
 mod body;
@@ -38,11 +38,11 @@ use crate::spool::{AppendError, Receipt, Spool};
 use crate::tls;
 use crate::traces::Traces;
 
-/// How long a disk may take. Prism's own patience is not documented; a sender that is told to come back is better off
-/// than one that hears nothing.
+/// How long the disk may take to store an event. Prism's own timeout is not documented; a 503 with `Retry-After` is
+/// better for the sender than no answer.
 const APPEND_PATIENCE: Duration = Duration::from_secs(10);
 
-/// What a webhook passes through.
+/// The parts of the relay that a webhook passes through.
 pub struct Parts {
     pub verifier: Arc<Verifier>,
     pub spool: Spool,
@@ -89,7 +89,7 @@ impl Ingress {
         Self { server, handler: Arc::new(handler) }
     }
 
-    /// The table of connections, to be looked at.
+    /// The table of connections, for their counts.
     pub fn admission(&self) -> Arc<Admission> {
         self.server.admission()
     }
@@ -103,7 +103,7 @@ impl Ingress {
         self.handler.answer(request, &peer.into()).await
     }
 
-    /// Serves until `draining`, and then finishes the requests under way.
+    /// Serves until `draining`, then finishes the requests in progress.
     pub async fn run(self) {
         let Self { server, handler } = self;
         let draining = handler.draining.clone();
@@ -168,21 +168,23 @@ impl WebhookHandler {
             },
             Err(refusal) => refusal,
         };
-        self.tell(&refusal, client);
+        self.on_refusal(&refusal, client);
         if !matches!(refusal.code, Code::RequestTimeout | Code::Overloaded) {
             body.discard();
         }
         refusal.response()
     }
 
-    /// Each refusal at debug, and of each kind one a minute as a warning.
-    fn tell(&self, refusal: &Refusal, client: IpAddr) {
+    /// Counts a refusal and logs it: at debug, and once a minute for each code as a warning.
+    fn on_refusal(&self, refusal: &Refusal, client: IpAddr) {
         let (code, detail) = (refusal.code.text(), &*refusal.detail);
         self.refused[refusal.code as usize].increment(1);
         self.recent.refused(code, Timestamp::now());
         debug!(%client, code, detail, "webhook refused");
         if let Some(unreported) = self.log_limiter.due(code, Instant::now()) {
-            warn!(%client, code, detail, unreported, "webhook refused; further ones of this kind are counted for a minute");
+            warn!(
+                %client, code, detail, unreported, "webhook refused; more with this code are only counted for a minute"
+            );
         }
     }
 
@@ -243,15 +245,15 @@ impl WebhookHandler {
         self.recent.accepted(receipt.seq, receipt.id, envelope, now);
     }
 
-    /// Who is asking, behind the proxies that we trust.
+    /// The address of the client, behind trusted proxies.
     fn client(&self, parts: &request::Parts, peer: SocketAddr) -> IpAddr {
-        // A line that is no text is a hop that nobody can read, not one that is not there.
+        // A line that is not text counts as an unreadable hop. Skipping it would trust the hop before it.
         let forwarded_for = parts.headers.get_all("x-forwarded-for").iter().map(|line| line.to_str().unwrap_or("?"));
         let forwarded_for: Vec<&str> = forwarded_for.collect();
         source::client(peer.ip(), forwarded_for.into_iter(), &self.http.trusted_proxies)
     }
 
-    /// Everything that can be said without the body.
+    /// Checks everything that can be checked without the body.
     fn admit(&self, parts: &request::Parts, declared: u64, client: IpAddr) -> Result<(), Refusal> {
         if parts.uri.path() != self.http.path {
             return Err(Refusal::new(Code::NotFound, "webhooks are posted to the configured path, http.path"));

@@ -1,12 +1,11 @@
-//! Who is asking: the address behind trusted proxies. Pure.
+//! The client's address, behind trusted proxies. Pure.
 
 use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 
 /// The address of the client: the peer, or, if the peer is a trusted proxy, the rightmost address in `X-Forwarded-For`
-/// that is not one itself. What a client writes into the header stands to the left of what the proxies add, so it is
-/// never reached.
+/// that is not a trusted proxy. Proxies append on the right, so an address that the client forged is never reached.
 pub fn client<'a>(
     peer: IpAddr,
     forwarded_for: impl DoubleEndedIterator<Item = &'a str>,
@@ -17,7 +16,7 @@ pub fn client<'a>(
     while contains(trusted_proxies, client)
         && let Some(hop) = hops.next()
     {
-        // A proxy that we trust and do not understand vouches for nobody: it stays the client.
+        // After an entry that cannot be parsed, the proxy that added it counts as the client.
         let Some(address) = parse_hop(hop) else { break };
         client = address;
     }
@@ -64,7 +63,7 @@ mod tests {
     }
 
     #[test]
-    fn unusual_notations_are_read_and_garbage_is_not_believed() {
+    fn unusual_notations_are_read_and_garbage_is_ignored() {
         let trusted = ["10.0.0.0/8"];
         assert_eq!(from("::ffff:10.0.0.1", &["::ffff:1.1.1.1"], &trusted), "1.1.1.1");
         assert_eq!(from("10.0.0.1", &["1.1.1.1:1234"], &trusted), "1.1.1.1");
@@ -76,13 +75,13 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whoever_is_no_trusted_proxy_is_always_itself(lines in proptest::collection::vec(".{0,60}", 0..4)) {
+        fn the_header_of_an_untrusted_peer_never_counts(lines in proptest::collection::vec(".{0,60}", 0..4)) {
             let lines: Vec<_> = lines.iter().map(String::as_str).collect();
             prop_assert_eq!(from("203.0.113.9", &lines, &["10.0.0.0/8"]), "203.0.113.9");
         }
 
         #[test]
-        fn what_a_client_writes_stands_behind_what_the_proxy_adds(
+        fn the_address_that_the_proxy_adds_wins_over_forged_ones(
             written in "[0-9a-fA-F:., \\[\\]]{0,60}",
             client in any::<std::net::Ipv4Addr>(),
         ) {

@@ -1,5 +1,5 @@
-//! Whole connections into the ingress and a real spool, byte by byte as anybody may send them. A short form of the fuzz
-//! target `request`, on stable.
+//! Whole connections, with arbitrary bytes, into the ingress and a real spool. A short form of the fuzz target
+//! `request`, for stable Rust.
 
 use proptest::prelude::*;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
@@ -16,7 +16,7 @@ const PEER: SocketAddr = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::LOCALHOS
 const SECRET: &str = "whsec_test";
 const BODY: &str = r#"{"eventType":"scan.processing.started","payload":{"scanId":"s"}}"#;
 
-struct Door {
+struct TestIngress {
     runtime: Runtime,
     ingress: Arc<Ingress>,
     protocol: Protocol,
@@ -24,8 +24,8 @@ struct Door {
     _folder: tempfile::TempDir,
 }
 
-impl Door {
-    fn open() -> Self {
+impl TestIngress {
+    fn new() -> Self {
         let folder = tempfile::TempDir::new().unwrap();
         let mut config = Config::load(None, [], Purpose::Client).unwrap();
         config.spool.path = folder.path().join("spool.db");
@@ -47,7 +47,7 @@ impl Door {
     }
 
     /// Sends `input`, closes that side, and returns the statuses that came back over HTTP/1.
-    fn knock(&self, input: &[u8]) -> Vec<String> {
+    fn send(&self, input: &[u8]) -> Vec<String> {
         let (near, far) = duplex(64 * 1024);
         let ingress = Arc::clone(&self.ingress);
         let handler = move |request| {
@@ -58,7 +58,7 @@ impl Door {
             let shutdown = CancellationToken::new();
             let (mut from, mut to) = tokio::io::split(near);
             let writing = async move {
-                // The peer may have had enough.
+                // The relay may have closed the connection.
                 let _ = to.write_all(input).await;
                 let _ = to.shutdown().await;
             };
@@ -92,16 +92,16 @@ fn request(lines: &str, body: &[u8], secret: &str) -> Vec<u8> {
 }
 
 #[test]
-fn the_door_opens_for_what_is_signed() {
-    let door = Door::open();
-    assert_eq!(door.knock(&request("", BODY.as_bytes(), SECRET)), ["200"]);
-    assert_eq!(door.knock(&request("", BODY.as_bytes(), "whsec_other")), ["401"]);
-    assert_eq!(door.accepted(), 1);
+fn signed_webhooks_are_accepted_and_others_refused() {
+    let ingress = TestIngress::new();
+    assert_eq!(ingress.send(&request("", BODY.as_bytes(), SECRET)), ["200"]);
+    assert_eq!(ingress.send(&request("", BODY.as_bytes(), "whsec_other")), ["401"]);
+    assert_eq!(ingress.accepted(), 1);
 }
 
 #[test]
-fn nothing_gets_in_without_the_secret_and_nothing_breaks() {
-    let door = Door::open();
+fn nothing_is_accepted_without_the_secret_and_nothing_panics() {
+    let ingress = TestIngress::new();
     let pieces = prop_oneof![
         proptest::collection::vec(any::<u8>(), 0..200),
         Just(request("", BODY.as_bytes(), "whsec_other")),
@@ -119,20 +119,20 @@ fn nothing_gets_in_without_the_secret_and_nothing_breaks() {
             input[place] ^= flip;
         }
         let known = ["100", "200", "400", "401", "404", "405", "408", "413", "414", "431", "505"];
-        for status in door.knock(&input) {
+        for status in ingress.send(&input) {
             prop_assert!(known.contains(&status.as_str()), "{}", status);
         }
-        prop_assert_eq!(door.accepted(), 0);
+        prop_assert_eq!(ingress.accepted(), 0);
     });
 }
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(100))]
     #[test]
-    fn whatever_is_signed_is_accepted_and_kept_as_it_is(body in proptest::collection::vec(any::<u8>(), 0..500)) {
-        let door = Door::open();
-        prop_assert_eq!(door.knock(&request("", &body, SECRET)), ["200"]);
-        let pending = door.runtime.block_on(door.spool.pending_after(0, 10)).unwrap();
+    fn every_signed_body_is_accepted_and_stored_unchanged(body in proptest::collection::vec(any::<u8>(), 0..500)) {
+        let ingress = TestIngress::new();
+        prop_assert_eq!(ingress.send(&request("", &body, SECRET)), ["200"]);
+        let pending = ingress.runtime.block_on(ingress.spool.pending_after(0, 10)).unwrap();
         prop_assert_eq!(&*pending.events[0].event.body, body.as_slice());
     }
 }

@@ -116,8 +116,8 @@ impl Admission {
         }
     }
 
-    /// Gives the peer a place, if necessary that of an evicted connection. `None`: trusted senders have all places of its
-    /// source.
+    /// Gives the peer a place, if necessary that of an evicted connection. `None`: trusted senders have all places of
+    /// its source.
     pub fn admit(self: &Arc<Self>, peer: IpAddr, now: Instant) -> Option<Place> {
         let source = source(peer);
         let mut table = self.table();

@@ -1,4 +1,4 @@
-//! An HTTP/1.1 server with limits: bind, accept, serve, drain. It knows nothing of what it serves.
+//! An HTTP/1.1 server with limits: bind, accept, serve, drain. Knows nothing about the requests that it serves.
 
 mod admission;
 mod connection;
@@ -28,13 +28,13 @@ use refusals::Refusals;
 use crate::metrics::Metrics;
 use crate::tls;
 
-/// What an answer that goes on may break off with.
+/// The error of an answer whose body fails while it is sent.
 type BodyError = Box<dyn std::error::Error + Send + Sync>;
 
-/// When the process has no file descriptor left, one may be free after this time.
+/// How long to wait for a free file descriptor after an error of `accept`.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// The address could not be taken.
+/// A listener could not be bound.
 #[derive(Debug, Error)]
 #[error("cannot listen on {address} ({key}): {source}")]
 pub struct BindError {
@@ -66,20 +66,20 @@ impl From<SocketAddr> for Peer {
     }
 }
 
-/// What clients may take.
+/// The limits of a listener.
 #[derive(Clone, Debug)]
 pub struct Limits {
     pub connections_max: usize,
-    /// Of one IPv4 address or IPv6 /64.
+    /// For one source: an IPv4 address or an IPv6 /64.
     pub connections_per_source_max: usize,
-    /// Peers that the limit for a source does not concern: proxies.
+    /// Peers without a limit for their source: proxies.
     pub unlimited_sources: Vec<IpNet>,
     /// For a TLS handshake, for a request head, and for a connection without a request.
     pub header_timeout: Duration,
     /// For a client that reads none of its answer.
     pub write_timeout: Duration,
     pub headers_max: usize,
-    /// Of a request head.
+    /// The size of a request head.
     pub header_bytes_max: usize,
 }
 
@@ -89,7 +89,7 @@ pub struct Server {
     context: Context,
 }
 
-/// What every connection needs.
+/// What every connection uses.
 #[derive(Clone)]
 struct Context {
     admission: Arc<Admission>,
@@ -98,7 +98,7 @@ struct Context {
     refusals: Arc<Refusals>,
 }
 
-/// Binds an address, unless there is a socket already. `key` is the configuration's name of the address, for the error.
+/// Binds an address, unless a bound socket was handed over. `key` is the configuration key, for the error.
 pub async fn listen(
     address: SocketAddr,
     key: &'static str,
@@ -112,7 +112,7 @@ pub async fn listen(
 }
 
 impl Server {
-    /// `name` is that of the configuration's section, for metrics and logs.
+    /// `name` is that of the configuration section, for metrics and logs.
     pub fn new(
         listener: TcpListener,
         name: &'static str,
@@ -127,18 +127,18 @@ impl Server {
         Self { listener, context: Context { admission, protocol, tls, refusals } }
     }
 
-    /// Where it listens: the port that was given if 0 was asked for.
+    /// The bound address, with the actual port if 0 was configured.
     pub fn address(&self) -> io::Result<SocketAddr> {
         self.listener.local_addr()
     }
 
-    /// The table of connections, to be looked at.
+    /// The table of connections, for their counts.
     pub fn admission(&self) -> Arc<Admission> {
         Arc::clone(&self.context.admission)
     }
 
-    /// Serves until `shutdown`, then accepts no new connection, finishes the requests in progress, and returns. Dropping
-    /// the future cuts the connections.
+    /// Serves until `shutdown`, then accepts no new connection, finishes the requests in progress, and returns.
+    /// Dropping the future cuts the connections.
     pub async fn run<H, F, B>(self, handler: H, shutdown: CancellationToken)
     where
         H: Fn(Request<Incoming>, Peer) -> F + Clone + Send + 'static,
@@ -202,7 +202,7 @@ impl Context {
     }
 }
 
-/// Never fails: what goes wrong with one connection is no reason to stop taking others.
+/// Accepts the next connection. Never fails: an error with one connection must not stop the listener.
 async fn accept(listener: &TcpListener, context: &Context) -> (TcpStream, SocketAddr) {
     loop {
         match listener.accept().await {
@@ -212,9 +212,12 @@ async fn accept(listener: &TcpListener, context: &Context) -> (TcpStream, Socket
             }
             Err(error) => {
                 if let Some(unreported) = context.refusals.accept_error_due() {
-                    warn!(%error, unreported, "cannot accept connections");
+                    warn!(
+                        %error, unreported,
+                        "cannot accept connections: closing one to free a file descriptor, then trying again"
+                    );
                 }
-                // Most likely the process is out of file descriptors, which is as good as out of places.
+                // The process is most likely out of file descriptors.
                 context.admission.evict_one(Instant::now());
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }

@@ -57,7 +57,10 @@ impl Refusals {
         let reason = reason.label;
         debug!(%peer, listener, reason, error, "connection refused");
         if let Some(unreported) = self.log_limiter.due(reason, Instant::now()) {
-            info!(%peer, listener, reason, error, unreported, "connection refused; further ones of this kind are counted for a minute");
+            info!(
+                %peer, listener, reason, error, unreported,
+                "connection refused; more for this reason are only counted for a minute"
+            );
         }
     }
 

@@ -1,10 +1,10 @@
-//! HTTP as hostile, broken and old clients write it (RFC 9112), byte by byte over real connections. Much of it is decided by
-//! hyper; it is tested all the same, because whoever reads a request differently than the proxy in front can be tricked.
+//! HTTP as hostile, broken and old clients write it (RFC 9112), byte by byte over real connections. hyper decides much
+//! of it. It is tested anyway: a relay that reads a request differently than the proxy in front can be tricked.
 
 use crate::harness::http::{now, sign};
 use crate::harness::{Raw, Relay, SECRET, Setup};
 
-/// Nobody listens here: no answer to a webhook may depend on the broker.
+/// No process listens here: no answer to a webhook may depend on the broker.
 const NO_BROKER: &str = "amqp://guest:guest@127.0.0.1:1/%2f";
 
 fn event(number: u32) -> String {
@@ -68,9 +68,9 @@ async fn lengths_that_contradict_each_other_are_refused() {
     assert_eq!(accepted(&relay).await, 0);
 }
 
-/// RFC 9112, section 6.1: the length is void, and the connection ends, so that nothing behind it is taken for a request.
+/// RFC 9112, section 6.1: the length is void, and the connection ends, so that no later bytes are read as a request.
 #[tokio::test]
-async fn what_follows_a_body_with_both_lengths_is_no_request() {
+async fn bytes_after_a_body_with_both_lengths_are_not_a_request() {
     let relay = Setup::new(NO_BROKER).start().await;
     let (body, smuggled) = (event(1), event(2));
     let both = format!("Transfer-Encoding: chunked\r\nContent-Length: {}\r\n", body.len());
@@ -198,7 +198,7 @@ async fn old_and_hasty_clients_are_served() {
 }
 
 #[tokio::test]
-async fn a_client_that_asks_before_it_sends_is_told() {
+async fn a_client_that_expects_100_continue_gets_an_answer_before_it_sends() {
     let relay = Setup::new(NO_BROKER).start().await;
     let body = event(1);
     let asking =
@@ -209,12 +209,12 @@ async fn a_client_that_asks_before_it_sends_is_told() {
     assert_eq!(told, b"HTTP/1.1 100 Continue\r\n\r\n");
     raw.write(&body).await.unwrap();
     assert!(raw.read_to_end().await.starts_with(b"HTTP/1.1 200"));
-    // What will be refused anyhow is refused before the body is sent.
+    // A request that is refused for its head is refused before the body is sent.
     assert_eq!(status(&relay, asking("POST /nowhere HTTP/1.1", &body)).await, "404");
 }
 
 #[tokio::test]
-async fn nobody_is_upgraded_and_nothing_is_unpacked() {
+async fn no_connection_is_upgraded_and_no_body_is_unpacked() {
     let relay = Setup::new(NO_BROKER).start().await;
     let body = event(1);
     for (number, upgrade) in ["h2c", "websocket", "TLS/1.2"].into_iter().enumerate() {

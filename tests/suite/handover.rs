@@ -23,7 +23,7 @@ fn socket() -> (TcpListener, RawFd) {
 }
 
 #[tokio::test]
-async fn a_restart_under_load_refuses_nobody_and_loses_nothing() {
+async fn a_restart_under_load_refuses_no_webhook_and_loses_nothing() {
     let vhost = Vhost::new(Node::shared().await).await;
     let ((http, http_number), (_ops, ops_number)) = (socket(), socket());
     let setup = Setup::new(&vhost.url()).handed_over(&[("http", http_number), ("ops", ops_number)]);
@@ -44,8 +44,8 @@ async fn a_restart_under_load_refuses_nobody_and_loses_nothing() {
     }
     let sent = sending.wait().await;
     assert_eq!(sent.code, Some(0), "{sent:?}");
-    // A connection that was kept open for long may break off just as it is used again; Prism tries again then, and so does this.
-    // What is under way for long may be answered 503.
+    // A connection that was kept open may break just as it is used again. Prism tries again then, and so does `send`.
+    // A request that stays open for long may be answered 503.
     assert!(!sent.stdout.contains("refused"), "{}", sent.stdout);
     assert!(
         sent.stdout.lines().any(|line| line.starts_with("accepted ") && line.ends_with(" 2500")),
@@ -58,7 +58,7 @@ async fn a_restart_under_load_refuses_nobody_and_loses_nothing() {
     assert_eq!(ids.len(), 2500, "of {depth}");
 }
 
-/// The next relay can deliver as well; webhooks cannot wait.
+/// The next relay can deliver the backlog. Webhooks cannot wait.
 #[tokio::test]
 async fn a_backlog_does_not_hold_up_the_next_relay() {
     let vhost = Vhost::new(Node::shared().await).await;
@@ -91,7 +91,7 @@ async fn a_socket_without_a_purpose_is_an_error() {
     assert_eq!(relay.address(), http.local_addr().unwrap());
 }
 
-/// A connection that was accepted and has said nothing yet: the handshake and the request come after the SIGTERM, and each has
+/// A connection that was accepted and has sent nothing yet: the handshake and the request follow the SIGTERM, and each has
 /// half a second.
 #[tokio::test]
 async fn a_handshake_that_is_under_way_becomes_a_request() {
@@ -138,7 +138,7 @@ async fn late_handshake(authority: &Authority) -> Result<(), String> {
     Ok(())
 }
 
-/// A stranger who never ends his request keeps nobody waiting.
+/// A client that never ends its request does not delay the restart.
 #[tokio::test]
 async fn half_a_request_does_not_hold_up_the_next_relay() {
     let (_http, number) = socket();

@@ -1,4 +1,4 @@
-//! Clients that want to do harm, or are broken: what they can take is limited, and honest ones are served meanwhile.
+//! Hostile and broken clients: their use of resources is limited, and honest clients are served meanwhile.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use tokio::time::timeout;
 use crate::harness::http::{now, sign};
 use crate::harness::{Client, Raw, Relay, SECRET, Setup, eventually};
 
-/// Nobody listens here: no answer to a webhook may depend on the broker.
+/// No process listens here: no answer to a webhook may depend on the broker.
 const NO_BROKER: &str = "amqp://guest:guest@127.0.0.1:1/%2f";
 
 const REFUSED: &str = "prism_relay_connections_refused_total";
@@ -63,12 +63,12 @@ async fn refused(relay: &Relay, reason: &str) -> f64 {
     relay.metric(REFUSED, &[("listener", "http"), ("reason", reason)]).await
 }
 
-async fn census(relay: &Relay, state: &str) -> f64 {
+async fn connections(relay: &Relay, state: &str) -> f64 {
     relay.metric(CONNECTIONS, &[("state", state)]).await
 }
 
 #[tokio::test]
-async fn half_open_connections_give_way_the_newest_first_and_established_ones_stay() {
+async fn half_open_connections_are_evicted_the_newest_first_and_established_ones_stay() {
     let relay = Setup::new(NO_BROKER).set("http.connections_max", 4).set("log.filter", "info").start().await;
     let mut sender = established(&relay).await;
     let mut half_open = Vec::new();
@@ -76,7 +76,7 @@ async fn half_open_connections_give_way_the_newest_first_and_established_ones_st
         half_open.push(Raw::connect(relay.address()).await);
     }
     relay.eventually_metric(CONNECTIONS, &[("state", "half-open")], 3.0).await;
-    // Each has a second, whoever comes.
+    // Each connection has a second before it can be evicted.
     let opened = Instant::now();
     eventually("the second to pass", async || {
         let elapsed = opened.elapsed();
@@ -90,16 +90,16 @@ async fn half_open_connections_give_way_the_newest_first_and_established_ones_st
     assert!(is_served(&mut second).await && is_served(&mut oldest).await);
     assert!(is_served(&mut sender).await && is_served(&mut newcomer).await);
     relay.eventually_metric(REFUSED, &[("listener", "http"), ("reason", "evicted")], 1.0).await;
-    relay.eventually_logs("connection refused; further ones of this kind").await;
-    assert_eq!(census(&relay, "established").await, 4.0);
+    relay.eventually_logs("connection refused; more for this reason").await;
+    assert_eq!(connections(&relay, "established").await, 4.0);
 
-    // Whoever has sent no event yet goes next, although there were answers.
+    // Known connections without an accepted event are evicted next.
     let third = established(&relay).await;
     assert_eq!(second.read_to_end().await, b"");
     let _fourth = established(&relay).await;
     assert_eq!(oldest.read_to_end().await, b"");
 
-    // Where everybody is trusted, the next one waits until somebody leaves.
+    // While all senders are trusted, the next connection waits until one leaves.
     let waiting = relay.sender();
     let waiting = tokio::spawn(async move { waiting.post(event(1)).await });
     assert!(is_served(&mut sender).await && is_served(&mut newcomer).await);
@@ -110,7 +110,7 @@ async fn half_open_connections_give_way_the_newest_first_and_established_ones_st
 
 #[tokio::test]
 async fn a_flood_of_half_open_connections_costs_honest_senders_nothing_they_need() {
-    // Nobody is timed out while this runs.
+    // No connection times out while this runs.
     let setup = Setup::new(NO_BROKER).set("http.connections_max", 100).set("http.header_timeout", "60s");
     let relay = setup.set("log.filter", "info").start().await;
     let mut sender = established(&relay).await;
@@ -135,9 +135,9 @@ async fn a_flood_of_half_open_connections_costs_honest_senders_nothing_they_need
         evicted => Err(evicted),
     })
     .await;
-    // Counted all, told of once.
-    relay.eventually_logs("connection refused; further ones of this kind").await;
-    let told = relay.log_text().matches("connection refused; further ones of this kind").count();
+    // All are counted, one is logged.
+    relay.eventually_logs("connection refused; more for this reason").await;
+    let told = relay.log_text().matches("connection refused; more for this reason").count();
     assert_eq!(told, 1, "{}", relay.log_text());
 }
 
@@ -150,7 +150,7 @@ async fn a_source_has_its_own_limit_and_trusted_proxies_have_none() {
     relay.eventually_metric(CONNECTIONS, &[("state", "half-open")], 1.0).await;
     let mut three = established(&relay).await;
     assert_eq!(idle.read_to_end().await, b"", "the source's own half-open connection goes");
-    // From now on the source is told no at once, so that it can be seen.
+    // Now the source is refused at once, where the client can see it.
     let mut four = Raw::connect(relay.address()).await;
     assert_eq!(four.read_to_end().await, b"");
     assert_eq!(refused(&relay, "source-limit").await, 1.0);
@@ -173,7 +173,7 @@ async fn a_source_has_its_own_limit_and_trusted_proxies_have_none() {
 }
 
 #[tokio::test]
-async fn slow_bodies_that_take_up_the_memory_make_room_for_honest_ones() {
+async fn slow_bodies_that_use_up_the_memory_make_room_for_honest_ones() {
     let setup = Setup::new(NO_BROKER).set("http.buffer_bytes_max", "64KiB").set("http.body_bytes_max", "32KiB");
     let relay = setup.set("http.body_timeout", "60s").set("log.filter", "info").start().await;
     let mut flood = Vec::new();
@@ -188,10 +188,10 @@ async fn slow_bodies_that_take_up_the_memory_make_room_for_honest_ones() {
     }
     let displaced = relay.metric("prism_relay_webhooks_total", &[("outcome", "refused"), ("reason", "overloaded")]);
     assert!(displaced.await >= 10.0, "the flood is 160 KB");
-    // Who of them came in first, and has to go, is up to the scheduler.
+    // The scheduler decides which of them came first and is evicted.
     let answers = flood.iter_mut().map(|raw| raw.read_until(|bytes| bytes.ends_with(b"}")).boxed());
     let answer = String::from_utf8(select_all(answers).await.0).unwrap();
-    // Prism's own, should it be slow and displaced, is told to come back.
+    // A slow sender that is evicted can be Prism: its answer asks to try again.
     assert!(answer.starts_with("HTTP/1.1 503 ") && answer.contains("\"code\":\"overloaded\""), "{answer}");
     assert!(answer.contains("retry-after: 5"), "{answer}");
 }
@@ -297,7 +297,7 @@ async fn a_client_that_reads_no_answer_is_closed() {
 }
 
 #[tokio::test]
-async fn what_is_refused_is_counted_and_told_of_once_a_minute() {
+async fn refusals_are_counted_and_logged_once_a_minute() {
     let relay = Setup::new(NO_BROKER).set("log.filter", "info").start().await;
     let client = Client::http1();
     for number in 0..200 {

@@ -307,7 +307,7 @@ async fn log_lines_are_json_with_stable_names_and_a_request_logs_none_at_info() 
     let id = verbose.post(scan(1)).await.id();
     verbose.post_with(&[], scan(2)).await.expect(401);
     let accepted = verbose.eventually_logs("\"message\":\"accepted\"").await;
-    verbose.eventually_logs("further ones of this kind").await;
+    verbose.eventually_logs("more with this code").await;
     assert_eq!(accepted["id"], json!(id));
     for line in relay.logs().iter().chain(&verbose.logs()) {
         for name in ["timestamp", "level", "message", "target"] {

@@ -6,7 +6,7 @@ use serde_json::json;
 use crate::harness::http::{now, sign};
 use crate::harness::{Answer, Client, Node, Raw, Relay, SECRET, Setup, Vhost, Wire, eventually, eventually_equal};
 
-/// Nobody listens here: no answer to a webhook may depend on the broker.
+/// No process listens here: no answer to a webhook may depend on the broker.
 const NO_BROKER: &str = "amqp://guest:guest@127.0.0.1:1/%2f";
 
 const EVENT: &str = r#"{"eventType":"scan.processing.started","payload":{"userToken":"partner-user-42","scanId":"s"}}"#;
@@ -134,7 +134,7 @@ async fn bodies_are_limited_declared_or_streamed() {
     let exact = Raw::exchange(relay.address(), format!("{head}{chunk}0\r\n\r\n")).await;
     assert!(exact.starts_with("HTTP/1.1 401 "), "{exact}");
 
-    // One that asks first is told no, and sends nothing.
+    // A client that expects 100-continue is refused before it sends the body.
     let head = "POST /webhooks/prism HTTP/1.1\r\nhost: relay\r\ncontent-length: 1001\r\nexpect: 100-continue\r\n\r\n";
     let asked = Raw::exchange(relay.address(), head).await;
     assert!(asked.starts_with("HTTP/1.1 413 "), "{asked}");
@@ -213,9 +213,9 @@ async fn a_spool_that_cannot_be_written_answers_503_until_it_can() {
     assert_eq!(relay.status().await["spool"]["accepted"], 2);
 }
 
-/// The drain gives requests half of the grace. Whoever comes later finds the spool closed, and comes back.
+/// The drain gives requests half of the grace. A body that arrives later is answered 503, because the spool is closed.
 #[tokio::test]
-async fn requests_under_way_are_finished_and_late_ones_are_told_to_come_back() {
+async fn open_requests_are_finished_and_late_ones_are_asked_to_try_again() {
     let vhost = Vhost::new(Node::shared().await).await;
     let wire = Wire::new(vhost.address());
     let setup = Setup::new(&vhost.url_through(&wire)).set("shutdown.grace", "10s");
