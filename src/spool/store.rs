@@ -28,7 +28,7 @@ const SCHEMA: &str = "
         seq           INTEGER PRIMARY KEY, -- the order of acceptance
         id            BLOB    NOT NULL,    -- UUIDv7: the message_id
         accepted_ms   INTEGER NOT NULL,    -- since 1970
-        authentic     INTEGER NOT NULL,    -- 1: a signature vouches for it
+        authentic     INTEGER NOT NULL,    -- 1: its signature was verified
         traceparent   TEXT,
         tracestate    TEXT,
         fingerprint   BLOB    NOT NULL,    -- SHA-256 of the body

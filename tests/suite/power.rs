@@ -206,7 +206,7 @@ async fn a_disk_that_fails_or_turns_read_only_takes_no_200_back() {
         let again = relay.post(scan(1)).await.expect(200).json();
         assert_eq!(again["duplicate"], json!(null), "{fault}: the refused event was not kept");
         assert_eq!(relay.status().await["spool"]["accepted"], 2);
-        // And without a restart: the disk recovers, and so does the relay.
+        // The relay also accepts again without a restart once the disk works.
         fs::write(&faults, fault).unwrap();
         relay.post(scan(7)).await.expect(503);
         fs::remove_file(&faults).unwrap();

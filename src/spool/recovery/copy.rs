@@ -54,7 +54,7 @@ pub(super) fn copy(old: Option<&Connection>, store: &mut Store) -> Result<Saved>
     let highest = known.map_or(NUMBER_MAX, |known| known.accepted.saturating_add(AHEAD_MAX)).min(NUMBER_MAX);
     store.begin(false)?;
     let mut copier =
-        Copier { store, highest, ledger: Ledger::default(), committed: 0, damage: false, homeless: vec![] };
+        Copier { store, highest, ledger: Ledger::default(), committed: 0, damage: false, displaced: vec![] };
     if let Some(old) = old {
         copier.copy_from(old, known.map(|known| known.accepted))?;
     }
@@ -91,11 +91,11 @@ struct Copier<'a> {
     committed: u64,
     /// Whether anything was unreadable.
     damage: bool,
-    /// Events whose number another event has: the damage made one of the two up.
-    homeless: Vec<Parkable>,
+    /// Events whose number another event has: the damage made up one of the two numbers.
+    displaced: Vec<RecoveredEvent>,
 }
 
-struct Parkable {
+struct RecoveredEvent {
     stored: Stored,
     parked_reason: Option<String>,
 }
@@ -105,7 +105,7 @@ impl Copier<'_> {
     fn copy_from(&mut self, old: &Connection, accepted: Option<u64>) -> Result<()> {
         let columns = format!("SELECT {COLUMNS}, parked_reason FROM event");
         let complete = self.copy_rows(old, &format!("{columns} ORDER BY seq"), 0)?;
-        if complete && !self.damage && self.homeless.is_empty() {
+        if complete && !self.damage && self.displaced.is_empty() {
             return Ok(());
         }
         self.damage = true;
@@ -123,10 +123,10 @@ impl Copier<'_> {
                 }
             }
         }
-        // The own number of a homeless event is among those without an event.
+        // The real number of a displaced event is among those without an event.
         let gaps = self.gaps(accepted)?;
         let mut free = gaps.into_iter().flatten();
-        for mut event in std::mem::take(&mut self.homeless) {
+        for mut event in std::mem::take(&mut self.displaced) {
             event.stored.seq = free.next().map_or_else(|| self.store.highest().map(|last| last + 1), Ok)?;
             self.keep(&event)?;
         }
@@ -166,17 +166,17 @@ impl Copier<'_> {
             self.damage = true;
             return Ok(None);
         };
-        let (seq, event) = (stored.seq, Parkable { stored, parked_reason });
+        let (seq, event) = (stored.seq, RecoveredEvent { stored, parked_reason });
         match self.store.id(seq)? {
             None => self.keep(&event)?,
             // Copied before.
             Some(id) if id == event.stored.event.id => {}
-            Some(_) => self.homeless.push(event),
+            Some(_) => self.displaced.push(event),
         }
         Ok(Some(seq))
     }
 
-    fn keep(&mut self, Parkable { stored: Stored { seq, event }, parked_reason }: &Parkable) -> Result<()> {
+    fn keep(&mut self, RecoveredEvent { stored: Stored { seq, event }, parked_reason }: &RecoveredEvent) -> Result<()> {
         self.store.insert(*seq, event)?;
         self.ledger.pending += 1;
         self.ledger.bytes += cost(&event.body);
