@@ -1,5 +1,5 @@
-//! Promises 1, 2, 3, 5 and 6: every event answered 200 is delivered, in order, whatever crashes, and not more often than
-//! necessary.
+//! Promises 1, 2, 3, 5 and 6: every event answered 200 is delivered, in order, whatever crashes, and not more often
+//! than necessary.
 
 use std::collections::{BTreeMap, HashSet};
 

@@ -1,11 +1,11 @@
-/* Stands between the relay and the disk (LD_PRELOAD). It records every write, truncation and sync of the spool's files in a
- * journal, so that a test can build the files that a power loss would have left, and makes calls fail on request.
+/* Stands between the relay and the disk (LD_PRELOAD). It records every write, truncation and sync of the spool's files
+ * in a journal, so that a test can build the files that a power loss would have left, and makes calls fail on request.
  *
  * PRISM_DISK_JOURNAL  the journal: records of { kind, file, offset, length }, followed by the bytes of a write
  * PRISM_DISK_FAULTS   a file whose content chooses the fault:
  *                       fsync, write   these calls fail with EIO
  *                       read           reads behind the first page fail with EIO
- *                       read-only      calls that change something fail with EROFS, as on an ext4 remounted after an error
+ *                       read-only      calls that change something fail with EROFS, as on ext4 after an error
  *                       quota          writes fail with EDQUOT while the reserve exists
  *                       hang           syncs do not return
  */
