@@ -1,16 +1,18 @@
-//! `check`: would the relay run? Looks at everything and changes nothing.
+//! `check`: whether the relay would run. Changes nothing, on disk or on the broker.
 
 use std::path::Path;
 use std::time::Duration;
 
-use super::{Failure, say, topology};
+use super::failure::Failure;
+use super::output::say;
+use super::topology;
 use crate::broker::{BrokerAccess, BrokerConnection, BrokerUrl};
 use crate::config::Config;
 use crate::spool::{Inspector, SpoolState};
 use crate::text::chain;
 use crate::topology::{Comparison, Declare, Kind, Plan, compare};
 
-/// For one answer of the broker.
+/// For one reply of the broker.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[derive(clap::Args)]
@@ -26,11 +28,11 @@ struct Table {
 }
 
 impl Table {
-    fn good(&self, what: &str, finding: &str) {
+    fn ok(&self, what: &str, finding: &str) {
         say(&format!("  ok    {what:<34} {finding}"));
     }
 
-    fn bad(&mut self, what: &str, finding: &str) {
+    fn wrong(&mut self, what: &str, finding: &str) {
         self.problems += 1;
         say(&format!("  WRONG {what:<34} {finding}"));
     }
@@ -38,7 +40,7 @@ impl Table {
 
 pub async fn run(config: &Config, file: Option<&Path>, options: Options) -> Result<(), Failure> {
     let mut table = Table { problems: 0 };
-    table.good("configuration", "every key is valid");
+    table.ok("configuration", "every key is valid");
     check_signature(config, &table);
     check_spool(config, &mut table);
     if !options.offline {
@@ -62,16 +64,16 @@ async fn check_brokers(config: &Config, file: Option<&Path>, table: &mut Table) 
     for (index, url) in config.broker.urls.iter().enumerate() {
         let what = format!("broker {}:{}", url.host(), url.port());
         match access.open(index, "prism-relay check").await {
-            Ok(link) => {
-                table.good(&what, &format!("logged in to {url}"));
+            Ok(broker) => {
+                table.ok(&what, &format!("logged in to {url}"));
                 // The nodes of a cluster share their topology, so it is compared once.
                 if !compared {
                     compared = true;
-                    check_topology(config, file, &link, url, table).await;
+                    check_topology(config, file, &broker, url, table).await;
                 }
-                link.close().await;
+                broker.close().await;
             }
-            Err(error) => table.bad(&what, &chain(&error)),
+            Err(error) => table.wrong(&what, &chain(&error)),
         }
     }
     Ok(())
@@ -84,19 +86,19 @@ fn check_signature(config: &Config, table: &Table) {
         (count, true) => format!("required; secrets: {count}"),
         (count, false) => format!("checked where present, but not required; secrets: {count}"),
     };
-    table.good("signature", &finding);
+    table.ok("signature", &finding);
 }
 
 fn check_spool(config: &Config, table: &mut Table) {
     let path = config.spool.path.display();
     let state = SpoolState::of(&config.spool.path);
     if state == SpoolState::Damaged {
-        return table.good("spool", &format!("{path} is damaged: the relay recovers it when it starts"));
+        return table.ok("spool", &format!("{path} is damaged: the relay recovers it when it starts"));
     }
     if let SpoolState::Absent(folder) = state {
-        return match tempfile_in(&folder) {
-            Ok(()) => table.good("spool", &format!("{path} will be created")),
-            Err(error) => table.bad("spool", &format!("{path} cannot be created: {}: {error}", folder.display())),
+        return match try_to_create_in(&folder) {
+            Ok(()) => table.ok("spool", &format!("{path} will be created")),
+            Err(error) => table.wrong("spool", &format!("{path} cannot be created: {}: {error}", folder.display())),
         };
     }
     let user = if state == SpoolState::InUse { ", in use by a running relay" } else { "" };
@@ -105,17 +107,17 @@ fn check_spool(config: &Config, table: &mut Table) {
         .and_then(|spool| spool.ledger().map_err(|error| error.to_string()))
     {
         Ok(ledger) if !ledger.balances() => {
-            table.bad("spool", &format!("{path}: its totals do not add up: {ledger:?}{user}"));
+            table.wrong("spool", &format!("{path}: its totals do not add up: {ledger:?}{user}"));
         }
         Ok(ledger) => {
-            table.good("spool", &format!("{path}: {} pending, {} parked{user}", ledger.pending, ledger.parked));
+            table.ok("spool", &format!("{path}: {} pending, {} parked{user}", ledger.pending, ledger.parked));
         }
-        Err(error) => table.bad("spool", &format!("{error}{user}")),
+        Err(error) => table.wrong("spool", &format!("{error}{user}")),
     }
 }
 
 /// Creates a file in this folder, and removes it at once.
-fn tempfile_in(folder: &std::path::Path) -> std::io::Result<()> {
+fn try_to_create_in(folder: &Path) -> std::io::Result<()> {
     let path = folder.join(format!(".prism-relay-check-{}", std::process::id()));
     std::fs::File::create_new(&path)?;
     std::fs::remove_file(&path)
@@ -124,67 +126,67 @@ fn tempfile_in(folder: &std::path::Path) -> std::io::Result<()> {
 async fn check_topology(
     config: &Config,
     file: Option<&Path>,
-    link: &BrokerConnection,
+    broker: &BrokerConnection,
     url: &BrokerUrl,
     table: &mut Table,
 ) {
     if config.topology.declare == Declare::Off {
-        table.good("topology", "not looked at: topology.declare is off");
+        table.ok("topology", "not checked: topology.declare is off");
         return;
     }
     let plan = Plan::new(&config.topology, &config.publisher.exchange);
-    let mut said = Vec::new();
+    let mut reported = Vec::new();
     for entity in plan.entities() {
         let what = entity.to_string();
         let before = table.problems;
-        match tokio::time::timeout(ANSWER_TIMEOUT, compare(&link.connection, entity, config.topology.declare)).await {
-            Ok(Ok(Comparison::Same)) => table.good(&what, "as configured"),
-            Ok(Ok(Comparison::Present)) => table.good(&what, "exists"),
+        match tokio::time::timeout(ANSWER_TIMEOUT, compare(&broker.connection, entity, config.topology.declare)).await {
+            Ok(Ok(Comparison::Same)) => table.ok(&what, "as configured"),
+            Ok(Ok(Comparison::Present)) => table.ok(&what, "exists"),
             Ok(Ok(Comparison::Absent)) if config.topology.declare == Declare::Active => {
-                table.good(&what, "does not exist yet; the relay will create it");
-                said.push(what.clone());
+                table.ok(&what, "does not exist yet; the relay will create it");
+                reported.push(what.clone());
             }
-            Ok(Ok(Comparison::Absent)) => table.bad(&what, "does not exist, and topology.declare is passive"),
-            Ok(Ok(Comparison::Differs(error))) => table.bad(&what, &chain(&error)),
-            Ok(Err(error)) => return table.bad(&what, &format!("the connection to {url} broke: {error}")),
-            Err(_) => return table.bad(&what, &format!("no answer from {url} within {ANSWER_TIMEOUT:?}")),
+            Ok(Ok(Comparison::Absent)) => table.wrong(&what, "does not exist, and topology.declare is passive"),
+            Ok(Ok(Comparison::Differs(error))) => table.wrong(&what, &chain(&error)),
+            Ok(Err(error)) => return table.wrong(&what, &format!("lost the connection to {url}: {error}")),
+            Err(_) => return table.wrong(&what, &format!("no answer from {url} within {ANSWER_TIMEOUT:?}")),
         }
         if table.problems > before {
-            said.push(what);
+            reported.push(what);
         }
     }
-    check_the_rest(config, file, &plan, url, table, &said).await;
+    check_bindings_and_policies(config, file, &plan, url, table, &reported).await;
 }
 
-/// Bindings and policies, of which only the management API tells. `said`: the entities of which enough has been said.
-async fn check_the_rest(
+/// Checks bindings and policies, which only the management API can list. `reported`: entities that need no second line.
+async fn check_bindings_and_policies(
     config: &Config,
     file: Option<&Path>,
     plan: &Plan,
     url: &BrokerUrl,
     table: &mut Table,
-    said: &[String],
+    reported: &[String],
 ) {
     let what = "bindings and policies";
     let found = match topology::look(config, file, plan, url).await {
         Ok(found) => found,
-        Err(reason) => return table.good(what, &format!("not looked at: {reason}")),
+        Err(reason) => return table.ok(what, &format!("not checked: {reason}")),
     };
     let before = table.problems;
-    for difference in found.iter().filter(|difference| !said.contains(&difference.entity)) {
+    for difference in found.iter().filter(|difference| !reported.contains(&difference.entity)) {
         let declare = format!("{} topology declare", topology::command(file));
         let finding =
             format!("{}\n        {}", difference.what, difference.remedy.text(&declare).replace('\n', "\n        "));
-        // With what it binds, the relay will create a binding, too.
-        let later = said.iter().any(|entity| difference.entity.contains(&format!(" {entity} ")));
-        let as_it_is = config.topology.declare == Declare::Passive && difference.kind != Kind::Missing;
-        if difference.kind == Kind::Advice || later || as_it_is {
-            table.good(&difference.entity, &finding);
+        // The relay creates a missing binding together with its queue or exchange.
+        let later = reported.iter().any(|entity| difference.entity.contains(&format!(" {entity} ")));
+        let is_accepted = config.topology.declare == Declare::Passive && difference.kind != Kind::Missing;
+        if difference.kind == Kind::Advice || later || is_accepted {
+            table.ok(&difference.entity, &finding);
         } else {
-            table.bad(&difference.entity, &finding);
+            table.wrong(&difference.entity, &finding);
         }
     }
     if table.problems == before {
-        table.good(what, "as configured");
+        table.ok(what, "as configured");
     }
 }

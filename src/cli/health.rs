@@ -5,8 +5,9 @@ use std::time::Duration;
 use anyhow::Context;
 use hyper::Uri;
 
+use super::failure::Failure;
 use super::http::OpsResource;
-use super::{Failure, say};
+use super::output::say;
 use crate::config::Config;
 
 /// Less than the timeouts of container engines, so that the reason is printed.

@@ -7,10 +7,11 @@ use anyhow::bail;
 use hyper::Uri;
 use serde_json::Value;
 
-use super::{Failure, clean};
+use super::failure::Failure;
 use crate::config::Config;
 use crate::http_client::{HttpClient, Limits, get, http_client};
 use crate::secret::Secret;
+use crate::text::clean;
 use crate::tls;
 
 /// Far more than a status takes.

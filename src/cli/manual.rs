@@ -1,12 +1,12 @@
-//! `man` and `completions`: made from the definition of the command line itself.
+//! `man` and `completions`, generated from the definition of the command line.
 
 use std::path::PathBuf;
 
 use anyhow::Context;
-use clap::{Command, CommandFactory};
+use clap::Command;
 use clap_complete::Shell;
 
-use super::{Arguments, out};
+use super::output::out;
 
 #[derive(clap::Args)]
 pub struct Options {
@@ -15,25 +15,22 @@ pub struct Options {
     folder: Option<PathBuf>,
 }
 
-/// roff(7) on standard output, or in files such as `prism-relay-send.1`.
-pub fn man(options: Options) -> anyhow::Result<()> {
+/// Writes roff(7) to standard output, or in files such as `prism-relay-send.1`.
+pub fn man(command: Command, options: Options) -> anyhow::Result<()> {
     match options.folder {
-        Some(folder) => clap_mangen::generate_to(command(), &folder)
+        Some(folder) => clap_mangen::generate_to(command, &folder)
             .with_context(|| format!("cannot write the man pages into {}", folder.display())),
         None => {
             let mut page = Vec::new();
-            clap_mangen::Man::new(command()).render(&mut page)?;
+            clap_mangen::Man::new(command).render(&mut page)?;
             out(&page)
         }
     }
 }
 
-pub fn completions(shell: Shell) -> anyhow::Result<()> {
+/// Prints the completion script of a shell.
+pub fn completions(mut command: Command, shell: Shell) -> anyhow::Result<()> {
     let mut script = Vec::new();
-    clap_complete::generate(shell, &mut command(), "prism-relay", &mut script);
+    clap_complete::generate(shell, &mut command, "prism-relay", &mut script);
     out(&script)
-}
-
-fn command() -> Command {
-    Arguments::command()
 }

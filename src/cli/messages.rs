@@ -9,8 +9,8 @@ use lapin::message::Delivery;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use serde::Serialize;
 
-use super::clean;
 use crate::broker::{SHORT_STRING_BYTES_MAX, short_string};
+use crate::text::clean;
 
 /// When a message was passed on by `replay`; such messages are not replayed again.
 pub const REPLAYED_AT: &str = "prism-replayed-at";

@@ -1,11 +1,14 @@
-//! The command line: one file a command, and the exit codes. 0 done, 1 failed, 64 wrong usage or configuration.
+//! The command line: one file per command. Exit codes: 0 done, 1 failed, 64 wrong usage or configuration.
 
 mod check;
+mod connect;
 mod consumer;
+mod failure;
 mod health;
 mod http;
 mod manual;
 mod messages;
+mod output;
 mod redrive;
 mod replay;
 mod send;
@@ -15,24 +18,19 @@ mod top;
 mod topology;
 mod transfer;
 
-use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, anyhow};
-use clap::{Parser, Subcommand};
-use indicatif::{ProgressBar, ProgressStyle};
+use anyhow::Context;
+use clap::{CommandFactory, Parser, Subcommand};
 
-use crate::broker::{BrokerAccess, BrokerConnection};
+use failure::{EXIT_USAGE, Failure};
+
 use crate::config::{Config, Purpose};
-use crate::text::{chain, clean};
 use crate::{logging, relay};
 
 /// Such as `0.1.0 (3f2a9c01b7de)`; build.rs provides the commit.
 const LONG_VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (", env!("PRISM_RELAY_COMMIT"), ")");
-
-/// EX_USAGE of sysexits.h: a service manager should not try again.
-const EXIT_USAGE: u8 = 64;
 
 /// A durable webhook-to-RabbitMQ relay for the Prism body-scan API.
 ///
@@ -79,93 +77,12 @@ enum Command {
     Completions { shell: clap_complete::Shell },
 }
 
-/// Why a command failed, which decides the exit code. It is no `Error` itself, so that `?` turns every error into
-/// `Other`.
-#[derive(Debug)]
-enum Failure {
-    /// The command line cannot be used.
-    Usage(String),
-    /// The configuration cannot be used.
-    Config(anyhow::Error),
-    Other(anyhow::Error),
-    /// The command has already printed why.
-    Reported,
-}
-
-impl<E: Into<anyhow::Error>> From<E> for Failure {
-    fn from(error: E) -> Self {
-        Self::Other(error.into())
-    }
-}
-
-impl Failure {
-    /// Prints the error with its causes in one line.
-    fn report(self) -> ExitCode {
-        let (text, code) = match self {
-            Self::Usage(text) => (text, ExitCode::from(EXIT_USAGE)),
-            Self::Config(error) => (chain(error.as_ref()), ExitCode::from(EXIT_USAGE)),
-            Self::Other(error) => (chain(error.as_ref()), ExitCode::FAILURE),
-            Self::Reported => return ExitCode::FAILURE,
-        };
-        eprintln!("prism-relay: {text}");
-        code
-    }
-}
-
-/// Lines for standard output.
-#[derive(Default)]
-struct Printed(String);
-
-impl Printed {
-    fn line(&mut self, line: String) {
-        self.0.push_str(&line);
-        self.0.push('\n');
-    }
-
-    fn out(self) -> anyhow::Result<()> {
-        out(self.0.as_bytes())
-    }
-}
-
-/// Writes to standard output. A reader that stops early (`| head`) is not an error.
-fn out(bytes: &[u8]) -> anyhow::Result<()> {
-    match io::stdout().lock().write_all(bytes) {
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        written => written.context("cannot print"),
-    }
-}
-
-/// Prints a line at once. `println!` would panic when the reader has ended (`| head`).
-fn say(line: &str) {
-    let _ = writeln!(io::stdout().lock(), "{line}");
-}
-
-/// A progress bar on standard error, drawn only if that is a terminal.
-fn progress_bar(count: u64, what: &str) -> ProgressBar {
-    let template = format!("{{bar:40}} {{pos}}/{{len}} {what}, {{per_sec}}, {{eta}} left");
-    let style = ProgressStyle::with_template(&template).unwrap_or_else(|_| ProgressStyle::default_bar());
-    ProgressBar::new(count).with_style(style)
-}
-
-/// Connects to the first broker that can be reached. The error is the last one's.
-async fn connect(config: &Config, name: &str) -> anyhow::Result<BrokerConnection> {
-    let access = BrokerAccess::new(&config.broker)?;
-    let mut failure = anyhow!("broker.urls is empty");
-    for index in 0..config.broker.urls.len() {
-        match access.open(index, name).await {
-            Ok(link) => return Ok(link),
-            Err(error) => failure = error.into(),
-        }
-    }
-    Err(failure.context("none of the brokers could be reached"))
-}
-
 /// Runs the command that the process was started with.
 pub fn run() -> ExitCode {
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
         Err(error) => {
-            // --help and --version are errors to clap, but not to us.
+            // clap returns --help and --version as errors, too.
             let wrong = error.use_stderr();
             let _ = error.print();
             return if wrong { ExitCode::from(EXIT_USAGE) } else { ExitCode::SUCCESS };
@@ -205,8 +122,8 @@ fn execute(arguments: Arguments) -> Result<(), Failure> {
             Command::Replay(options) => replay::run(&config, options).await,
             Command::Spool(action) => spool::run(&config, action),
             Command::Health(options) => health::run(&config, options).await,
-            Command::Man(options) => Ok(manual::man(options)?),
-            Command::Completions { shell } => Ok(manual::completions(shell)?),
+            Command::Man(options) => Ok(manual::man(Arguments::command(), options)?),
+            Command::Completions { shell } => Ok(manual::completions(Arguments::command(), shell)?),
         }
     });
     // Threads may hang in a name look-up or on a failing disk. All work that matters is done, so this does not wait.
@@ -216,8 +133,8 @@ fn execute(arguments: Arguments) -> Result<(), Failure> {
 
 /// Our variables. One that is not UTF-8 is an error.
 fn environment() -> Result<Vec<(String, String)>, Failure> {
-    let ours = std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value)));
-    let ours = ours.filter(|(name, _)| name.starts_with("PRISM_RELAY__"));
+    let named = std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value)));
+    let ours = named.filter(|(name, _)| name.starts_with("PRISM_RELAY__"));
     ours.map(|(name, value)| match value.into_string() {
         Ok(value) => Ok((name, value)),
         Err(_) => Err(Failure::Usage(format!("the environment variable {name} is not UTF-8"))),

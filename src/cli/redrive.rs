@@ -13,10 +13,12 @@ use lapin::message::{BasicGetMessage, Delivery};
 use lapin::options::BasicGetOptions;
 use lapin::types::{FieldTable, ShortString};
 
+use super::connect::connect;
 use super::consumer::{Consumer, count};
+use super::failure::Failure;
 use super::messages::{first_key, fresh, header, matches, number, original_key, print, put_back, queue_name, time_of};
+use super::output::{progress_bar, say};
 use super::transfer::{Destination, Outgoing, Transfer, TransferError, in_time, while_connected};
-use super::{Failure, progress_bar, say};
 use crate::broker::BrokerConnection;
 use crate::config::Config;
 use crate::topology::DEAD;
@@ -65,7 +67,7 @@ pub async fn run(config: &Config, options: Options) -> Result<(), Failure> {
         return Err(Failure::Usage(format!("{from} is a stream: use replay")));
     }
     let to = Destination::new(config, options.to.clone())?;
-    let link = super::connect(config, "prism-relay redrive").await?;
+    let link = connect(config, "prism-relay redrive").await?;
     let deadline = config.publisher.confirm_timeout;
     let (transfer, copies) = (Transfer::open(&link, deadline).await?, Transfer::open(&link, deadline).await?);
     let mut redrive =

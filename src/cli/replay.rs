@@ -10,10 +10,12 @@ use lapin::options::BasicAckOptions;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use tokio::time::Instant;
 
+use super::connect::connect;
 use super::consumer::{Consumer, count};
+use super::failure::Failure;
 use super::messages::{REPLAYED_AT, header, matches, number, print, queue_name, replayed, time_of};
+use super::output::{progress_bar, say};
 use super::transfer::{Destination, Outgoing, Transfer, TransferError, in_time, while_connected};
-use super::{Failure, progress_bar, say};
 use crate::broker::{BrokerConnection, short_string};
 use crate::config::Config;
 use crate::topology::ARCHIVE;
@@ -61,7 +63,7 @@ pub async fn run(config: &Config, options: Options) -> Result<(), Failure> {
     let name = config.topology.archive.as_ref().map_or(ARCHIVE, |archive| &archive.name);
     let from = options.from.clone().map_or_else(|| short_string(name), Ok)?;
     let to = Destination::new(config, options.to.clone())?;
-    let link = super::connect(config, "prism-relay replay").await?;
+    let link = connect(config, "prism-relay replay").await?;
     let deadline = config.publisher.confirm_timeout;
     let transfer = Transfer::open(&link, deadline).await?;
     let mut replay = Replay { options: &options, from: &from, to: &to, link: &link, deadline, transfer, printed: 0 };

@@ -18,8 +18,9 @@ use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, timeout};
 use uuid::Uuid;
 
+use super::failure::Failure;
 use super::http::listener_url;
-use super::{Failure, progress_bar, say};
+use super::output::{progress_bar, say};
 use crate::config::Config;
 use crate::event::DOCUMENTED_TYPES;
 use crate::http_client::{HttpClient, http_client};

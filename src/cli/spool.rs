@@ -7,10 +7,12 @@ use serde::Serialize;
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::{Failure, Printed, say};
+use super::failure::Failure;
+use super::output::{Printed, say};
 use crate::config::Config;
 use crate::event::Envelope;
 use crate::spool::{Entry, Inspector};
+use crate::text::clean;
 
 /// Replaces a value that must not be printed.
 const HIDDEN: &str = "[hidden]";
@@ -121,7 +123,7 @@ fn list(spool: &Inspector, parked: bool, limit: u64, json: bool) -> anyhow::Resu
 fn line(row: &Row) -> String {
     let Row { id, time, r#type, subject, state, bytes, parked, .. } = row;
     let parked = parked.as_deref().map(|reason| format!("  {reason}")).unwrap_or_default();
-    super::clean(&format!("{time}  {id}  {type:<42}  {subject:<47}  {state:<10}  {bytes} B{parked}"))
+    clean(&format!("{time}  {id}  {type:<42}  {subject:<47}  {state:<10}  {bytes} B{parked}"))
 }
 
 fn show(spool: &Inspector, id: Uuid) -> anyhow::Result<Printed> {
@@ -144,7 +146,7 @@ fn show(spool: &Inspector, id: Uuid) -> anyhow::Result<Printed> {
         ("intact", row.intact.to_string()),
         ("parked", row.parked.unwrap_or("no".to_owned())),
     ] {
-        printed.line(super::clean(&format!("{name:<12} {value}")));
+        printed.line(clean(&format!("{name:<12} {value}")));
     }
     match serde_json::from_slice::<Value>(&body) {
         Ok(mut json) => {

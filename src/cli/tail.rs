@@ -9,6 +9,7 @@ use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions, Queu
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{Channel, Consumer};
 
+use super::connect::connect;
 use super::messages::{matches, print, queue_name};
 use crate::broker::{BrokerConnection, reply_text, short_string};
 use crate::config::Config;
@@ -36,7 +37,7 @@ pub struct Options {
 }
 
 pub async fn run(config: &Config, options: Options) -> anyhow::Result<()> {
-    let link = super::connect(config, "prism-relay tail").await?;
+    let link = connect(config, "prism-relay tail").await?;
     let printed = tokio::select! {
         printed = print_events(config, &options, &link) => printed,
         // A person has seen enough.

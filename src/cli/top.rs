@@ -10,10 +10,12 @@ use jiff::Timestamp;
 use serde_json::Value;
 use tokio::time::interval;
 
+use super::failure::Failure;
 use super::http::OpsResource;
-use super::{Failure, clean};
+use super::output::say;
 use crate::config::Config;
 use crate::text::chain;
+use crate::text::clean;
 use crate::text::span;
 
 /// The relay is near.
@@ -44,7 +46,7 @@ pub async fn run(config: &Config, options: Options) -> Result<(), Failure> {
     let status = OpsResource::new(config, options.url, "/api/status", ANSWER_TIMEOUT)?;
     let status = status.with_token(config.ops.token.as_ref());
     if options.once || !io::stdout().is_terminal() {
-        super::say(picture(&status.get().await?).trim_end());
+        say(picture(&status.get().await?).trim_end());
         return Ok(());
     }
     tokio::select! {

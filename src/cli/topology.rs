@@ -5,7 +5,9 @@ use std::path::Path;
 use thiserror::Error;
 use tokio::time::timeout;
 
-use super::{Failure, say};
+use super::connect::connect;
+use super::failure::Failure;
+use super::output::say;
 use crate::broker::{BrokerConnection, BrokerUrl, Management};
 use crate::config::Config;
 use crate::text::chain;
@@ -52,7 +54,7 @@ pub async fn run(config: &Config, file: Option<&Path>, action: Action) -> Result
 }
 
 async fn declare(config: &Config, plan: &Plan) -> Result<(), Failure> {
-    let broker = super::connect(config, "prism-relay topology").await?;
+    let broker = connect(config, "prism-relay topology").await?;
     // Each declaration is a round trip.
     let limit = config.broker.connect_timeout * (plan.steps() + 1);
     let declared = timeout(limit, topology::establish(&broker.connection, plan, Declare::Active)).await;
@@ -67,7 +69,7 @@ async fn declare(config: &Config, plan: &Plan) -> Result<(), Failure> {
 }
 
 async fn diff(config: &Config, file: Option<&Path>, plan: &Plan) -> Result<(), Failure> {
-    let broker = super::connect(config, "prism-relay topology").await?;
+    let broker = connect(config, "prism-relay topology").await?;
     let found = match look(config, file, plan, &broker.url).await {
         Ok(found) => Ok(found),
         Err(reason) => {
