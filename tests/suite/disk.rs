@@ -10,8 +10,6 @@ use serde_json::{Value, json};
 
 use crate::harness::{Node, Relay, Setup, Vhost, Wire, eventually};
 
-const NO_BROKER: &str = "amqp://guest:guest@127.0.0.1:1/%2f";
-
 fn scan(number: usize) -> String {
     json!({"eventType": "scan.a", "payload": {"scanId": number.to_string(), "filler": "x".repeat(1000)}}).to_string()
 }
@@ -77,14 +75,14 @@ async fn a_full_disk_refuses_events_keeps_the_others_and_empties_by_itself() {
     wire.accept();
     let delivered = vhost.messages("prism.scan", ids.len()).await;
     assert_eq!(delivered.iter().map(|delivery| delivery.id()).collect::<Vec<_>>(), ids, "each event once, in order");
-    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    relay.eventually_nothing_pending().await;
     relay.eventually_accepts(scan(1_000_000)).await;
     assert_eq!(relay.run(&["spool", "verify"]).await.code, Some(0));
 }
 
 #[tokio::test]
 async fn no_room_and_a_read_only_disk_at_the_start_are_reported() {
-    let setup = Setup::new(NO_BROKER);
+    let setup = Setup::without_broker();
     let disk = SmallDisk::mount(setup.folder(), "30m");
     let mut relay = setup.set("spool.path", disk.spool()).start().await;
     let id = relay.post(scan(0)).await.id();
@@ -173,7 +171,7 @@ async fn assert_recovered(relay: &Relay, ids: &[String], vhost: &Vhost, wire: &m
             assert!(ids.contains(&delivery.id()));
         }
     }
-    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    relay.eventually_nothing_pending().await;
     let verify = relay.run(&["spool", "verify"]).await;
     assert_eq!(verify.code, Some(0), "{}", verify.stdout);
     relay.post(scan(1_000_000)).await.expect(200);
@@ -229,7 +227,7 @@ async fn damage_in_the_middle_is_found_by_the_publisher_and_recovered_at_the_nex
     let line = relay.eventually_logs("the spool was recovered").await;
     assert!(line["saved"].as_u64().unwrap() > 0, "{line}");
     wire.accept();
-    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    relay.eventually_nothing_pending().await;
     let depth = vhost.depth("prism.scan").await as usize;
     let delivered: std::collections::HashSet<_> =
         vhost.messages("prism.scan", depth).await.iter().map(|delivery| delivery.id()).collect();
@@ -263,7 +261,7 @@ fn insert_events(path: &Path, count: u64) {
 #[tokio::test]
 async fn a_relay_killed_during_recovery_loses_nothing() {
     const COUNT: u64 = 100_000;
-    let mut relay = Setup::new(NO_BROKER).start().await;
+    let mut relay = Setup::without_broker().start().await;
     relay.post(scan(0)).await.expect(200);
     relay.kill9().await;
     let path = relay.setup().spool();
@@ -284,7 +282,7 @@ async fn a_relay_killed_during_recovery_loses_nothing() {
         starting.wait().await;
     }
     relay.start_again().await;
-    assert_eq!(relay.status().await["spool"]["pending"], COUNT + 1);
+    assert_eq!(relay.spool().await.pending, COUNT + 1);
     let mut names = fs::read_dir(path.parent().unwrap()).unwrap().map(|entry| entry.unwrap().file_name());
     assert!(names.any(|name| name.to_string_lossy().contains(".damaged-")), "the damaged file is kept");
 }
@@ -292,7 +290,7 @@ async fn a_relay_killed_during_recovery_loses_nothing() {
 /// The damaged file is not renamed before all its events are copied.
 #[tokio::test]
 async fn a_disk_without_room_for_recovery_loses_nothing() {
-    let setup = Setup::new(NO_BROKER);
+    let setup = Setup::without_broker();
     let disk = SmallDisk::mount(setup.folder(), "40m");
     let mut relay = setup.set("spool.path", disk.spool()).start().await;
     relay.post(scan(0)).await.expect(200);
@@ -306,13 +304,13 @@ async fn a_disk_without_room_for_recovery_loses_nothing() {
     }
     disk.remount("size=100m");
     relay.start_again().await;
-    assert_eq!(relay.status().await["spool"]["pending"], 50_001);
+    assert_eq!(relay.spool().await.pending, 50_001);
 }
 
 /// With the broker away, only the writer can find the damage.
 #[tokio::test]
 async fn damage_that_only_a_webhook_finds_is_recovered_as_well() {
-    let mut relay = Setup::new(NO_BROKER).start().await;
+    let mut relay = Setup::without_broker().start().await;
     for number in 0..30 {
         relay.post(scan(number)).await.expect(200);
     }
@@ -327,7 +325,7 @@ async fn damage_that_only_a_webhook_finds_is_recovered_as_well() {
     assert!(ended.code == Some(1) && ended.stderr.contains("the next start recovers it"), "{}", ended.stderr);
     relay.start_again().await;
     relay.post(scan(1_000_000)).await.expect(200);
-    assert_eq!(relay.status().await["spool"]["pending"], 31);
+    assert_eq!(relay.spool().await.pending, 31);
 }
 
 /// The next event would go to the last page.
@@ -358,7 +356,7 @@ async fn a_body_with_a_flipped_bit_is_not_published() {
     wire.accept();
     let delivered: Vec<_> = vhost.messages("prism.scan", 2).await.iter().map(|delivery| delivery.id()).collect();
     assert_eq!(delivered, [ids[0].clone(), ids[2].clone()]);
-    relay.eventually_metric("prism_relay_spool_parked_events", &[], 1.0).await;
+    relay.eventually_parked(1).await;
     let list = relay.run(&["spool", "list", "--parked"]).await.stdout;
     assert!(list.contains(&ids[1]) && list.contains("damaged"), "{list}");
 }
@@ -400,7 +398,7 @@ async fn an_emptied_file_does_not_take_the_log_with_it() {
 
 #[tokio::test]
 async fn a_spool_of_another_format_is_left_alone() {
-    let mut relay = Setup::new(NO_BROKER).start().await;
+    let mut relay = Setup::without_broker().start().await;
     relay.post(scan(0)).await.expect(200);
     relay.sigterm();
     assert_eq!(relay.wait().await.code, Some(0));
@@ -416,7 +414,7 @@ async fn a_spool_of_another_format_is_left_alone() {
 
 #[tokio::test]
 async fn a_file_locked_by_another_process_is_not_waited_for_forever() {
-    let relay = Setup::new(NO_BROKER).start().await;
+    let relay = Setup::without_broker().start().await;
     let id = relay.post(scan(0)).await.id();
     // A process that reads blocks nothing, however long it takes.
     let reader = rusqlite::Connection::open(relay.setup().spool()).unwrap();
@@ -429,5 +427,5 @@ async fn a_file_locked_by_another_process_is_not_waited_for_forever() {
     relay.eventually_accepts(scan(1)).await;
     reader.execute_batch("ROLLBACK").unwrap();
     assert_eq!(relay.post(scan(0)).await.expect(200).json()["id"], json!(id));
-    assert_eq!(relay.status().await["spool"]["accepted"], 2);
+    assert_eq!(relay.spool().await.accepted, 2);
 }

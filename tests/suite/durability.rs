@@ -28,7 +28,7 @@ async fn a_broker_that_is_away_at_the_start_changes_nothing_for_prism() {
     wire.accept();
     let delivered: Vec<_> = vhost.messages("prism.scan", 20).await.iter().map(|delivery| delivery.id()).collect();
     assert_eq!(delivered, ids, "in the order of acceptance, under the ids that were answered");
-    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    relay.eventually_nothing_pending().await;
 }
 
 #[tokio::test]
@@ -44,7 +44,7 @@ async fn an_event_answered_200_survives_kill_9_and_is_published_once() {
     let again = relay.post(scan(1, 1)).await.expect(200).json();
     assert_eq!(again, json!({"ok": true, "id": id, "duplicate": true}), "recognised across the crash");
     assert_eq!(vhost.messages("prism.scan", 1).await[0].id(), id);
-    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    relay.eventually_nothing_pending().await;
     // The event is delivered and deleted, and still recognised after another crash.
     relay.kill9().await;
     relay.start_again().await;
@@ -60,7 +60,7 @@ async fn a_publish_without_its_confirm_is_repeated_under_the_same_id() {
     let mut relay = Relay::start_through(&vhost, &wire).await;
     relay.post(scan(1, 0)).await.expect(200);
     vhost.messages("prism.scan", 1).await;
-    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    relay.eventually_nothing_pending().await;
     // The broker gets the event, but the relay crashes before the confirm arrives.
     wire.stall_answers();
     let id = relay.post(scan(1, 1)).await.id();
@@ -82,14 +82,14 @@ async fn a_confirm_that_does_not_come_leads_to_a_new_connection() {
     let relay = setup.start().await;
     relay.post(scan(1, 0)).await.expect(200);
     vhost.messages("prism.scan", 1).await;
-    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    relay.eventually_nothing_pending().await;
     wire.stall();
     let id = relay.post(scan(1, 1)).await.id();
     relay.eventually_logs("not delivering").await;
     wire.flow();
     let delivered = vhost.messages("prism.scan", 1).await.remove(0);
     assert_eq!(delivered.id(), id);
-    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    relay.eventually_nothing_pending().await;
     assert!(relay.metric("prism_relay_broker_reconnects_total", &[]).await >= 1.0);
 }
 
@@ -122,7 +122,7 @@ async fn order_per_subject_holds_while_connections_are_cut() {
     for sender in senders {
         sender.await.unwrap();
     }
-    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    relay.eventually_nothing_pending().await;
     let total = vhost.depth("prism.scan").await as usize;
     assert!(total >= (SUBJECTS * EVENTS) as usize, "{total}");
     let mut seen = HashSet::new();
@@ -186,7 +186,7 @@ async fn the_grace_ends_a_drain_and_the_rest_stays_on_disk() {
     let mut relay = Setup::new(&vhost.url_through(&wire)).set("shutdown.grace", "500ms").start().await;
     relay.post(scan(1, 0)).await.expect(200);
     vhost.messages("prism.scan", 1).await;
-    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    relay.eventually_nothing_pending().await;
     wire.stall();
     let id = relay.post(scan(1, 1)).await.id();
     relay.sigterm();
@@ -215,7 +215,7 @@ async fn a_second_signal_stops_at_once() {
 
 #[tokio::test]
 async fn a_spool_has_one_relay() {
-    let relay = Setup::new("amqp://guest:guest@127.0.0.1:1/%2f").start().await;
+    let relay = Setup::without_broker().start().await;
     let second = relay.run(&["serve"]).await;
     assert_eq!(second.code, Some(1));
     assert!(second.stderr.contains("in use by another relay"), "{}", second.stderr);

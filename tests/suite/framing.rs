@@ -2,16 +2,8 @@
 //! of it. It is tested anyway: a relay that reads a request differently than the proxy in front can be tricked.
 
 use crate::harness::http::{now, sign};
+use crate::harness::samples::scan;
 use crate::harness::{Raw, Relay, SECRET, Setup};
-
-/// No process listens here: no answer to a webhook may depend on the broker.
-const NO_BROKER: &str = "amqp://guest:guest@127.0.0.1:1/%2f";
-
-fn event(number: u32) -> String {
-    format!(
-        r#"{{"eventType":"scan.processing.started","payload":{{"userToken":"partner-user-42","scanId":"{number}"}}}}"#
-    )
-}
 
 /// A signed request as text: its first line, these header lines, and then `sent` in place of the body.
 fn request(first_line: &str, lines: &str, body: &str, sent: &str) -> String {
@@ -43,13 +35,13 @@ async fn status(relay: &Relay, request: impl AsRef<[u8]>) -> String {
 }
 
 async fn accepted(relay: &Relay) -> u64 {
-    relay.status().await["spool"]["accepted"].as_u64().unwrap()
+    relay.spool().await.accepted
 }
 
 #[tokio::test]
 async fn lengths_that_contradict_each_other_are_refused() {
-    let relay = Setup::new(NO_BROKER).start().await;
-    let (body, shorter) = (event(1), event(1).len() - 1);
+    let relay = Setup::without_broker().start().await;
+    let (body, shorter) = (scan(1), scan(1).len() - 1);
     let close = "Connection: close\r\n";
     for lines in [
         format!("{}Content-Length: {shorter}\r\n", lengthy(&body)),
@@ -71,8 +63,8 @@ async fn lengths_that_contradict_each_other_are_refused() {
 /// RFC 9112, section 6.1: the length is void, and the connection ends, so that no later bytes are read as a request.
 #[tokio::test]
 async fn bytes_after_a_body_with_both_lengths_are_not_a_request() {
-    let relay = Setup::new(NO_BROKER).start().await;
-    let (body, smuggled) = (event(1), event(2));
+    let relay = Setup::without_broker().start().await;
+    let (body, smuggled) = (scan(1), scan(2));
     let both = format!("Transfer-Encoding: chunked\r\nContent-Length: {}\r\n", body.len());
     let first = request(POST, &both, &body, &format!("{}0\r\n\r\n", chunks(&body, 1000)));
     let second = request(POST, &lengthy(&smuggled), &smuggled, &smuggled);
@@ -83,8 +75,8 @@ async fn bytes_after_a_body_with_both_lengths_are_not_a_request() {
 
 #[tokio::test]
 async fn chunks_are_put_together_and_bad_ones_refused() {
-    let relay = Setup::new(NO_BROKER).start().await;
-    let body = event(1);
+    let relay = Setup::without_broker().start().await;
+    let body = scan(1);
     let extended = chunks(&body, 1000).replacen("\r\n", ";name=value\r\n", 1);
     for (number, sent) in [
         format!("{}0\r\n\r\n", chunks(&body, 1)),
@@ -97,7 +89,7 @@ async fn chunks_are_put_together_and_bad_ones_refused() {
         assert_eq!(status(&relay, request(POST, CHUNKED, &body, sent)).await, "200", "{number}");
     }
     assert_eq!(accepted(&relay).await, 1, "the same body three times");
-    let other = event(2);
+    let other = scan(2);
     let whole = chunks(&other, 1000);
     for sent in [
         "zz\r\n".to_owned(),
@@ -113,8 +105,8 @@ async fn chunks_are_put_together_and_bad_ones_refused() {
 
 #[tokio::test]
 async fn heads_that_are_malformed_are_refused() {
-    let relay = Setup::new(NO_BROKER).start().await;
-    let body = event(1);
+    let relay = Setup::without_broker().start().await;
+    let body = scan(1);
     let lines = lengthy(&body);
     for lines in [
         format!("Folded: one\r\n two\r\n{lines}"),
@@ -136,7 +128,7 @@ async fn heads_that_are_malformed_are_refused() {
 
 #[tokio::test]
 async fn http_2_is_closed_and_named_in_the_log() {
-    let relay = Setup::new(NO_BROKER).set("log.filter", "info").start().await;
+    let relay = Setup::without_broker().set("log.filter", "info").start().await;
     let settings = b"\0\0\0\x04\0\0\0\0\0";
     let preface = [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".as_slice(), settings].concat();
     assert_eq!(Raw::exchange(relay.address(), preface).await, "");
@@ -147,8 +139,8 @@ async fn http_2_is_closed_and_named_in_the_log() {
 
 #[tokio::test]
 async fn heads_that_are_too_large_are_refused() {
-    let relay = Setup::new(NO_BROKER).start().await;
-    let body = event(1);
+    let relay = Setup::without_broker().start().await;
+    let body = scan(1);
     let many = "Name: value\r\n".repeat(100) + &lengthy(&body);
     let large = format!("Name: {}\r\n{}", "x".repeat(40_000), lengthy(&body));
     for lines in [many, large] {
@@ -160,8 +152,8 @@ async fn heads_that_are_too_large_are_refused() {
 
 #[tokio::test]
 async fn paths_are_compared_as_they_are_sent() {
-    let relay = Setup::new(NO_BROKER).start().await;
-    let body = event(1);
+    let relay = Setup::without_broker().start().await;
+    let body = scan(1);
     for (target, expected) in [
         ("/webhooks/prism", "200"),
         ("/webhooks/prism?a=b", "200"),
@@ -180,8 +172,8 @@ async fn paths_are_compared_as_they_are_sent() {
 
 #[tokio::test]
 async fn old_and_hasty_clients_are_served() {
-    let relay = Setup::new(NO_BROKER).start().await;
-    let [one, two, three] = [1, 2, 3].map(event);
+    let relay = Setup::without_broker().start().await;
+    let [one, two, three] = [1, 2, 3].map(scan);
     // HTTP/1.0 closes after each answer.
     let old = request("POST /webhooks/prism HTTP/1.0", &format!("Content-Length: {}\r\n", one.len()), &one, &one);
     assert!(Raw::exchange(relay.address(), old).await.starts_with("HTTP/1.0 200"));
@@ -199,8 +191,8 @@ async fn old_and_hasty_clients_are_served() {
 
 #[tokio::test]
 async fn a_client_that_expects_100_continue_gets_an_answer_before_it_sends() {
-    let relay = Setup::new(NO_BROKER).start().await;
-    let body = event(1);
+    let relay = Setup::without_broker().start().await;
+    let body = scan(1);
     let asking =
         |line: &str, body: &str| request(line, &format!("Expect: 100-continue\r\n{}", lengthy(body)), body, "");
     let mut raw = Raw::connect(relay.address()).await;
@@ -215,8 +207,8 @@ async fn a_client_that_expects_100_continue_gets_an_answer_before_it_sends() {
 
 #[tokio::test]
 async fn no_connection_is_upgraded_and_no_body_is_unpacked() {
-    let relay = Setup::new(NO_BROKER).start().await;
-    let body = event(1);
+    let relay = Setup::without_broker().start().await;
+    let body = scan(1);
     for (number, upgrade) in ["h2c", "websocket", "TLS/1.2"].into_iter().enumerate() {
         let lines = format!("Upgrade: {upgrade}\r\nContent-Length: {}\r\nConnection: close, upgrade\r\n", body.len());
         assert_eq!(status(&relay, request(POST, &lines, &body, &body)).await, "200", "{number}");

@@ -52,7 +52,7 @@ async fn a_restart_under_load_refuses_no_webhook_and_loses_nothing() {
         "{}",
         sent.stdout
     );
-    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    relay.eventually_nothing_pending().await;
     let depth = vhost.depth("prism.scan").await as usize;
     let ids: HashSet<_> = vhost.messages("prism.scan", depth).await.iter().map(|message| message.id()).collect();
     assert_eq!(ids.len(), 2500, "of {depth}");
@@ -71,7 +71,7 @@ async fn a_backlog_does_not_hold_up_the_next_relay() {
         .set("broker.heartbeat", "5m")
         .set("broker.confirm_timeout", "10m");
     let mut relay = setup.start().await;
-    relay.eventually_metric("prism_relay_broker_connected", &[], 1.0).await;
+    relay.eventually_connected().await;
     wire.stall();
     let id = relay.post(r#"{"eventType":"scan.a","payload":{}}"#).await.id();
     relay.restart().await;

@@ -12,23 +12,16 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use crate::harness::http::{now, sign};
+use crate::harness::samples::scan;
 use crate::harness::{Client, Raw, Relay, SECRET, Setup, eventually};
 
 /// No process listens here: no answer to a webhook may depend on the broker.
-const NO_BROKER: &str = "amqp://guest:guest@127.0.0.1:1/%2f";
-
 const REFUSED: &str = "prism_relay_connections_refused_total";
 const CONNECTIONS: &str = "prism_relay_connections";
 
-fn event(number: usize) -> String {
-    format!(
-        r#"{{"eventType":"scan.processing.started","payload":{{"userToken":"partner-user-42","scanId":"{number}"}}}}"#
-    )
-}
-
 /// A signed webhook as text, with an event of its own.
 fn webhook() -> String {
-    let (body, timestamp) = (event(fresh()), now());
+    let (body, timestamp) = (scan(fresh()), now());
     let signature = sign(SECRET, &timestamp, body.as_bytes());
     format!(
         "POST /webhooks/prism HTTP/1.1\r\nhost: relay\r\nprism-timestamp: {timestamp}\r\n\
@@ -69,7 +62,7 @@ async fn connections(relay: &Relay, state: &str) -> f64 {
 
 #[tokio::test]
 async fn half_open_connections_are_evicted_the_newest_first_and_established_ones_stay() {
-    let relay = Setup::new(NO_BROKER).set("http.connections_max", 4).set("log.filter", "info").start().await;
+    let relay = Setup::without_broker().set("http.connections_max", 4).set("log.filter", "info").start().await;
     let mut sender = established(&relay).await;
     let mut half_open = Vec::new();
     for _ in 0..3 {
@@ -101,7 +94,7 @@ async fn half_open_connections_are_evicted_the_newest_first_and_established_ones
 
     // While all senders are trusted, the next connection waits until one leaves.
     let waiting = relay.sender();
-    let waiting = tokio::spawn(async move { waiting.post(event(1)).await });
+    let waiting = tokio::spawn(async move { waiting.post(scan(1)).await });
     assert!(is_served(&mut sender).await && is_served(&mut newcomer).await);
     drop(third);
     waiting.await.unwrap().unwrap().expect(200);
@@ -111,7 +104,7 @@ async fn half_open_connections_are_evicted_the_newest_first_and_established_ones
 #[tokio::test]
 async fn a_flood_of_half_open_connections_costs_honest_senders_nothing_they_need() {
     // No connection times out while this runs.
-    let setup = Setup::new(NO_BROKER).set("http.connections_max", 100).set("http.header_timeout", "60s");
+    let setup = Setup::without_broker().set("http.connections_max", 100).set("http.header_timeout", "60s");
     let relay = setup.set("log.filter", "info").start().await;
     let mut sender = established(&relay).await;
     let mut flood = Vec::new();
@@ -123,7 +116,7 @@ async fn a_flood_of_half_open_connections_costs_honest_senders_nothing_they_need
         }
         flood.push(raw);
         if number % 50 == 0 {
-            relay.post(event(number)).await.expect(200);
+            relay.post(scan(number)).await.expect(200);
             let newcomer = Client::http1();
             let health = relay.url().replace("/webhooks/prism", "/healthz");
             newcomer.get(&health).await.unwrap().expect(200);
@@ -143,7 +136,7 @@ async fn a_flood_of_half_open_connections_costs_honest_senders_nothing_they_need
 
 #[tokio::test]
 async fn a_source_has_its_own_limit_and_trusted_proxies_have_none() {
-    let setup = || Setup::new(NO_BROKER).set("http.connections_per_source_max", 3).set("log.filter", "info");
+    let setup = || Setup::without_broker().set("http.connections_per_source_max", 3).set("log.filter", "info");
     let relay = setup().start().await;
     let (mut one, mut two) = (established(&relay).await, established(&relay).await);
     let mut idle = Raw::connect(relay.address()).await;
@@ -174,7 +167,7 @@ async fn a_source_has_its_own_limit_and_trusted_proxies_have_none() {
 
 #[tokio::test]
 async fn slow_bodies_that_use_up_the_memory_make_room_for_honest_ones() {
-    let setup = Setup::new(NO_BROKER).set("http.buffer_bytes_max", "64KiB").set("http.body_bytes_max", "32KiB");
+    let setup = Setup::without_broker().set("http.buffer_bytes_max", "64KiB").set("http.body_bytes_max", "32KiB");
     let relay = setup.set("http.body_timeout", "60s").set("log.filter", "info").start().await;
     let mut flood = Vec::new();
     for _ in 0..20 {
@@ -184,7 +177,7 @@ async fn slow_bodies_that_use_up_the_memory_make_room_for_honest_ones() {
         flood.push(raw);
     }
     for number in 0..20 {
-        relay.post(event(number)).await.expect(200);
+        relay.post(scan(number)).await.expect(200);
     }
     let displaced = relay.metric("prism_relay_webhooks_total", &[("outcome", "refused"), ("reason", "overloaded")]);
     assert!(displaced.await >= 10.0, "the flood is 160 KB");
@@ -198,7 +191,7 @@ async fn slow_bodies_that_use_up_the_memory_make_room_for_honest_ones() {
 
 #[tokio::test]
 async fn half_open_connections_do_not_hold_up_a_stop() {
-    let mut relay = Setup::new(NO_BROKER).set("shutdown.grace", "60s").set("log.filter", "info").start().await;
+    let mut relay = Setup::without_broker().set("shutdown.grace", "60s").set("log.filter", "info").start().await;
     let mut silent = Raw::connect(relay.address()).await;
     let mut begun = Raw::connect(relay.address()).await;
     begun.write("POST /webhooks/prism HTTP/1.1\r\n").await.unwrap();
@@ -214,7 +207,7 @@ async fn half_open_connections_do_not_hold_up_a_stop() {
 
 #[tokio::test]
 async fn the_limits_of_a_request_head_can_be_set() {
-    let setup = Setup::new(NO_BROKER).set("http.headers_max", 5).set("http.header_bytes_max", "8KiB");
+    let setup = Setup::without_broker().set("http.headers_max", 5).set("http.header_bytes_max", "8KiB");
     let relay = setup.start().await;
     let ask = |lines: &str| format!("GET /healthz HTTP/1.1\r\nhost: relay\r\nconnection: close\r\n{lines}\r\n");
     assert!(Raw::exchange(relay.address(), ask("a: b\r\nc: d\r\n")).await.starts_with("HTTP/1.1 200 "));
@@ -254,8 +247,8 @@ fn rss_kib(relay: &Relay) -> u64 {
 #[tokio::test]
 async fn floods_end_the_connection_and_take_no_memory() {
     const MIB: usize = 1024 * 1024;
-    let relay = Setup::new(NO_BROKER).set("log.filter", "info").start().await;
-    relay.post(event(0)).await.expect(200);
+    let relay = Setup::without_broker().set("log.filter", "info").start().await;
+    relay.post(scan(0)).await.expect(200);
     let before = rss_kib(&relay);
 
     let head = "POST /webhooks/prism HTTP/1.1\r\nhost: relay\r\n";
@@ -275,7 +268,7 @@ async fn floods_end_the_connection_and_take_no_memory() {
     // Writing blocks once the buffers between client and relay are full.
     let _ = timeout(Duration::from_secs(2), stuck).await;
 
-    relay.post(event(1)).await.expect(200);
+    relay.post(scan(1)).await.expect(200);
     let grown = rss_kib(&relay).saturating_sub(before);
     assert!(grown < 32 * 1024, "{grown} KiB");
     assert!(relay.logs().len() < 20, "{}", relay.log_text());
@@ -283,7 +276,7 @@ async fn floods_end_the_connection_and_take_no_memory() {
 
 #[tokio::test]
 async fn a_client_that_reads_no_answer_is_closed() {
-    let relay = Setup::new(NO_BROKER).set("http.header_timeout", "1s").start().await;
+    let relay = Setup::without_broker().set("http.header_timeout", "1s").start().await;
     let mut deaf = TcpStream::connect(relay.address()).await.unwrap();
     let requests = "GET /healthz HTTP/1.1\r\nhost: relay\r\n\r\n".repeat(100);
     eventually("the end of the connection", async || {
@@ -298,7 +291,7 @@ async fn a_client_that_reads_no_answer_is_closed() {
 
 #[tokio::test]
 async fn refusals_are_counted_and_logged_once_a_minute() {
-    let relay = Setup::new(NO_BROKER).set("log.filter", "info").start().await;
+    let relay = Setup::without_broker().set("log.filter", "info").start().await;
     let client = Client::http1();
     for number in 0..200 {
         let timestamp = now();

@@ -15,8 +15,6 @@ use serde_json::json;
 
 use crate::harness::{Node, Relay, Setup, Vhost, Wire, eventually, eventually_equal};
 
-const NO_BROKER: &str = "amqp://guest:guest@127.0.0.1:1/%2f";
-
 /// The unit that a disk writes completely or not at all.
 const SECTOR: usize = 512;
 
@@ -186,7 +184,7 @@ async fn events_answered_200_survive_a_power_loss_at_any_instant() {
 #[tokio::test]
 async fn a_disk_that_fails_or_turns_read_only_takes_no_200_back() {
     for fault in ["fsync", "write", "read-only"] {
-        let mut relay = with_library(Setup::new(NO_BROKER)).start().await;
+        let mut relay = with_library(Setup::without_broker()).start().await;
         let faults = relay.folder().join("faults");
         let before = relay.post(scan(0)).await.id();
         fs::write(&faults, fault).unwrap();
@@ -205,7 +203,7 @@ async fn a_disk_that_fails_or_turns_read_only_takes_no_200_back() {
         assert!(list.contains(&before), "{list}");
         let again = relay.post(scan(1)).await.expect(200).json();
         assert_eq!(again["duplicate"], json!(null), "{fault}: the refused event was not kept");
-        assert_eq!(relay.status().await["spool"]["accepted"], 2);
+        assert_eq!(relay.spool().await.accepted, 2);
         // The relay also accepts again without a restart once the disk works.
         fs::write(&faults, fault).unwrap();
         relay.post(scan(7)).await.expect(503);
@@ -218,13 +216,13 @@ async fn a_disk_that_fails_or_turns_read_only_takes_no_200_back() {
 /// A sync that neither succeeds nor fails holds up nothing for long, and is reported.
 #[tokio::test]
 async fn a_stalled_disk_is_reported_and_not_waited_for() {
-    let mut relay = with_library(Setup::new(NO_BROKER).set("shutdown.grace", "2s")).start().await;
+    let mut relay = with_library(Setup::without_broker().set("shutdown.grace", "2s")).start().await;
     let faults = relay.folder().join("faults");
     relay.post(scan(0)).await.expect(200);
     fs::write(&faults, "hang").unwrap();
     assert_eq!(relay.post(scan(1)).await.expect(503).json()["code"], "spool-unavailable");
     assert_eq!(relay.ops_get("/readyz").await.status, 503);
-    assert_eq!(relay.status().await["spool"]["writable"], false);
+    assert!(!relay.spool().await.writable);
     relay.eventually_logs("disk does not answer; answering webhooks 503").await;
     // Further webhooks are refused at once: waiting ones would take memory.
     for number in 2..200 {
@@ -235,7 +233,7 @@ async fn a_stalled_disk_is_reported_and_not_waited_for() {
     relay.eventually_logs("disk answers again").await;
     // The event whose sync hung was written in the end, and is recognised.
     assert_eq!(relay.post(scan(1)).await.expect(200).json()["duplicate"], true);
-    assert_eq!(relay.status().await["spool"]["accepted"], 2);
+    assert_eq!(relay.spool().await.accepted, 2);
 
     fs::write(&faults, "hang").unwrap();
     relay.post(scan(2)).await.expect(503);
@@ -279,7 +277,7 @@ async fn deliveries_go_on_when_a_quota_is_exhausted() {
     relay.post(scan(20)).await.expect(503);
     relay.eventually_logs("the reserve of the spool was freed").await;
     wire.accept();
-    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    relay.eventually_nothing_pending().await;
     vhost.messages("prism.scan", 20).await;
     vhost.assert_empty("prism.scan").await;
 }
@@ -287,7 +285,7 @@ async fn deliveries_go_on_when_a_quota_is_exhausted() {
 /// SQLite reports a disk error as damage. Events that cannot be read at the moment are not given up.
 #[tokio::test]
 async fn a_disk_that_is_away_does_not_count_as_a_damaged_spool() {
-    let mut relay = with_library(Setup::new(NO_BROKER)).start().await;
+    let mut relay = with_library(Setup::without_broker()).start().await;
     for number in 0..50 {
         relay.post(scan(number)).await.expect(200);
     }
@@ -304,7 +302,7 @@ async fn a_disk_that_is_away_does_not_count_as_a_damaged_spool() {
     }
     fs::remove_file(&faults).unwrap();
     relay.start_again().await;
-    assert_eq!(relay.status().await["spool"]["pending"], 50);
+    assert_eq!(relay.spool().await.pending, 50);
 }
 
 #[tokio::test]
@@ -315,7 +313,7 @@ async fn deliveries_are_not_repeated_on_a_failing_disk() {
     wire.accept();
     vhost.messages("prism.scan", 20).await;
     fs::remove_file(relay.folder().join("faults")).unwrap();
-    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    relay.eventually_nothing_pending().await;
     vhost.assert_empty("prism.scan").await;
 }
 
@@ -329,7 +327,7 @@ async fn parked_events_are_not_repeated_on_a_failing_disk() {
     for number in 0..5 {
         relay.post(scan(number)).await.expect(200);
     }
-    relay.eventually_metric("prism_relay_spool_parked_events", &[], 5.0).await;
+    relay.eventually_parked(5).await;
     let faults = relay.folder().join("faults");
     fs::write(&faults, "write").unwrap();
     relay.post(scan(5)).await.expect(503);
@@ -342,7 +340,7 @@ async fn parked_events_are_not_repeated_on_a_failing_disk() {
     })
     .await;
     fs::remove_file(&faults).unwrap();
-    relay.eventually_metric("prism_relay_spool_parked_events", &[], 0.0).await;
+    relay.eventually_parked(0).await;
     vhost.messages("rest", 5).await;
     vhost.assert_empty("rest").await;
 }
@@ -350,7 +348,7 @@ async fn parked_events_are_not_repeated_on_a_failing_disk() {
 #[tokio::test]
 async fn each_200_has_its_sync_unless_the_configuration_says_otherwise() {
     for (durability, expected) in [("disk", 50..usize::MAX), ("process", 0..20)] {
-        let relay = with_library(Setup::new(NO_BROKER).set("spool.durability", durability)).start().await;
+        let relay = with_library(Setup::without_broker().set("spool.durability", durability)).start().await;
         for number in 0..50 {
             relay.post(scan(number)).await.expect(200);
         }

@@ -62,7 +62,7 @@ async fn each_step_waits_in_a_queue_of_its_own() {
 async fn what_was_returned_too_often_dies_on_any_step() {
     let vhost = Vhost::new(Node::shared().await).await;
     let relay = relay_with(&vhost, json!({ "retry_delays": ["100ms", "100ms"], "delivery_limit": 2 })).await;
-    relay.eventually_metric("prism_relay_broker_connected", &[], 1.0).await;
+    relay.eventually_connected().await;
     for rejections in [0, 1] {
         let id = relay.post(event(1, rejections)).await.id();
         for _ in 0..rejections {
@@ -140,7 +140,7 @@ async fn a_full_queue_leaves_the_rest_to_the_relay() {
 async fn with_a_single_active_consumer_one_works_and_the_next_takes_over() {
     let vhost = Vhost::new(Node::shared().await).await;
     let relay = relay_with(&vhost, json!({ "single_active_consumer": true })).await;
-    relay.eventually_metric("prism_relay_broker_connected", &[], 1.0).await;
+    relay.eventually_connected().await;
     let book = Book::default();
     let first = Worker::start(&vhost, "prism.scan", "first", &book).await;
     let _second = Worker::start(&vhost, "prism.scan", "second", &book).await;
@@ -171,7 +171,7 @@ async fn partitions_keep_a_subject_together_and_lose_nothing() {
     }
     // Without a subject, too.
     relay.post(EVENT).await.expect(200);
-    relay.eventually_metric("prism_relay_spool_events", &[], 0.0).await;
+    relay.eventually_nothing_pending().await;
     let mut home: BTreeMap<String, String> = BTreeMap::new();
     let mut sizes = Vec::new();
     for partition in ["prism.scan.1", "prism.scan.2", "prism.scan.3"] {
@@ -200,7 +200,7 @@ async fn workers_are_added_and_killed_in_mid_flow() {
     const EACH: u64 = 40;
     let vhost = Vhost::new(Node::shared().await).await;
     let relay = relay_with(&vhost, json!({ "partitions": 4 })).await;
-    relay.eventually_metric("prism_relay_broker_connected", &[], 1.0).await;
+    relay.eventually_connected().await;
     let book = Book::default();
     let hire = async |name: &str| {
         let mut workers = Vec::new();

@@ -7,8 +7,6 @@ use crate::harness::http::{now, sign};
 use crate::harness::{Answer, Client, Node, Raw, Relay, SECRET, Setup, Vhost, Wire, eventually, eventually_equal};
 
 /// No process listens here: no answer to a webhook may depend on the broker.
-const NO_BROKER: &str = "amqp://guest:guest@127.0.0.1:1/%2f";
-
 const EVENT: &str = r#"{"eventType":"scan.processing.started","payload":{"userToken":"partner-user-42","scanId":"s"}}"#;
 
 fn assert_problem(answer: &Answer, status: u16, code: &str) {
@@ -29,7 +27,7 @@ async fn post_signed_at(relay: &Relay, timestamp: &str, secret: &str) -> Answer 
 
 #[tokio::test]
 async fn ok_carries_the_id_and_a_re_send_carries_the_first_one() {
-    let relay = Setup::new(NO_BROKER).start().await;
+    let relay = Setup::without_broker().start().await;
     let first = relay.post(EVENT).await.expect(200);
     assert_eq!(first.header("content-type"), Some("application/json"));
     let id = first.json()["id"].clone();
@@ -42,7 +40,7 @@ async fn ok_carries_the_id_and_a_re_send_carries_the_first_one() {
 
 #[tokio::test]
 async fn signatures_are_required_and_checked() {
-    let relay = Setup::new(NO_BROKER).set("signature.secrets", json!([SECRET, "whsec_old"])).start().await;
+    let relay = Setup::without_broker().set("signature.secrets", json!([SECRET, "whsec_old"])).start().await;
     let now = now();
     assert_problem(&relay.post_with(&[], EVENT).await, 401, "missing-signature");
     assert_problem(&relay.post_with(&[("prism-timestamp", &now)], EVENT).await, 401, "missing-signature");
@@ -61,7 +59,7 @@ async fn signatures_are_required_and_checked() {
 
 #[tokio::test]
 async fn unsigned_bodies_have_to_be_events() {
-    let relay = Setup::new(NO_BROKER).set("signature.required", false).start().await;
+    let relay = Setup::without_broker().set("signature.required", false).start().await;
     relay.post_with(&[], EVENT).await.expect(200);
     assert_problem(&relay.post_with(&[], "{").await, 400, "invalid-json");
     assert_problem(&relay.post_with(&[], "").await, 400, "invalid-json");
@@ -77,7 +75,7 @@ async fn unsigned_bodies_have_to_be_events() {
 
 #[tokio::test]
 async fn paths_and_methods() {
-    let relay = Setup::new(NO_BROKER).set("http.path", "/hook").start().await;
+    let relay = Setup::without_broker().set("http.path", "/hook").start().await;
     let client = Client::http1();
     let base = relay.url().strip_suffix("/hook").unwrap().to_owned();
     for path in ["/", "/hook/", "/webhooks/prism", "/hook%2f"] {
@@ -102,7 +100,7 @@ async fn paths_and_methods() {
 
 #[tokio::test]
 async fn sources_are_checked_behind_trusted_proxies() {
-    let setup = || Setup::new(NO_BROKER).set("http.allowed_sources", json!(["203.0.113.0/24"]));
+    let setup = || Setup::without_broker().set("http.allowed_sources", json!(["203.0.113.0/24"]));
     let relay = setup().start().await;
     assert_problem(&relay.post(EVENT).await, 403, "source-not-allowed");
     assert_problem(&relay.post_with(&[("x-forwarded-for", "203.0.113.7")], EVENT).await, 403, "source-not-allowed");
@@ -119,7 +117,7 @@ async fn sources_are_checked_behind_trusted_proxies() {
 
 #[tokio::test]
 async fn bodies_are_limited_declared_or_streamed() {
-    let relay = Setup::new(NO_BROKER).set("http.body_bytes_max", "1000").start().await;
+    let relay = Setup::without_broker().set("http.body_bytes_max", "1000").start().await;
     let fits = format!(r#"{{"eventType":"scan.a","x":"{}"}}"#, "x".repeat(971));
     assert_eq!(fits.len(), 1000);
     relay.post(&fits).await.expect(200);
@@ -142,13 +140,13 @@ async fn bodies_are_limited_declared_or_streamed() {
 
 #[tokio::test]
 async fn slow_senders_are_cut_off() {
-    let relay = Setup::new(NO_BROKER).set("http.body_timeout", "300ms").start().await;
+    let relay = Setup::without_broker().set("http.body_timeout", "300ms").start().await;
     let head = "POST /webhooks/prism HTTP/1.1\r\nhost: relay\r\ncontent-length: 10\r\n\r\n12345";
     let mut slow_body = Raw::connect(relay.address()).await;
     slow_body.write(head).await.unwrap();
     let answer = String::from_utf8(slow_body.read_until(|bytes| bytes.ends_with(b"}")).await).unwrap();
     assert!(answer.starts_with("HTTP/1.1 408 ") && answer.contains("request-timeout"), "{answer}");
-    let relay = Setup::new(NO_BROKER).set("http.header_timeout", "300ms").start().await;
+    let relay = Setup::without_broker().set("http.header_timeout", "300ms").start().await;
     // Neither half a head nor silence keeps a connection open.
     for start in ["POST /webhooks", ""] {
         let mut raw = Raw::connect(relay.address()).await;
@@ -201,7 +199,7 @@ async fn a_full_spool_answers_503_and_resumes_by_itself() {
 
 #[tokio::test]
 async fn a_spool_that_cannot_be_written_answers_503_until_it_can() {
-    let relay = Setup::new(NO_BROKER).start().await;
+    let relay = Setup::without_broker().start().await;
     relay.post(EVENT).await.expect(200);
     let meddler = rusqlite::Connection::open(relay.setup().spool()).unwrap();
     meddler.execute_batch("CREATE TRIGGER no BEFORE INSERT ON event BEGIN SELECT RAISE(ABORT, 'no'); END").unwrap();
@@ -210,7 +208,7 @@ async fn a_spool_that_cannot_be_written_answers_503_until_it_can() {
     relay.eventually_logs("the spool cannot be written").await;
     meddler.execute_batch("DROP TRIGGER no").unwrap();
     assert_eq!(relay.post(body).await.expect(200).json()["duplicate"], serde_json::Value::Null);
-    assert_eq!(relay.status().await["spool"]["accepted"], 2);
+    assert_eq!(relay.spool().await.accepted, 2);
 }
 
 /// The drain gives requests half of the grace. A body that arrives later is answered 503, because the spool is closed.

@@ -23,7 +23,7 @@ fn work_queue() -> Value {
 async fn everything_is_declared_as_the_contract_says() {
     let vhost = Vhost::new(Node::shared().await).await;
     let relay = Relay::start(&vhost).await;
-    relay.eventually_metric("prism_relay_broker_connected", &[], 1.0).await;
+    relay.eventually_connected().await;
     let exchange = |name: &'static str| {
         let vhost = &vhost;
         async move {
@@ -97,7 +97,7 @@ async fn passive_creates_nothing_and_names_what_is_missing() {
     wire.refuse().await;
     wire.cut();
     let active = Relay::start(&vhost).await;
-    active.eventually_metric("prism_relay_broker_connected", &[], 1.0).await;
+    active.eventually_connected().await;
     wire.accept();
     vhost.messages("prism.scan", 1).await;
 }
@@ -110,7 +110,7 @@ async fn off_without_an_exchange_keeps_the_event_and_says_why() {
     let relay = setup.start().await;
     relay.post(EVENT).await.expect(200);
     relay.eventually_logs("no exchange 'prism.events'").await;
-    assert_eq!(relay.status().await["spool"]["parked"], 0);
+    assert_eq!(relay.spool().await.parked, 0);
     vhost.create_exchange("prism.events", "topic", json!({})).await;
     vhost.create_queue("q", json!({})).await;
     vhost.bind("prism.events", "q", "#").await;
@@ -152,7 +152,7 @@ async fn the_topology_can_be_shown_declared_and_exported() {
         assert!(declared.code == Some(0) && declared.stdout.contains("4 bindings exist as configured"), "{declared:?}");
     }
     assert_eq!(vhost.queue("prism.scan").await.unwrap()["arguments"], work_queue());
-    let away = Setup::new("amqp://guest:guest@127.0.0.1:1/%2f").run(&["topology", "declare"]).await;
+    let away = Setup::without_broker().run(&["topology", "declare"]).await;
     assert!(away.code == Some(1) && away.stderr.contains("none of the brokers could be reached"), "{away:?}");
 
     // Exported, and imported into a vhost that knows nothing of it.
