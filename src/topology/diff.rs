@@ -178,8 +178,8 @@ impl Comparison<'_> {
         Difference::replace(self.plan, entity, what, self.commands)
     }
 
-    /// A key that a policy sets. The relay's own policy is set again. A policy that concerns only this entity, and sets nothing
-    /// that is configured, is cleared. For any other, only its owner knows what it is for.
+    /// A key that a policy sets. The relay's own policy is set again. A policy that concerns only this entity, and sets
+    /// nothing that is configured, is cleared. For any other, only its owner knows what it is for.
     fn by_policy(&self, entity: &Entity, there: &LiveEntity, key: &str, value: &Value, than: &str) -> Difference {
         let (live, commands) = (self.live, self.commands);
         let policy = live.policies.iter().find(|policy| Some(&policy.name) == there.policy.as_ref());
@@ -200,8 +200,8 @@ impl Comparison<'_> {
         Difference::new(Kind::Changed, entity, what, Remedy::Command(command))
     }
 
-    /// Finds unknown bindings from an exchange of the plan: to its own queues, away from the inside of a queue, or to a queue that
-    /// an earlier configuration may have left. All others belong to somebody else.
+    /// Finds unknown bindings from an exchange of the plan: to its own queues, away from the inside of a queue, or to a
+    /// queue that an earlier configuration may have left. All others belong to somebody else.
     fn surplus_bindings(&self) -> Vec<Difference> {
         let mut found = Vec::new();
         for there in &self.live.bindings {
@@ -279,4 +279,309 @@ fn are_same(there: &Map<String, Value>, planned: &FieldTable) -> bool {
         there.get(name.as_str()) == Some(&plain(value))
     };
     there.len() == planned.inner().len() && planned.inner().iter().all(is_there)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use serde_json::json;
+
+    use super::*;
+    use crate::topology::spec::{QueueSpec, Spec};
+
+    fn commands(active: bool) -> Commands {
+        let [relay, vhost, api, user] = ["prism-relay", "/", "http://broker:15672", "me"].map(str::to_owned);
+        Commands { relay, vhost, api, user, active }
+    }
+
+    /// What the management API shows after the plan was declared.
+    fn declared(plan: &Plan) -> Value {
+        let arguments = |table: &FieldTable| -> Map<String, Value> {
+            table.inner().iter().map(|(name, value)| (name.to_string(), plain(value))).collect()
+        };
+        let entities = |of_kind: &str| -> Vec<Value> {
+            let entities = plan.entities().iter().filter(|entity| entity.kind() == of_kind);
+            let described = entities.map(|entity| {
+                let r#type = match entity {
+                    Entity::Exchange(exchange) => kind(&exchange.kind),
+                    Entity::Queue(_) => "quorum".to_owned(),
+                };
+                let arguments = arguments(entity.arguments());
+                json!({ "name": entity.name(), "type": r#type, "durable": true, "arguments": arguments, "messages": 0 })
+            });
+            described.collect()
+        };
+        let bindings: Vec<_> = plan
+            .bindings
+            .iter()
+            .map(|binding| {
+                let mut there =
+                    binding_json(&binding.exchange, target_kind(&binding.to), binding.to.name(), &binding.key);
+                there["arguments"] = arguments(&binding.arguments).into();
+                there
+            })
+            .collect();
+        json!({
+            "version": "3.10.8", "exchanges": entities("exchange"), "queues": entities("queue"), "bindings": bindings,
+            "policies": [],
+        })
+    }
+
+    fn binding_json(source: &str, kind: &str, destination: &str, key: &str) -> Value {
+        json!({
+            "source": source, "destination": destination, "destination_type": kind, "routing_key": key,
+            "properties_key": key,
+        })
+    }
+
+    fn queue_json(name: &str, arguments: Value) -> Value {
+        json!({ "name": name, "type": "quorum", "durable": true, "arguments": arguments, "messages": 5 })
+    }
+
+    fn named<'a>(live: &'a mut Value, list: &str, name: &str) -> &'a mut Value {
+        live[list].as_array_mut().unwrap().iter_mut().find(|entity| entity["name"] == name).unwrap()
+    }
+
+    fn add(live: &mut Value, list: &str, value: Value) {
+        live[list].as_array_mut().unwrap().push(value);
+    }
+
+    /// Each difference as `entity: what | remedy`, with the first line of the remedy.
+    fn found(plan: &Plan, live: Value, active: bool) -> Vec<String> {
+        let live: Live = serde_json::from_value(live).unwrap();
+        let line = |found: Difference| {
+            format!("{}: {} | {}", found.entity, found.what, found.remedy.text("declare").lines().next().unwrap())
+        };
+        differences(plan, &live, &commands(active)).into_iter().map(line).collect()
+    }
+
+    fn ladder(queue: &mut QueueSpec) {
+        queue.retry_delays = vec![Duration::from_secs(1)];
+    }
+
+    fn partitioned(queue: &mut QueueSpec) {
+        queue.partitions = Some(2);
+    }
+
+    fn unchanged(_: &mut QueueSpec) {}
+
+    const NEW_NAME: &str = "a queue cannot be changed: give q a new name in topology.queues, and then";
+    const DELETE: &str = "curl -fsS -u me -X DELETE http://broker:15672/api";
+
+    struct Case {
+        queue: fn(&mut QueueSpec),
+        active: bool,
+        /// What somebody did on the broker.
+        change: fn(&mut Value),
+        expected: Vec<String>,
+    }
+
+    fn case(queue: fn(&mut QueueSpec), change: fn(&mut Value), expected: &str) -> Case {
+        Case { queue, active: true, change, expected: vec![expected.to_owned()] }
+    }
+
+    fn passive(queue: fn(&mut QueueSpec), change: fn(&mut Value), expected: &str) -> Case {
+        Case { active: false, ..case(queue, change, expected) }
+    }
+
+    fn check(cases: Vec<Case>) {
+        for Case { queue, active, change, expected } in cases {
+            let plan = Plan::new(&Spec::of_queue(queue), "e");
+            let mut live = declared(&plan);
+            assert_eq!(found(&plan, live.clone(), active), Vec::<String>::new());
+            change(&mut live);
+            assert_eq!(found(&plan, live, active), expected);
+        }
+    }
+
+    #[test]
+    fn what_is_missing_is_declared() {
+        check(vec![
+            case(
+                unchanged,
+                |live| live["queues"].as_array_mut().unwrap().retain(|queue| queue["name"] != "q"),
+                "queue q: does not exist | declare",
+            ),
+            case(
+                unchanged,
+                |live| live["bindings"].as_array_mut().unwrap().retain(|binding| binding["source"] != "e"),
+                "binding of queue q to exchange e by \"a.#\": does not exist | declare",
+            ),
+        ]);
+    }
+
+    #[test]
+    fn properties_that_differ_need_a_new_name_or_a_new_exchange() {
+        check(vec![
+            case(
+                unchanged,
+                |live| {
+                    let queue = named(live, "queues", "q");
+                    queue["durable"] = false.into();
+                    queue["arguments"]["x-delivery-limit"] = 7.into();
+                    queue["arguments"]["x-max-length"] = 9.into();
+                },
+                &format!(
+                    "queue q: is not durable; x-delivery-limit is 7, where 20 is configured; x-max-length is 9, and \
+                     not configured | {NEW_NAME}"
+                ),
+            ),
+            case(
+                ladder,
+                |live| named(live, "queues", "q.retry.1")["arguments"]["x-message-ttl"] = 7000.into(),
+                &format!("queue q.retry.1: x-message-ttl is 7000, where 1000 is configured | {NEW_NAME}"),
+            ),
+            case(
+                unchanged,
+                |live| named(live, "queues", "prism.dead")["arguments"] = json!({}),
+                "queue prism.dead: x-queue-type is not set, where \"quorum\" is configured | a queue cannot be \
+                 changed, and the name of this one is fixed: set topology.declare to \"passive\" to take it as it \
+                 is, or",
+            ),
+            case(
+                unchanged,
+                |live| {
+                    named(live, "exchanges", "e")["type"] = "direct".into();
+                    add(live, "bindings", binding_json("e", "queue", "theirs", "b.#"));
+                },
+                &format!(
+                    "exchange e: is of type direct, where topic is configured; bindings that are not configured are \
+                     deleted with it: theirs | {DELETE}/exchanges/%2F/e"
+                ),
+            ),
+        ]);
+    }
+
+    #[test]
+    fn policies_are_set_cleared_or_left_to_their_owner() {
+        const SET: &str = "rabbitmqctl set_policy -p / --apply-to queues q '^q$'";
+        fn policy(live: &mut Value, name: &str, pattern: &str, definition: &Value) {
+            add(live, "policies", json!({ "name": name, "pattern": pattern, "definition": definition }));
+            let queue = named(live, "queues", "q");
+            queue["policy"] = name.into();
+            queue["effective_policy_definition"] = definition.clone();
+        }
+        check(vec![
+            case(
+                unchanged,
+                |live| policy(live, "short", "^q$", &json!({ "message-ttl": 1 })),
+                "queue q: the policy short sets message-ttl to 1, and not configured | rabbitmqctl clear_policy -p / \
+                 short",
+            ),
+            case(
+                unchanged,
+                |live| policy(live, "all", ".*", &json!({ "message-ttl": 1 })),
+                "queue q: the policy all sets message-ttl to 1, and not configured | rabbitmqctl list_policies -p /",
+            ),
+            case(
+                unchanged,
+                |live| {
+                    let queue = named(live, "queues", "q");
+                    queue["operator_policy"] = "limits".into();
+                    queue["effective_policy_definition"] = json!({ "delivery-limit": 3 });
+                },
+                "queue q: the operator policy limits sets delivery-limit to 3, where 20 is configured | rabbitmqctl \
+                 list_operator_policies -p /",
+            ),
+            passive(
+                unchanged,
+                |live| {
+                    named(live, "queues", "q")["arguments"].as_object_mut().unwrap().remove("x-overflow");
+                },
+                &format!(
+                    "queue q: x-overflow is not set, where \"reject-publish\" is configured | {SET} \
+                     '{{\"dead-letter-exchange\":\"prism.dead\",\"dead-letter-strategy\":\"at-least-once\",\
+                     \"delivery-limit\":20,\"overflow\":\"reject-publish\"}}'"
+                ),
+            ),
+        ]);
+    }
+
+    #[test]
+    fn a_policy_that_concerns_no_messages_or_a_higher_limit_is_no_difference() {
+        let plan = Plan::new(&Spec::of_queue(unchanged), "e");
+        let mut live = declared(&plan);
+        let definition = json!({ "queue-leader-locator": "balanced", "delivery-limit": 50 });
+        named(&mut live, "queues", "q")["effective_policy_definition"] = definition;
+        assert_eq!(found(&plan, live, true), Vec::<String>::new());
+    }
+
+    #[test]
+    fn what_is_not_configured_is_unbound_or_redriven() {
+        check(vec![
+            case(
+                unchanged,
+                |live| add(live, "bindings", binding_json("e", "queue", "prism.dead", "b.#")),
+                &format!(
+                    "binding of queue prism.dead to exchange e by \"b.#\": is not configured | \
+                     {DELETE}/bindings/%2F/e/e/q/prism%2Edead/b%2E%23"
+                ),
+            ),
+            case(
+                partitioned,
+                |live| add(live, "bindings", binding_json("q", "queue", "theirs", "1")),
+                &format!(
+                    "binding of queue theirs to exchange q by \"1\": is not configured | \
+                     {DELETE}/bindings/%2F/e/q/q/theirs/1"
+                ),
+            ),
+            case(
+                partitioned,
+                |live| add(live, "queues", queue_json("q.3", json!({}))),
+                "queue q.3: is left over, with 5 messages; delete it when it has none | prism-relay redrive --from q.3",
+            ),
+            case(
+                ladder,
+                |live| add(live, "queues", queue_json("q.retry.2", json!({}))),
+                "queue q.retry.2: is left over, with 5 messages; delete it when it has none | prism-relay redrive \
+                 --from q.retry.2",
+            ),
+        ]);
+    }
+
+    #[test]
+    fn a_queue_that_was_renamed_is_to_be_unbound_and_other_peoples_queues_are_not() {
+        let bound = |live: &mut Value, name: &str| add(live, "bindings", binding_json("e", "queue", name, "a.#"));
+        let plan = Plan::new(&Spec::of_queue(unchanged), "e");
+        let mut live = declared(&plan);
+        add(&mut live, "queues", queue_json("old", json!({ "x-dead-letter-exchange": "prism.dead" })));
+        add(&mut live, "queues", queue_json("climbs", json!({ "x-dead-letter-exchange": "climbs.rejected" })));
+        add(&mut live, "queues", queue_json("theirs", json!({ "x-dead-letter-exchange": "their.dead" })));
+        for name in ["old", "climbs", "theirs"] {
+            bound(&mut live, name);
+        }
+        let advice = |name: &str| {
+            format!(
+                "binding of queue {name} to exchange e by \"a.#\": is not configured. If it was earlier, unbind it: \
+                 until then it gets a copy of each event | {DELETE}/bindings/%2F/e/e/q/{name}/a%2E%23"
+            )
+        };
+        assert_eq!(found(&plan, live, true), [advice("old"), advice("climbs")]);
+    }
+
+    #[test]
+    fn rabbitmq_4_needs_a_policy_for_the_queues_without_dead_letters() {
+        let plan = Plan::new(&Spec::of_queue(unchanged), "e");
+        let mut live = declared(&plan);
+        live["version"] = "4.0.5".into();
+        let advice = "RabbitMQ 4 drops a message of this queue after it was returned 20 times | \
+                      rabbitmqctl set_policy -p / --apply-to queues prism-keep '^(prism\\.unrouted|prism\\.dead)$' \
+                      '{\"delivery-limit\":1000000}'";
+        let expected = ["queue prism.unrouted", "queue prism.dead"].map(|queue| format!("{queue}: {advice}"));
+        assert_eq!(found(&plan, live, true), expected);
+    }
+
+    #[test]
+    fn a_name_that_could_steer_the_terminal_is_not_in_a_command() {
+        let plan = Plan::new(&Spec::of_queue(partitioned), "e");
+        let mut live = declared(&plan);
+        add(&mut live, "bindings", binding_json("q", "queue", "a\u{1b}[2J", "1"));
+        // In a URL it is encoded, so the command is safe.
+        let lines = found(&plan, live, true);
+        assert!(lines[0].ends_with("/bindings/%2F/e/q/q/a%1B%5B2J/1"), "{lines:?}");
+        assert!(!lines[0].contains('\u{1b}'), "{lines:?}");
+        let steps = Remedy::Command("rabbitmqctl clear_policy 'a\u{1b}'".to_owned()).printable();
+        assert!(matches!(&steps, Remedy::Steps(text) if !text.contains('\u{1b}')), "{steps:?}");
+    }
 }

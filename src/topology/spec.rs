@@ -50,3 +50,22 @@ pub struct ArchiveSpec {
     pub max_age: Duration,
     pub max_bytes: Option<u64>,
 }
+
+#[cfg(test)]
+impl Spec {
+    /// One queue, `q`, bound by `a.#`, which `change` may change.
+    pub(super) fn of_queue(change: impl FnOnce(&mut QueueSpec)) -> Self {
+        let mut queue = QueueSpec {
+            name: "q".to_owned(),
+            bindings: vec!["a.#".to_owned()],
+            delivery_limit: 20,
+            retry_delays: Vec::new(),
+            single_active_consumer: false,
+            partitions: None,
+            max_length: None,
+            ttl: None,
+        };
+        change(&mut queue);
+        Self { declare: Declare::Active, queues: vec![queue], archive: None }
+    }
+}
