@@ -14,16 +14,17 @@ use crate::broker::{NameTooLong, reply_code, reply_text, short_string};
 #[derive(Debug, Error)]
 pub enum TopologyError {
     #[error(
-        "{entity} exists with other properties: {reply}. prism-relay topology diff prints how to replace it: a queue gets a \
-         new name in the configuration, its workers move, and what is left in the old one goes over with redrive --from OLD \
-         --to NEW, or its own workers finish it. Or set topology.declare to \"passive\" to take it as it is"
+        "{entity} exists with other properties: {reply}. prism-relay topology diff prints how to replace it: a queue \
+         gets a new name in the configuration, its workers move, and what is left in the old one goes over with \
+         redrive --from OLD --to NEW, or its own workers finish it. Or set topology.declare to \"passive\" to take \
+         it as it is"
     )]
     Clash { entity: String, reply: String },
     #[error("{entity} does not exist. Create it, or set topology.declare to \"active\"")]
     Missing { entity: String },
     #[error(
-        "{entity}: the broker has no exchanges of this type ({reply}). Partitions need a plugin that RabbitMQ comes with; on \
-         each node run: rabbitmq-plugins enable rabbitmq_consistent_hash_exchange"
+        "{entity}: the broker has no exchanges of this type ({reply}). Partitions need a plugin that RabbitMQ comes \
+         with; on each node run: rabbitmq-plugins enable rabbitmq_consistent_hash_exchange"
     )]
     NoPlugin { entity: String, reply: String },
     #[error("{entity}: the broker refuses it: {reply}")]
@@ -69,7 +70,8 @@ pub enum Comparison {
     Differs(TopologyError),
 }
 
-/// Compares without creating anything, as far as it matters to a relay with this `declare`. AMQP does not show bindings.
+/// Compares without creating anything, as far as it matters to a relay with this `declare`. AMQP does not show
+/// bindings.
 pub async fn compare(connection: &Connection, entity: &Entity, declare: Declare) -> Result<Comparison, lapin::Error> {
     let compared = async {
         if !exists(connection, entity).await? {
@@ -78,7 +80,8 @@ pub async fn compare(connection: &Connection, entity: &Entity, declare: Declare)
         if declare != Declare::Active {
             return Ok(Comparison::Present);
         }
-        // A full declaration changes nothing where the entity exists, and compares the properties; a passive one does not.
+        // A full declaration changes nothing where the entity exists, and compares the properties; a passive one does
+        // not.
         let channel = connection.create_channel().await?;
         declare_entity(&channel, entity, Mode::Create).await?;
         close(channel).await;

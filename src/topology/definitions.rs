@@ -14,8 +14,8 @@ pub(super) const KEEPERS: [&str; 2] = [UNROUTED, DEAD];
 /// So many returns never happen. RabbitMQ 3 takes this, but not -1.
 pub(super) const KEEPERS_LIMIT: i64 = 1_000_000;
 
-/// Writes definitions for `rabbitmqctl import_definitions` (<https://www.rabbitmq.com/docs/definitions>), with policies in
-/// place of arguments where that is possible.
+/// Writes definitions for `rabbitmqctl import_definitions` (<https://www.rabbitmq.com/docs/definitions>), with policies
+/// in place of arguments where that is possible.
 pub fn definitions(plan: &Plan, vhost: &str) -> Value {
     let (mut exchanges, mut queues, mut policies) = (Vec::new(), Vec::new(), Vec::new());
     for entity in plan.entities() {

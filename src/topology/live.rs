@@ -19,8 +19,8 @@ pub struct Live {
 #[derive(Debug, Deserialize)]
 pub(super) struct LiveEntity {
     pub name: String,
-    /// All messages of a queue, also those that a worker has not acknowledged and those that wait for room among the dead
-    /// letters. `None`: not counted yet.
+    /// All messages of a queue, also those that a worker has not acknowledged and those that wait for room among the
+    /// dead letters. `None`: not counted yet.
     #[serde(default)]
     pub messages: Option<u64>,
     pub r#type: String,
@@ -75,7 +75,8 @@ impl Live {
         self.version.split('.').next().and_then(|major| major.parse().ok()).unwrap_or(0)
     }
 
-    /// What policies set for an entity. The API names the policy of an exchange, but does not show its definition there.
+    /// What policies set for an entity. The API names the policy of an exchange, but does not show its definition
+    /// there.
     pub(super) fn policy_of(&self, there: &LiveEntity) -> Map<String, Value> {
         let named = || self.policies.iter().find(|policy| Some(&policy.name) == there.policy.as_ref());
         there

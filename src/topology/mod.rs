@@ -1,5 +1,5 @@
-//! What must exist on the broker: exchanges, queues and bindings. The relay creates or checks them when it connects, or leaves
-//! them alone, as `topology.declare` says; commands show, export and compare them.
+//! What must exist on the broker: exchanges, queues and bindings. The relay creates or checks them when it connects, or
+//! leaves them alone, as `topology.declare` says; commands show, export and compare them.
 
 mod declare;
 mod definitions;

@@ -9,10 +9,10 @@
 //!                     `--expired, or returned too often--> prism.dead
 //! ```
 //!
-//! The routing key of a message says how often it was rejected, because a queue can change nothing else when it passes a message
-//! on. No event has such a key: event types with a colon are published under another one. Messages that expired or were returned
-//! too often must not climb the ladder: RabbitMQ drops a message that comes back to the same queue, as a loop, unless a
-//! consumer rejected it on the way.
+//! The routing key of a message says how often it was rejected, because a queue can change nothing else when it passes
+//! a message on. No event has such a key: event types with a colon are published under another one. Messages that
+//! expired or were returned too often must not climb the ladder: RabbitMQ drops a message that comes back to the same
+//! queue, as a loop, unless a consumer rejected it on the way.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -122,8 +122,8 @@ impl Plan {
         })
     }
 
-    /// The configured queue to which `name` belongs: as the queue itself, or as a partition or a retry queue of this or an
-    /// earlier configuration.
+    /// The configured queue to which `name` belongs: as the queue itself, or as a partition or a retry queue of this or
+    /// an earlier configuration.
     pub fn configured_queue(&self, name: &str) -> Option<&str> {
         let number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
         let is_part = |rest: &str| {
@@ -140,8 +140,8 @@ impl Plan {
         self.entities.iter().map(Entity::to_string).filter(|entity| !seen.insert(entity.clone())).collect()
     }
 
-    /// Plans one queue or several partitions. Their bindings to the exchange come last, so that no event is routed to a queue
-    /// that is not complete.
+    /// Plans one queue or several partitions. Their bindings to the exchange come last, so that no event is routed to a
+    /// queue that is not complete.
     fn work_queue(&mut self, queue: &QueueSpec, exchange: &str) {
         let name = &queue.name;
         let mut arguments = vec![("x-delivery-limit", AMQPValue::LongLongInt(queue.delivery_limit.into()))];
@@ -207,8 +207,8 @@ impl Plan {
         rejected
     }
 
-    /// Plans the archive, bound like the work queues and to the unrouted events. With `#` in place of that every event would
-    /// count as routed, and none would ever reach the unrouted ones.
+    /// Plans the archive, bound like the work queues and to the unrouted events. With `#` in place of that every event
+    /// would count as routed, and none would ever reach the unrouted ones.
     fn archive(&mut self, archive: &ArchiveSpec, queues: &[QueueSpec], exchange: &str) {
         let mut arguments = table(&[("x-queue-type", text("stream"))]);
         arguments.insert("x-max-age".into(), text(&format!("{}s", archive.max_age.as_secs())));

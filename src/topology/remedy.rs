@@ -7,8 +7,8 @@ use super::live::LiveBinding;
 use super::plan::{Entity, Plan};
 use crate::broker::encoded;
 
-/// The keys of a policy that decide what happens to messages. All others, such as where the leader of a queue lives, are the
-/// operator's choice.
+/// The keys of a policy that decide what happens to messages. All others, such as where the leader of a queue lives,
+/// are the operator's choice.
 pub(super) const MESSAGE_KEYS: [&str; 11] = [
     "alternate-exchange",
     "dead-letter-exchange",
@@ -76,7 +76,8 @@ pub struct Commands {
 }
 
 impl Commands {
-    /// Replaces an entity. An exchange holds no messages, so it can be deleted and declared again. A queue gets a new name.
+    /// Replaces an entity. An exchange holds no messages, so it can be deleted and declared again. A queue gets a new
+    /// name.
     pub(super) fn replace(&self, plan: &Plan, entity: &Entity) -> Remedy {
         match entity {
             Entity::Exchange(exchange) => {
@@ -125,8 +126,8 @@ impl Commands {
     fn same_name(&self, queue: &str) -> String {
         let (redrive, delete, relay) = (self.redrive(queue), self.delete_queue(queue), &self.relay);
         format!(
-            "a queue cannot be changed, and the name of this one is fixed: set topology.declare to \"passive\" to take it as \
-             it is, or\n\
+            "a queue cannot be changed, and the name of this one is fixed: set topology.declare to \"passive\" to \
+             take it as it is, or\n\
              1. move its messages to a queue of your own: {redrive} --to OTHER\n\
              2. delete it: {delete}\n\
              3. create it: {relay} topology declare"
@@ -141,7 +142,8 @@ impl Commands {
         format!("{} redrive --from {}", self.relay, quote(queue))
     }
 
-    /// Sets missing arguments by a policy, as the owner of a broker does. `None` where the relay declares the arguments itself.
+    /// Sets missing arguments by a policy, as the owner of a broker does. `None` where the relay declares the arguments
+    /// itself.
     pub(super) fn set(&self, entity: &Entity) -> Option<String> {
         let definition: Map<_, _> = entity
             .arguments()

@@ -1,4 +1,4 @@
-//! What a queue of the configuration may have: a ladder of retries, limits, one worker at a time, partitions.
+//! The options of a queue on a real broker: retry ladder, limits, single active consumer, partitions.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
@@ -57,9 +57,9 @@ async fn each_step_waits_in_a_queue_of_its_own() {
     }
 }
 
-/// What comes back to a queue without a rejection on its way RabbitMQ takes for a loop: such a message must not climb.
+/// RabbitMQ drops a message that comes back to a queue without a rejection on the way, as a loop, so it must not climb.
 #[tokio::test]
-async fn what_was_returned_too_often_dies_on_any_step() {
+async fn a_message_that_was_returned_too_often_dies_on_any_step() {
     let vhost = Vhost::new(Node::shared().await).await;
     let relay = relay_with(&vhost, json!({ "retry_delays": ["100ms", "100ms"], "delivery_limit": 2 })).await;
     relay.eventually_connected().await;
@@ -68,10 +68,11 @@ async fn what_was_returned_too_often_dies_on_any_step() {
         for _ in 0..rejections {
             vhost.reject("prism.scan").await;
         }
-        // RabbitMQ before 3.13 does not tell the reason of a later death, so there it climbs the rest of the ladder.
-        eventually("the message to be dead", async || {
+        // RabbitMQ before 3.13 has no header for the reason of a later death, so there it climbs the rest of the
+        // ladder.
+        eventually("the message in prism.dead", async || {
             vhost.take_and_drop("prism.scan").await;
-            if vhost.depth("prism.dead").await == 1 { Ok(()) } else { Err("it is not") }
+            if vhost.depth("prism.dead").await == 1 { Ok(()) } else { Err("not there") }
         })
         .await;
         assert_eq!(vhost.messages("prism.dead", 1).await[0].id(), id);
@@ -79,12 +80,12 @@ async fn what_was_returned_too_often_dies_on_any_step() {
 }
 
 #[tokio::test]
-async fn what_nobody_has_taken_in_time_dies_on_any_step() {
+async fn a_message_that_no_worker_took_in_time_dies_on_any_step() {
     let vhost = Vhost::new(Node::shared().await).await;
     for (rejections, more) in [
         (0, json!({ "ttl": "1s" })),
         (0, json!({ "ttl": "1s", "retry_delays": ["100ms"] })),
-        // It has to be rejected before.
+        // Long enough to reject the message first.
         (1, json!({ "ttl": "10s", "retry_delays": ["100ms"] })),
     ] {
         let relay = relay_with(&vhost, more).await;
@@ -108,7 +109,7 @@ async fn a_full_queue_leaves_the_rest_to_the_relay() {
     ]);
     let relay = Setup::new(&vhost.url()).set("topology.queues", queues).start().await;
     let (mut ids, mut number) = (BTreeSet::new(), 0);
-    // The broker is told of the limit a moment after it is reached, and takes some more until then.
+    // The queue refuses messages only a moment after it has reached its limit, and takes some more until then.
     eventually("a message to be refused", async || {
         ids.insert(relay.post(event(1, number)).await.id());
         number += 1;
@@ -119,7 +120,7 @@ async fn a_full_queue_leaves_the_rest_to_the_relay() {
     for number in 1000..1100 {
         ids.insert(relay.post(event(1, number)).await.id());
     }
-    // What is tried again and again the other queue gets each time: one event, not all of them.
+    // Each attempt puts one more copy into the other queue, of one event, not of all.
     let tries = async || relay.metric("prism_relay_broker_reconnects_total", &[]).await;
     eventually("some tries", async || {
         let tries = tries().await;
@@ -128,7 +129,7 @@ async fn a_full_queue_leaves_the_rest_to_the_relay() {
     .await;
     let depth = vhost.depth("other").await as usize;
     let most = ids.len() + tries().await as usize + 1;
-    assert!(depth <= most, "{depth} messages, not {most} at most");
+    assert!(depth <= most, "{depth} messages in the other queue, {most} are allowed");
     let mut seen = BTreeSet::new();
     while seen.len() < ids.len() {
         seen.extend(vhost.messages("prism.scan", 1).await.iter().map(Delivery::id));
@@ -150,7 +151,8 @@ async fn with_a_single_active_consumer_one_works_and_the_next_takes_over() {
     book.eventually_has(20).await;
     assert!(book.workers().iter().all(|worker| worker == "first"), "{:?}", book.workers());
     first.kill();
-    // What RabbitMQ still gives to a worker that is on its way out may come back behind what the next one has got by then.
+    // Messages that RabbitMQ delivers to a stopping worker may be redelivered after later ones, so wait until it is
+    // gone.
     eventually_equal("one worker to be left", 1, async || vhost.consumers("prism.scan").await).await;
     for number in 20..40 {
         relay.post(event(1, number)).await.expect(200);
@@ -169,7 +171,7 @@ async fn partitions_keep_a_subject_together_and_lose_nothing() {
             relay.post(event(scan, number)).await.expect(200);
         }
     }
-    // Without a subject, too.
+    // An event without a subject.
     relay.post(EVENT).await.expect(200);
     relay.eventually_nothing_pending().await;
     let mut home: BTreeMap<String, String> = BTreeMap::new();
@@ -193,9 +195,9 @@ async fn partitions_keep_a_subject_together_and_lose_nothing() {
     vhost.assert_empty("prism.unrouted").await;
 }
 
-/// Workers come and go in mid-flow: nothing is lost, and the events of one scan stay in order.
+/// Workers come and go while events arrive: nothing is lost, and the events of one scan stay in order.
 #[tokio::test]
-async fn workers_are_added_and_killed_in_mid_flow() {
+async fn workers_are_added_and_killed_while_events_arrive() {
     const SCANS: u128 = 20;
     const EACH: u64 = 40;
     let vhost = Vhost::new(Node::shared().await).await;
@@ -218,7 +220,7 @@ async fn workers_are_added_and_killed_in_mid_flow() {
         }
         match number {
             10 => second = hire("second").await,
-            // Whatever they have in hand goes to the others.
+            // Their unacknowledged messages go to the others.
             20 => first.iter().for_each(Worker::kill),
             30 => drop(hire("third").await),
             _ => {}
@@ -233,7 +235,7 @@ async fn workers_are_added_and_killed_in_mid_flow() {
     }
 }
 
-/// What the workers have done: who, which scan, which number.
+/// The finished work: worker, scan and number of each event.
 #[derive(Clone, Default)]
 struct Book(Arc<Mutex<Vec<(String, String, u64)>>>);
 
@@ -254,7 +256,7 @@ impl Book {
         self.entries().into_iter().map(|(worker, _, _)| worker).collect()
     }
 
-    /// What was done twice counts with its first time.
+    /// An event that was done twice counts when it was done first.
     fn assert_in_order(&self) {
         let mut last: BTreeMap<String, u64> = BTreeMap::new();
         let mut seen = BTreeSet::new();
@@ -270,7 +272,7 @@ impl Book {
     }
 }
 
-/// Takes from a queue, notes what it has, and acknowledges it.
+/// Consumes a queue, writes each event into the book, and acknowledges it.
 struct Worker(tokio::task::AbortHandle);
 
 impl Worker {
@@ -282,7 +284,7 @@ impl Worker {
         let mut deliveries = channel.basic_consume(queue.into(), "".into(), options, arguments).await.unwrap();
         let (book, name) = (book.clone(), name.to_owned());
         let work = tokio::spawn(async move {
-            // The connection lives and dies with this.
+            // Keeps the connection open until this task ends.
             let _connection = connection;
             while let Some(Ok(delivery)) = deliveries.next().await {
                 let json: Value = serde_json::from_slice(&delivery.data).unwrap();
@@ -295,7 +297,7 @@ impl Worker {
         Self(work.abort_handle())
     }
 
-    /// In the middle of whatever it does.
+    /// Ends the worker at once, and its connection with it.
     fn kill(&self) {
         self.0.abort();
     }
