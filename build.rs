@@ -1,6 +1,8 @@
 //! Tells the code which commit it is: `PRISM_RELAY_COMMIT` where there is no repository, as in a container, else git's
 //! own word.
 
+#![expect(clippy::disallowed_methods, reason = "cargo tells build scripts by the environment")]
+
 use std::path::Path;
 use std::process::Command;
 

@@ -1,4 +1,6 @@
 //! The steps of one event's way, each by itself: `cargo bench --bench micro`.
+#![allow(unreachable_pub, reason = "a program exports nothing")]
+#![allow(clippy::disallowed_methods, reason = "benchmarks own their tasks")]
 
 use std::hint::black_box;
 use std::sync::Arc;

@@ -5,27 +5,27 @@ use std::time::Duration;
 
 /// Counts consecutive failures and turns the count into a delay.
 #[derive(Debug)]
-pub struct Backoff {
+pub(crate) struct Backoff {
     min: Duration,
     max: Duration,
     failures: u32,
 }
 
 impl Backoff {
-    pub fn new(min: Duration, max: Duration) -> Self {
+    pub(crate) fn new(min: Duration, max: Duration) -> Self {
         Self { min, max, failures: 0 }
     }
 
     /// The delay after one more failure: between `min` and `min * 2^failures`, and at most `max`. `random` is in
     /// `0.0..1.0`.
-    pub fn next(&mut self, random: f64) -> Duration {
+    pub(crate) fn next(&mut self, random: f64) -> Duration {
         let ceiling = self.min.saturating_mul(1 << self.failures.min(20)).min(self.max);
         self.failures = self.failures.saturating_add(1);
         self.min + ceiling.saturating_sub(self.min).mul_f64(random.clamp(0.0, 1.0))
     }
 
     /// Forgets the failures after a successful try.
-    pub fn reset(&mut self) {
+    pub(crate) fn reset(&mut self) {
         self.failures = 0;
     }
 }

@@ -44,6 +44,7 @@ pub struct Event {
     pub accepted_ms: i64,
     /// Whether the body has a valid signature.
     pub authentic: bool,
+    /// The sender's trace, if it sent one.
     pub trace: Option<TraceContext>,
     /// The fingerprint of the body as it was received. It shows a re-send, and damage on the disk.
     pub fingerprint: Fingerprint,
@@ -87,6 +88,7 @@ impl fmt::Debug for Event {
 pub struct Fingerprint(pub [u8; 32]);
 
 impl Fingerprint {
+    /// Computes the fingerprint of a body.
     pub fn of(body: &[u8]) -> Self {
         Self(Sha256::digest(body).into())
     }
@@ -108,7 +110,9 @@ impl fmt::Debug for Fingerprint {
 /// The sender's trace, to be continued by the workers (<https://www.w3.org/TR/trace-context/>).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TraceContext {
+    /// Version, trace id, parent id and flags.
     pub traceparent: String,
+    /// Vendor-specific data, as received.
     pub tracestate: Option<String>,
 }
 
@@ -138,10 +142,13 @@ fn is_traceparent(text: &str) -> bool {
 /// Why a body is not an envelope.
 #[derive(Debug, Error)]
 pub enum NotAnEnvelope {
+    /// Not UTF-8.
     #[error("the body is not UTF-8, as JSON has to be (RFC 8259, section 8.1)")]
     Encoding,
+    /// Not JSON.
     #[error("the body is not JSON: {0}")]
     Json(serde_json::Error),
+    /// No string `eventType`.
     #[error("the body is JSON, but not an object with a string `eventType`")]
     EventType,
 }
@@ -149,9 +156,13 @@ pub enum NotAnEnvelope {
 /// What the relay reads from a body, all of it borrowed where the JSON has no escapes.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Envelope<'a> {
+    /// The `eventType`.
     pub event_type: Cow<'a, str>,
+    /// `payload.scanId`.
     pub scan_id: Option<Cow<'a, str>>,
+    /// `payload.bodyShapePredictionId`.
     pub prediction_id: Option<Cow<'a, str>>,
+    /// `payload.state`.
     pub state: Option<Cow<'a, str>>,
 }
 

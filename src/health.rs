@@ -6,25 +6,25 @@ use crate::spool::{AppendError, Spool};
 
 /// Readiness of the relay: the spool takes writes and the relay is not stopping. RabbitMQ has no part in it.
 #[derive(Clone)]
-pub struct Health {
+pub(crate) struct Health {
     spool: Spool,
     draining: CancellationToken,
 }
 
 impl Health {
     /// `draining` is cancelled when the relay begins to stop.
-    pub fn new(spool: Spool, draining: CancellationToken) -> Self {
+    pub(crate) fn new(spool: Spool, draining: CancellationToken) -> Self {
         Self { spool, draining }
     }
 
     /// Why a new webhook would not be answered 200; `None` if it would. A stopping relay still answers the requests
     /// that are open, but is not ready for new ones.
-    pub fn blocker(&self) -> Option<AppendError> {
+    pub(crate) fn blocker(&self) -> Option<AppendError> {
         if self.is_draining() { Some(AppendError::Closed) } else { self.spool.blocker() }
     }
 
     /// Whether the relay is stopping.
-    pub fn is_draining(&self) -> bool {
+    pub(crate) fn is_draining(&self) -> bool {
         self.draining.is_cancelled()
     }
 }

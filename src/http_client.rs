@@ -18,35 +18,35 @@ use tokio_rustls::rustls::ClientConfig;
 
 use crate::text::chain;
 
-pub type HttpClient = Client<HttpsConnector<HttpConnector>, Full<Bytes>>;
+pub(crate) type HttpClient = Client<HttpsConnector<HttpConnector>, Full<Bytes>>;
 
 /// How long an answer may take, and how large its body may be.
-pub struct Limits {
+pub(crate) struct Limits {
     pub deadline: Duration,
     pub bytes_max: usize,
 }
 
-pub struct Answer {
+pub(crate) struct Answer {
     pub status: StatusCode,
     pub body: Bytes,
 }
 
 #[derive(Debug, Error)]
 #[error("no answer from {url}: {reason}")]
-pub struct NoAnswer {
+pub(crate) struct NoAnswer {
     url: String,
     reason: String,
 }
 
 /// A client for `http://` and `https://` addresses.
-pub fn http_client(tls: Arc<ClientConfig>) -> HttpClient {
+pub(crate) fn http_client(tls: Arc<ClientConfig>) -> HttpClient {
     let tls = Arc::unwrap_or_clone(tls);
     let connector = HttpsConnectorBuilder::new().with_tls_config(tls).https_or_http().enable_http1().build();
     Client::builder(TokioExecutor::new()).build(connector)
 }
 
 /// One GET. `authorization` is the value of that header.
-pub async fn get(
+pub(crate) async fn get(
     client: &HttpClient,
     url: &str,
     authorization: Option<&str>,

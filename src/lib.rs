@@ -1,36 +1,40 @@
 //! A durable webhook-to-RabbitMQ relay for the Prism body-scan API.
 //!
-//! The path of one event: [`server`] accepts the connection and [`ingress`] reads the webhook; [`signature`] tells who
-//! sent it; [`event`] names it; [`spool`] puts it on disk, and only then it is answered 200. From there [`publisher`]
-//! takes it, in order, and publishes it to the exchange that [`topology`] has declared; it leaves the spool when
-//! RabbitMQ has confirmed it. [`relay`] builds these parts, starts them, and drains them in the order of the data.
+//! The path of one event: [`server`] accepts the connection and [`ingress`] reads the webhook; [`signature`] checks who
+//! sent it; [`event`] names it; [`spool`] puts it on disk, and only then is it answered 200. From there [`publisher`]
+//! reads it, in order, and publishes it over a connection of `broker` to the exchange that `topology` has declared. It
+//! leaves the spool when RabbitMQ has confirmed it.
 //!
-//! Ingress and publisher meet only at the spool.
+//! `relay` builds these parts, runs them, and drains them in the order of the data. Ingress and publisher meet only at
+//! the spool. Imports run one way: `tests/suite/house_rules.rs` lists what each module may use.
+//!
+//! The public modules are public for `main.rs`, the benchmarks and the fuzz targets. They are not a stable interface.
+#![cfg_attr(test, allow(clippy::disallowed_methods, reason = "unit tests own their tasks"))]
 
 pub mod cli;
+mod relay;
 pub mod config;
-pub mod relay;
 // The path of one event.
 pub mod server;
 pub mod ingress;
 pub mod signature;
 pub mod event;
 pub mod spool;
-pub mod broker;
-pub mod topology;
 pub mod publisher;
+mod broker;
+mod topology;
 // Beside the path.
-pub mod ops;
-pub mod health;
-pub mod backoff;
-pub mod http_client;
-pub mod recent;
+mod health;
+mod recent;
+mod ops;
 pub mod metrics;
-pub mod log_limiter;
-pub mod reload;
-pub mod secret;
-pub mod service_manager;
-pub mod logging;
-pub mod text;
-pub mod tls;
+mod logging;
+mod log_limiter;
 pub mod traces;
+mod tls;
+mod http_client;
+mod reload;
+pub mod secret;
+mod service_manager;
+mod backoff;
+mod text;

@@ -11,11 +11,11 @@ const LINE_EVERY: Duration = Duration::from_secs(60);
 /// For each kind: when it was last logged, and how many lines were suppressed since. Kinds are constants, so they are
 /// few.
 #[derive(Debug, Default)]
-pub struct LogLimiter(Mutex<HashMap<&'static str, (Instant, u64)>>);
+pub(crate) struct LogLimiter(Mutex<HashMap<&'static str, (Instant, u64)>>);
 
 impl LogLimiter {
     /// `Some` if a line of this kind may be logged now, with the number of lines suppressed before it.
-    pub fn due(&self, kind: &'static str, now: Instant) -> Option<u64> {
+    pub(crate) fn due(&self, kind: &'static str, now: Instant) -> Option<u64> {
         let mut kinds = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         match kinds.get_mut(kind) {
             Some((logged_at, suppressed)) if now.saturating_duration_since(*logged_at) < LINE_EVERY => {

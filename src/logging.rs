@@ -28,7 +28,7 @@ pub enum Format {
 }
 
 /// Installs the subscriber for the whole process. A second call does nothing.
-pub fn init(settings: &Settings) {
+pub(crate) fn init(settings: &Settings) {
     let json = match settings.format {
         Format::Auto => !std::io::stderr().is_terminal(),
         Format::Pretty => false,

@@ -17,7 +17,7 @@ use crate::metrics::Metrics;
 const POLL_EVERY: Duration = Duration::from_secs(2);
 
 /// Files and the action that reloads them.
-pub struct Watched {
+pub(crate) struct Watched {
     /// The configuration key that names the files.
     key: &'static str,
     files: Vec<PathBuf>,
@@ -34,7 +34,7 @@ type Digests = Vec<Option<[u8; 32]>>;
 impl Watched {
     /// `reload` reads the files and replaces the values in use, or says why it cannot. The current contents count as
     /// already in use.
-    pub fn new(
+    pub(crate) fn new(
         key: &'static str,
         files: Vec<PathBuf>,
         reload: impl FnMut() -> Result<(), String> + Send + 'static,
@@ -76,7 +76,7 @@ impl Watched {
 }
 
 /// Polls the files and reloads them on SIGHUP. Never returns, unless a poll panics.
-pub async fn run(mut watched: Vec<Watched>, mut hangup: Signal, metrics: Arc<Metrics>) {
+pub(crate) async fn run(mut watched: Vec<Watched>, mut hangup: Signal, metrics: Arc<Metrics>) {
     watched.iter_mut().for_each(Watched::catch_up);
     let mut polls = tokio::time::interval(POLL_EVERY);
     loop {

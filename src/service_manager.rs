@@ -1,6 +1,6 @@
-//! Talks to the service manager (systemd with `Type=notify`): notifies it of ready, stopping and alive (sd_notify(3)), and
-//! takes the listening sockets that it holds open across restarts (sd_listen_fds(3)). Without a service manager these
-//! functions do nothing.
+//! Talks to the service manager (systemd with `Type=notify`): notifies it of ready, stopping and alive (sd_notify(3)),
+//! and takes the listening sockets that it holds open across restarts (sd_listen_fds(3)). Without a service manager
+//! these functions do nothing.
 
 use std::future::pending;
 use std::net::TcpListener;
@@ -11,7 +11,7 @@ use tracing::debug;
 
 /// Listening sockets from the service manager, by their name in the socket unit (`FileDescriptorName=`).
 #[derive(Default)]
-pub struct Listeners {
+pub(crate) struct Listeners {
     /// The socket named `http`, or with any name but `ops`.
     pub http: Option<TcpListener>,
     /// The socket named `ops`.
@@ -20,7 +20,7 @@ pub struct Listeners {
 
 /// Why the sockets of the service manager cannot be used.
 #[derive(Debug, Error)]
-pub enum SocketActivationError {
+pub(crate) enum SocketActivationError {
     #[error("cannot read the sockets passed by the service manager")]
     Read(#[source] sd_listen_fds::Error),
     #[error("the service manager passed two sockets for {0}; set FileDescriptorName=http on one and =ops on the other")]
@@ -29,7 +29,7 @@ pub enum SocketActivationError {
 
 /// Takes the sockets of the service manager. A second socket for the same listener is an error, because the relay would
 /// never accept its connections.
-pub fn listeners() -> Result<Listeners, SocketActivationError> {
+pub(crate) fn listeners() -> Result<Listeners, SocketActivationError> {
     let mut listeners = Listeners::default();
     for (name, socket) in sd_listen_fds::get().map_err(SocketActivationError::Read)? {
         let (purpose, place) = match name.as_deref() {
@@ -44,17 +44,17 @@ pub fn listeners() -> Result<Listeners, SocketActivationError> {
 }
 
 /// Reports that the relay accepts webhooks.
-pub fn ready() {
+pub(crate) fn ready() {
     notify(&[NotifyState::Ready]);
 }
 
 /// Reports that the relay is shutting down.
-pub fn stopping() {
+pub(crate) fn stopping() {
     notify(&[NotifyState::Stopping]);
 }
 
 /// Reports twice per `WatchdogSec=` that the process still runs its tasks. Never returns.
-pub async fn watchdog() {
+pub(crate) async fn watchdog() {
     let Some(limit) = sd_notify::watchdog_enabled() else { return pending().await };
     let mut ticks = tokio::time::interval(limit / 2);
     loop {

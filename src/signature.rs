@@ -42,14 +42,23 @@ pub struct Settings {
 /// Why a request is not believed to come from Prism.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum Rejection {
+    /// The request has no such header.
     #[error("the header {0} is missing")]
     Missing(&'static str),
+    /// The time of signing cannot be read.
     #[error("the header prism-timestamp is not an ISO 8601 time with an offset, such as 2025-10-01T21:26:17Z")]
     InvalidTimestamp,
+    /// No configured secret made the signature.
     #[error("the signature matches none of the configured secrets")]
     InvalidSignature,
+    /// The time of signing is too far from now: a clock is wrong, or the request was captured.
     #[error("the request was signed {age} s ago (negative: in the future); {tolerance} s either way are allowed")]
-    StaleTimestamp { age: i64, tolerance: u64 },
+    StaleTimestamp {
+        /// Seconds since the signing; negative if it is in the future.
+        age: i64,
+        /// The allowed seconds, either way.
+        tolerance: u64,
+    },
 }
 
 /// A body that was verified. Only this module makes one: the signature is valid, or the configuration allows unsigned
@@ -74,14 +83,17 @@ impl<B> Accepted<B> {
         self.signed.is_some()
     }
 
+    /// Which secret signed the body; `None` for an unsigned one.
     pub fn signed(&self) -> Option<Signed> {
         self.signed
     }
 
+    /// The body as received.
     pub fn body(&self) -> &B {
         &self.body
     }
 
+    /// The body as received, without a copy.
     pub fn into_body(self) -> B {
         self.body
     }
@@ -313,7 +325,10 @@ mod tests {
                 "[-+]?[0-9]{1,6}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\\.[0-9]{1,12})?(Z|[-+][0-9]{2}:[0-9]{2})"
                     .prop_map(String::into_bytes),
             ],
-            signature in prop_oneof![proptest::collection::vec(any::<u8>(), 0..80), "[0-9a-f]{64}".prop_map(String::into_bytes)],
+            signature in prop_oneof![
+                proptest::collection::vec(any::<u8>(), 0..80),
+                "[0-9a-f]{64}".prop_map(String::into_bytes),
+            ],
             body in proptest::collection::vec(any::<u8>(), 0..100),
         ) {
             let outcome = verifier(&["s"], true).verify(Some(&timestamp), Some(&signature), &body, Timestamp::now());
@@ -321,11 +336,15 @@ mod tests {
         }
 
         #[test]
-        fn everything_signed_within_the_tolerance_is_authentic(body in proptest::collection::vec(any::<u8>(), 0..100), offset in -299i64..299) {
+        fn everything_signed_within_the_tolerance_is_authentic(
+            body in proptest::collection::vec(any::<u8>(), 0..100),
+            offset in -299i64..299,
+        ) {
             let now = Timestamp::now();
             let timestamp = (now + jiff::SignedDuration::from_secs(offset)).to_string();
             let signature = sign(&Secret::new("s"), &timestamp, &body);
-            let outcome = verifier(&["other", "s"], true).verify(Some(timestamp.as_bytes()), Some(signature.as_bytes()), &body, now);
+            let verifier = verifier(&["other", "s"], true);
+            let outcome = verifier.verify(Some(timestamp.as_bytes()), Some(signature.as_bytes()), &body, now);
             prop_assert!(outcome.is_ok_and(|accepted| accepted.authentic()));
         }
     }

@@ -5,7 +5,7 @@ use std::error::Error;
 use std::time::Duration;
 
 /// An error and its causes in one line. A cause whose text the line already contains is left out.
-pub fn chain(error: &dyn Error) -> String {
+pub(crate) fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {
@@ -19,18 +19,18 @@ pub fn chain(error: &dyn Error) -> String {
 }
 
 /// Replaces control characters, so that text from outside cannot steer a terminal.
-pub fn clean(text: &str) -> String {
+pub(crate) fn clean(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
 }
 
 /// Lower-case hex digits.
-pub fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     let digit = |nibble: u8| char::from(b"0123456789abcdef"[usize::from(nibble)]);
     bytes.iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 15)]).collect()
 }
 
 /// A duration in at most two units: `3 s`, `3 min 50 s`, `2 h 5 min`, `4 d`.
-pub fn span(duration: Duration) -> String {
+pub(crate) fn span(duration: Duration) -> String {
     let seconds = duration.as_secs();
     let two = |large: u64, large_unit, small: u64, small_unit| match small {
         0 => format!("{large} {large_unit}"),

@@ -159,13 +159,13 @@ impl ClientFiles {
 }
 
 /// TLS settings without any trusted authority, for connectors that only use `http://`.
-pub fn client_without_authorities() -> Result<Arc<ClientConfig>, TlsError> {
+pub(crate) fn client_without_authorities() -> Result<Arc<ClientConfig>, TlsError> {
     let builder = ClientConfig::builder_with_provider(Arc::clone(&PROVIDER)).with_safe_default_protocol_versions()?;
     Ok(Arc::new(builder.with_root_certificates(RootCertStore::empty()).with_no_client_auth()))
 }
 
 /// Random bytes that cannot be guessed.
-pub fn random_bytes() -> [u8; 32] {
+pub(crate) fn random_bytes() -> [u8; 32] {
     let mut bytes = [0; 32];
     // getrandom(2) fails only on kernels that are older than those that Rust supports.
     PROVIDER.secure_random.fill(&mut bytes).expect("the system has random numbers");
@@ -173,7 +173,7 @@ pub fn random_bytes() -> [u8; 32] {
 }
 
 /// Reads a host name or an IP address that a certificate can be checked against.
-pub fn server_name(host: &str) -> Option<ServerName<'static>> {
+pub(crate) fn server_name(host: &str) -> Option<ServerName<'static>> {
     ServerName::try_from(host.to_owned()).ok()
 }
 

@@ -60,17 +60,16 @@ impl Webhooks {
 /// An event as Prism sends it.
 pub fn body(scan: &str, number: usize) -> String {
     let (user, token) = ("5304329f-bcb8-48f0-9661-5ac06b2515b1", "partner-user-42");
-    match number % 3 {
-        0 => format!(
-            r#"{{"eventType":"scan.processing.started","payload":{{"scanId":"{scan}","userId":"{user}","userToken":"{token}","state":"PROCESSING"}}}}"#
-        ),
-        1 => format!(
-            r#"{{"eventType":"scan.processing.succeeded","payload":{{"scanId":"{scan}","userId":"{user}","userToken":"{token}","state":"READY"}}}}"#
-        ),
-        _ => format!(
-            r#"{{"eventType":"body_shape_prediction.processing.succeeded","payload":{{"bodyShapePredictionId":"{scan}","scanId":"{scan}","userId":"{user}","userToken":"{token}","state":"READY"}}}}"#
-        ),
-    }
+    let (event_type, prediction, state) = match number % 3 {
+        0 => ("scan.processing.started", String::new(), "PROCESSING"),
+        1 => ("scan.processing.succeeded", String::new(), "READY"),
+        _ => {
+            let prediction = format!(r#""bodyShapePredictionId":"{scan}","#);
+            ("body_shape_prediction.processing.succeeded", prediction, "READY")
+        }
+    };
+    let user = format!(r#""userId":"{user}","userToken":"{token}","state":"{state}""#);
+    format!(r#"{{"eventType":"{event_type}","payload":{{{prediction}"scanId":"{scan}",{user}}}}}"#)
 }
 
 /// The number at the end of the scan's id, of an event made by [`Webhooks::new`].
@@ -155,8 +154,8 @@ pub fn open_loop(address: SocketAddr, webhooks: &Webhooks, per_second: u32) -> V
 /// Connections that a flood keeps half-open.
 pub const HALF_OPEN: usize = 2000;
 
-/// A slow flood, on a thread of its own: each connection begins a request and sends a byte of it every second; whoever is
-/// cut comes again at once. From eight addresses, so that no limit for a source is reached.
+/// A slow flood, on a thread of its own: each connection begins a request and sends a byte of it every second; whoever
+/// is cut comes again at once. From eight addresses, so that no limit for a source is reached.
 pub struct HalfOpen {
     stop: Arc<AtomicBool>,
     thread: std::thread::JoinHandle<usize>,

@@ -1,7 +1,7 @@
 //! The speed of the whole relay, as ratios against references that run in turn with it: `cargo bench --bench relay`.
 //!
-//! Runs the real binary, a real disk, and a RabbitMQ node of its own. Senders, relay and RabbitMQ share the machine, so only
-//! the ratios carry over to another one.
+//! Runs the real binary, a real disk, and a RabbitMQ node of its own. Senders, relay and RabbitMQ share the machine, so
+//! only the ratios carry over to another one.
 //!
 //! ```text
 //! cargo bench --bench relay -- [--rounds N] [--backlog N] [PART...]
@@ -9,6 +9,8 @@
 //!   --backlog N  events in the large backlog, 2000000 by default
 //!   PART         throughput, drain, latency, flood, worker, scaling, backlog; all by default
 //! ```
+#![allow(unreachable_pub, reason = "a program exports nothing")]
+#![allow(clippy::disallowed_methods, reason = "benchmarks own their tasks")]
 
 #[allow(dead_code, unused_imports, reason = "the benchmark uses only a part of the suite's harness")]
 #[path = "../../tests/suite/harness/mod.rs"]
@@ -115,7 +117,8 @@ fn options() -> Options {
 
 fn usage() -> ! {
     eprintln!(
-        "Usage: cargo bench --bench relay -- [--rounds N] [--backlog N] [throughput] [drain] [latency] [flood] [worker] [scaling] [backlog]"
+        "Usage: cargo bench --bench relay -- [--rounds N] [--backlog N] \
+         [throughput] [drain] [latency] [flood] [worker] [scaling] [backlog]"
     );
     std::process::exit(64);
 }

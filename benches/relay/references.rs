@@ -79,9 +79,9 @@ async fn answer(request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Inf
     Ok(response.expect("a response"))
 }
 
-/// lapin alone, one channel, confirms: publishes `count` messages that were made before the clock started, and returns how
-/// many are confirmed in a second, over all but the first twentieth. `whole`: the very messages that the relay would
-/// publish; otherwise the same keys and bodies with no property but the delivery mode.
+/// lapin alone, one channel, confirms: publishes `count` messages that were made before the clock started, and returns
+/// how many are confirmed in a second, over all but the first twentieth. `whole`: the very messages that the relay
+/// would publish; otherwise the same keys and bodies with no property but the delivery mode.
 pub async fn lapin_alone(vhost: &Vhost, count: usize, whole: bool) -> f64 {
     let mut messages: VecDeque<_> = (0..count).map(|number| message(number, whole)).collect();
     let connection = vhost.connect().await;

@@ -1,5 +1,5 @@
-//! How the throughput of workers grows: competing, partitioned, and one at a time. The work of a message is to wait, as for a
-//! database or another service; where there is none, what is left is what RabbitMQ and the acks cost.
+//! How the throughput of workers grows: competing, partitioned, and one at a time. The work of a message is to wait, as
+//! for a database or another service; where there is none, what is left is what RabbitMQ and the acks cost.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -20,7 +20,7 @@ const LIMITS: Limits = Limits { deadline: Duration::from_secs(10), bytes_max: 64
 
 /// Why the management API gave no answer.
 #[derive(Debug, Error)]
-pub enum ManagementError {
+pub(crate) enum ManagementError {
     #[error(transparent)]
     NoAnswer(#[from] NoAnswer),
     #[error("unexpected answer from {url}")]
@@ -43,7 +43,7 @@ impl ManagementError {
 }
 
 /// A client for the management API of one broker.
-pub struct Management {
+pub(crate) struct Management {
     client: HttpClient,
     /// The address without `/` at the end.
     base: String,
@@ -55,13 +55,13 @@ pub struct Management {
 
 impl Management {
     /// The address without `/` at the end: `broker.management_url`, else the default port on the host of `url`.
-    pub fn place(broker: &Settings, url: &BrokerUrl) -> String {
+    pub(crate) fn place(broker: &Settings, url: &BrokerUrl) -> String {
         let base = broker.management_url.as_ref().map_or_else(|| default_address(url), Uri::to_string);
         base.trim_end_matches('/').to_owned()
     }
 
     /// A client that logs in as `url` does.
-    pub fn new(broker: &Settings, url: &BrokerUrl) -> Result<Self, tls::TlsError> {
+    pub(crate) fn new(broker: &Settings, url: &BrokerUrl) -> Result<Self, tls::TlsError> {
         let base = Self::place(broker, url);
         let tls = if base.starts_with("https") { broker.tls.load()? } else { tls::client_without_authorities()? };
         let login = &url.expose().authority.userinfo;
@@ -75,12 +75,12 @@ impl Management {
     }
 
     /// The virtual host of the broker's URL.
-    pub fn vhost(&self) -> &str {
+    pub(crate) fn vhost(&self) -> &str {
         &self.vhost
     }
 
     /// RabbitMQ's version, such as `4.0.5`. An error if the API belongs to another broker.
-    pub async fn version(&self) -> Result<String, ManagementError> {
+    pub(crate) async fn version(&self) -> Result<String, ManagementError> {
         let overview: Value = self.get("overview").await?;
         let listens = |port| move |listener: &Value| listener["port"] == port;
         if let (Some(port), Some(listeners)) = (self.guessed_for, overview["listeners"].as_array())
@@ -92,7 +92,7 @@ impl Management {
     }
 
     /// The JSON at this path below `/api/`.
-    pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ManagementError> {
+    pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ManagementError> {
         let url = format!("{}/api/{path}", self.base);
         let answer = get(&self.client, &url, Some(&self.login), &LIMITS).await?;
         if !answer.status.is_success() {
@@ -109,6 +109,6 @@ fn default_address(url: &BrokerUrl) -> String {
 }
 
 /// Encodes a text as one segment of a path (RFC 3986).
-pub fn encoded(segment: &str) -> String {
+pub(crate) fn encoded(segment: &str) -> String {
     percent_encoding::utf8_percent_encode(segment, percent_encoding::NON_ALPHANUMERIC).to_string()
 }

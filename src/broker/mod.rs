@@ -9,9 +9,9 @@ mod reply;
 mod settings;
 mod url;
 
-pub use access::BrokerAccess;
-pub use connection::{BrokerConnection, ConnectError};
-pub use management::{Management, ManagementError, encoded};
-pub use reply::{NameTooLong, SHORT_STRING_BYTES_MAX, reply_code, reply_text, short_string};
-pub use settings::Settings;
-pub use url::BrokerUrl;
+pub(crate) use access::BrokerAccess;
+pub(crate) use connection::{BrokerConnection, ConnectError};
+pub(crate) use management::{Management, ManagementError, encoded};
+pub(crate) use reply::{NameTooLong, SHORT_STRING_BYTES_MAX, reply_code, reply_text, short_string};
+pub(crate) use settings::Settings;
+pub(crate) use url::BrokerUrl;

@@ -5,7 +5,7 @@ use lapin::types::ShortString;
 use thiserror::Error;
 
 /// The most that AMQP allows for the name of an exchange or queue and for a routing key.
-pub const SHORT_STRING_BYTES_MAX: usize = 255;
+pub(crate) const SHORT_STRING_BYTES_MAX: usize = 255;
 
 /// A name that AMQP cannot carry. An empty one in its place would be the default exchange, so this is an error.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -13,12 +13,12 @@ pub const SHORT_STRING_BYTES_MAX: usize = 255;
 pub struct NameTooLong(pub String);
 
 /// Converts a name or a routing key to AMQP's type for them.
-pub fn short_string(text: &str) -> Result<ShortString, NameTooLong> {
+pub(crate) fn short_string(text: &str) -> Result<ShortString, NameTooLong> {
     ShortString::try_new(text).map_err(|_| NameTooLong(text.to_owned()))
 }
 
 /// The AMQP reply code of an error that the broker sent, such as 406; `None` if the error is not the broker's.
-pub fn reply_code(error: &lapin::Error) -> Option<u16> {
+pub(crate) fn reply_code(error: &lapin::Error) -> Option<u16> {
     match error.kind() {
         ErrorKind::ProtocolError(error) => Some(error.get_id()),
         _ => None,
@@ -26,7 +26,7 @@ pub fn reply_code(error: &lapin::Error) -> Option<u16> {
 }
 
 /// The broker's own text, without lapin's wrapping.
-pub fn reply_text(error: &lapin::Error) -> String {
+pub(crate) fn reply_text(error: &lapin::Error) -> String {
     match error.kind() {
         ErrorKind::ProtocolError(error) => error.get_message().to_string(),
         _ => error.to_string(),

@@ -16,7 +16,7 @@ use crate::topology::{Comparison, Declare, Kind, Plan, compare};
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[derive(clap::Args)]
-pub struct Options {
+pub(super) struct Options {
     /// Skip the broker: check only what the relay needs to start
     #[arg(long)]
     offline: bool,
@@ -38,7 +38,7 @@ impl Table {
     }
 }
 
-pub async fn run(config: &Config, file: Option<&Path>, options: Options) -> Result<(), Failure> {
+pub(super) async fn run(config: &Config, file: Option<&Path>, options: Options) -> Result<(), Failure> {
     let mut table = Table { problems: 0 };
     table.ok("configuration", "every key is valid");
     check_signature(config, &table);
@@ -104,7 +104,7 @@ fn check_spool(config: &Config, table: &mut Table) {
     let user = if state == SpoolState::InUse { ", in use by a running relay" } else { "" };
     match Inspector::open(&config.spool.path)
         .map_err(|error| chain(&error))
-        .and_then(|spool| spool.ledger().map_err(|error| error.to_string()))
+        .and_then(|spool| spool.ledger().map_err(|error| chain(&error)))
     {
         Ok(ledger) if !ledger.balances() => {
             table.wrong("spool", &format!("{path}: its totals do not add up: {ledger:?}{user}"));

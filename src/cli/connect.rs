@@ -6,7 +6,7 @@ use crate::broker::{BrokerAccess, BrokerConnection};
 use crate::config::Config;
 
 /// Connects to the first broker that can be reached. The error is the last one's.
-pub async fn connect(config: &Config, name: &str) -> anyhow::Result<BrokerConnection> {
+pub(super) async fn connect(config: &Config, name: &str) -> anyhow::Result<BrokerConnection> {
     let access = BrokerAccess::new(&config.broker)?;
     let mut failure = anyhow!("broker.urls is empty");
     for index in 0..config.broker.urls.len() {

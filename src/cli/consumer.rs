@@ -23,7 +23,7 @@ const AT_ONCE: Duration = Duration::from_millis(200);
 const ATTEMPTS_MAX: u32 = 8;
 
 /// The only consumer of a channel.
-pub struct Consumer {
+pub(super) struct Consumer {
     channel: Channel,
     deliveries: lapin::Consumer,
     /// The cancellation of the consumer, once it was requested; it yields an error if that fails.
@@ -34,7 +34,7 @@ pub struct Consumer {
 }
 
 impl Consumer {
-    pub async fn open(
+    pub(super) async fn open(
         channel: &Channel,
         queue: &ShortString,
         arguments: FieldTable,
@@ -52,7 +52,7 @@ impl Consumer {
 
     /// The next message. After `quiet` without one it cancels the consumer, and returns `None` after the last delivery.
     /// That is safe on a slow line: the broker confirms the cancellation after all that it has sent.
-    pub async fn next(&mut self, quiet: Duration) -> Result<Option<Delivery>, TransferError> {
+    pub(super) async fn next(&mut self, quiet: Duration) -> Result<Option<Delivery>, TransferError> {
         if self.cancellation.is_none()
             && let Ok(delivery) = timeout(quiet, self.deliveries.next()).await
         {
@@ -62,7 +62,7 @@ impl Consumer {
     }
 
     /// Cancels the consumer. Unacknowledged messages stay with the channel until it is closed.
-    pub async fn end(&mut self) -> Result<(), TransferError> {
+    pub(super) async fn end(&mut self) -> Result<(), TransferError> {
         while self.rest().await?.is_some() {}
         Ok(())
     }
@@ -98,7 +98,7 @@ impl Consumer {
 /// How many messages a queue could deliver. RabbitMQ reports no messages and no consumers if the leader of a quorum
 /// queue does not answer it within 250 ms (`rabbit_quorum_queue:stat`). So that report counts only if it came quickly,
 /// or again and again.
-pub async fn count(channel: &Channel, queue: &ShortString) -> Result<u32, lapin::Error> {
+pub(super) async fn count(channel: &Channel, queue: &ShortString) -> Result<u32, lapin::Error> {
     let mut attempts = 0;
     loop {
         let asked = Instant::now();

@@ -5,12 +5,12 @@ use std::process::ExitCode;
 use crate::text::chain;
 
 /// EX_USAGE of sysexits.h: a service manager should not try again.
-pub const EXIT_USAGE: u8 = 64;
+pub(super) const EXIT_USAGE: u8 = 64;
 
 /// Why a command failed, which decides the exit code. It is no `Error` itself, so that `?` turns every error into
 /// `Other`.
 #[derive(Debug)]
-pub enum Failure {
+pub(super) enum Failure {
     /// The command line cannot be used.
     Usage(String),
     /// The configuration cannot be used.
@@ -28,7 +28,7 @@ impl<E: Into<anyhow::Error>> From<E> for Failure {
 
 impl Failure {
     /// Prints the error with its causes in one line.
-    pub fn report(self) -> ExitCode {
+    pub(super) fn report(self) -> ExitCode {
         let (text, code) = match self {
             Self::Usage(text) => (text, ExitCode::from(EXIT_USAGE)),
             Self::Config(error) => (chain(error.as_ref()), ExitCode::from(EXIT_USAGE)),

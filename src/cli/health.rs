@@ -14,13 +14,13 @@ use crate::config::Config;
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(3);
 
 #[derive(clap::Args)]
-pub struct Options {
+pub(super) struct Options {
     /// The address of the relay's operators' listener [default: ops.listen of the configuration]
     #[arg(long)]
     url: Option<Uri>,
 }
 
-pub async fn run(config: &Config, options: Options) -> Result<(), Failure> {
+pub(super) async fn run(config: &Config, options: Options) -> Result<(), Failure> {
     let ready = OpsResource::new(config, options.url, "/readyz", ANSWER_TIMEOUT)?;
     ready.get().await.context("not ready")?;
     say("ready");

@@ -18,7 +18,7 @@ use crate::tls;
 const ANSWER_BYTES_MAX: usize = 4 * 1024 * 1024;
 
 /// One resource of the operators' listener.
-pub struct OpsResource {
+pub(super) struct OpsResource {
     client: HttpClient,
     url: String,
     authorization: Option<String>,
@@ -27,7 +27,7 @@ pub struct OpsResource {
 
 impl OpsResource {
     /// `path` below `base`, or below `ops.listen` of the configuration.
-    pub fn new(config: &Config, base: Option<Uri>, path: &str, deadline: Duration) -> Result<Self, Failure> {
+    pub(super) fn new(config: &Config, base: Option<Uri>, path: &str, deadline: Duration) -> Result<Self, Failure> {
         let url = match base {
             Some(base) => format!("{}{path}", base.to_string().trim_end_matches('/')),
             None => listener_url(config.ops.listen, "ops.listen", path)?,
@@ -37,13 +37,13 @@ impl OpsResource {
         Ok(Self { client, url, authorization: None, limits })
     }
 
-    pub fn with_token(mut self, token: Option<&Secret>) -> Self {
+    pub(super) fn with_token(mut self, token: Option<&Secret>) -> Self {
         self.authorization = token.map(|token| format!("Bearer {}", token.expose()));
         self
     }
 
     /// The JSON that it answers, `null` if that is not JSON; an error unless the status is 2xx.
-    pub async fn get(&self) -> anyhow::Result<Value> {
+    pub(super) async fn get(&self) -> anyhow::Result<Value> {
         let Self { client, url, authorization, limits } = self;
         let answer = get(client, url, authorization.as_deref(), limits).await?;
         let json: Value = serde_json::from_slice(&answer.body).unwrap_or_default();
@@ -56,7 +56,7 @@ impl OpsResource {
 }
 
 /// The URL of `path` on the listener that the setting `key` puts at `address`.
-pub fn listener_url(mut address: SocketAddr, key: &str, path: &str) -> Result<String, Failure> {
+pub(super) fn listener_url(mut address: SocketAddr, key: &str, path: &str) -> Result<String, Failure> {
     if address.port() == 0 {
         return Err(Failure::Usage(format!("{key} has no fixed port: give the address with --url")));
     }

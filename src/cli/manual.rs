@@ -9,14 +9,14 @@ use clap_complete::Shell;
 use super::output::out;
 
 #[derive(clap::Args)]
-pub struct Options {
+pub(super) struct Options {
     /// Write the pages of all commands into this folder
     #[arg(value_name = "FOLDER")]
     folder: Option<PathBuf>,
 }
 
 /// Writes roff(7) to standard output, or in files such as `prism-relay-send.1`.
-pub fn man(command: Command, options: Options) -> anyhow::Result<()> {
+pub(super) fn man(command: Command, options: Options) -> anyhow::Result<()> {
     match options.folder {
         Some(folder) => clap_mangen::generate_to(command, &folder)
             .with_context(|| format!("cannot write the man pages into {}", folder.display())),
@@ -29,7 +29,7 @@ pub fn man(command: Command, options: Options) -> anyhow::Result<()> {
 }
 
 /// Prints the completion script of a shell.
-pub fn completions(mut command: Command, shell: Shell) -> anyhow::Result<()> {
+pub(super) fn completions(mut command: Command, shell: Shell) -> anyhow::Result<()> {
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut command, "prism-relay", &mut script);
     out(&script)

@@ -13,7 +13,7 @@ use crate::broker::{SHORT_STRING_BYTES_MAX, short_string};
 use crate::text::clean;
 
 /// When a message was passed on by `replay`; such messages are not replayed again.
-pub const REPLAYED_AT: &str = "prism-replayed-at";
+pub(super) const REPLAYED_AT: &str = "prism-replayed-at";
 
 /// The routing key of a message that was published straight into a queue, under the queue's own name.
 const ORIGINAL_KEY: &str = "prism-original-key";
@@ -37,7 +37,7 @@ struct Line<'a> {
 }
 
 /// Prints a message as a line for people, or as a JSON object.
-pub fn print(delivery: &Delivery, json: bool) -> io::Result<()> {
+pub(super) fn print(delivery: &Delivery, json: bool) -> io::Result<()> {
     let properties = &delivery.properties;
     let header = |name: &str| header(properties, name).unwrap_or_default();
     let (time, subject, state) = (header("prism-received-at"), header("prism-subject"), header("prism-state"));
@@ -65,7 +65,7 @@ pub fn print(delivery: &Delivery, json: bool) -> io::Result<()> {
 }
 
 /// A header that is a text.
-pub fn header(properties: &BasicProperties, name: &str) -> Option<String> {
+pub(super) fn header(properties: &BasicProperties, name: &str) -> Option<String> {
     match properties.headers().as_ref()?.inner().get(name)? {
         AMQPValue::LongString(text) => Some(text.to_string()),
         AMQPValue::ShortString(text) => Some(text.to_string()),
@@ -74,7 +74,7 @@ pub fn header(properties: &BasicProperties, name: &str) -> Option<String> {
 }
 
 /// A header that is a whole number.
-pub fn number(properties: &BasicProperties, name: &str) -> Option<u64> {
+pub(super) fn number(properties: &BasicProperties, name: &str) -> Option<u64> {
     whole_number(properties.headers().as_ref()?.inner().get(name)?)
 }
 
@@ -90,13 +90,13 @@ fn whole_number(value: &AMQPValue) -> Option<u64> {
 }
 
 /// When the relay accepted the event; for foreign messages, the time that they carry.
-pub fn time_of(properties: &BasicProperties) -> Option<Timestamp> {
+pub(super) fn time_of(properties: &BasicProperties) -> Option<Timestamp> {
     let accepted = header(properties, "prism-received-at").and_then(|text| text.parse().ok());
     accepted.or_else(|| Timestamp::from_second(i64::try_from((*properties.timestamp())?).ok()?).ok())
 }
 
 /// The routing key with which a message was first published; a retry queue and `--to` replace it by their own.
-pub fn first_key(delivery: &Delivery) -> String {
+pub(super) fn first_key(delivery: &Delivery) -> String {
     let first_death = || {
         let queue = header(&delivery.properties, "x-first-death-queue")?;
         let reason = header(&delivery.properties, "x-first-death-reason")?;
@@ -113,7 +113,7 @@ pub fn first_key(delivery: &Delivery) -> String {
 }
 
 /// [`first_key`] for a publish.
-pub fn original_key(delivery: &Delivery) -> anyhow::Result<ShortString> {
+pub(super) fn original_key(delivery: &Delivery) -> anyhow::Result<ShortString> {
     short_string(&first_key(delivery)).with_context(|| {
         let id = delivery.properties.message_id().as_ref().map_or("without an id", ShortString::as_str);
         format!("cannot publish message {} under its original routing key", clean(id))
@@ -152,12 +152,12 @@ fn text(value: &AMQPValue) -> Option<String> {
 }
 
 /// The properties for a new publish of a message, without its past on the broker.
-pub fn fresh(old: &BasicProperties) -> BasicProperties {
+pub(super) fn fresh(old: &BasicProperties) -> BasicProperties {
     published_again(old, |name| PAST.contains(&name) || PAST_PREFIXES.iter().any(|prefix| name.starts_with(prefix)))
 }
 
 /// As [`fresh`], for a message that is published once more on purpose.
-pub fn replayed(old: &BasicProperties, now: Timestamp) -> BasicProperties {
+pub(super) fn replayed(old: &BasicProperties, now: Timestamp) -> BasicProperties {
     let new = fresh(old);
     let mut headers = new.headers().clone().unwrap_or_default();
     headers.insert(REPLAYED_AT.into(), AMQPValue::LongString(format!("{now:.3}").into()));
@@ -165,12 +165,12 @@ pub fn replayed(old: &BasicProperties, now: Timestamp) -> BasicProperties {
 }
 
 /// The properties for a copy of a message in the same queue, whose count of returns starts again at 0.
-pub fn put_back(old: &BasicProperties) -> BasicProperties {
+pub(super) fn put_back(old: &BasicProperties) -> BasicProperties {
     published_again(old, |name| name == "x-delivery-count")
 }
 
 /// The properties for a message that is published under the name of a queue.
-pub fn with_original_key(old: &BasicProperties, key: &ShortString) -> BasicProperties {
+pub(super) fn with_original_key(old: &BasicProperties, key: &ShortString) -> BasicProperties {
     let mut headers = old.headers().clone().unwrap_or_default();
     headers.insert(ORIGINAL_KEY.into(), AMQPValue::LongString(key.as_str().into()));
     old.clone().with_headers(headers)
@@ -199,7 +199,7 @@ fn published_again(old: &BasicProperties, without: impl Fn(&str) -> bool) -> Bas
 }
 
 /// Parses an option that names a queue.
-pub fn queue_name(text: &str) -> Result<ShortString, String> {
+pub(super) fn queue_name(text: &str) -> Result<ShortString, String> {
     match short_string(text) {
         Ok(name) if !text.is_empty() => Ok(name),
         _ => Err(format!("takes a name of 1 to {SHORT_STRING_BYTES_MAX} bytes")),
@@ -207,7 +207,7 @@ pub fn queue_name(text: &str) -> Result<ShortString, String> {
 }
 
 /// Whether a topic exchange would route this key by this pattern.
-pub fn matches(pattern: &str, key: &str) -> bool {
+pub(super) fn matches(pattern: &str, key: &str) -> bool {
     fn words(pattern: &[&str], key: &[&str]) -> bool {
         match (pattern.split_first(), key.split_first()) {
             (None, None) => true,

@@ -132,6 +132,7 @@ fn execute(arguments: Arguments) -> Result<(), Failure> {
 }
 
 /// Our variables. One that is not UTF-8 is an error.
+#[expect(clippy::disallowed_methods, reason = "the one place that reads the environment")]
 fn environment() -> Result<Vec<(String, String)>, Failure> {
     let named = std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value)));
     let ours = named.filter(|(name, _)| name.starts_with("PRISM_RELAY__"));

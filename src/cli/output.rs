@@ -7,21 +7,21 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 /// Lines for standard output, printed together.
 #[derive(Default)]
-pub struct Printed(String);
+pub(super) struct Printed(String);
 
 impl Printed {
-    pub fn line(&mut self, line: String) {
+    pub(super) fn line(&mut self, line: String) {
         self.0.push_str(&line);
         self.0.push('\n');
     }
 
-    pub fn out(self) -> anyhow::Result<()> {
+    pub(super) fn out(self) -> anyhow::Result<()> {
         out(self.0.as_bytes())
     }
 }
 
 /// Writes to standard output. A reader that stops early (`| head`) is not an error.
-pub fn out(bytes: &[u8]) -> anyhow::Result<()> {
+pub(super) fn out(bytes: &[u8]) -> anyhow::Result<()> {
     match io::stdout().lock().write_all(bytes) {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         written => written.context("cannot print"),
@@ -29,12 +29,12 @@ pub fn out(bytes: &[u8]) -> anyhow::Result<()> {
 }
 
 /// Prints a line at once. `println!` would panic when the reader has ended (`| head`).
-pub fn say(line: &str) {
+pub(super) fn say(line: &str) {
     let _ = writeln!(io::stdout().lock(), "{line}");
 }
 
 /// A progress bar on standard error, drawn only if that is a terminal.
-pub fn progress_bar(count: u64, what: &str) -> ProgressBar {
+pub(super) fn progress_bar(count: u64, what: &str) -> ProgressBar {
     let template = format!("{{bar:40}} {{pos}}/{{len}} {what}, {{per_sec}}, {{eta}} left");
     let style = ProgressStyle::with_template(&template).unwrap_or_else(|_| ProgressStyle::default_bar());
     ProgressBar::new(count).with_style(style)

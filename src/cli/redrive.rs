@@ -30,7 +30,7 @@ const RETURNS_MAX: u64 = 10;
 const QUIET: Duration = Duration::from_secs(5);
 
 #[derive(clap::Args)]
-pub struct Options {
+pub(super) struct Options {
     /// The queue to take from. A queue with a single active consumer can only be moved as a whole, without filters
     #[arg(long, value_name = "QUEUE", default_value = DEAD, value_parser = queue_name)]
     from: ShortString,
@@ -58,7 +58,7 @@ pub struct Options {
     dry_run: bool,
 }
 
-pub async fn run(config: &Config, options: Options) -> Result<(), Failure> {
+pub(super) async fn run(config: &Config, options: Options) -> Result<(), Failure> {
     if options.to.as_ref() == Some(&options.from) {
         return Err(Failure::Usage("--from and --to are the same queue".to_owned()));
     }

@@ -29,7 +29,7 @@ const FIRST: Duration = Duration::from_secs(5);
 const CLOCKS_DIFFER: SignedDuration = SignedDuration::from_mins(10);
 
 #[derive(clap::Args)]
-pub struct Options {
+pub(super) struct Options {
     /// Only events accepted since this time, such as 2026-11-24T12:00:00Z, or within this age, such as 2h
     #[arg(long, value_name = "WHEN", value_parser = when)]
     since: Timestamp,
@@ -59,7 +59,7 @@ fn when(text: &str) -> Result<Timestamp, String> {
         .ok_or_else(|| "give a time such as 2026-11-24T12:00:00Z, or an age such as 2h".to_owned())
 }
 
-pub async fn run(config: &Config, options: Options) -> Result<(), Failure> {
+pub(super) async fn run(config: &Config, options: Options) -> Result<(), Failure> {
     let name = config.topology.archive.as_ref().map_or(ARCHIVE, |archive| &archive.name);
     let from = options.from.clone().map_or_else(|| short_string(name), Ok)?;
     let to = Destination::new(config, options.to.clone())?;

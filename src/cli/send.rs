@@ -41,7 +41,7 @@ const LATENCY_MAX_US: u64 = ANSWER_TIMEOUT.as_micros() as u64;
 const SIGNIFICANT_DIGITS: u8 = 3;
 
 #[derive(clap::Args)]
-pub struct Options {
+pub(super) struct Options {
     /// Where to post [default: http.listen and http.path of the configuration]
     #[arg(long)]
     url: Option<Uri>,
@@ -94,7 +94,7 @@ struct Fate {
     latency: Option<Duration>,
 }
 
-pub async fn run(config: &Config, options: Options) -> Result<(), Failure> {
+pub(super) async fn run(config: &Config, options: Options) -> Result<(), Failure> {
     let secret = match (options.unsigned, config.signature.secrets.first()) {
         (true, _) => None,
         (false, Some(secret)) => Some(secret.clone()),

@@ -18,7 +18,7 @@ use crate::text::clean;
 const HIDDEN: &str = "[hidden]";
 
 #[derive(Subcommand)]
-pub enum Action {
+pub(super) enum Action {
     /// How many events there are, and have been
     Stats,
     /// List the events, the oldest first
@@ -44,7 +44,7 @@ pub enum Action {
     },
 }
 
-pub fn run(config: &Config, action: Action) -> Result<(), Failure> {
+pub(super) fn run(config: &Config, action: Action) -> Result<(), Failure> {
     let path = &config.spool.path;
     if !path.exists() {
         return Err(anyhow!("there is no spool at {}", path.display()).into());

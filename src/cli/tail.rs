@@ -21,7 +21,7 @@ const BACKLOG_MAX: i32 = 10_000;
 const PREFETCH: u16 = 100;
 
 #[derive(clap::Args)]
-pub struct Options {
+pub(super) struct Options {
     /// Which events to print, as a topic pattern: * stands for one word, # for any number of words
     #[arg(default_value = "#")]
     pattern: String,
@@ -36,7 +36,7 @@ pub struct Options {
     queue: Option<ShortString>,
 }
 
-pub async fn run(config: &Config, options: Options) -> anyhow::Result<()> {
+pub(super) async fn run(config: &Config, options: Options) -> anyhow::Result<()> {
     let link = connect(config, "prism-relay tail").await?;
     let printed = tokio::select! {
         printed = print_events(config, &options, &link) => printed,

@@ -30,7 +30,7 @@ const TYPES_MAX: usize = 8;
 const TURNS_MAX: usize = 5;
 
 #[derive(clap::Args)]
-pub struct Options {
+pub(super) struct Options {
     /// The address of the relay's operators' listener [default: ops.listen of the configuration]
     #[arg(long)]
     url: Option<Uri>,
@@ -42,7 +42,7 @@ pub struct Options {
     once: bool,
 }
 
-pub async fn run(config: &Config, options: Options) -> Result<(), Failure> {
+pub(super) async fn run(config: &Config, options: Options) -> Result<(), Failure> {
     let status = OpsResource::new(config, options.url, "/api/status", ANSWER_TIMEOUT)?;
     let status = status.with_token(config.ops.token.as_ref());
     if options.once || !io::stdout().is_terminal() {

@@ -17,7 +17,7 @@ use crate::topology::{
 };
 
 #[derive(clap::Subcommand)]
-pub enum Action {
+pub(super) enum Action {
     /// Print the exchanges, queues and bindings
     Show,
     /// Create on the broker what is missing, whatever topology.declare says
@@ -36,7 +36,7 @@ enum BrokerError {
     Timeout,
 }
 
-pub async fn run(config: &Config, file: Option<&Path>, action: Action) -> Result<(), Failure> {
+pub(super) async fn run(config: &Config, file: Option<&Path>, action: Action) -> Result<(), Failure> {
     let plan = Plan::new(&config.topology, &config.publisher.exchange);
     match action {
         Action::Show => {

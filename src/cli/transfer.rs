@@ -21,7 +21,7 @@ const BATCH_BYTES_MAX: usize = 16 * 1024 * 1024;
 const CHECK_INTERVAL: Duration = Duration::from_millis(500);
 
 #[derive(Debug, Error)]
-pub enum TransferError {
+pub(super) enum TransferError {
     #[error("the broker refuses: {0}")]
     Refused(String),
     #[error("{to} did not take a message ({reason}); it stays where it is")]
@@ -49,7 +49,7 @@ impl From<lapin::Error> for TransferError {
 }
 
 /// An answer of the broker within a deadline. A broker that blocks publishers does not answer them at all.
-pub async fn in_time<T>(
+pub(super) async fn in_time<T>(
     deadline: Duration,
     answer: impl Future<Output = Result<T, lapin::Error>>,
 ) -> Result<T, TransferError> {
@@ -57,7 +57,7 @@ pub async fn in_time<T>(
 }
 
 /// Runs `work` while the connection lasts: lapin may never answer a caller that asks just as the connection ends.
-pub async fn while_connected<T>(
+pub(super) async fn while_connected<T>(
     link: &BrokerConnection,
     work: impl Future<Output = anyhow::Result<T>>,
 ) -> anyhow::Result<T> {
@@ -76,7 +76,7 @@ pub async fn while_connected<T>(
 
 /// Where messages go.
 #[derive(Clone, Debug)]
-pub enum Destination {
+pub(super) enum Destination {
     /// To this exchange, under the message's own routing key.
     Exchange(ShortString),
     Queue(ShortString),
@@ -84,7 +84,7 @@ pub enum Destination {
 
 impl Destination {
     /// `queue`, or else the exchange of the configuration.
-    pub fn new(config: &Config, queue: Option<ShortString>) -> Result<Self, NameTooLong> {
+    pub(super) fn new(config: &Config, queue: Option<ShortString>) -> Result<Self, NameTooLong> {
         match queue {
             Some(queue) => Ok(Self::Queue(queue)),
             None => Ok(Self::Exchange(short_string(&config.publisher.exchange)?)),
@@ -114,7 +114,7 @@ impl std::fmt::Display for Destination {
 }
 
 /// A message to publish, and the delivery to acknowledge after that.
-pub struct Outgoing {
+pub(super) struct Outgoing {
     pub to: Destination,
     pub key: ShortString,
     pub properties: BasicProperties,
@@ -135,7 +135,7 @@ enum Verdict {
 }
 
 /// A channel in confirm mode, the batch to be published next, and a count.
-pub struct Transfer {
+pub(super) struct Transfer {
     channel: Channel,
     deadline: Duration,
     batch: Vec<Outgoing>,
@@ -145,7 +145,7 @@ pub struct Transfer {
 
 impl Transfer {
     /// Opens a channel in confirm mode.
-    pub async fn open(link: &BrokerConnection, deadline: Duration) -> Result<Self, TransferError> {
+    pub(super) async fn open(link: &BrokerConnection, deadline: Duration) -> Result<Self, TransferError> {
         let opening = async {
             let channel = link.connection.create_channel().await?;
             channel.confirm_select(ConfirmSelectOptions::default()).await?;
@@ -156,12 +156,12 @@ impl Transfer {
     }
 
     /// How many messages were confirmed and acknowledged, also after an error.
-    pub fn moved(&self) -> u64 {
+    pub(super) fn moved(&self) -> u64 {
         self.moved
     }
 
     /// Adds a message to the batch, and moves the batch if it is full.
-    pub async fn add(&mut self, message: Outgoing) -> Result<(), TransferError> {
+    pub(super) async fn add(&mut self, message: Outgoing) -> Result<(), TransferError> {
         self.bytes += message.delivery.data.len();
         self.batch.push(message);
         if self.batch.len() < BATCH_MAX && self.bytes < BATCH_BYTES_MAX {
@@ -173,7 +173,7 @@ impl Transfer {
     /// Publishes the batch in its order, waits until every message is confirmed or rejected, and only then
     /// acknowledges the confirmed ones. After any other failure nothing of the batch is acknowledged: messages may be
     /// delivered twice, and none is lost.
-    pub async fn flush(&mut self) -> Result<(), TransferError> {
+    pub(super) async fn flush(&mut self) -> Result<(), TransferError> {
         let batch = std::mem::take(&mut self.batch);
         self.bytes = 0;
         let verdicts = self.publish(&batch).await?;

@@ -24,16 +24,27 @@ use crate::{broker, ingress, logging, ops, publisher, signature, spool, topology
 /// The whole configuration, checked.
 #[derive(Debug)]
 pub struct Config {
+    /// The public listener.
     pub http: ingress::Settings,
+    /// Who may send.
     pub signature: signature::Settings,
+    /// The file of accepted events.
     pub spool: spool::Settings,
+    /// How re-sends are recognised.
     pub dedupe: dedupe::Settings,
+    /// Where RabbitMQ is.
     pub broker: broker::Settings,
+    /// How events are published.
     pub publisher: publisher::Settings,
+    /// What must exist on the broker.
     pub topology: topology::Spec,
+    /// The operators' listener.
     pub ops: ops::Settings,
+    /// Format and filter of the log.
     pub log: logging::Settings,
+    /// Where spans are exported to.
     pub traces: traces::Settings,
+    /// How the relay stops.
     pub shutdown: Shutdown,
 }
 

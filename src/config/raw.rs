@@ -37,7 +37,10 @@ pub(super) struct Raw {
 
 impl Raw {
     /// Merges the defaults, the file and the environment; the last one wins.
-    pub fn merge(file: Option<&Path>, environment: impl IntoIterator<Item = (String, String)>) -> Result<Self, String> {
+    pub(super) fn merge(
+        file: Option<&Path>,
+        environment: impl IntoIterator<Item = (String, String)>,
+    ) -> Result<Self, String> {
         let environment: Map<String, String> =
             environment.into_iter().filter(|(name, _)| name.starts_with("PRISM_RELAY__")).collect();
         let mut layers = config::Config::builder().add_source(File::from_str(DEFAULT_TOML, FileFormat::Toml));
@@ -62,32 +65,32 @@ impl Raw {
     }
 
     /// Adds a mistake in this key.
-    pub fn mistake(&mut self, key: &str, what: impl Display) {
+    pub(super) fn mistake(&mut self, key: &str, what: impl Display) {
         self.mistakes.push(format!("{key}: {what}"));
     }
 
     /// Whether there is a mistake in this key.
-    pub fn has_mistake(&self, key: &str) -> bool {
+    pub(super) fn has_mistake(&self, key: &str) -> bool {
         self.mistakes.iter().any(|mistake| mistake.starts_with(&format!("{key}:")))
     }
 
     /// Reads a single value with `parse`, whose error completes the sentence "the value ...".
-    pub fn read<T>(&mut self, key: &str, parse: impl Fn(&str) -> Result<T, String>) -> Option<T> {
+    pub(super) fn read<T>(&mut self, key: &str, parse: impl Fn(&str) -> Result<T, String>) -> Option<T> {
         self.single(key, Quote::Value, &parse)
     }
 
     /// Reads a single value that no mistake may quote.
-    pub fn secret<T>(&mut self, key: &str, parse: impl Fn(&str) -> Result<T, String>) -> Option<T> {
+    pub(super) fn secret<T>(&mut self, key: &str, parse: impl Fn(&str) -> Result<T, String>) -> Option<T> {
         self.single(key, Quote::Nothing, &parse)
     }
 
     /// Reads an array, or a text with commas as in the environment. Skips empty items.
-    pub fn list<T>(&mut self, key: &str, parse: impl Fn(&str) -> Result<T, String>) -> Vec<T> {
+    pub(super) fn list<T>(&mut self, key: &str, parse: impl Fn(&str) -> Result<T, String>) -> Vec<T> {
         self.items(key, Quote::Value, &parse)
     }
 
     /// Reads a list of values that no mistake may quote.
-    pub fn secrets<T>(&mut self, key: &str, parse: impl Fn(&str) -> Result<T, String>) -> Vec<T> {
+    pub(super) fn secrets<T>(&mut self, key: &str, parse: impl Fn(&str) -> Result<T, String>) -> Vec<T> {
         self.items(key, Quote::Nothing, &parse)
     }
 
@@ -121,7 +124,7 @@ impl Raw {
 
     /// Reads a list of tables: an array, or a text in TOML's notation for one. Returns how many there are; the keys of
     /// the first one are then at `key[0].`.
-    pub fn tables(&mut self, key: &str) -> usize {
+    pub(super) fn tables(&mut self, key: &str) -> usize {
         let Some(value) = self.take(key) else { return 0 };
         let array = match &value.kind {
             ValueKind::String(text) => config::Config::builder()
@@ -143,23 +146,23 @@ impl Raw {
         items.len()
     }
 
-    pub fn duration(&mut self, key: &str, range: RangeInclusive<Duration>) -> Duration {
+    pub(super) fn duration(&mut self, key: &str, range: RangeInclusive<Duration>) -> Duration {
         self.optional_duration(key, range).unwrap_or_default()
     }
 
-    pub fn optional_duration(&mut self, key: &str, range: RangeInclusive<Duration>) -> Option<Duration> {
+    pub(super) fn optional_duration(&mut self, key: &str, range: RangeInclusive<Duration>) -> Option<Duration> {
         self.read(key, |text| duration_in(text, &range))
     }
 
-    pub fn durations(&mut self, key: &str, range: RangeInclusive<Duration>) -> Vec<Duration> {
+    pub(super) fn durations(&mut self, key: &str, range: RangeInclusive<Duration>) -> Vec<Duration> {
         self.list(key, |text| duration_in(text, &range))
     }
 
-    pub fn bytes(&mut self, key: &str, range: RangeInclusive<u64>) -> u64 {
+    pub(super) fn bytes(&mut self, key: &str, range: RangeInclusive<u64>) -> u64 {
         self.optional_bytes(key, range).unwrap_or_default()
     }
 
-    pub fn optional_bytes(&mut self, key: &str, range: RangeInclusive<u64>) -> Option<u64> {
+    pub(super) fn optional_bytes(&mut self, key: &str, range: RangeInclusive<u64>) -> Option<u64> {
         let parse = |text: &str| match text.parse::<ByteSize>() {
             Ok(size) if range.contains(&size.as_u64()) => Ok(size.as_u64()),
             Ok(_) => Err(format!("is not between {} and {}", ByteSize(*range.start()), ByteSize(*range.end()))),
@@ -168,11 +171,11 @@ impl Raw {
         self.read(key, parse)
     }
 
-    pub fn number(&mut self, key: &str, range: RangeInclusive<usize>) -> usize {
+    pub(super) fn number(&mut self, key: &str, range: RangeInclusive<usize>) -> usize {
         self.optional_number(key, range).unwrap_or_default()
     }
 
-    pub fn optional_number(&mut self, key: &str, range: RangeInclusive<usize>) -> Option<usize> {
+    pub(super) fn optional_number(&mut self, key: &str, range: RangeInclusive<usize>) -> Option<usize> {
         let parse = |text: &str| match text.parse() {
             Ok(number) if range.contains(&number) => Ok(number),
             _ => Err(format!("is not a whole number between {} and {}", range.start(), range.end())),
@@ -181,11 +184,11 @@ impl Raw {
     }
 
     /// Reads `true` or `false`; a missing key is `false`.
-    pub fn flag(&mut self, key: &str) -> bool {
+    pub(super) fn flag(&mut self, key: &str) -> bool {
         self.one_of(key, &[("false", false), ("true", true)])
     }
 
-    pub fn one_of<T: Copy>(&mut self, key: &str, choices: &[(&str, T)]) -> T {
+    pub(super) fn one_of<T: Copy>(&mut self, key: &str, choices: &[(&str, T)]) -> T {
         let parse = |text: &str| {
             let found = choices.iter().find(|(name, _)| *name == text);
             found.map(|(_, choice)| *choice).ok_or_else(|| {
@@ -197,7 +200,7 @@ impl Raw {
     }
 
     /// Reads the secret in the file that `key` names. Returns it with the file's path.
-    pub fn file<T>(&mut self, key: &str, parse: impl Fn(&str) -> Result<T, String>) -> Option<(PathBuf, T)> {
+    pub(super) fn file<T>(&mut self, key: &str, parse: impl Fn(&str) -> Result<T, String>) -> Option<(PathBuf, T)> {
         self.read(key, |path| {
             let path = PathBuf::from(path);
             read_secret(&path, &parse).map(|secret| (path, secret))
@@ -205,7 +208,7 @@ impl Raw {
     }
 
     /// Returns all mistakes, with one for each key that was not read.
-    pub fn finish(mut self) -> Vec<String> {
+    pub(super) fn finish(mut self) -> Vec<String> {
         for (key, value) in std::mem::take(&mut self.values) {
             let is_section = self.known.iter().any(|known| known.starts_with(&format!("{key}.")));
             let what = match self.nearest(&key) {

@@ -24,7 +24,9 @@ use crate::{ops, publisher, traces};
 /// What the configuration is loaded for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
+    /// The relay, or a check whether it would run.
     Serve,
+    /// Any other command; it works without the secret.
     Client,
 }
 

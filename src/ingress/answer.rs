@@ -21,12 +21,12 @@ macro_rules! codes {
     ($($code:ident: $status:ident, $text:literal, $title:literal;)+) => {
         /// Why a webhook was refused.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        pub enum Code {
+        pub(crate) enum Code {
             $($code,)+
         }
 
         impl Code {
-            pub const ALL: [Self; [$($text),+].len()] = [$(Self::$code),+];
+            pub(crate) const ALL: [Self; [$($text),+].len()] = [$(Self::$code),+];
 
             fn status(self) -> StatusCode {
                 match self {
@@ -35,7 +35,7 @@ macro_rules! codes {
             }
 
             /// The `code` of the answer, also used in metrics and logs.
-            pub fn text(self) -> &'static str {
+            pub(crate) fn text(self) -> &'static str {
                 match self {
                     $(Self::$code => $text,)+
                 }
@@ -72,7 +72,7 @@ codes! {
 
 /// A webhook that was not accepted.
 #[derive(Debug)]
-pub struct Refusal {
+pub(super) struct Refusal {
     pub code: Code,
     /// One sentence for the sender. It never quotes the body or a secret.
     pub detail: Cow<'static, str>,
@@ -91,22 +91,22 @@ struct Problem<'a> {
 }
 
 impl Refusal {
-    pub fn new(code: Code, detail: impl Into<Cow<'static, str>>) -> Self {
+    pub(super) fn new(code: Code, detail: impl Into<Cow<'static, str>>) -> Self {
         Self { code, detail: detail.into(), allow: None }
     }
 
     /// `allowed` are the methods that the path accepts, as in the header `Allow`.
-    pub fn method_not_allowed(allowed: &'static str) -> Self {
+    pub(super) fn method_not_allowed(allowed: &'static str) -> Self {
         let detail = format!("this path accepts {allowed}");
         Self { allow: Some(allowed), ..Self::new(Code::MethodNotAllowed, detail) }
     }
 
     /// `limit` is in bytes.
-    pub fn body_too_large(limit: usize) -> Self {
+    pub(super) fn body_too_large(limit: usize) -> Self {
         Self::new(Code::BodyTooLarge, format!("the body is larger than http.body_bytes_max, {limit} bytes"))
     }
 
-    pub fn response(&self) -> Response<Full<Bytes>> {
+    pub(super) fn response(&self) -> Response<Full<Bytes>> {
         let status = self.code.status();
         let problem = Problem {
             r#type: "about:blank",
@@ -162,7 +162,7 @@ impl From<AppendError> for Refusal {
 }
 
 /// The 200. The receipt proves that the event is on disk.
-pub fn accepted(receipt: &Receipt) -> Response<Full<Bytes>> {
+pub(super) fn accepted(receipt: &Receipt) -> Response<Full<Bytes>> {
     #[derive(Serialize)]
     struct Accepted {
         ok: bool,
@@ -175,7 +175,7 @@ pub fn accepted(receipt: &Receipt) -> Response<Full<Bytes>> {
 }
 
 /// The answer to `GET /healthz`.
-pub fn readiness(health: &Health) -> Response<Full<Bytes>> {
+pub(super) fn readiness(health: &Health) -> Response<Full<Bytes>> {
     match health.blocker() {
         None => json(StatusCode::OK, "application/json", &serde_json::json!({ "ready": true })),
         Some(reason) => Refusal::from(reason).response(),

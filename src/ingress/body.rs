@@ -30,7 +30,7 @@ const DISCARD_BYTES_MAX: usize = 1024 * 1024;
 const CROWDED_PATIENCE: Duration = Duration::from_millis(20);
 
 /// The memory for all bodies together, in bytes.
-pub struct Memory {
+pub(super) struct Memory {
     free: Arc<Semaphore>,
     arriving: Mutex<Arriving>,
 }
@@ -43,13 +43,13 @@ struct Arriving {
 }
 
 /// A complete body. Dropping it gives its memory back.
-pub struct Buffered {
+pub(super) struct Buffered {
     pub bytes: Bytes,
     pub share: OwnedSemaphorePermit,
 }
 
 impl Memory {
-    pub fn new(bytes: usize) -> Self {
+    pub(super) fn new(bytes: usize) -> Self {
         let free = Arc::new(Semaphore::new(bytes.min(Semaphore::MAX_PERMITS)));
         Self { free, arriving: Mutex::default() }
     }
@@ -112,7 +112,7 @@ impl Drop for Arrival<'_> {
 }
 
 /// A body that is still to be read.
-pub struct Inbound {
+pub(super) struct Inbound {
     body: Incoming,
     deadline: Duration,
     /// The sender waits for `100 Continue`, which reading sends (RFC 9110, section 10.1.1).
@@ -120,17 +120,17 @@ pub struct Inbound {
 }
 
 impl Inbound {
-    pub fn new(body: Incoming, headers: &HeaderMap, deadline: Duration) -> Self {
+    pub(super) fn new(body: Incoming, headers: &HeaderMap, deadline: Duration) -> Self {
         Self { body, deadline, awaits_continue: headers.contains_key(EXPECT) }
     }
 
     /// The length that the sender has declared, in bytes; 0 if it has declared none.
-    pub fn declared(&self) -> u64 {
+    pub(super) fn declared(&self) -> u64 {
         self.body.size_hint().lower()
     }
 
     /// Reads the whole body. A body in one piece, as most are, is passed on without copying.
-    pub async fn read(&mut self, limit: usize, memory: &Memory) -> Result<Buffered, Refusal> {
+    pub(super) async fn read(&mut self, limit: usize, memory: &Memory) -> Result<Buffered, Refusal> {
         self.awaits_continue = false;
         let deadline = Instant::now() + self.deadline;
         let first = timeout_at(deadline, next(&mut self.body)).await.map_err(|_| timed_out())??.unwrap_or_default();
@@ -155,13 +155,13 @@ impl Inbound {
         }
     }
 
-    /// Reads and drops the rest while the answer is sent. Closing a connection with unread data in it resets it, and the
-    /// sender would see the reset instead of the answer.
-    pub fn discard(mut self) {
+    /// Reads and drops the rest while the answer is sent. Closing a connection with unread data in it resets it, and
+    /// the sender would see the reset instead of the answer.
+    pub(super) fn discard(mut self) {
         if self.awaits_continue || self.body.is_end_stream() {
             return;
         }
-        // The task ends at its deadline, and nothing depends on it.
+        #[expect(clippy::disallowed_methods, reason = "the task ends at its deadline, and nothing depends on it")]
         tokio::spawn(timeout(self.deadline, async move {
             let mut rest = DISCARD_BYTES_MAX;
             while let Some(Ok(frame)) = self.body.frame().await {

@@ -8,7 +8,7 @@ pub mod source;
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http_body_util::Full;
@@ -44,10 +44,15 @@ const APPEND_PATIENCE: Duration = Duration::from_secs(10);
 
 /// The parts of the relay that a webhook passes through.
 pub struct Parts {
+    /// Checks signatures.
     pub verifier: Arc<Verifier>,
+    /// Stores events.
     pub spool: Spool,
+    /// Remembers what came for the operators.
     pub recent: Arc<Recent>,
+    /// Records spans.
     pub traces: Arc<Traces>,
+    /// Counts.
     pub metrics: Arc<Metrics>,
 }
 
@@ -94,6 +99,7 @@ impl Ingress {
         self.server.admission()
     }
 
+    /// Where the listener is bound.
     pub fn address(&self) -> std::io::Result<SocketAddr> {
         self.server.address()
     }
@@ -197,7 +203,7 @@ impl WebhookHandler {
     }
 
     async fn receive(&self, headers: &HeaderMap, body: &mut Inbound) -> Result<Receipt, Refusal> {
-        let begun = SystemTime::now();
+        let begun = Timestamp::now();
         // The body's share of the memory is held until the webhook is answered.
         let Buffered { bytes: body, share: _share } = body.read(self.http.body_bytes_max, &self.memory).await?;
 

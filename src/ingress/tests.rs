@@ -84,7 +84,8 @@ fn request(lines: &str, body: &[u8], secret: &str) -> Vec<u8> {
     let timestamp = Timestamp::now().to_string();
     let signature = sign(&Secret::new(secret), &timestamp, body);
     let head = format!(
-        "POST /webhooks/prism HTTP/1.1\r\nhost: r\r\n{TIMESTAMP_HEADER}: {timestamp}\r\n{SIGNATURE_HEADER}: {signature}\r\n\
+        "POST /webhooks/prism HTTP/1.1\r\nhost: r\r\n\
+         {TIMESTAMP_HEADER}: {timestamp}\r\n{SIGNATURE_HEADER}: {signature}\r\n\
          {lines}content-length: {}\r\n\r\n",
         body.len()
     );

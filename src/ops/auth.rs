@@ -1,8 +1,9 @@
 //! Access to the console and `/api`. Probes and metrics need none.
 //!
 //! - With `ops.token`: the token as a bearer token, or a browser session opened with it.
-//! - Without `ops.token`: any client, if the listener is on loopback and the `Host` header is an IP address or localhost.
-//!   Any other host name could belong to a foreign page that made its name resolve to this machine (DNS rebinding).
+//! - Without `ops.token`: any client, if the listener is on loopback and the `Host` header is an IP address or
+//!   localhost. Any other host name could belong to a foreign page that made its name resolve to this machine (DNS
+//!   rebinding).
 //! - An action from a browser also needs the action token of the console's page, and the same origin.
 
 use std::sync::{PoisonError, RwLock, RwLockReadGuard};
@@ -20,7 +21,7 @@ const COOKIE_NAME: &str = "prism-relay";
 const ACTION_HEADER: &str = "x-prism-token";
 
 /// Decides which requests may read the console and `/api`, and which may act on parked events.
-pub struct OpsAuth {
+pub(crate) struct OpsAuth {
     credentials: RwLock<Credentials>,
     loopback: bool,
     action: Secret,
@@ -34,7 +35,7 @@ struct Credentials {
 
 /// Why a request is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Denied {
+pub(crate) enum Denied {
     /// The request has neither the token nor a session.
     LoginNeeded,
     /// `ops.token` is not set, and the listener is not on loopback.
@@ -46,12 +47,12 @@ pub enum Denied {
 }
 
 impl OpsAuth {
-    pub fn new(token: Option<Secret>, loopback: bool) -> Self {
+    pub(crate) fn new(token: Option<Secret>, loopback: bool) -> Self {
         Self { credentials: RwLock::new(Credentials { token, session: random() }), loopback, action: random() }
     }
 
     /// Sets a new token. Sessions opened with another token end.
-    pub fn replace(&self, token: Secret) {
+    pub(crate) fn replace(&self, token: Secret) {
         let mut credentials = self.credentials.write().unwrap_or_else(PoisonError::into_inner);
         if credentials.token.as_ref().is_none_or(|old| !matches(token.expose(), old)) {
             *credentials = Credentials { token: Some(token), session: random() };
@@ -63,12 +64,12 @@ impl OpsAuth {
     }
 
     /// The token that the console's page sends with each action.
-    pub fn action_token(&self) -> &Secret {
+    pub(crate) fn action_token(&self) -> &Secret {
         &self.action
     }
 
     /// Checks a request that only reads.
-    pub fn may_read(&self, headers: &HeaderMap) -> Result<(), Denied> {
+    pub(crate) fn may_read(&self, headers: &HeaderMap) -> Result<(), Denied> {
         let credentials = self.credentials();
         match &credentials.token {
             Some(token) if bears(headers, token) || has_session(headers, &credentials.session) => Ok(()),
@@ -80,7 +81,7 @@ impl OpsAuth {
     }
 
     /// Checks a request that changes something. The bearer token is enough: no browser sends it by itself.
-    pub fn may_act(&self, headers: &HeaderMap) -> Result<(), Denied> {
+    pub(crate) fn may_act(&self, headers: &HeaderMap) -> Result<(), Denied> {
         self.may_read(headers)?;
         if self.credentials().token.as_ref().is_some_and(|token| bears(headers, token)) {
             return Ok(());
@@ -90,7 +91,7 @@ impl OpsAuth {
     }
 
     /// Returns the session cookie if `given` is the token.
-    pub fn log_in(&self, given: &str) -> Option<String> {
+    pub(crate) fn log_in(&self, given: &str) -> Option<String> {
         let credentials = self.credentials();
         let known = credentials.token.as_ref().is_some_and(|token| matches(given, token));
         known.then(|| format!("{COOKIE_NAME}={}; Path=/; HttpOnly; SameSite=Strict", credentials.session.expose()))

@@ -9,19 +9,19 @@ use serde::Serialize;
 use crate::publisher::Lags;
 
 /// The time between two points.
-pub const INTERVAL: Duration = Duration::from_secs(5);
+pub(super) const INTERVAL: Duration = Duration::from_secs(5);
 const POINTS_MAX: usize = 180;
 
 #[derive(Default)]
 /// The latest points, and the counters at the last one.
-pub struct History {
+pub(super) struct History {
     points: VecDeque<Point>,
     before: Option<(Instant, Counters)>,
 }
 
 /// Counters at one moment. Some count since the process started, some since the spool was created.
 #[derive(Clone, Debug, Default)]
-pub struct Counters {
+pub(super) struct Counters {
     /// Webhooks answered 200, including re-sends.
     pub accepted: u64,
     pub refused: u64,
@@ -32,7 +32,7 @@ pub struct Counters {
 
 /// One point of each chart. Rates are per second, over the time since the previous point.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Point {
+pub(super) struct Point {
     /// Seconds since 1970.
     pub at: i64,
     pub accepted: f64,
@@ -50,7 +50,7 @@ pub struct Point {
 
 /// How much the counters of webhooks grew over some time.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Increase {
+pub(super) struct Increase {
     pub accepted: u64,
     pub refused_by_code: BTreeMap<&'static str, u64>,
 }
@@ -70,7 +70,14 @@ impl Counters {
 impl History {
     /// Adds a point; the first call only stores the counters. `at` labels the point, `now` measures the time between
     /// points, because the wall clock may jump.
-    pub fn add(&mut self, counters: Counters, depth: u64, lags: &Lags, at: Timestamp, now: Instant) -> Option<Point> {
+    pub(super) fn add(
+        &mut self,
+        counters: Counters,
+        depth: u64,
+        lags: &Lags,
+        at: Timestamp,
+        now: Instant,
+    ) -> Option<Point> {
         let (then, before) = self.before.replace((now, counters.clone()))?;
         let seconds = now.saturating_duration_since(then).as_secs_f64().max(0.001);
         let increase = counters.since(&before);
@@ -93,12 +100,12 @@ impl History {
     }
 
     /// All points, oldest first.
-    pub fn points(&self) -> Vec<Point> {
+    pub(super) fn points(&self) -> Vec<Point> {
         self.points.iter().cloned().collect()
     }
 
     /// The increase within about the last `span`, up to `counters`, which are read now.
-    pub fn recent_increase(&self, span: Duration, counters: &Counters) -> Increase {
+    pub(super) fn recent_increase(&self, span: Duration, counters: &Counters) -> Increase {
         let points = (span.as_secs() / INTERVAL.as_secs()) as usize;
         let newest = self.before.as_ref().map(|(_, before)| counters.since(before)).unwrap_or_default();
         let recent = self.points.iter().rev().take(points).map(|point| &point.increase);

@@ -35,11 +35,11 @@ use crate::server::{Limits, Peer, Server};
 use crate::spool::AppendError;
 use crate::text::chain;
 use auth::Denied;
-pub use auth::OpsAuth;
+pub(crate) use auth::OpsAuth;
 use response::{Answer, event_stream, json, method_not_allowed, not_found, problem, response, see_other};
 use response::{server_sent_event, text};
-pub use settings::Settings;
-pub use view::Sources;
+pub(crate) use settings::Settings;
+pub(crate) use view::Sources;
 use view::{Action, View, ViewError};
 
 /// Operators and scrapers are few, so these limits are not configurable.
@@ -63,7 +63,7 @@ const LOGIN_BYTES_MAX: usize = 4096;
 const LOGIN_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The operators' listener: bound, but not serving yet.
-pub struct Ops {
+pub(crate) struct Ops {
     server: Server,
     handler: OpsHandler,
 }
@@ -78,7 +78,7 @@ struct OpsHandler {
 
 impl Ops {
     /// Takes a bound listener.
-    pub fn new(listener: TcpListener, auth: Arc<OpsAuth>, sources: Sources) -> Self {
+    pub(crate) fn new(listener: TcpListener, auth: Arc<OpsAuth>, sources: Sources) -> Self {
         let server = Server::new(listener, "ops", LIMITS, None, &sources.metrics);
         let (feed, _) = broadcast::channel(FEED_CAPACITY);
         Self {
@@ -87,12 +87,8 @@ impl Ops {
         }
     }
 
-    pub fn address(&self) -> std::io::Result<SocketAddr> {
-        self.server.address()
-    }
-
     /// Serves requests and records the chart points until `shutdown`.
-    pub async fn run(self, shutdown: CancellationToken) {
+    pub(crate) async fn run(self, shutdown: CancellationToken) {
         let Self { server, handler } = self;
         let sampler = handler.clone();
         let handler = move |request: Request<Incoming>, peer: Peer| {

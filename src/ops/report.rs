@@ -14,7 +14,7 @@ use crate::spool::{Entry, Ledger};
 
 /// The answer of `/api/status`.
 #[derive(Serialize)]
-pub struct Report {
+pub(super) struct Report {
     pub version: &'static str,
     pub now: Timestamp,
     pub started_at: Timestamp,
@@ -41,7 +41,7 @@ pub struct Report {
 
 /// Answers of the public listener since the process started.
 #[derive(Serialize)]
-pub struct WebhookReport {
+pub(super) struct WebhookReport {
     pub accepted: u64,
     pub duplicate: u64,
     /// Counts by the `code` of the answer.
@@ -50,7 +50,7 @@ pub struct WebhookReport {
 
 /// When each kind of outcome last happened.
 #[derive(Serialize)]
-pub struct LastReport {
+pub(super) struct LastReport {
     pub accepted_at: Option<Timestamp>,
     pub confirmed_at: Option<Timestamp>,
     pub refused_at: Option<Timestamp>,
@@ -59,7 +59,7 @@ pub struct LastReport {
 
 /// Counts since the spool was created: `accepted = confirmed + pending + parked + removed`.
 #[derive(Serialize)]
-pub struct SpoolReport {
+pub(super) struct SpoolReport {
     pub accepted: u64,
     pub confirmed: u64,
     pub pending: u64,
@@ -77,7 +77,7 @@ pub struct SpoolReport {
 
 /// The connection to RabbitMQ.
 #[derive(Serialize)]
-pub struct BrokerReport {
+pub(super) struct BrokerReport {
     #[serde(flatten)]
     pub state: BrokerState,
     /// Events published and not yet confirmed.
@@ -86,7 +86,7 @@ pub struct BrokerReport {
 
 /// Accepted events of one type since the process started.
 #[derive(Serialize)]
-pub struct TypeReport {
+pub(super) struct TypeReport {
     pub r#type: String,
     pub accepted: u64,
     pub last_seen: Option<Timestamp>,
@@ -94,7 +94,7 @@ pub struct TypeReport {
 
 /// How often one signature secret verified a webhook.
 #[derive(Serialize)]
-pub struct SecretReport {
+pub(super) struct SecretReport {
     /// Position in the configuration, from 1.
     pub position: usize,
     pub verified: u64,
@@ -103,7 +103,7 @@ pub struct SecretReport {
 
 /// The validity of the public listener's certificate.
 #[derive(Serialize)]
-pub struct CertificateReport {
+pub(super) struct CertificateReport {
     pub expires_at: Timestamp,
     /// Whole days until it expires; negative afterwards.
     pub days_left: i64,
@@ -111,7 +111,7 @@ pub struct CertificateReport {
 
 /// One event of `/api/events`.
 #[derive(Serialize)]
-pub struct EventReport {
+pub(super) struct EventReport {
     pub id: Uuid,
     pub r#type: Option<String>,
     pub subject: Option<String>,
@@ -127,7 +127,7 @@ pub struct EventReport {
 /// What became of an accepted event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum EventState {
+pub(super) enum EventState {
     Pending,
     Confirmed,
     Parked,
@@ -139,14 +139,14 @@ pub enum EventState {
 
 /// The answer of `/api/parked`.
 #[derive(Serialize)]
-pub struct ParkedReport {
+pub(super) struct ParkedReport {
     pub total: u64,
     pub parked: Vec<ParkedEvent>,
 }
 
 /// One parked event of `/api/parked`.
 #[derive(Serialize)]
-pub struct ParkedEvent {
+pub(super) struct ParkedEvent {
     pub id: Uuid,
     pub r#type: Option<String>,
     pub subject: Option<String>,
@@ -156,13 +156,13 @@ pub struct ParkedEvent {
 }
 
 impl WebhookReport {
-    pub fn new(counts: &Counts) -> Self {
+    pub(super) fn new(counts: &Counts) -> Self {
         Self { accepted: counts.accepted, duplicate: counts.duplicates, refused: counts.refused.clone() }
     }
 }
 
 impl LastReport {
-    pub fn new(counts: &Counts, confirmed_at: Option<Timestamp>) -> Self {
+    pub(super) fn new(counts: &Counts, confirmed_at: Option<Timestamp>) -> Self {
         Self {
             accepted_at: counts.last_accepted,
             confirmed_at,
@@ -173,7 +173,13 @@ impl LastReport {
 }
 
 impl SpoolReport {
-    pub fn new(ledger: &Ledger, lost: u64, max_bytes: u64, writable: bool, oldest_age_seconds: Option<f64>) -> Self {
+    pub(super) fn new(
+        ledger: &Ledger,
+        lost: u64,
+        max_bytes: u64,
+        writable: bool,
+        oldest_age_seconds: Option<f64>,
+    ) -> Self {
         let Ledger { accepted, confirmed, pending, parked, removed, duplicates, bytes } = *ledger;
         Self {
             lost,
@@ -193,7 +199,7 @@ impl SpoolReport {
 
 impl TypeReport {
     /// One report per type, the most frequent first.
-    pub fn list(counts: &Counts) -> Vec<Self> {
+    pub(super) fn list(counts: &Counts) -> Vec<Self> {
         let report =
             |name: &str, tally: &Tally| Self { r#type: name.to_owned(), accepted: tally.count, last_seen: tally.last };
         let mut types: Vec<_> =
@@ -207,7 +213,7 @@ impl TypeReport {
 }
 
 impl SecretReport {
-    pub fn list(counts: &Counts, secrets: usize) -> Vec<Self> {
+    pub(super) fn list(counts: &Counts, secrets: usize) -> Vec<Self> {
         let report = |position: usize| {
             let tally = counts.verified.get(&position).copied().unwrap_or_default();
             Self { position: position + 1, verified: tally.count, last_verified_at: tally.last }
@@ -217,7 +223,7 @@ impl SecretReport {
 }
 
 impl EventReport {
-    pub fn new(arrival: &Arrival, status: EventState, settled_at: Option<Timestamp>) -> Self {
+    pub(super) fn new(arrival: &Arrival, status: EventState, settled_at: Option<Timestamp>) -> Self {
         let text = |text: &Option<Box<str>>| text.as_deref().map(str::to_owned);
         Self {
             id: arrival.id,
@@ -234,13 +240,13 @@ impl EventReport {
 }
 
 /// Whether `find` is part of the event's id, type, scan id or prediction id.
-pub fn matches(arrival: &Arrival, find: &str) -> bool {
+pub(super) fn matches(arrival: &Arrival, find: &str) -> bool {
     let texts = [&arrival.event_type, &arrival.scan_id, &arrival.prediction_id];
     texts.into_iter().flatten().any(|text| text.contains(find)) || arrival.id.to_string().contains(find)
 }
 
 impl ParkedEvent {
-    pub fn new(entry: Entry) -> Self {
+    pub(super) fn new(entry: Entry) -> Self {
         let event = entry.stored.event;
         let envelope = Envelope::parse(&event.body).ok();
         Self {

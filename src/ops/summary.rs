@@ -10,7 +10,7 @@ use crate::text::span;
 
 /// The one-line status.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Summary {
+pub(super) struct Summary {
     pub level: Level,
     pub text: String,
 }
@@ -18,7 +18,7 @@ pub struct Summary {
 /// How serious the status is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Level {
+pub(super) enum Level {
     Ok,
     /// No event is lost, but an operator should look.
     Warning,
@@ -28,7 +28,7 @@ pub enum Level {
 
 /// Webhooks refused within the last five minutes, without requests that cannot be webhooks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct RecentRefusals {
+pub(super) struct RecentRefusals {
     /// The most frequent `code` of the answers.
     pub reason: &'static str,
     pub count: u64,
@@ -38,7 +38,7 @@ pub struct RecentRefusals {
 
 /// The facts that the summary is made from. Ages are measured now.
 #[derive(Clone, Debug, Default)]
-pub struct Facts {
+pub(super) struct Facts {
     pub draining: bool,
     pub writable: bool,
     pub pending: u64,
@@ -77,7 +77,7 @@ const REFUSALS_MIN: u64 = 5;
 const UNSIGNED_REFUSALS_MIN: u64 = 20;
 
 impl Facts {
-    pub fn summarize(&self) -> Summary {
+    pub(super) fn summarize(&self) -> Summary {
         let (level, text) = self
             .not_accepting()
             .or_else(|| self.not_delivering())
@@ -92,7 +92,7 @@ impl Facts {
     }
 
     /// The recent refusals, if there are enough to report.
-    pub fn refusing(&self) -> Option<RecentRefusals> {
+    pub(super) fn refusing(&self) -> Option<RecentRefusals> {
         let count = self.recent_refused.values().sum();
         let (reason, _) = self.recent_refused.iter().max_by_key(|(_, count)| **count)?;
         let enough = if *reason == "missing-signature" { UNSIGNED_REFUSALS_MIN } else { REFUSALS_MIN };
@@ -239,7 +239,8 @@ impl RecentRefusals {
         let count = grouped(self.count);
         if self.all {
             format!(
-                "Every webhook is being refused ({count} in the last 5 min): {cause}. Prism gives up on each after 35 s."
+                "Every webhook is being refused ({count} in the last 5 min): {cause}. \
+                 Prism gives up on each after 35 s."
             )
         } else {
             format!(
@@ -356,7 +357,8 @@ mod tests {
     #[test]
     fn events_are_parked_or_late() {
         let parked = Facts { parked: 3, ..well() };
-        let text = "3 events are parked because RabbitMQ does not accept them; all others are delivered, the last one 3 s ago.";
+        let text = "3 events are parked because RabbitMQ does not accept them; all others are delivered, \
+                    the last one 3 s ago.";
         says(&parked, Level::Warning, text);
         let both = Facts { parked: 1, pending: 2, ..well() };
         let text =
@@ -365,7 +367,8 @@ mod tests {
         let late = Facts { pending: 70, oldest: Some(2 * MINUTE), ..well() };
         says(&late, Level::Warning, "Deliveries are behind: 70 events are waiting, the oldest for 2 min.");
         let damaged = Facts { lost: 2, removed: 2, ..well() };
-        let text = "Nothing is waiting; the last event was delivered 3 s ago. 2 events were lost because the spool file \
+        let text = "Nothing is waiting; the last event was delivered 3 s ago. 2 events were lost because the spool \
+                    file \
                     was damaged; see the log.";
         says(&damaged, Level::Warning, text);
         let draining = Facts { draining: true, pending: 1, ..well() };

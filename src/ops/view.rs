@@ -20,7 +20,7 @@ use crate::publisher::{BrokerState, Status};
 use crate::recent::{Arrival, Counts, Recent};
 use crate::server::Admission;
 use crate::signature::Verifier;
-use crate::spool::{Inspector, OpenError, ReadError, Spool};
+use crate::spool::{ChangeError, Inspector, OpenError, ReadError, Spool};
 use crate::tls;
 
 /// The time over which refusals count as recent in the summary.
@@ -31,7 +31,7 @@ const PARKED_MAX: u64 = 100;
 
 /// The relay's parts whose state is shown.
 #[derive(Clone)]
-pub struct Sources {
+pub(crate) struct Sources {
     pub spool: Spool,
     pub health: Health,
     pub broker: Arc<Status>,
@@ -45,7 +45,7 @@ pub struct Sources {
 }
 
 /// The state of the relay, as operators see it.
-pub struct View {
+pub(super) struct View {
     sources: Sources,
     started: (Instant, Timestamp),
     history: Mutex<History>,
@@ -53,49 +53,49 @@ pub struct View {
 
 /// Why a request could not be answered.
 #[derive(Debug, Error)]
-pub enum ViewError {
+pub(super) enum ViewError {
     #[error(transparent)]
     Read(#[from] ReadError),
     #[error(transparent)]
     Open(#[from] OpenError),
-    #[error("cannot change the spool")]
-    Change(#[from] rusqlite::Error),
+    #[error(transparent)]
+    Change(#[from] ChangeError),
     #[error("reading the spool was interrupted")]
     Interrupted,
 }
 
 /// What an operator may do with a parked event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Action {
+pub(super) enum Action {
     Retry,
     Remove,
 }
 
 impl View {
-    pub fn new(sources: Sources) -> Self {
+    pub(super) fn new(sources: Sources) -> Self {
         let view = Self { sources, started: (Instant::now(), Timestamp::now()), history: Mutex::default() };
         // The first call only stores the counters.
         view.sample();
         view
     }
 
-    pub fn health(&self) -> &Health {
+    pub(super) fn health(&self) -> &Health {
         &self.sources.health
     }
 
     /// Adds a point to the charts, and returns it.
-    pub fn sample(&self) -> Option<Point> {
+    pub(super) fn sample(&self) -> Option<Point> {
         let ledger = self.sources.spool.status().ledger();
         let counters = counters(&self.sources.recent.counts(), ledger.confirmed);
         let lags = self.sources.broker.take_lags();
         self.history().add(counters, ledger.pending, &lags, Timestamp::now(), Instant::now())
     }
 
-    pub fn points(&self) -> Vec<Point> {
+    pub(super) fn points(&self) -> Vec<Point> {
         self.history().points()
     }
 
-    pub async fn report(&self) -> Report {
+    pub(super) async fn report(&self) -> Report {
         let (status, broker, counts) =
             (self.sources.spool.status(), self.sources.broker.snapshot(), self.sources.recent.counts());
         let now = Timestamp::now();
@@ -155,7 +155,7 @@ impl View {
     }
 
     /// The latest events that match `find`, newest first.
-    pub async fn events(&self, find: &str) -> Result<Vec<EventReport>, ReadError> {
+    pub(super) async fn events(&self, find: &str) -> Result<Vec<EventReport>, ReadError> {
         let found = self.sources.recent.latest(EVENTS_MAX, |arrival| matches(arrival, find));
         let seqs = found.iter().map(|arrival| arrival.seq).collect();
         let undelivered: HashMap<u64, bool> =
@@ -176,7 +176,7 @@ impl View {
         Ok(found.iter().map(report).collect())
     }
 
-    pub async fn parked(&self) -> Result<ParkedReport, ViewError> {
+    pub(super) async fn parked(&self) -> Result<ParkedReport, ViewError> {
         let path = self.sources.spool.path();
         let listing = move || {
             let mut parked = Vec::new();
@@ -188,7 +188,7 @@ impl View {
     }
 
     /// Retries or removes a parked event. Returns whether the event was parked.
-    pub async fn act(&self, action: Action, id: Uuid) -> Result<bool, ViewError> {
+    pub(super) async fn act(&self, action: Action, id: Uuid) -> Result<bool, ViewError> {
         let path = self.sources.spool.path();
         let done = blocking(move || {
             let mut inspector = Inspector::open_for_change(&path)?;
@@ -209,7 +209,7 @@ impl View {
         Ok(done)
     }
 
-    pub async fn metrics(&self) -> String {
+    pub(super) async fn metrics(&self) -> String {
         let (ledger, broker) = (self.sources.spool.status().ledger(), self.sources.broker.snapshot());
         let (metrics, now) = (&self.sources.metrics, Timestamp::now());
         let flag = |flag: bool| f64::from(u8::from(flag));

@@ -57,7 +57,9 @@ impl ReadAhead {
         let has_room = self.events.len() <= self.batch / 2 && self.bytes < BODY_BYTES_MAX;
         if has_room && !self.exhausted && self.reading.is_none() {
             let (spool, cursor, batch) = (self.spool.clone(), self.cursor, self.batch);
-            self.reading = Some(tokio::spawn(async move { spool.pending_after(cursor, batch).await }));
+            #[expect(clippy::disallowed_methods, reason = "the read must go on while the session does other work")]
+            let reading = tokio::spawn(async move { spool.pending_after(cursor, batch).await });
+            self.reading = Some(reading);
         }
     }
 

@@ -97,6 +97,7 @@ impl Status {
         }
     }
 
+    /// The state of the connection now.
     pub fn snapshot(&self) -> BrokerState {
         locked(&self.state).clone()
     }

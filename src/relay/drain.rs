@@ -24,7 +24,7 @@ const HANDOVER_REQUESTS: Duration = Duration::from_secs(2);
 
 impl Tasks {
     /// Stops everything by `deadline`. Undelivered events stay on disk.
-    pub async fn drain(self, deadline: Instant) -> Result<(), RelayError> {
+    pub(super) async fn drain(self, deadline: Instant) -> Result<(), RelayError> {
         let Self { mut ingress, spool, spool_writer, mut publisher, ops, reload, upkeep, traces, stops, .. } = self;
         let is_handed_over = self.is_handed_over;
         let begun = Instant::now();

@@ -11,7 +11,7 @@ use crate::traces::TracesError;
 
 /// Why the relay could not start, or had to stop.
 #[derive(Debug, Error)]
-pub enum RelayError {
+pub(crate) enum RelayError {
     #[error("cannot install signal handlers")]
     Signals(#[source] std::io::Error),
     #[error(transparent)]
@@ -34,14 +34,14 @@ pub enum RelayError {
 
 impl RelayError {
     /// Whether the service manager's units have to change before another start can succeed.
-    pub fn is_misconfiguration(&self) -> bool {
+    pub(crate) fn is_misconfiguration(&self) -> bool {
         matches!(self, Self::SocketActivation(_))
     }
 }
 
 /// A task that must run as long as the relay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Task {
+pub(crate) enum Task {
     Ingress,
     SpoolWriter,
     Publisher,

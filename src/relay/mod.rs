@@ -13,10 +13,10 @@ use tracing::{info, warn};
 use crate::config::Config;
 use crate::service_manager;
 use crate::text::span;
-pub use error::RelayError;
+pub(crate) use error::RelayError;
 
 /// Runs the relay until SIGTERM or SIGINT, or until one of its tasks stops unexpectedly.
-pub async fn serve(config: Config) -> Result<(), RelayError> {
+pub(crate) async fn serve(config: Config) -> Result<(), RelayError> {
     let mut signals = StopSignals::install()?;
     // Without a handler SIGHUP would end the process; with one it asks for a reload of the secrets.
     let hangup = signal(SignalKind::hangup()).map_err(RelayError::Signals)?;

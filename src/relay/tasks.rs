@@ -44,6 +44,7 @@ pub(super) struct Tasks {
 
 impl Built {
     /// Spawns the tasks. `hangup` asks for a reload of secrets and certificates.
+    #[expect(clippy::disallowed_methods, reason = "this is the owner of the tasks")]
     pub(super) fn run(self, hangup: Signal) -> Tasks {
         let Self { ingress, publisher, ops, spool, spool_writer, watched, tls, traces, metrics, stops, .. } = self;
         let (exported, status) = (Arc::clone(&traces), Arc::clone(spool.status()));
@@ -66,7 +67,7 @@ impl Built {
 
 impl Tasks {
     /// Resolves when a task ends that must not.
-    pub async fn failure(&mut self) -> RelayError {
+    pub(super) async fn failure(&mut self) -> RelayError {
         tokio::select! {
             _ = &mut self.ingress => RelayError::Task(Task::Ingress),
             _ = &mut self.spool_writer => RelayError::Task(Task::SpoolWriter),

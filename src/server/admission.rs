@@ -91,12 +91,14 @@ pub struct Place {
 /// How many connections are open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ConnectionCounts {
+    /// Before their first complete request head.
     pub half_open: usize,
     /// Known or trusted.
     pub established: usize,
 }
 
 impl Admission {
+    /// A table without connections. `unlimited_sources` are proxies, which the limit per source does not concern.
     pub fn new(total_max: usize, source_max: usize, unlimited_sources: Vec<IpNet>) -> Arc<Self> {
         Arc::new(Self { total_max, source_max, unlimited_sources, table: Mutex::default(), left: Notify::new() })
     }
@@ -145,6 +147,7 @@ impl Admission {
         }
     }
 
+    /// How many connections are open.
     pub fn counts(&self) -> ConnectionCounts {
         let table = self.table();
         let half_open = table.candidates.half_open.len();

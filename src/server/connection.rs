@@ -23,7 +23,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
 use tokio_util::sync::CancellationToken;
 
-use super::{BodyError, Limits};
+use super::limits::{BodyError, Limits};
 
 /// How long a client may take to read the end of its last answer once the relay stops.
 const GOODBYE: Duration = Duration::from_secs(2);
@@ -36,6 +36,7 @@ pub enum End {
     Closed,
     /// The peer or the network broke it off.
     Broken(String),
+    /// The TLS handshake failed.
     TlsHandshake(String),
     /// The client did not speak HTTP/1.1, or sent a head over the limits.
     Malformed(String),
@@ -75,6 +76,7 @@ pub struct Protocol {
 }
 
 impl Protocol {
+    /// HTTP/1.1 with these limits.
     pub fn new(limits: &Limits) -> Self {
         let mut builder = http1::Builder::new();
         builder
@@ -121,7 +123,7 @@ impl Protocol {
     }
 
     /// Serves HTTP over any stream until the client, an error or a deadline ends it. After `shutdown` it ends with the
-    /// request in progress, or with one that follows within [`LAST_REQUEST`].
+    /// request in progress, or with one that follows within `LAST_REQUEST`.
     pub async fn speak<H, F, B>(
         &self,
         stream: impl AsyncRead + AsyncWrite,

@@ -2,6 +2,7 @@
 
 mod admission;
 mod connection;
+mod limits;
 mod refusals;
 
 use std::future::Future;
@@ -13,7 +14,6 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use hyper::body::{Body, Incoming};
 use hyper::{Request, Response};
-use ipnet::IpNet;
 use thiserror::Error;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
@@ -23,13 +23,12 @@ use tracing::warn;
 pub use admission::{Admission, ConnectionCounts};
 use admission::{Place, Trust};
 pub use connection::{End, Protocol};
+use limits::BodyError;
+pub use limits::Limits;
 use refusals::Refusals;
 
 use crate::metrics::Metrics;
 use crate::tls;
-
-/// The error of an answer whose body fails while it is sent.
-type BodyError = Box<dyn std::error::Error + Send + Sync>;
 
 /// How long to wait for a free file descriptor after an error of `accept`.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -46,6 +45,7 @@ pub struct BindError {
 /// The other end of a connection, as handlers see it.
 #[derive(Clone)]
 pub struct Peer {
+    /// The peer's address.
     pub address: SocketAddr,
     /// `None`: the connection is not one of a [`Server`].
     place: Option<Arc<Place>>,
@@ -64,23 +64,6 @@ impl From<SocketAddr> for Peer {
     fn from(address: SocketAddr) -> Self {
         Self { address, place: None }
     }
-}
-
-/// The limits of a listener.
-#[derive(Clone, Debug)]
-pub struct Limits {
-    pub connections_max: usize,
-    /// For one source: an IPv4 address or an IPv6 /64.
-    pub connections_per_source_max: usize,
-    /// Peers without a limit for their source: proxies.
-    pub unlimited_sources: Vec<IpNet>,
-    /// For a TLS handshake, for a request head, and for a connection without a request.
-    pub header_timeout: Duration,
-    /// For a client that reads none of its answer.
-    pub write_timeout: Duration,
-    pub headers_max: usize,
-    /// The size of a request head.
-    pub header_bytes_max: usize,
 }
 
 /// A bound listener.

@@ -28,7 +28,7 @@ struct Reason {
 
 impl Refusals {
     /// `listener` is its name in metrics and logs.
-    pub fn new(listener: &'static str, metrics: &Metrics) -> Self {
+    pub(super) fn new(listener: &'static str, metrics: &Metrics) -> Self {
         let reason = |label| Reason { label, count: metrics.refused_connections(listener, label) };
         Self {
             listener,
@@ -42,7 +42,7 @@ impl Refusals {
     }
 
     /// Counts and logs a connection that the peer forced the relay to refuse or to close.
-    pub fn on_end(&self, end: &End, peer: SocketAddr) {
+    pub(super) fn on_end(&self, end: &End, peer: SocketAddr) {
         let listener = self.listener;
         let (reason, error) = match end {
             End::Closed => return,
@@ -65,7 +65,7 @@ impl Refusals {
     }
 
     /// The number of unlogged errors of `accept` before this one, if this one is to be logged.
-    pub fn accept_error_due(&self) -> Option<u64> {
+    pub(super) fn accept_error_due(&self) -> Option<u64> {
         self.log_limiter.due("accept", Instant::now())
     }
 }

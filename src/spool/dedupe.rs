@@ -21,6 +21,7 @@ use crate::event::Event;
 pub struct Settings {
     /// Zero: off.
     pub window: Duration,
+    /// Most requests to remember; the newest win.
     pub entries_max: usize,
 }
 
@@ -88,7 +89,7 @@ pub(super) struct Now {
 }
 
 impl Now {
-    pub fn read() -> Self {
+    pub(super) fn read() -> Self {
         Self { wall_ms: Timestamp::now().as_millisecond(), monotonic: Instant::now() }
     }
 }
@@ -115,7 +116,7 @@ impl Entry {
 }
 
 impl Window {
-    pub fn new(settings: &Settings) -> Self {
+    pub(super) fn new(settings: &Settings) -> Self {
         // Memory counts only once it is used; growing step by step would take half as much again for a while.
         let room = if settings.window.is_zero() { 0 } else { settings.entries_max.min(ROOM_MAX) + ROOM_BEYOND };
         Self {
@@ -130,13 +131,13 @@ impl Window {
         }
     }
 
-    pub fn is_on(&self) -> bool {
+    pub(super) fn is_on(&self) -> bool {
         self.length_ms > 0
     }
 
     /// Takes over the entries of an earlier process; `last` is the number of the last one. An entry from the future
     /// counts as accepted just now.
-    pub fn load(&mut self, entries: &[EntryBytes], last: u64, now: Now) {
+    pub(super) fn load(&mut self, entries: &[EntryBytes], last: u64, now: Now) {
         self.first = last + 1 - entries.len() as u64;
         for bytes in entries {
             let age = i64::max(0, now.wall_ms.saturating_sub(i64::from_be_bytes(piece(bytes, 40))));
@@ -155,7 +156,7 @@ impl Window {
     /// The receipt of the first acceptance, if this is a re-send: the body was accepted within the window, or the very
     /// same signed request was accepted before. The latter was captured: Prism signs what it sends later with a later
     /// time. Remembers the signature of a re-send.
-    pub fn recognise(&mut self, event: &Event, replayable_until_ms: Option<i64>, now: Now) -> Option<Receipt> {
+    pub(super) fn recognise(&mut self, event: &Event, replayable_until_ms: Option<i64>, now: Now) -> Option<Receipt> {
         let mut entry = self.entry(0, event, replayable_until_ms, now);
         let known = |map: &HashMap<u64, u64>, key| {
             let index = usize::try_from(map.get(&key)? - self.first).ok()?;
@@ -174,30 +175,30 @@ impl Window {
     }
 
     /// Remembers an accepted event.
-    pub fn insert(&mut self, seq: u64, event: &Event, replayable_until_ms: Option<i64>, now: Now) {
+    pub(super) fn insert(&mut self, seq: u64, event: &Event, replayable_until_ms: Option<i64>, now: Now) {
         if self.is_on() {
             self.add(self.entry(seq, event, replayable_until_ms, now), now);
         }
     }
 
     /// The entries of the transaction in progress, for the disk. Empty if there are none.
-    pub fn uncommitted(&self) -> &[EntryBytes] {
+    pub(super) fn uncommitted(&self) -> &[EntryBytes] {
         &self.uncommitted
     }
 
     /// The number of the last entry.
-    pub fn last(&self) -> u64 {
+    pub(super) fn last(&self) -> u64 {
         self.first + self.entries.len() as u64 - 1
     }
 
     /// The transaction was committed.
-    pub fn commit(&mut self) {
+    pub(super) fn commit(&mut self) {
         self.uncommitted.clear();
     }
 
     /// The transaction failed: forgets its entries. They may have replaced earlier ones in the maps, so all are indexed
     /// again: failures are rare.
-    pub fn roll_back(&mut self) {
+    pub(super) fn roll_back(&mut self) {
         if self.uncommitted.is_empty() {
             return;
         }
@@ -211,7 +212,7 @@ impl Window {
     }
 
     /// Drops the expired entries at the front, and the oldest ones if there are too many. Called between transactions.
-    pub fn purge(&mut self, now: Instant) -> Option<Purged> {
+    pub(super) fn purge(&mut self, now: Instant) -> Option<Purged> {
         let (now, mut purged) = (self.at(now), None);
         while let Some(oldest) = self.entries.front() {
             let is_live = oldest.expires_at > now;

@@ -7,6 +7,7 @@ use thiserror::Error;
 
 /// The spool could not be opened.
 #[derive(Debug, Error)]
+#[expect(missing_docs, reason = "the text of each error says what it is")]
 pub enum OpenError {
     #[error("cannot create or open {path}")]
     Io { path: PathBuf, source: std::io::Error },
@@ -32,10 +33,13 @@ pub enum OpenError {
 /// The event was not accepted, and will not appear later.
 #[derive(Debug, Error, Clone, Copy, PartialEq, Eq)]
 pub enum AppendError {
+    /// The limit is reached. Deliveries go on, and make room.
     #[error("the spool is full (spool.max_bytes)")]
     Full,
+    /// The disk does not take writes, or does not answer.
     #[error("the spool cannot be written")]
     Unavailable,
+    /// The relay is stopping.
     #[error("the relay is shutting down")]
     Closed,
 }
@@ -51,6 +55,11 @@ impl ReadError {
         is_damage(&self.0)
     }
 }
+
+/// The spool could not be changed.
+#[derive(Debug, Error)]
+#[error("cannot change the spool")]
+pub struct ChangeError(#[from] rusqlite::Error);
 
 /// Whether SQLite reports damage of the file, as opposed to a disk that is full or away.
 pub(super) fn is_damage(error: &rusqlite::Error) -> bool {

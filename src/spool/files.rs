@@ -52,14 +52,14 @@ pub(super) struct FileIdentity(Vec<(PathBuf, u64)>);
 
 impl FileIdentity {
     /// Identifies the open spool and its log.
-    pub fn of(spool: &Path) -> io::Result<Self> {
+    pub(super) fn of(spool: &Path) -> io::Result<Self> {
         let paths = [spool.to_owned(), sibling(spool, "-wal")];
         let numbered = paths.into_iter().map(|path| fs::metadata(&path).map(|metadata| (path, metadata.ino())));
         Ok(Self(numbered.collect::<io::Result<_>>()?))
     }
 
     /// Whether the paths still lead to the same files.
-    pub fn is_unchanged(&self) -> bool {
+    pub(super) fn is_unchanged(&self) -> bool {
         self.0.iter().all(|(path, number)| fs::metadata(path).is_ok_and(|metadata| metadata.ino() == *number))
     }
 }
@@ -83,7 +83,7 @@ const RESERVE_EVERY: Duration = Duration::from_secs(1);
 
 impl Reserve {
     /// Allocates the space, unless an earlier relay left it allocated.
-    pub fn of(spool: &Path) -> Self {
+    pub(super) fn of(spool: &Path) -> Self {
         let path = sibling(spool, RESERVE);
         let held = fs::metadata(&path).is_ok_and(|metadata| metadata.len() == RESERVE_BYTES as u64);
         let mut reserve = Self { path, held, tried: Instant::now() };
@@ -94,14 +94,14 @@ impl Reserve {
     }
 
     /// Frees the space. Returns whether there was any.
-    pub fn give_up(&mut self) -> bool {
+    pub(super) fn give_up(&mut self) -> bool {
         let was_held = std::mem::replace(&mut self.held, false);
         self.tried = Instant::now();
         was_held && fs::remove_file(&self.path).is_ok()
     }
 
     /// Whether the space is allocated. Tries to allocate it again when the last try is long enough ago.
-    pub fn is_held(&mut self) -> bool {
+    pub(super) fn is_held(&mut self) -> bool {
         if !self.held && self.tried.elapsed() >= RESERVE_EVERY {
             self.tried = Instant::now();
             self.held = self.allocate().is_ok();
@@ -139,7 +139,7 @@ pub(super) struct Lock {
 
 impl Lock {
     /// Takes the lock, or fails with the pid of the relay that has it.
-    pub fn take(path: &Path) -> Result<Self, OpenError> {
+    pub(super) fn take(path: &Path) -> Result<Self, OpenError> {
         create_folder(path).map_err(|source| OpenError::Io { path: path.to_owned(), source })?;
         let lock_path = Self::path(path);
         let io = |source| OpenError::Io { path: lock_path.clone(), source };
@@ -161,22 +161,22 @@ impl Lock {
         Ok(Self { file, is_old, crashed: !pid.is_empty() })
     }
 
-    pub fn path(spool: &Path) -> PathBuf {
+    pub(super) fn path(spool: &Path) -> PathBuf {
         sibling(spool, ".lock")
     }
 
     /// Whether a relay used this spool before.
-    pub fn is_old(&self) -> bool {
+    pub(super) fn is_old(&self) -> bool {
         self.is_old
     }
 
     /// Whether the last relay on this spool ended without closing it.
-    pub fn crashed(&self) -> bool {
+    pub(super) fn crashed(&self) -> bool {
         self.crashed
     }
 
     /// Releases the lock after the spool was closed.
-    pub fn release(self) {
+    pub(super) fn release(self) {
         // If this fails, the next relay assumes a crash, which is harmless.
         let _ = self.file.set_len(0);
     }

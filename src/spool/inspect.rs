@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use rusqlite::{Connection, OpenFlags, OptionalExtension, Result, Row, TransactionBehavior};
 use uuid::Uuid;
 
-use super::error::OpenError;
+use super::error::{ChangeError, OpenError, ReadError};
 use super::files::Lock;
 use super::ledger::Ledger;
 use super::reader::{self, COLUMNS, open_read_only, stored};
@@ -23,7 +23,9 @@ pub enum SpoolState {
     Absent(PathBuf),
     /// It is being recovered, or will be at the next start.
     Damaged,
+    /// No relay runs on it.
     Idle,
+    /// A relay runs on it.
     InUse,
 }
 
@@ -50,6 +52,7 @@ pub struct Inspector {
 /// An event with what the relay knows about its delivery.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
+    /// The event with its number.
     pub stored: Stored,
     /// Why the broker does not take it; `None` while it is pending.
     pub parked_reason: Option<String>,
@@ -60,6 +63,7 @@ pub struct Entry {
 /// What [`Inspector::verify`] found.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Verdict {
+    /// The totals in the file.
     pub ledger: Ledger,
     /// Empty if nothing is wrong.
     pub problems: Vec<String>,
@@ -93,17 +97,18 @@ impl Inspector {
         Ok(Self { connection })
     }
 
-    pub fn ledger(&self) -> Result<Ledger> {
-        Ledger::read(&self.connection)
+    /// Reads the totals.
+    pub fn ledger(&self) -> Result<Ledger, ReadError> {
+        Ok(Ledger::read(&self.connection)?)
     }
 
     /// When the oldest pending event was accepted, in milliseconds since 1970.
-    pub fn oldest_pending_ms(&self) -> Result<Option<i64>> {
-        reader::oldest_pending_ms(&self.connection)
+    pub fn oldest_pending_ms(&self) -> Result<Option<i64>, ReadError> {
+        Ok(reader::oldest_pending_ms(&self.connection)?)
     }
 
     /// Calls `each` with the events in the order of acceptance, at most `limit` of them.
-    pub fn each(&self, parked_only: bool, limit: u64, mut each: impl FnMut(Entry)) -> Result<()> {
+    pub fn each(&self, parked_only: bool, limit: u64, mut each: impl FnMut(Entry)) -> Result<(), ReadError> {
         let filter = if parked_only { PARKED } else { "" };
         let sql = format!("SELECT {COLUMNS}, parked_reason, tried_ms FROM event {filter} ORDER BY seq LIMIT ?1");
         let mut statement = self.connection.prepare(&sql)?;
@@ -115,14 +120,14 @@ impl Inspector {
     }
 
     /// The event with this id, if it is still in the spool.
-    pub fn find(&self, id: Uuid) -> Result<Option<Entry>> {
+    pub fn find(&self, id: Uuid) -> Result<Option<Entry>, ReadError> {
         let sql = format!("SELECT {COLUMNS}, parked_reason, tried_ms FROM event WHERE id = ?1");
-        self.connection.query_row(&sql, [id.as_bytes()], entry).optional()
+        Ok(self.connection.query_row(&sql, [id.as_bytes()], entry).optional()?)
     }
 
     /// Reads everything: checks the structure of the file, each body against its fingerprint, and the ledger against
     /// the events.
-    pub fn verify(&mut self) -> Result<Verdict> {
+    pub fn verify(&mut self) -> Result<Verdict, ReadError> {
         // In one transaction, so that a running relay does not change the totals meanwhile.
         let transaction = self.connection.transaction()?;
         let mut problems = Vec::new();
@@ -164,19 +169,19 @@ impl Inspector {
     }
 
     /// The number of the parked event with this id, if there is one.
-    pub fn parked(&self, id: Uuid) -> Result<Option<u64>> {
+    pub fn parked(&self, id: Uuid) -> Result<Option<u64>, ReadError> {
         let sql = format!("SELECT seq FROM event {PARKED} AND id = ?1");
-        self.connection.query_row(&sql, [id.as_bytes()], |row| row.get(0)).optional()
+        Ok(self.connection.query_row(&sql, [id.as_bytes()], |row| row.get(0)).optional()?)
     }
 
     /// Makes the relay retry a parked event in its next round. Returns whether it is parked.
-    pub fn retry(&mut self, seq: u64) -> Result<bool> {
+    pub fn retry(&mut self, seq: u64) -> Result<bool, ChangeError> {
         let sql = "UPDATE event SET tried_ms = 0 WHERE seq = ?1 AND parked_reason IS NOT NULL";
         Ok(self.connection.execute(sql, [seq])? > 0)
     }
 
     /// Removes an event for good. Returns whether it was there.
-    pub fn remove(&mut self, id: Uuid) -> Result<bool> {
+    pub fn remove(&mut self, id: Uuid) -> Result<bool, ChangeError> {
         // Searched before the write lock is taken: there is no index by id, and the relay would wait for the search.
         let seq: Option<u64> = self
             .connection
@@ -186,7 +191,7 @@ impl Inspector {
     }
 
     /// Removes an event by its number. Returns whether it was there.
-    pub fn remove_seq(&mut self, seq: u64) -> Result<bool> {
+    pub fn remove_seq(&mut self, seq: u64) -> Result<bool, ChangeError> {
         let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         let deleted = store::delete(&transaction, seq, seq)?;
         let mut ledger = Ledger::read(&transaction)?;

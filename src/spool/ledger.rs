@@ -9,6 +9,7 @@ use rusqlite::{Connection, Result, Row};
 pub struct Ledger {
     /// Events ever accepted; also the `seq` of the last one.
     pub accepted: u64,
+    /// Delivered: confirmed by the broker and routed to a queue.
     pub confirmed: u64,
     /// Waiting for their confirm.
     pub pending: u64,
@@ -30,7 +31,7 @@ pub(super) struct Deleted {
 }
 
 impl Deleted {
-    pub fn events(&self) -> u64 {
+    pub(super) fn events(&self) -> u64 {
         self.pending + self.parked
     }
 }
@@ -40,6 +41,7 @@ pub(super) fn wrong_totals() -> rusqlite::Error {
 }
 
 impl Ledger {
+    /// Whether the totals add up.
     pub fn balances(&self) -> bool {
         let parts = [self.confirmed, self.pending, self.parked, self.removed];
         u128::from(self.accepted) == parts.map(u128::from).iter().sum()

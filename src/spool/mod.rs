@@ -24,7 +24,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use jiff::Timestamp;
 use tokio::sync::{Notify, mpsc, oneshot};
 
-pub use error::{AppendError, OpenError, ReadError};
+pub use error::{AppendError, ChangeError, OpenError, ReadError};
 use files::Lock;
 pub use inspect::{Entry, Inspector, SpoolState, Verdict};
 pub use ledger::Ledger;
@@ -177,10 +177,12 @@ impl Spool {
         &self.committed
     }
 
+    /// The state after the last commit, without waiting for the disk.
     pub fn status(&self) -> &Arc<SpoolStatus> {
         &self.status
     }
 
+    /// `spool.max_bytes`.
     pub fn max_bytes(&self) -> u64 {
         self.max_bytes
     }

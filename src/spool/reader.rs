@@ -24,7 +24,7 @@ pub(super) struct Reader {
 }
 
 impl Reader {
-    pub fn open(path: &Path) -> Result<Self> {
+    pub(super) fn open(path: &Path) -> Result<Self> {
         let connection = open_read_only(path)?;
         // SQLite opens the file at the first query. From then on it stays readable, even if its folder is deleted.
         oldest_pending_ms(&connection)?;
@@ -32,7 +32,7 @@ impl Reader {
     }
 
     /// Runs `query` on a thread that may block.
-    pub async fn run<T, F>(&self, query: F) -> Result<T, ReadError>
+    pub(super) async fn run<T, F>(&self, query: F) -> Result<T, ReadError>
     where
         T: Send + 'static,
         F: FnOnce(&Connection) -> Result<T> + Send + 'static,

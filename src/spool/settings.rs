@@ -5,9 +5,11 @@ use std::path::PathBuf;
 /// Where the spool is, how large it may become, and what its events survive.
 #[derive(Clone, Debug)]
 pub struct Settings {
+    /// The SQLite file; its companions lie next to it.
     pub path: PathBuf,
     /// Limit for the pending and parked events, counted with `EVENT_OVERHEAD_BYTES` for each.
     pub max_bytes: u64,
+    /// What an accepted event survives.
     pub durability: Durability,
 }
 

@@ -79,7 +79,7 @@ pub(super) struct Store {
 
 impl Store {
     /// Opens the file, and makes it a spool if it is empty. The caller holds the lock.
-    pub fn open(path: &Path, durability: Durability) -> Result<Self, OpenError> {
+    pub(super) fn open(path: &Path, durability: Durability) -> Result<Self, OpenError> {
         let sqlite = |source| OpenError::Sqlite { path: path.to_owned(), source };
         files::create_private(path).map_err(|source| OpenError::Io { path: path.to_owned(), source })?;
         let connection = Connection::open(path).map_err(sqlite)?;
@@ -109,69 +109,69 @@ impl Store {
     }
 
     /// Disk space to give up when the disk is full.
-    pub fn reserve(&mut self) -> &mut Reserve {
+    pub(super) fn reserve(&mut self) -> &mut Reserve {
         &mut self.reserve
     }
 
     /// Whether the paths still lead to the open files.
-    pub fn is_in_place(&self) -> bool {
+    pub(super) fn is_in_place(&self) -> bool {
         self.files.is_unchanged()
     }
 
     /// Reads the totals. Fails if they do not add up, because later totals are computed from them.
-    pub fn ledger(&self) -> Result<Ledger> {
+    pub(super) fn ledger(&self) -> Result<Ledger> {
         let ledger = Ledger::read(&self.connection)?;
         if ledger.balances() { Ok(ledger) } else { Err(wrong_totals()) }
     }
 
     /// Reads the totals. Fails as well if an event has a higher number than the last accepted one.
-    pub fn ledger_of_events(&self) -> Result<Ledger> {
+    pub(super) fn ledger_of_events(&self) -> Result<Ledger> {
         let ledger = self.ledger()?;
         if ledger.accepted >= self.highest()? { Ok(ledger) } else { Err(wrong_totals()) }
     }
 
     /// `durable`: whether this transaction has to survive a power loss once it is committed. A deletion need not: if it
     /// is lost, the event is published again under the same id.
-    pub fn begin(&mut self, durable: bool) -> Result<()> {
+    pub(super) fn begin(&mut self, durable: bool) -> Result<()> {
         self.set_synced(durable)?;
         self.run("BEGIN IMMEDIATE")
     }
 
-    pub fn commit(&self) -> Result<()> {
+    pub(super) fn commit(&self) -> Result<()> {
         self.run("COMMIT")
     }
 
-    pub fn rollback(&self) -> Result<()> {
+    pub(super) fn rollback(&self) -> Result<()> {
         if self.connection.is_autocommit() { Ok(()) } else { self.run("ROLLBACK") }
     }
 
     /// Copies the write-ahead log into the file, syncs the file, and truncates the log. Fails with
     /// `ExecuteReturnedResults` if another process reads the file.
-    pub fn restart_log(&mut self) -> Result<()> {
+    pub(super) fn restart_log(&mut self) -> Result<()> {
         self.set_synced(true)?;
         let busy: bool = self.connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get(0))?;
         if busy { Err(rusqlite::Error::ExecuteReturnedResults) } else { Ok(()) }
     }
 
     /// Accepted events that could not be read after the file was damaged; the removed ones include them.
-    pub fn lost(&self) -> Result<u64> {
+    pub(super) fn lost(&self) -> Result<u64> {
         lost(&self.connection)
     }
 
-    pub fn set_lost(&self, lost: u64) -> Result<()> {
+    pub(super) fn set_lost(&self, lost: u64) -> Result<()> {
         self.connection.execute("UPDATE ledger SET lost = ?1", [lost]).map(|_| ())
     }
 
-    pub fn write_ledger(&self, ledger: &Ledger) -> Result<()> {
+    pub(super) fn write_ledger(&self, ledger: &Ledger) -> Result<()> {
         ledger.write(&self.connection)
     }
 
     /// Makes the transaction write something: SQLite writes nothing if no value changes.
-    pub fn touch(&self) -> Result<()> {
+    pub(super) fn touch(&self) -> Result<()> {
         self.run("UPDATE ledger SET touches = touches + 1")
     }
 
-    pub fn insert(&self, seq: u64, event: &Event) -> Result<()> {
+    pub(super) fn insert(&self, seq: u64, event: &Event) -> Result<()> {
         let (traceparent, tracestate) = match &event.trace {
             Some(trace) => (Some(trace.traceparent.as_str()), trace.tracestate.as_deref()),
             None => (None, None),
@@ -194,12 +194,12 @@ impl Store {
     }
 
     /// Deletes the events from `first` to `last`, both included.
-    pub fn delete(&self, first: u64, last: u64) -> Result<Deleted> {
+    pub(super) fn delete(&self, first: u64, last: u64) -> Result<Deleted> {
         delete(&self.connection, first, last)
     }
 
     /// Returns whether the event was pending until now.
-    pub fn park(&self, seq: u64, reason: &str, now_ms: i64) -> Result<bool> {
+    pub(super) fn park(&self, seq: u64, reason: &str, now_ms: i64) -> Result<bool> {
         let mut first = self.connection.prepare_cached(
             "UPDATE event SET parked_reason = ?2, tried_ms = ?3 WHERE seq = ?1 AND parked_reason IS NULL",
         )?;
@@ -213,7 +213,7 @@ impl Store {
     }
 
     /// Records a try of a parked event.
-    pub fn tried(&self, seq: u64, now_ms: i64) -> Result<()> {
+    pub(super) fn tried(&self, seq: u64, now_ms: i64) -> Result<()> {
         let mut statement = self
             .connection
             .prepare_cached("UPDATE event SET tried_ms = ?2 WHERE seq = ?1 AND parked_reason IS NOT NULL")?;
@@ -221,7 +221,7 @@ impl Store {
     }
 
     /// Appends entries to the dedupe window; `last` is the number of the last one.
-    pub fn remember(&self, last: u64, entries: &[EntryBytes]) -> Result<()> {
+    pub(super) fn remember(&self, last: u64, entries: &[EntryBytes]) -> Result<()> {
         if entries.is_empty() {
             return Ok(());
         }
@@ -230,13 +230,13 @@ impl Store {
     }
 
     /// Deletes the entries of the dedupe window up to number `last`. Rows with a later entry stay as they are.
-    pub fn forget(&self, last: u64) -> Result<()> {
+    pub(super) fn forget(&self, last: u64) -> Result<()> {
         let mut statement = self.connection.prepare_cached("DELETE FROM seen WHERE last <= ?1")?;
         statement.execute([last]).map(|_| ())
     }
 
     /// At least the newest `limit` entries of the dedupe window, the oldest first.
-    pub fn seen(&self, limit: usize) -> Result<SeenEntries> {
+    pub(super) fn seen(&self, limit: usize) -> Result<SeenEntries> {
         let mut statement = self.connection.prepare("SELECT last, entries FROM seen ORDER BY last DESC")?;
         let (mut entries, mut last) = (Vec::new(), 0);
         let mut rows = statement.query([])?;
@@ -258,13 +258,13 @@ impl Store {
     }
 
     /// The id of the event with this number.
-    pub fn id(&self, seq: u64) -> Result<Option<Uuid>> {
+    pub(super) fn id(&self, seq: u64) -> Result<Option<Uuid>> {
         let mut statement = self.connection.prepare_cached("SELECT id FROM event WHERE seq = ?1")?;
         statement.query_row([seq], |row| Ok(Uuid::from_bytes(row.get(0)?))).optional()
     }
 
     /// From the lowest to the highest number of the events.
-    pub fn range(&self) -> Result<Option<RangeInclusive<u64>>> {
+    pub(super) fn range(&self) -> Result<Option<RangeInclusive<u64>>> {
         self.connection.query_row("SELECT min(seq), max(seq) FROM event", [], |row| {
             let ends = row.get::<_, Option<u64>>(0)?.zip(row.get(1)?);
             Ok(ends.map(|(first, last)| first..=last))
@@ -272,7 +272,7 @@ impl Store {
     }
 
     /// The numbers in `range` that no event has.
-    pub fn gaps(&self, range: RangeInclusive<u64>) -> Result<Vec<RangeInclusive<u64>>> {
+    pub(super) fn gaps(&self, range: RangeInclusive<u64>) -> Result<Vec<RangeInclusive<u64>>> {
         let (mut next, last) = range.into_inner();
         let mut statement =
             self.connection.prepare("SELECT seq FROM event WHERE seq BETWEEN ?1 AND ?2 ORDER BY seq")?;
@@ -291,13 +291,13 @@ impl Store {
     }
 
     /// The number of the oldest pending event; 0 if there is none.
-    pub fn oldest_pending(&self) -> Result<u64> {
+    pub(super) fn oldest_pending(&self) -> Result<u64> {
         let sql = "SELECT coalesce((SELECT seq FROM event WHERE parked_reason IS NULL ORDER BY seq LIMIT 1), 0)";
         self.connection.query_row(sql, [], |row| row.get(0))
     }
 
     /// The highest number of the events; 0 if there is none.
-    pub fn highest(&self) -> Result<u64> {
+    pub(super) fn highest(&self) -> Result<u64> {
         self.connection.query_row("SELECT coalesce(max(seq), 0) FROM event", [], |row| row.get(0))
     }
 

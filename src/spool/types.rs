@@ -20,6 +20,7 @@ pub struct Receipt {
     pub seq: u64,
     /// Its id; for a re-send, the id of the first one.
     pub id: Uuid,
+    /// Whether this is a re-send, which is not stored again.
     pub duplicate: bool,
 }
 
@@ -28,12 +29,14 @@ pub struct Receipt {
 pub struct Stored {
     /// Its number in the order of acceptance.
     pub seq: u64,
+    /// The event as it was accepted.
     pub event: Event,
 }
 
 /// Some of the requested events, in order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Batch {
+    /// In the order asked for.
     pub events: Vec<Stored>,
     /// Whether there may be more behind them.
     pub more: bool,
@@ -45,7 +48,12 @@ pub enum Settlement {
     /// The broker has it, in at least one queue: it leaves the spool.
     Confirmed(u64),
     /// The broker does not take it: it stays, is counted apart, and is retried slowly.
-    Parked { seq: u64, reason: String },
+    Parked {
+        /// The number of the event.
+        seq: u64,
+        /// Why the broker does not take it, for the operators.
+        reason: String,
+    },
     /// A parked event is about to be retried.
     Tried(u64),
 }
@@ -53,6 +61,8 @@ pub enum Settlement {
 /// An event that is still in the spool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Undelivered {
+    /// Its number in the order of acceptance.
     pub seq: u64,
+    /// Whether it is parked; else it is pending.
     pub parked: bool,
 }

@@ -119,7 +119,7 @@ struct Transaction {
 }
 
 impl Writer {
-    pub fn new(
+    pub(super) fn new(
         store: Store,
         max_bytes: u64,
         dedupe: &dedupe::Settings,
@@ -149,7 +149,7 @@ impl Writer {
 
     /// Runs until every sender of commands is gone, the files are gone and their events delivered, or the file is
     /// damaged.
-    pub fn run(mut self, mut commands: mpsc::Receiver<Command>, runtime: &Handle) -> Exit {
+    pub(super) fn run(mut self, mut commands: mpsc::Receiver<Command>, runtime: &Handle) -> Exit {
         while !self.damaged {
             let first = if self.status.writable() {
                 commands.blocking_recv()

@@ -36,7 +36,7 @@ pub enum TopologyError {
 }
 
 /// Creates what is missing or checks what exists, as `declare` says. The first problem ends it.
-pub async fn establish(connection: &Connection, plan: &Plan, declare: Declare) -> Result<(), TopologyError> {
+pub(crate) async fn establish(connection: &Connection, plan: &Plan, declare: Declare) -> Result<(), TopologyError> {
     match declare {
         Declare::Active => {
             let channel = connection.create_channel().await?;
@@ -62,7 +62,7 @@ pub async fn establish(connection: &Connection, plan: &Plan, declare: Declare) -
 
 /// How an entity on the broker compares with the plan.
 #[derive(Debug)]
-pub enum Comparison {
+pub(crate) enum Comparison {
     Same,
     /// It exists. Its properties were not compared, because a passive relay takes them as they are.
     Present,
@@ -72,7 +72,11 @@ pub enum Comparison {
 
 /// Compares without creating anything, as far as it matters to a relay with this `declare`. AMQP does not show
 /// bindings.
-pub async fn compare(connection: &Connection, entity: &Entity, declare: Declare) -> Result<Comparison, lapin::Error> {
+pub(crate) async fn compare(
+    connection: &Connection,
+    entity: &Entity,
+    declare: Declare,
+) -> Result<Comparison, lapin::Error> {
     let compared = async {
         if !exists(connection, entity).await? {
             return Ok(Comparison::Absent);

@@ -16,7 +16,7 @@ pub(super) const KEEPERS_LIMIT: i64 = 1_000_000;
 
 /// Writes definitions for `rabbitmqctl import_definitions` (<https://www.rabbitmq.com/docs/definitions>), with policies
 /// in place of arguments where that is possible.
-pub fn definitions(plan: &Plan, vhost: &str) -> Value {
+pub(crate) fn definitions(plan: &Plan, vhost: &str) -> Value {
     let (mut exchanges, mut queues, mut policies) = (Vec::new(), Vec::new(), Vec::new());
     for entity in plan.entities() {
         let name = entity.name();

@@ -13,7 +13,7 @@ use crate::text::clean;
 
 /// One thing that is not as configured.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Difference {
+pub(crate) struct Difference {
     /// The exchange, queue or binding that differs.
     pub entity: String,
     pub what: String,
@@ -22,7 +22,7 @@ pub struct Difference {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub(crate) enum Kind {
     Missing,
     /// It exists with other properties. A passive relay takes them as they are.
     Changed,
@@ -34,7 +34,7 @@ pub enum Kind {
 
 impl Kind {
     /// Whether to fix it only when everything else is as configured, because until then events may have no other route.
-    pub fn is_last(self) -> bool {
+    pub(crate) fn is_last(self) -> bool {
         matches!(self, Self::Surplus | Self::Advice)
     }
 }
@@ -46,18 +46,18 @@ impl Difference {
         Self { entity, what, kind, remedy: remedy.printable() }
     }
 
-    pub fn missing(entity: impl Display) -> Self {
+    pub(crate) fn missing(entity: impl Display) -> Self {
         Self::new(Kind::Missing, entity, "does not exist", Remedy::Declare)
     }
 
     /// An entity with properties that can only be changed by replacing it.
-    pub fn replace(plan: &Plan, entity: &Entity, what: impl Display, commands: &Commands) -> Self {
+    pub(crate) fn replace(plan: &Plan, entity: &Entity, what: impl Display, commands: &Commands) -> Self {
         Self::new(Kind::Changed, entity, what, commands.replace(plan, entity))
     }
 }
 
 /// Lists what is missing or differs in the order of the plan, and then what is not configured.
-pub fn differences(plan: &Plan, live: &Live, commands: &Commands) -> Vec<Difference> {
+pub(crate) fn differences(plan: &Plan, live: &Live, commands: &Commands) -> Vec<Difference> {
     let comparison = Comparison { plan, live, commands };
     let mut found = Vec::new();
     for entity in plan.entities() {

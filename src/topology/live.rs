@@ -7,7 +7,7 @@ use crate::broker::{Management, ManagementError, encoded};
 
 /// Everything in a virtual host that can be compared with a plan.
 #[derive(Debug, Deserialize)]
-pub struct Live {
+pub(crate) struct Live {
     /// RabbitMQ's version, such as `4.0.5`.
     pub(super) version: String,
     pub(super) exchanges: Vec<LiveEntity>,
@@ -54,7 +54,7 @@ pub(super) struct LivePolicy {
 
 impl Live {
     /// Reads exchanges, queues, bindings and policies of the virtual host.
-    pub async fn read(api: &Management) -> Result<Self, ManagementError> {
+    pub(crate) async fn read(api: &Management) -> Result<Self, ManagementError> {
         let vhost = encoded(api.vhost());
         Ok(Self {
             version: api.version().await?,

@@ -24,16 +24,16 @@ use lapin::types::{AMQPValue, FieldTable, LongString};
 use super::spec::{ArchiveSpec, QueueSpec, Spec};
 
 /// Exchange and queue for events that match no work queue. The name is fixed, so that every tool finds it.
-pub const UNROUTED: &str = "prism.unrouted";
+pub(crate) const UNROUTED: &str = "prism.unrouted";
 /// Exchange and queue for dead letters: messages that workers rejected or that expired. The name is fixed.
-pub const DEAD: &str = "prism.dead";
+pub(crate) const DEAD: &str = "prism.dead";
 
 /// The exchange type of a plugin that RabbitMQ comes with, and that has to be enabled.
-pub const CONSISTENT_HASH: &str = "x-consistent-hash";
+pub(super) const CONSISTENT_HASH: &str = "x-consistent-hash";
 
 /// Everything that has to exist, in the order in which it can be created.
 #[derive(Clone, Debug, Default)]
-pub struct Plan {
+pub(crate) struct Plan {
     entities: Vec<Entity>,
     /// The names in the configuration. The names of partitions, retry queues and inner exchanges begin with them.
     queues: Vec<String>,
@@ -42,26 +42,26 @@ pub struct Plan {
 
 /// What has to be declared, apart from bindings.
 #[derive(Clone, Debug)]
-pub enum Entity {
+pub(crate) enum Entity {
     Exchange(Exchange),
     Queue(Queue),
 }
 
 #[derive(Clone, Debug)]
-pub struct Exchange {
+pub(crate) struct Exchange {
     pub name: String,
     pub kind: ExchangeKind,
     pub arguments: FieldTable,
 }
 
 #[derive(Clone, Debug)]
-pub struct Queue {
+pub(crate) struct Queue {
     pub name: String,
     pub arguments: FieldTable,
 }
 
 #[derive(Clone, Debug)]
-pub struct Binding {
+pub(crate) struct Binding {
     /// The exchange from which messages come.
     pub exchange: String,
     pub to: Target,
@@ -71,13 +71,13 @@ pub struct Binding {
 
 /// Where a binding leads.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Target {
+pub(crate) enum Target {
     Queue(String),
     Exchange(String),
 }
 
 impl Plan {
-    pub fn new(spec: &Spec, exchange: &str) -> Self {
+    pub(crate) fn new(spec: &Spec, exchange: &str) -> Self {
         let mut plan = Self::default();
         plan.exchange(UNROUTED, ExchangeKind::Fanout, &[]);
         plan.queue(UNROUTED, &[]);
@@ -97,25 +97,25 @@ impl Plan {
     }
 
     /// The number of declarations, each of which is a round trip.
-    pub fn steps(&self) -> u32 {
+    pub(crate) fn steps(&self) -> u32 {
         u32::try_from(self.entities.len() + self.bindings.len()).unwrap_or(u32::MAX)
     }
 
-    pub fn entities(&self) -> &[Entity] {
+    pub(crate) fn entities(&self) -> &[Entity] {
         &self.entities
     }
 
     /// An entity of a kind, `exchange` or `queue`.
-    pub fn entity(&self, kind: &str, name: &str) -> Option<&Entity> {
+    pub(crate) fn entity(&self, kind: &str, name: &str) -> Option<&Entity> {
         self.entities.iter().find(|entity| entity.kind() == kind && entity.name() == name)
     }
 
-    pub fn has_queue(&self, name: &str) -> bool {
+    pub(crate) fn has_queue(&self, name: &str) -> bool {
         self.entity("queue", name).is_some()
     }
 
     /// Whether an exchange is a part of a queue, so that nothing but what is planned may be bound to it.
-    pub fn is_inner_exchange(&self, name: &str) -> bool {
+    pub(crate) fn is_inner_exchange(&self, name: &str) -> bool {
         self.queues.iter().any(|queue| {
             let rest = name.strip_prefix(queue.as_str());
             rest.is_some_and(|rest| matches!(rest, "" | ".rejected" | ".retry" | ".retry.1"))
@@ -124,7 +124,7 @@ impl Plan {
 
     /// The configured queue to which `name` belongs: as the queue itself, or as a partition or a retry queue of this or
     /// an earlier configuration.
-    pub fn configured_queue(&self, name: &str) -> Option<&str> {
+    pub(crate) fn configured_queue(&self, name: &str) -> Option<&str> {
         let number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
         let is_part = |rest: &str| {
             rest.is_empty()
@@ -135,7 +135,7 @@ impl Plan {
     }
 
     /// Entities that occur more than once.
-    pub fn clashes(&self) -> Vec<String> {
+    pub(crate) fn clashes(&self) -> Vec<String> {
         let mut seen = BTreeSet::new();
         self.entities.iter().map(Entity::to_string).filter(|entity| !seen.insert(entity.clone())).collect()
     }
@@ -278,13 +278,13 @@ fn table(arguments: &[(&str, AMQPValue)]) -> FieldTable {
 }
 
 impl Queue {
-    pub fn is_stream(&self) -> bool {
+    pub(crate) fn is_stream(&self) -> bool {
         self.arguments.inner().get("x-queue-type") == Some(&text("stream"))
     }
 }
 
 impl Entity {
-    pub fn name(&self) -> &str {
+    pub(crate) fn name(&self) -> &str {
         match self {
             Self::Exchange(exchange) => &exchange.name,
             Self::Queue(queue) => &queue.name,
@@ -292,14 +292,14 @@ impl Entity {
     }
 
     /// RabbitMQ's word for it: `exchange` or `queue`.
-    pub fn kind(&self) -> &'static str {
+    pub(crate) fn kind(&self) -> &'static str {
         match self {
             Self::Exchange(_) => "exchange",
             Self::Queue(_) => "queue",
         }
     }
 
-    pub fn arguments(&self) -> &FieldTable {
+    pub(crate) fn arguments(&self) -> &FieldTable {
         match self {
             Self::Exchange(exchange) => &exchange.arguments,
             Self::Queue(queue) => &queue.arguments,
@@ -317,7 +317,7 @@ impl fmt::Display for Entity {
 }
 
 impl Target {
-    pub fn name(&self) -> &str {
+    pub(crate) fn name(&self) -> &str {
         match self {
             Self::Queue(name) | Self::Exchange(name) => name,
         }

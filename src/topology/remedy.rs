@@ -25,7 +25,7 @@ pub(super) const MESSAGE_KEYS: [&str; 11] = [
 
 /// How to fix a difference.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Remedy {
+pub(crate) enum Remedy {
     /// Declare the topology.
     Declare,
     /// Run a shell command.
@@ -38,14 +38,14 @@ pub enum Remedy {
 
 impl Remedy {
     /// The text to print. `declare`: the command that declares the topology.
-    pub fn text<'a>(&'a self, declare: &'a str) -> &'a str {
+    pub(crate) fn text<'a>(&'a self, declare: &'a str) -> &'a str {
         match self {
             Self::Declare => declare,
             Self::Command(text) | Self::CommandThenDeclare(text) | Self::Steps(text) => text,
         }
     }
 
-    pub fn needs_declare(&self) -> bool {
+    pub(crate) fn needs_declare(&self) -> bool {
         matches!(self, Self::Declare | Self::CommandThenDeclare(_))
     }
 
@@ -64,7 +64,7 @@ impl Remedy {
 
 /// Writes the commands, with what all of them need.
 #[derive(Debug)]
-pub struct Commands {
+pub(crate) struct Commands {
     /// The relay's own command with its configuration, such as `prism-relay --config relay.toml`.
     pub relay: String,
     pub vhost: String,
@@ -198,7 +198,7 @@ impl Commands {
 }
 
 /// Quotes a text as one word of a shell.
-pub fn quote(word: &str) -> String {
+pub(crate) fn quote(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=@%+,".contains(c);
     if !word.is_empty() && word.chars().all(plain) {
         return word.to_owned();

@@ -6,7 +6,7 @@ use super::definitions::{kind, plain};
 use super::plan::{Entity, Plan};
 
 /// Lists entities and bindings in the order of their declaration, each with its arguments below it.
-pub fn show(plan: &Plan) -> String {
+pub(crate) fn show(plan: &Plan) -> String {
     let mut text = String::new();
     for entity in plan.entities() {
         let what = match entity {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 /// The name of the archive, unless the configuration has another one.
-pub const ARCHIVE: &str = "prism.archive";
+pub(crate) const ARCHIVE: &str = "prism.archive";
 
 #[derive(Clone, Debug)]
 pub struct Spec {

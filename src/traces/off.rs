@@ -1,6 +1,9 @@
 //! In place of `otlp.rs` in a build without that feature: contexts are passed on unchanged, and no spans are made.
+#![expect(missing_docs, reason = "otlp.rs documents the interface that both share")]
 
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
+
+use jiff::Timestamp;
 
 use uuid::Uuid;
 
@@ -16,7 +19,7 @@ impl Traces {
         Ok(Self)
     }
 
-    pub fn start_webhook(&self, sent: Option<TraceContext>, _started_at: SystemTime) -> WebhookSpan {
+    pub fn start_webhook(&self, sent: Option<TraceContext>, _started_at: Timestamp) -> WebhookSpan {
         WebhookSpan(sent)
     }
 

@@ -2,9 +2,10 @@
 //! collector cannot take are dropped and logged. Deliveries never wait for the collector.
 
 use std::collections::HashMap;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use hyper_rustls::HttpsConnectorBuilder;
+use jiff::Timestamp;
 use opentelemetry::propagation::TextMapPropagator;
 use opentelemetry::trace::{Span as _, SpanKind, Status, TraceContextExt, Tracer, TracerProvider};
 use opentelemetry::{Context, KeyValue};
@@ -133,10 +134,13 @@ impl Traces {
     }
 
     /// Starts the span of a webhook. `sent` is the sender's context, `started_at` the time that the request began.
-    pub fn start_webhook(&self, sent: Option<TraceContext>, started_at: SystemTime) -> WebhookSpan {
+    pub fn start_webhook(&self, sent: Option<TraceContext>, started_at: Timestamp) -> WebhookSpan {
         let span = self.0.as_ref().map(|pipeline| {
-            let builder =
-                pipeline.tracer.span_builder("prism webhook").with_kind(SpanKind::Server).with_start_time(started_at);
+            let builder = pipeline
+                .tracer
+                .span_builder("prism webhook")
+                .with_kind(SpanKind::Server)
+                .with_start_time(std::time::SystemTime::from(started_at));
             let builder = builder.with_attributes([KeyValue::new("http.request.method", "POST")]);
             Box::new(builder.start_with_context(&pipeline.tracer, &extract(sent.as_ref())))
         });
@@ -245,6 +249,7 @@ impl PublishSpan {
         self.0.as_deref().and_then(inject).or_else(|| event.trace.clone())
     }
 
+    /// Ends the span: the broker confirmed the event.
     pub fn confirmed(self) {
         if let Some(mut span) = self.0 {
             span.end();

@@ -17,8 +17,10 @@ pub struct Settings {
 /// Why `traces.endpoint` cannot be used.
 #[derive(Debug, Error)]
 pub enum TracesError {
+    /// TLS towards the collector cannot be set up.
     #[error("cannot use TLS for traces.endpoint: {0}")]
     Tls(#[from] TlsError),
+    /// The exporter refuses its settings.
     #[error("cannot make an exporter for traces.endpoint: {0}")]
     Exporter(String),
 }

@@ -10,7 +10,8 @@ fn request(first_line: &str, lines: &str, body: &str, sent: &str) -> String {
     let timestamp = now();
     let signature = sign(SECRET, &timestamp, body.as_bytes());
     format!(
-        "{first_line}\r\nHost: relay.example\r\nPrism-Timestamp: {timestamp}\r\nPrism-Signature: {signature}\r\n{lines}\r\n{sent}"
+        "{first_line}\r\nHost: relay.example\r\nPrism-Timestamp: {timestamp}\r\n\
+         Prism-Signature: {signature}\r\n{lines}\r\n{sent}"
     )
 }
 

@@ -91,8 +91,8 @@ async fn a_socket_without_a_purpose_is_an_error() {
     assert_eq!(relay.address(), http.local_addr().unwrap());
 }
 
-/// A connection that was accepted and has sent nothing yet: the handshake and the request follow the SIGTERM, and each has
-/// half a second.
+/// A connection that was accepted and has sent nothing yet: the handshake and the request follow the SIGTERM, and each
+/// has half a second.
 #[tokio::test]
 async fn a_handshake_that_is_under_way_becomes_a_request() {
     let authority = Authority::new();

@@ -1,4 +1,9 @@
 //! The integration suite: the real binary against real RabbitMQ nodes.
+#![allow(unreachable_pub, reason = "a program exports nothing")]
+#![allow(
+    clippy::disallowed_methods,
+    reason = "tests own their tasks, and set up the environment of the programs that they start"
+)]
 
 mod harness;
 

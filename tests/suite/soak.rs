@@ -19,8 +19,8 @@ use crate::harness::{Node, Setup, Vhost, Wire, ports};
 use book::Book;
 use faults::Stage;
 
-/// This seed has a kill of the broker, full queues, lost confirms, a deleted exchange, a cut wire, kills and a stop of the
-/// relay in so short a time.
+/// This seed has a kill of the broker, full queues, lost confirms, a deleted exchange, a cut wire, kills and a stop of
+/// the relay in so short a time.
 const SHORT: Duration = Duration::from_secs(20);
 const SHORT_SEED: u64 = 334;
 

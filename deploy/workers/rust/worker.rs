@@ -21,6 +21,7 @@ const PAUSE_MIN: Duration = Duration::from_secs(1);
 const PAUSE_MAX: Duration = Duration::from_secs(30);
 const PATIENCE: Duration = Duration::from_secs(10); // for the broker to let us in, and to say goodbye
 
+#[allow(clippy::disallowed_methods, reason = "the lint is for the relay")]
 fn setting(name: &str, default: &str) -> String {
     env::var(name).unwrap_or_else(|_| default.to_owned())
 }

@@ -22,16 +22,16 @@ const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self' 'u
                       img-src 'self' data:; form-action 'self'; frame-ancestors 'none'; base-uri 'none'";
 
 /// The console page, with the token that its actions need.
-pub fn page(action_token: &Secret) -> Response<Answer> {
+pub(super) fn page(action_token: &Secret) -> Response<Answer> {
     html(PAGE.replace(ACTION_TOKEN, action_token.expose()))
 }
 
-pub fn login() -> Response<Answer> {
+pub(super) fn login() -> Response<Answer> {
     html(LOGIN.to_owned())
 }
 
 /// The scripts and styles of the pages. They hold nothing secret, so they need no token.
-pub fn file(path: &str) -> Option<Response<Answer>> {
+pub(super) fn file(path: &str) -> Option<Response<Answer>> {
     let (content_type, content) = match path {
         "/console.css" => ("text/css; charset=utf-8", include_str!("console.css")),
         "/console.js" => ("text/javascript; charset=utf-8", include_str!("console.js")),

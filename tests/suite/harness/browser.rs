@@ -1,7 +1,8 @@
 //! A real headless Chromium, driven through ChromeDriver (the W3C's WebDriver protocol).
 //!
 //! By default, Chromium and ChromeDriver are Debian's packages `chromium` and `chromium-driver`; `PRISM_TEST_CHROMIUM`
-//! and `PRISM_TEST_CHROMEDRIVER` name others. With `PRISM_TEST_SCREENSHOTS` set to a folder, screenshots are saved there.
+//! and `PRISM_TEST_CHROMEDRIVER` name others. With `PRISM_TEST_SCREENSHOTS` set to a folder, screenshots are saved
+//! there.
 
 use std::path::PathBuf;
 use std::time::Duration;

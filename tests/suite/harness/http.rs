@@ -135,8 +135,8 @@ impl std::fmt::Display for Answer {
     }
 }
 
-/// Prism's signature: lower-case hex of HMAC-SHA256 over `{timestamp}.{body}`. Written here a second time on purpose, so
-/// that the relay is not tested against itself.
+/// Prism's signature: lower-case hex of HMAC-SHA256 over `{timestamp}.{body}`. Written here a second time on purpose,
+/// so that the relay is not tested against itself.
 pub fn sign(secret: &str, timestamp: &str, body: &[u8]) -> String {
     let mut mac = Hmac::<Sha256>::new_from_slice(secret.as_bytes()).expect("HMAC takes keys of any length");
     mac.update(timestamp.as_bytes());

@@ -1,9 +1,9 @@
 //! A process that cannot outlive the test process, not even one that is killed with SIGKILL.
 //!
 //! Two small shells ensure that. The *gate* becomes the program (same pid) only after it has read a line from its
-//! standard input; if the test process dies first, the gate reads the end of the file and exits. The *watchdog* knows the
-//! pid before the gate opens, and kills the process group when its own standard input ends. Only the test process holds
-//! the two pipes, so the kernel closes them however the test process ends.
+//! standard input; if the test process dies first, the gate reads the end of the file and exits. The *watchdog* knows
+//! the pid before the gate opens, and kills the process group when its own standard input ends. Only the test process
+//! holds the two pipes, so the kernel closes them however the test process ends.
 
 use std::ffi::OsStr;
 use std::io::Write;

@@ -34,7 +34,8 @@ const STOP_DEADLINE: Duration = Duration::from_secs(60);
 
 const EPMD_DEADLINE: Duration = Duration::from_secs(60);
 
-/// The file in the node's folder with the output of epmd and of the node's start-up. RabbitMQ's own log is below `log/`.
+/// The file in the node's folder with the output of epmd and of the node's start-up. RabbitMQ's own log is below
+/// `log/`.
 const OUTPUT: &str = "output.log";
 
 /// A shell script that executes `$2...` inside the root tree `$1`.

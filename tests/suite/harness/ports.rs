@@ -5,8 +5,8 @@ use std::net::{Ipv4Addr, TcpListener};
 use std::ops::Range;
 use std::sync::{LazyLock, Mutex, PoisonError};
 
-/// Below the range from which Linux takes the ports of outgoing connections (from 32768 on). Any client could take a port
-/// of that range while its server is down, and a client that keeps trying could even connect to itself.
+/// Below the range from which Linux takes the ports of outgoing connections (from 32768 on). Any client could take a
+/// port of that range while its server is down, and a client that keeps trying could even connect to itself.
 const RANGE: Range<u16> = 20000..32000;
 
 static GIVEN: LazyLock<Mutex<HashSet<u16>>> = LazyLock::new(Mutex::default);

@@ -137,7 +137,8 @@ fn sign_agrees_with_the_vectors_of_the_vendor() {
 #[test]
 #[allow(clippy::float_cmp, reason = "small whole numbers are exact")]
 fn metrics_are_summed_by_labels() {
-    let text = "# TYPE m counter\nm{outcome=\"a\",reason=\"x\"} 2\nm{outcome=\"a\",reason=\"y\"} 3\nm{outcome=\"b\"} 4\nm_more 9\n";
+    let text = "# TYPE m counter\nm{outcome=\"a\",reason=\"x\"} 2\nm{outcome=\"a\",reason=\"y\"} 3\n\
+                m{outcome=\"b\"} 4\nm_more 9\n";
     assert_eq!(sum(text, "m", &[("outcome", "a")]), 5.0);
     assert_eq!(sum(text, "m", &[]), 9.0);
     assert_eq!(sum(text, "m_more", &[]), 9.0);

@@ -63,8 +63,8 @@ impl Traffic {
         .await;
     }
 
-    /// Ends the traffic and checks that every event that was answered 200 is delivered: with the same body, under the id
-    /// of the answer, first deliveries in order. Also checks the ledger.
+    /// Ends the traffic and checks that every event that was answered 200 is delivered: with the same body, under the
+    /// id of the answer, first deliveries in order. Also checks the ledger.
     pub async fn arrives(self, relay: &Relay, vhost: &Vhost) {
         self.stop.send_replace(true);
         let mut ids = Vec::new();

@@ -131,8 +131,8 @@ impl Vhost {
         close(&connection).await;
     }
 
-    /// Takes and acknowledges exactly `count` messages of a queue, in the order of their delivery. Waits for the queue to
-    /// exist and for the messages to come.
+    /// Takes and acknowledges exactly `count` messages of a queue, in the order of their delivery. Waits for the queue
+    /// to exist and for the messages to come.
     ///
     /// # Panics
     /// At the deadline, with the number of messages that came and a summary of each.
@@ -206,8 +206,8 @@ impl Vhost {
         self.management.put(&self.path("queues", name), json!({"durable": true, "arguments": arguments})).await;
     }
 
-    /// A queue as the API shows it (`arguments`, `type`, `policy`, ...), if it exists. Its counts are some seconds old; use
-    /// [`Self::depth`].
+    /// A queue as the API shows it (`arguments`, `type`, `policy`, ...), if it exists. Its counts are some seconds old;
+    /// use [`Self::depth`].
     pub async fn queue(&self, name: &str) -> Option<Value> {
         self.management.find(&self.path("queues", name)).await
     }

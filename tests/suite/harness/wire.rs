@@ -121,8 +121,8 @@ impl Wire {
         self.line.send_modify(|line| line.bytes_per_second = bytes_per_second);
     }
 
-    /// Half-open connections: the broker's side of all connections is closed, and the relay's side stays open and silent,
-    /// as when a firewall forgets them. New connections work.
+    /// Half-open connections: the broker's side of all connections is closed, and the relay's side stays open and
+    /// silent, as when a firewall forgets them. New connections work.
     pub fn lose_the_broker_side(&self) {
         self.broker_side_gone.send_replace(());
     }

@@ -246,7 +246,8 @@ impl Book {
         let pages = self.pages();
         let totals = &pages.totals;
         format!(
-            "soak {:6.1} s: {} faults ({} kills of the relay, {} of the broker); {} acknowledged, {} delivered, {} under way, \
+            "soak {:6.1} s: {} faults ({} kills of the relay, {} of the broker); {} acknowledged, {} delivered, \
+             {} under way, \
              {} duplicates; {} found",
             self.started.elapsed().as_secs_f64(),
             pages.history.len(),

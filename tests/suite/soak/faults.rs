@@ -21,7 +21,8 @@ const PAUSE: std::ops::Range<u64> = 200..2000;
 /// One in so many follows the last one at its heels, and hits what that has left: a backlog that is being delivered.
 const CLOSE_ONE_IN: u8 = 3;
 const CLOSE_PAUSE: std::ops::Range<u64> = 0..150;
-/// How long a fault lasts that lasts, in milliseconds. The upper half is longer than the relay's heartbeat and deadline.
+/// How long a fault lasts that lasts, in milliseconds. The upper half is longer than the relay's heartbeat and
+/// deadline.
 const HOLD: std::ops::Range<u64> = 100..5000;
 /// A relay that is killed while it starts is this old at most, in milliseconds.
 const INFANCY: u64 = 80;
@@ -256,8 +257,8 @@ impl Stage {
         self.book.nacks_end(nacked > 0.0);
     }
 
-    /// As an operator does, the workers' connections as well. One that ends meanwhile is as good as closed, whatever the
-    /// API makes of it.
+    /// As an operator does, the workers' connections as well. One that ends meanwhile is as good as closed, whatever
+    /// the API makes of it.
     async fn close_connections(&self) {
         let management = self.node.management();
         let path = format!("vhosts/{}/connections", encode(self.vhost.name()));

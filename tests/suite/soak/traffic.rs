@@ -112,8 +112,8 @@ impl Prism {
     }
 }
 
-/// Always the same for the same event. Of every ten subjects six go to `prism.scan`, three to `prism.future_me`, and one
-/// is unrouted.
+/// Always the same for the same event. Of every ten subjects six go to `prism.scan`, three to `prism.future_me`, and
+/// one is unrouted.
 fn body(key: Key) -> String {
     let Key { subject, number } = key;
     let id = format!("subject-{subject}");
