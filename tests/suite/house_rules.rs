@@ -1,94 +1,231 @@
-//! The rules of the house, kept by a test: who may import whom, a doc on top of every file, and what we ship parses.
+//! The rules of the house, kept by a test: which module may use which, a module doc on every file, and no unfinished
+//! work.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-fn sources(folder: &Path, into: &mut Vec<PathBuf>) {
-    for entry in fs::read_dir(folder).unwrap() {
-        let path = entry.unwrap().path();
-        if path.is_dir() {
-            sources(&path, into);
-        } else if path.extension().is_some_and(|extension| extension == "rs") {
-            into.push(path);
+/// Every module of the crate, from the bottom to the top, with all modules that it may use. A line names only modules
+/// above it, so there can be no circle.
+const MAY_USE: [(&str, &[&str]); 28] = [
+    ("text", &[]),
+    ("secret", &[]),
+    ("backoff", &[]),
+    ("log_limiter", &[]),
+    ("metrics", &[]),
+    ("logging", &[]),
+    ("service_manager", &[]),
+    ("tls", &[]),
+    ("http_client", &["text", "tls"]),
+    ("reload", &["metrics"]),
+    ("signature", &["secret", "text"]),
+    ("event", &["signature", "text"]),
+    ("spool", &["event", "log_limiter", "metrics"]),
+    ("broker", &["http_client", "secret", "text", "tls"]),
+    ("traces", &["event", "log_limiter", "tls"]),
+    ("topology", &["broker", "text"]),
+    ("publisher", &["backoff", "broker", "event", "metrics", "spool", "text", "topology", "traces"]),
+    ("server", &["log_limiter", "metrics", "text", "tls"]),
+    ("health", &["spool"]),
+    ("recent", &["event"]),
+    (
+        "ingress",
+        &["event", "health", "log_limiter", "metrics", "recent", "server", "signature", "spool", "tls", "traces"],
+    ),
+    (
+        "ops",
+        &[
+            "event",
+            "health",
+            "log_limiter",
+            "metrics",
+            "publisher",
+            "recent",
+            "secret",
+            "server",
+            "signature",
+            "spool",
+            "text",
+            "tls",
+        ],
+    ),
+    (
+        "config",
+        &[
+            "broker",
+            "ingress",
+            "logging",
+            "ops",
+            "publisher",
+            "secret",
+            "signature",
+            "spool",
+            "text",
+            "tls",
+            "topology",
+            "traces",
+        ],
+    ),
+    (
+        "relay",
+        &[
+            "broker",
+            "config",
+            "health",
+            "ingress",
+            "metrics",
+            "ops",
+            "publisher",
+            "recent",
+            "reload",
+            "secret",
+            "server",
+            "service_manager",
+            "signature",
+            "spool",
+            "text",
+            "tls",
+            "traces",
+        ],
+    ),
+    (
+        "cli",
+        &[
+            "broker",
+            "config",
+            "event",
+            "http_client",
+            "logging",
+            "relay",
+            "secret",
+            "signature",
+            "spool",
+            "text",
+            "tls",
+            "topology",
+        ],
+    ),
+    ("lib", &[]),
+    ("main", &["cli"]),
+    ("build", &[]),
+];
+
+/// Libraries that only these modules may name, so that the spool knows neither HTTP nor AMQP.
+const LIBRARIES: [(&str, &[&str]); 3] = [
+    ("lapin", &["broker", "cli", "publisher", "topology"]),
+    ("hyper", &["broker", "cli", "config", "http_client", "ingress", "ops", "server", "traces"]),
+    ("rusqlite", &["spool"]),
+];
+
+#[test]
+fn every_module_uses_only_what_it_may() {
+    let (mut modules, mut wrong) = (BTreeSet::new(), Vec::new());
+    for Source { name, module, code, .. } in crate_sources() {
+        let (_, may_use) = MAY_USE
+            .iter()
+            .find(|(listed, _)| *listed == module)
+            .unwrap_or_else(|| panic!("{name}: the module {module} is not in MAY_USE"));
+        let used = paths_after(&code, "crate::").into_iter().filter(|used| *used != module);
+        wrong.extend(used.filter(|used| !may_use.contains(&used.as_str())).map(|used| format!("{name} uses {used}")));
+        for (library, users) in LIBRARIES.iter().filter(|(_, users)| !users.contains(&module.as_str())) {
+            let paths = [format!("{library}::"), format!("use {library};")];
+            if paths.iter().any(|path| names(&code, path)) {
+                wrong.push(format!("{name} names {library}, which is for {users:?}"));
+            }
+        }
+        modules.insert(module);
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+    assert!(modules.len() > 20, "found {} modules", modules.len());
+}
+
+#[test]
+fn the_allow_list_has_no_circle() {
+    for (index, (module, may_use)) in MAY_USE.iter().enumerate() {
+        for used in *may_use {
+            let position = MAY_USE.iter().position(|(listed, _)| listed == used);
+            assert!(position.is_some_and(|position| position < index) || *module == "main", "{module} lists {used}");
         }
     }
 }
 
-fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-}
-
-fn all() -> Vec<(String, String)> {
-    let mut paths = Vec::new();
-    for folder in ["src", "tests", "benches", "fuzz/fuzz_targets"] {
-        sources(&root().join(folder), &mut paths);
+#[test]
+fn the_files_of_a_module_import_each_other_one_way() {
+    let mut edges: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    let sources: Vec<_> = crate_sources().into_iter().filter(|source| source.name.contains('/')).collect();
+    let files: BTreeSet<_> = sources.iter().map(|source| source.name.clone()).collect();
+    for Source { name, code, .. } in &sources {
+        // A name in the folder above.
+        let code = &code.replace("super::super::", "");
+        let folder = Path::new(name).parent().expect("a file in a folder").to_owned();
+        let face = format!("{}/mod.rs", folder.display());
+        let resolve = |used: &str| {
+            let file = format!("{}/{used}.rs", folder.display());
+            let inner = format!("{}/{used}/mod.rs", folder.display());
+            [file, inner].into_iter().find(|file| files.contains(file)).unwrap_or_else(|| face.clone())
+        };
+        let is_face = *name == face;
+        let siblings = if is_face { children(code) } else { paths_after(code, "super::") };
+        let targets = siblings.iter().map(|used| resolve(used)).filter(|target| target != name);
+        edges.entry(name.clone()).or_default().extend(targets);
     }
-    let name = |path: &Path| path.strip_prefix(root()).unwrap().display().to_string();
-    paths.iter().map(|path| (name(path), fs::read_to_string(path).unwrap())).collect()
+    // One circle for each folder, if there is any.
+    let folders: BTreeSet<_> =
+        edges.keys().filter_map(|name| name.rsplit_once('/')).map(|(folder, _)| folder).collect();
+    let in_folder = |folder: &str| {
+        let of_folder =
+            edges.iter().filter(|(name, _)| name.rsplit_once('/').is_some_and(|(found, _)| found == folder));
+        of_folder.map(|(name, targets)| (name.clone(), targets.clone())).collect()
+    };
+    let circles: Vec<_> = folders.iter().filter_map(|folder| find_circle(&in_folder(folder))).collect();
+    assert!(circles.is_empty(), "these files import each other in circles: {circles:#?}");
+    assert!(edges.values().map(BTreeSet::len).sum::<usize>() > 50, "imports between files were found");
 }
 
 #[test]
-fn every_file_says_what_it_is() {
-    for (name, text) in all() {
+fn a_circle_is_found() {
+    let edges = |pairs: &[(&str, &str)]| {
+        let mut edges: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+        for (from, to) in pairs {
+            edges.entry((*from).to_owned()).or_default().insert((*to).to_owned());
+        }
+        edges
+    };
+    assert_eq!(find_circle(&edges(&[("a", "b"), ("b", "c"), ("a", "c")])), None);
+    assert!(find_circle(&edges(&[("a", "b"), ("b", "c"), ("c", "b")])).is_some());
+}
+
+#[test]
+fn imports_are_read_from_code() {
+    let code =
+        "use crate::{text, spool::{Spool, Ledger}};\nlet x = crate::tls::load();\nuse super::store::{self, Store};";
+    assert_eq!(paths_after(code, "crate::"), ["spool", "text", "tls"].map(str::to_owned).into());
+    assert_eq!(paths_after(code, "super::"), ["store"].map(str::to_owned).into());
+    assert_eq!(children("mod a;\npub mod b;\nuse a::X;"), ["a", "b"].map(str::to_owned).into());
+}
+
+#[test]
+fn every_file_has_a_module_doc() {
+    for (name, text) in all_sources() {
         assert!(text.starts_with("//! "), "{name} has no module doc");
     }
 }
 
 #[test]
-fn imports_meet_only_at_the_spool() {
-    // (these modules, may not name those)
-    let rules: [(&str, &[&str]); 10] = [
-        ("src/ingress", &["publisher", "topology", "lapin"]),
-        ("src/publisher", &["ingress", "hyper", "server"]),
-        ("src/spool", &["ingress", "publisher", "topology", "hyper", "lapin", "server"]),
-        ("src/signature.rs", &["ingress", "spool", "publisher", "hyper", "lapin", "config", "event"]),
-        ("src/event.rs", &["ingress", "spool", "publisher", "hyper", "lapin", "config"]),
-        ("src/server", &["ingress", "spool", "publisher", "lapin", "config", "event"]),
-        ("src/tls.rs", &["ingress", "spool", "publisher", "hyper", "lapin", "config", "event"]),
-        ("src/notices.rs", &["crate"]),
-        ("src/topology", &["ingress", "spool", "publisher", "hyper"]),
-        ("src/backoff.rs", &["crate"]),
-    ];
-    for (name, text) in all() {
-        for (module, forbidden) in rules.iter().filter(|(module, _)| name.starts_with(module)) {
-            let code = text.lines().filter(|line| !line.trim_start().starts_with("//"));
-            for line in code {
-                for other in *forbidden {
-                    let names = [format!("crate::{other}"), format!("use {other}::"), format!(" {other}::")];
-                    assert!(
-                        !names.iter().any(|other| line.contains(other)),
-                        "{name} of {module} names {other}: {line}"
-                    );
-                }
-            }
-        }
+fn no_line_is_longer_than_120_columns() {
+    let mut long = Vec::new();
+    for (name, text) in all_sources() {
+        let lines = (1..).zip(text.lines()).filter(|(_, line)| line.chars().count() > 120);
+        long.extend(lines.map(|(number, _)| format!("{name}:{number}")));
     }
+    assert!(long.is_empty(), "{long:#?}");
 }
 
 #[test]
-fn no_test_is_switched_off_and_nothing_is_left_undone() {
-    for (name, text) in all().into_iter().filter(|(name, _)| !name.ends_with("house_rules.rs")) {
-        for mark in ["todo!(", "unimplemented!(", "dbg!(", "TODO", "FIXME"] {
+fn no_test_is_switched_off_and_no_work_is_unfinished() {
+    for (name, text) in all_sources().into_iter().filter(|(name, _)| !name.ends_with("house_rules.rs")) {
+        for mark in ["todo!(", "unimplemented!(", "dbg!(", "TODO", "FIXME", "#[ignore"] {
             assert!(!text.contains(mark), "{mark} in {name}");
-        }
-    }
-}
-
-#[test]
-fn functions_fit_on_a_screen() {
-    for (name, text) in all().into_iter().filter(|(name, _)| name.starts_with("src/")) {
-        let mut start = None;
-        for (number, line) in text.lines().enumerate() {
-            let indent = line.len() - line.trim_start().len();
-            let is_function = line.contains("fn ") && line.trim_end().ends_with('{');
-            match start {
-                None if is_function => start = Some((number, indent)),
-                Some((first, depth)) if indent == depth && line.trim_end() == "    ".repeat(depth / 4) + "}" => {
-                    assert!(number - first < 75, "{name}:{} has {} lines", first + 1, number - first + 1);
-                    start = None;
-                }
-                _ => {}
-            }
         }
     }
 }
@@ -96,7 +233,7 @@ fn functions_fit_on_a_screen() {
 #[test]
 fn every_test_that_the_docs_name_exists() {
     let faults = fs::read_to_string(root().join("tests/FAULTS.md")).unwrap();
-    let code: String = all().into_iter().map(|(_, text)| text).collect();
+    let code: String = all_sources().into_iter().map(|(_, text)| text).collect();
     let mut named = 0;
     for name in faults.split('`').filter(|name| name.contains("::") && !name.contains(' ')) {
         let function = name.rsplit("::").next().unwrap();
@@ -106,21 +243,130 @@ fn every_test_that_the_docs_name_exists() {
     assert!(named > 50, "{named} tests are named");
 }
 
-/// The oldest Rust that Cargo.toml names is no older than what any dependency asks for. What our own code asks for is
-/// clippy's business (`incompatible_msrv`).
-#[test]
-fn no_dependency_wants_a_newer_rust() {
-    let arguments = ["metadata", "--locked", "--format-version", "1"];
-    let output = std::process::Command::new(env!("CARGO")).args(arguments).current_dir(root()).output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let metadata: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
-    let parts = |version: &str| version.split('.').take(2).map(|part| part.parse().unwrap()).collect::<Vec<u32>>();
-    let ours = parts(env!("CARGO_PKG_RUST_VERSION"));
-    let packages = metadata["packages"].as_array().unwrap();
-    for package in packages {
-        if let Some(version) = package["rust_version"].as_str() {
-            assert!(parts(version) <= ours, "{} wants Rust {version}", package["name"]);
+/// A file of the crate, without its tests and comments.
+struct Source {
+    /// Below `src/`.
+    name: String,
+    /// The module of the crate that it belongs to.
+    module: String,
+    code: String,
+}
+
+fn crate_sources() -> Vec<Source> {
+    let of_crate = |(name, text): (String, String)| {
+        let name = name.strip_prefix("src/")?.to_owned();
+        let is_test = name.ends_with("tests.rs") || name.contains("/tests/");
+        let module = name.split(['/', '.']).next()?.to_owned();
+        (!is_test).then(|| Source { name, module, code: without_tests_and_comments(&text) })
+    };
+    all_sources().into_iter().filter_map(of_crate).collect()
+}
+
+/// Unit tests stand at the end of their file and may use anything.
+fn without_tests_and_comments(text: &str) -> String {
+    let code = text.split("\n#[cfg(test)]\n").next().unwrap_or_default();
+    let lines = code.lines().filter(|line| !line.trim_start().starts_with("//"));
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+/// The first names behind each `prefix`, also those in braces: `crate::{a, b::{c, d}}` uses `a` and `b`.
+fn paths_after(code: &str, prefix: &str) -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    for (at, _) in code.match_indices(prefix) {
+        let rest = &code[at + prefix.len()..];
+        let Some(group) = rest.strip_prefix('{') else {
+            found.extend(identifier(rest));
+            continue;
+        };
+        let mut depth = 0;
+        let mut item = String::new();
+        for c in group.chars() {
+            match c {
+                '{' => depth += 1,
+                '}' if depth == 0 => break,
+                '}' => depth -= 1,
+                ',' if depth == 0 => found.extend(identifier(&std::mem::take(&mut item))),
+                c if depth == 0 => item.push(c),
+                _ => {}
+            }
+        }
+        found.extend(identifier(&item));
+    }
+    found
+}
+
+fn identifier(text: &str) -> Option<String> {
+    let name: String = text.trim_start().chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
+    (!name.is_empty() && name != "self").then_some(name)
+}
+
+/// The files that a `mod.rs` declares.
+fn children(code: &str) -> BTreeSet<String> {
+    let declared = |line: &str| {
+        let line = line.trim_start_matches("pub(crate) ").trim_start_matches("pub ");
+        Some(line.strip_prefix("mod ")?.strip_suffix(';')?.to_owned())
+    };
+    code.lines().filter_map(declared).collect()
+}
+
+/// Whether the code names a path, and not merely something that ends like it.
+fn names(code: &str, path: &str) -> bool {
+    code.match_indices(path).any(|(at, _)| {
+        let before = code[..at].chars().next_back();
+        !before.is_some_and(|c| c.is_alphanumeric() || "_:\"".contains(c))
+    })
+}
+
+/// Some files that lead back to the first of them.
+fn find_circle(edges: &BTreeMap<String, BTreeSet<String>>) -> Option<Vec<String>> {
+    fn visit(
+        node: &str,
+        edges: &BTreeMap<String, BTreeSet<String>>,
+        path: &mut Vec<String>,
+        done: &mut BTreeSet<String>,
+    ) -> bool {
+        if path.iter().any(|on_path| on_path == node) {
+            path.push(node.to_owned());
+            return true;
+        }
+        if done.contains(node) {
+            return false;
+        }
+        path.push(node.to_owned());
+        if edges.get(node).into_iter().flatten().any(|next| visit(next, edges, path, done)) {
+            return true;
+        }
+        path.pop();
+        done.insert(node.to_owned());
+        false
+    }
+    let mut done = BTreeSet::new();
+    edges.keys().find_map(|node| {
+        let mut path = Vec::new();
+        visit(node, edges, &mut path, &mut done).then_some(path)
+    })
+}
+
+fn all_sources() -> Vec<(String, String)> {
+    let mut paths = vec![root().join("build.rs")];
+    for folder in ["src", "tests", "benches", "fuzz/fuzz_targets"] {
+        collect(&root().join(folder), &mut paths);
+    }
+    let name = |path: &Path| path.strip_prefix(root()).unwrap().display().to_string();
+    paths.iter().map(|path| (name(path), fs::read_to_string(path).unwrap())).collect()
+}
+
+fn collect(folder: &Path, into: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            collect(&path, into);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            into.push(path);
         }
     }
-    assert!(packages.len() > 100, "{} packages", packages.len());
+}
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
 }
