@@ -102,7 +102,7 @@ async fn a_new_certificate_is_reloaded_and_open_connections_stay() {
     let mut relay = with_tls(&authority.issue("old", 10)).set("http.header_timeout", "60s").start().await;
     let days = relay.metric("prism_relay_tls_certificate_days_left", &[]).await;
     assert!((9.9..=10.0).contains(&days), "{days}");
-    relay.eventually_logs("about to expire").await;
+    relay.eventually_logs("expires soon or has expired").await;
     let old = presented(&relay, &authority).await;
     let mut open = connect(relay.address(), tls_config(Some(&authority.pem()), None)).await.unwrap();
     let ask = "GET /healthz HTTP/1.1\r\nhost: relay\r\n\r\n";
@@ -145,14 +145,14 @@ async fn unusable_certificates_are_reported_at_the_start() {
     let broken = "-----BEGIN CERTIFICATE-----\n!\n-----END CERTIFICATE-----\n".to_owned();
     for (issued, expected) in [
         (authority.issue("expired", -1), "http.tls: tls.crt expired on "),
-        (Issued { certificate: "nothing".to_owned(), ..good.clone() }, "tls.crt holds no certificate in PEM format"),
+        (Issued { certificate: "nothing".to_owned(), ..good.clone() }, "tls.crt contains no certificate in PEM format"),
         (Issued { certificate: broken, ..good.clone() }, "tls.crt is broken: "),
         (authority.issue_from("not yet", 7, 30), "http.tls: tls.crt is not valid before "),
-        (Issued { private_key: "nothing".to_owned(), ..good.clone() }, "tls.key holds no private key in PEM format"),
+        (Issued { private_key: "nothing".to_owned(), ..good.clone() }, "tls.key contains no private key in PEM format"),
         (Issued { private_key: one_line.clone(), ..good.clone() }, "tls.key is broken: a section has no end"),
         (
             Issued { private_key: other.issue_server().private_key, ..good },
-            "tls.crt and tls.key do not belong together",
+            "certificate tls.crt and private key tls.key do not match",
         ),
     ] {
         let setup = Setup::without_broker();
@@ -243,7 +243,10 @@ async fn a_broker_with_the_wrong_certificate_gets_nothing() {
         tls["ca"] = json!(misnamed.folder().join("rabbitmq-ca.crt"));
         let misnamed = misnamed.set("broker.tls", tls).start().await;
         let line = misnamed.eventually_logs("not delivering").await;
-        assert!(line["error"].as_str().unwrap().contains(&format!("as {name}: invalid peer certificate")), "{line}");
+        assert!(
+            line["error"].as_str().unwrap().contains(&format!("as {name} failed: invalid peer certificate")),
+            "{line}"
+        );
     }
 
     // A listener without TLS.
