@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-/// Events are made on one thread and freed on another, over which the system's allocator stumbles: see benches/relay.
+/// Events are allocated on one thread and freed on another, which is slow with glibc's allocator (see benches/relay).
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 

@@ -1,4 +1,4 @@
-//! `check`: whether the relay would run. Changes nothing, on disk or on the broker.
+//! `check`: checks whether the relay can run. It changes nothing on disk or on the broker.
 
 use std::path::Path;
 use std::time::Duration;
@@ -12,7 +12,7 @@ use crate::spool::{Inspector, SpoolState};
 use crate::text::chain;
 use crate::topology::{Comparison, Declare, Kind, Plan, compare};
 
-/// For one reply of the broker.
+/// How long to wait for one reply of the broker.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[derive(clap::Args)]
@@ -22,7 +22,7 @@ pub(super) struct Options {
     offline: bool,
 }
 
-/// The findings, printed as they come.
+/// Prints each finding at once, and counts the problems.
 struct Table {
     problems: usize,
 }
@@ -52,7 +52,7 @@ pub(super) async fn run(config: &Config, file: Option<&Path>, options: Options) 
             Ok(())
         }
         count => {
-            say(&format!("{count} of these need your attention"));
+            say(&format!("problems: {count}"));
             Err(Failure::Reported)
         }
     }
@@ -116,7 +116,7 @@ fn check_spool(config: &Config, table: &mut Table) {
     }
 }
 
-/// Creates a file in this folder, and removes it at once.
+/// Creates a file in this folder, and deletes it.
 fn try_to_create_in(folder: &Path) -> std::io::Result<()> {
     let path = folder.join(format!(".prism-relay-check-{}", std::process::id()));
     std::fs::File::create_new(&path)?;
@@ -168,7 +168,7 @@ async fn check_bindings_and_policies(
     reported: &[String],
 ) {
     let what = "bindings and policies";
-    let found = match topology::look(config, file, plan, url).await {
+    let found = match topology::compare_by_api(config, file, plan, url).await {
         Ok(found) => found,
         Err(reason) => return table.ok(what, &format!("not checked: {reason}")),
     };

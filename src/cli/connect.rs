@@ -1,11 +1,11 @@
-//! The connection of a command to the broker.
+//! Connects a command to the broker.
 
 use anyhow::anyhow;
 
 use crate::broker::{BrokerAccess, BrokerConnection};
 use crate::config::Config;
 
-/// Connects to the first broker that can be reached. The error is the last one's.
+/// Connects to the first reachable broker of `broker.urls`. If none is reachable, returns the last broker's error.
 pub(super) async fn connect(config: &Config, name: &str) -> anyhow::Result<BrokerConnection> {
     let access = BrokerAccess::new(&config.broker)?;
     let mut failure = anyhow!("broker.urls is empty");

@@ -1,4 +1,4 @@
-//! Reads what a queue or a stream holds now, and finds its end: AMQP does not mark the end of a queue.
+//! Reads the messages that a queue or a stream has now. AMQP does not mark the last one, so this module finds it.
 
 use std::pin::Pin;
 use std::time::Duration;
@@ -12,23 +12,24 @@ use tokio::time::{Instant, timeout};
 
 use super::transfer::{TransferError, in_time};
 
-/// Unacknowledged deliveries at most. It is larger than a batch of a transfer, which acknowledges nothing before it is
-/// full.
+/// Maximum unacknowledged deliveries. Must be larger than a batch of a transfer, because a batch is acknowledged only
+/// when it is full.
 const PREFETCH: u16 = 500;
 const CONSUMER_TAG: &str = "prism-relay";
 
-/// An answer that takes less than this comes from the queue itself.
+/// A reply within this time comes from the queue itself, not from RabbitMQ's timeout.
 const AT_ONCE: Duration = Duration::from_millis(200);
-/// Over a slow line no answer takes less than [`AT_ONCE`]. Otherwise this many take two seconds.
+/// Over a slow line no reply arrives within [`AT_ONCE`], so the attempts are limited. With RabbitMQ's timeout of 250 ms
+/// this many take two seconds.
 const ATTEMPTS_MAX: u32 = 8;
 
 /// The only consumer of a channel.
 pub(super) struct Consumer {
     channel: Channel,
     deliveries: lapin::Consumer,
-    /// The cancellation of the consumer, once it was requested; it yields an error if that fails.
+    /// The request to cancel the consumer, once it was made. It resolves to the error if the request fails.
     cancellation: Option<Pin<Box<dyn Future<Output = Option<lapin::Error>> + Send>>>,
-    /// For an answer of the broker, and for the next delivery before that answer.
+    /// How long to wait for a reply of the broker, or for a delivery that comes before the reply.
     deadline: Duration,
     ended: bool,
 }
@@ -50,8 +51,8 @@ impl Consumer {
         Ok(Self { channel: channel.clone(), deliveries, cancellation: None, deadline, ended: false })
     }
 
-    /// The next message. After `quiet` without one it cancels the consumer, and returns `None` after the last delivery.
-    /// That is safe on a slow line: the broker confirms the cancellation after all that it has sent.
+    /// Returns the next message. After `quiet` without one it cancels the consumer, and returns `None` after the last
+    /// delivery. This is safe on a slow line: the broker confirms the cancellation after its last delivery.
     pub(super) async fn next(&mut self, quiet: Duration) -> Result<Option<Delivery>, TransferError> {
         if self.cancellation.is_none()
             && let Ok(delivery) = timeout(quiet, self.deliveries.next()).await
@@ -67,7 +68,7 @@ impl Consumer {
         Ok(())
     }
 
-    /// What was on its way when the consumer was cancelled; `None` after the last one.
+    /// Cancels the consumer and returns the next delivery that was already in transit; `None` after the last one.
     async fn rest(&mut self) -> Result<Option<Delivery>, TransferError> {
         if self.ended {
             return Ok(None);
@@ -84,7 +85,7 @@ impl Consumer {
                 tokio::select! {
                     biased;
                     delivery = self.deliveries.next() => return delivery.transpose(),
-                    // The broker's answer ends the deliveries as well.
+                    // On success the stream of deliveries ends, too.
                     failed = &mut *cancellation => if let Some(error) = failed { return Err(error) },
                 }
             }
@@ -95,9 +96,9 @@ impl Consumer {
     }
 }
 
-/// How many messages a queue could deliver. RabbitMQ reports no messages and no consumers if the leader of a quorum
-/// queue does not answer it within 250 ms (`rabbit_quorum_queue:stat`). So that report counts only if it came quickly,
-/// or again and again.
+/// The number of ready messages in a queue. RabbitMQ reports 0 messages and 0 consumers if the leader of a quorum queue
+/// does not reply within 250 ms (`rabbit_quorum_queue:stat`). This function believes such a report only if it came
+/// quickly, or [`ATTEMPTS_MAX`] times in a row.
 pub(super) async fn count(channel: &Channel, queue: &ShortString) -> Result<u32, lapin::Error> {
     let mut attempts = 0;
     loop {

@@ -1,14 +1,14 @@
-//! Why a command failed, and the exit code for it.
+//! Why a command failed, and its exit code.
 
 use std::process::ExitCode;
 
 use crate::text::chain;
 
-/// EX_USAGE of sysexits.h: a service manager should not try again.
+/// EX_USAGE of sysexits.h. A service manager should not restart the program.
 pub(super) const EXIT_USAGE: u8 = 64;
 
-/// Why a command failed, which decides the exit code. It is no `Error` itself, so that `?` turns every error into
-/// `Other`.
+/// Why a command failed, which decides the exit code. It does not implement `Error`, so that `?` converts every error
+/// to `Other`.
 #[derive(Debug)]
 pub(super) enum Failure {
     /// The command line cannot be used.

@@ -1,4 +1,4 @@
-//! `health`: for container engines and scripts that have no HTTP client. Asks a running relay what `/readyz` says.
+//! `health`: requests `/readyz` of a running relay, for container engines and scripts without an HTTP client.
 
 use std::time::Duration;
 
@@ -10,12 +10,12 @@ use super::http::OpsResource;
 use super::output::say;
 use crate::config::Config;
 
-/// Less than the timeouts of container engines, so that the reason is printed.
+/// Shorter than the timeouts of container engines, so that the command can print the reason.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(3);
 
 #[derive(clap::Args)]
 pub(super) struct Options {
-    /// The address of the relay's operators' listener [default: ops.listen of the configuration]
+    /// Address of the relay's operators' listener [default: ops.listen]
     #[arg(long)]
     url: Option<Uri>,
 }

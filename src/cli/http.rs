@@ -1,4 +1,4 @@
-//! Where the listeners of a relay are reached from here, and what its operators' listener answers.
+//! Addresses of a relay's listeners, and requests to its operators' listener.
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
@@ -14,10 +14,10 @@ use crate::secret::Secret;
 use crate::text::clean;
 use crate::tls;
 
-/// Far more than a status takes.
+/// Far larger than any status.
 const ANSWER_BYTES_MAX: usize = 4 * 1024 * 1024;
 
-/// One resource of the operators' listener.
+/// A resource of the operators' listener.
 pub(super) struct OpsResource {
     client: HttpClient,
     url: String,
@@ -26,7 +26,7 @@ pub(super) struct OpsResource {
 }
 
 impl OpsResource {
-    /// `path` below `base`, or below `ops.listen` of the configuration.
+    /// The resource at `path` below `base`, or below `ops.listen` of the configuration.
     pub(super) fn new(config: &Config, base: Option<Uri>, path: &str, deadline: Duration) -> Result<Self, Failure> {
         let url = match base {
             Some(base) => format!("{}{path}", base.to_string().trim_end_matches('/')),
@@ -42,7 +42,7 @@ impl OpsResource {
         self
     }
 
-    /// The JSON that it answers, `null` if that is not JSON; an error unless the status is 2xx.
+    /// Returns the body as JSON, or `null` if it is not JSON. A status other than 2xx is an error.
     pub(super) async fn get(&self) -> anyhow::Result<Value> {
         let Self { client, url, authorization, limits } = self;
         let answer = get(client, url, authorization.as_deref(), limits).await?;
@@ -55,7 +55,7 @@ impl OpsResource {
     }
 }
 
-/// The URL of `path` on the listener that the setting `key` puts at `address`.
+/// The URL of `path` on a listener. `key` names the setting that `address` comes from.
 pub(super) fn listener_url(mut address: SocketAddr, key: &str, path: &str) -> Result<String, Failure> {
     if address.port() == 0 {
         return Err(Failure::Usage(format!("{key} has no fixed port: give the address with --url")));

@@ -1,4 +1,4 @@
-//! `man` and `completions`, generated from the definition of the command line.
+//! `man` and `completions`: both are generated from the definition of the command line.
 
 use std::path::PathBuf;
 
@@ -15,7 +15,7 @@ pub(super) struct Options {
     folder: Option<PathBuf>,
 }
 
-/// Writes roff(7) to standard output, or in files such as `prism-relay-send.1`.
+/// Writes man pages: the main one to standard output, or all of them to files such as `prism-relay-send.1`.
 pub(super) fn man(command: Command, options: Options) -> anyhow::Result<()> {
     match options.folder {
         Some(folder) => clap_mangen::generate_to(command, &folder)

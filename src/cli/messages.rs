@@ -1,4 +1,4 @@
-//! Messages of the broker: how commands print, choose and publish them again. No body is ever printed.
+//! Messages of the broker: how commands print, select and republish them. Bodies are never printed.
 
 use std::io::{self, Write};
 
@@ -12,17 +12,17 @@ use serde::Serialize;
 use crate::broker::{SHORT_STRING_BYTES_MAX, short_string};
 use crate::text::clean;
 
-/// When a message was passed on by `replay`; such messages are not replayed again.
+/// Header: when `replay` published the message. Such messages are not replayed again.
 pub(super) const REPLAYED_AT: &str = "prism-replayed-at";
 
-/// The routing key of a message that was published straight into a queue, under the queue's own name.
+/// Header: the original routing key of a message that was published directly to a queue, under the queue's name.
 const ORIGINAL_KEY: &str = "prism-original-key";
 
-/// What RabbitMQ has noted about the past of a message. A new publish has none.
+/// Headers about the history of a message on the broker. A new publish has none of them.
 const PAST: [&str; 4] = ["x-death", "x-delivery-count", "x-stream-offset", ORIGINAL_KEY];
 const PAST_PREFIXES: [&str; 2] = ["x-first-death-", "x-last-death-"];
 
-/// The printed facts of an event.
+/// The printed fields of an event.
 #[derive(Serialize)]
 struct Line<'a> {
     time: &'a str,
@@ -36,7 +36,7 @@ struct Line<'a> {
     death: Option<String>,
 }
 
-/// Prints a message as a line for people, or as a JSON object.
+/// Prints a message as a line of text, or as a JSON object.
 pub(super) fn print(delivery: &Delivery, json: bool) -> io::Result<()> {
     let properties = &delivery.properties;
     let header = |name: &str| header(properties, name).unwrap_or_default();
@@ -64,7 +64,7 @@ pub(super) fn print(delivery: &Delivery, json: bool) -> io::Result<()> {
     out.flush()
 }
 
-/// A header that is a text.
+/// The value of a text header.
 pub(super) fn header(properties: &BasicProperties, name: &str) -> Option<String> {
     match properties.headers().as_ref()?.inner().get(name)? {
         AMQPValue::LongString(text) => Some(text.to_string()),
@@ -73,7 +73,7 @@ pub(super) fn header(properties: &BasicProperties, name: &str) -> Option<String>
     }
 }
 
-/// A header that is a whole number.
+/// The value of a header that is a number, and not negative.
 pub(super) fn number(properties: &BasicProperties, name: &str) -> Option<u64> {
     whole_number(properties.headers().as_ref()?.inner().get(name)?)
 }
@@ -89,13 +89,13 @@ fn whole_number(value: &AMQPValue) -> Option<u64> {
     }
 }
 
-/// When the relay accepted the event; for foreign messages, the time that they carry.
+/// When the relay accepted the event. For messages of other publishers, their `timestamp` property.
 pub(super) fn time_of(properties: &BasicProperties) -> Option<Timestamp> {
     let accepted = header(properties, "prism-received-at").and_then(|text| text.parse().ok());
     accepted.or_else(|| Timestamp::from_second(i64::try_from((*properties.timestamp())?).ok()?).ok())
 }
 
-/// The routing key with which a message was first published; a retry queue and `--to` replace it by their own.
+/// The routing key with which a message was first published. Retry queues and `--to` replace the key.
 pub(super) fn first_key(delivery: &Delivery) -> String {
     let first_death = || {
         let queue = header(&delivery.properties, "x-first-death-queue")?;
@@ -120,7 +120,7 @@ pub(super) fn original_key(delivery: &Delivery) -> anyhow::Result<ShortString> {
     })
 }
 
-/// Why and where a message died for the last time, such as `rejected by prism.scan (3 times)`.
+/// Why and where a message was dead-lettered last, such as `rejected by prism.scan (3 times)`.
 fn death(properties: &BasicProperties) -> Option<String> {
     let last = deaths(properties).next()?;
     let count = last.inner().get("count").and_then(whole_number).unwrap_or(1);
@@ -151,12 +151,12 @@ fn text(value: &AMQPValue) -> Option<String> {
     }
 }
 
-/// The properties for a new publish of a message, without its past on the broker.
+/// Properties to publish a message again, without its history on the broker.
 pub(super) fn fresh(old: &BasicProperties) -> BasicProperties {
     published_again(old, |name| PAST.contains(&name) || PAST_PREFIXES.iter().any(|prefix| name.starts_with(prefix)))
 }
 
-/// As [`fresh`], for a message that is published once more on purpose.
+/// [`fresh`] properties with the header [`REPLAYED_AT`].
 pub(super) fn replayed(old: &BasicProperties, now: Timestamp) -> BasicProperties {
     let new = fresh(old);
     let mut headers = new.headers().clone().unwrap_or_default();
@@ -164,19 +164,20 @@ pub(super) fn replayed(old: &BasicProperties, now: Timestamp) -> BasicProperties
     new.with_headers(headers)
 }
 
-/// The properties for a copy of a message in the same queue, whose count of returns starts again at 0.
+/// Properties for a copy of a message in the same queue. The delivery count of the copy starts at 0.
 pub(super) fn put_back(old: &BasicProperties) -> BasicProperties {
     published_again(old, |name| name == "x-delivery-count")
 }
 
-/// The properties for a message that is published under the name of a queue.
+/// Properties for a message that is published directly to a queue.
 pub(super) fn with_original_key(old: &BasicProperties, key: &ShortString) -> BasicProperties {
     let mut headers = old.headers().clone().unwrap_or_default();
     headers.insert(ORIGINAL_KEY.into(), AMQPValue::LongString(key.as_str().into()));
     old.clone().with_headers(headers)
 }
 
-/// A user id is left out, because the broker takes none but our own; an expiration, because nothing must be lost now.
+/// Leaves out two properties: `user_id`, because the broker accepts only our own, and `expiration`, because an expired
+/// message would be lost.
 fn published_again(old: &BasicProperties, without: impl Fn(&str) -> bool) -> BasicProperties {
     let mut headers = FieldTable::default();
     for (name, value) in old.headers().iter().flatten() {
@@ -202,11 +203,11 @@ fn published_again(old: &BasicProperties, without: impl Fn(&str) -> bool) -> Bas
 pub(super) fn queue_name(text: &str) -> Result<ShortString, String> {
     match short_string(text) {
         Ok(name) if !text.is_empty() => Ok(name),
-        _ => Err(format!("takes a name of 1 to {SHORT_STRING_BYTES_MAX} bytes")),
+        _ => Err(format!("must be a name of 1 to {SHORT_STRING_BYTES_MAX} bytes")),
     }
 }
 
-/// Whether a topic exchange would route this key by this pattern.
+/// Whether a topic exchange would route this key to a binding with this pattern.
 pub(super) fn matches(pattern: &str, key: &str) -> bool {
     fn words(pattern: &[&str], key: &[&str]) -> bool {
         match (pattern.split_first(), key.split_first()) {

@@ -29,17 +29,16 @@ use failure::{EXIT_USAGE, Failure};
 use crate::config::{Config, Purpose};
 use crate::{logging, relay};
 
-/// Such as `0.1.0 (3f2a9c01b7de)`; build.rs provides the commit.
+/// For example `0.1.0 (3f2a9c01b7de)`. build.rs provides the commit.
 const LONG_VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (", env!("PRISM_RELAY_COMMIT"), ")");
 
 /// A durable webhook-to-RabbitMQ relay for the Prism body-scan API.
 ///
-/// Every setting has a default, can be set in a TOML file (--config), and in the environment as
-/// PRISM_RELAY__SECTION__KEY.
+/// Every setting has a default. Set it in a TOML file (--config), or in the environment as PRISM_RELAY__SECTION__KEY.
 #[derive(Parser)]
 #[command(name = "prism-relay", version, long_version = LONG_VERSION)]
 struct Arguments {
-    /// The configuration file (TOML).
+    /// Configuration file (TOML).
     #[arg(long, global = true, value_name = "FILE")]
     config: Option<PathBuf>,
 
@@ -51,33 +50,33 @@ struct Arguments {
 enum Command {
     /// Run the relay (the default).
     Serve,
-    /// Check the configuration, the broker, its topology and the spool, without changing anything.
+    /// Check the configuration, the broker, its topology and the spool. Changes nothing.
     Check(check::Options),
-    /// Play Prism: send signed webhooks, with Prism's retries.
+    /// Send signed webhooks as Prism does, with Prism's retries.
     Send(send::Options),
-    /// Print events as they pass.
+    /// Print events as they are published.
     Tail(tail::Options),
-    /// Show how the relay is doing, live: the console's numbers in a terminal.
+    /// Show the console's numbers in a terminal, live.
     Top(top::Options),
     /// Print, declare, compare or export the exchanges, queues and bindings.
     #[command(subcommand)]
     Topology(topology::Action),
-    /// Publish dead letters, or what was unroutable, once more.
+    /// Publish dead letters or unrouted messages again.
     Redrive(redrive::Options),
-    /// Publish events of the archive once more, by time and key.
+    /// Publish events of the archive again, selected by time and routing key.
     Replay(replay::Options),
-    /// Look into the spool, also while the relay runs.
+    /// Inspect the spool, also while the relay runs.
     #[command(subcommand)]
     Spool(spool::Action),
-    /// Ask a running relay whether it is ready: exit code 0 if webhooks would be answered 200, else 1.
+    /// Check whether a running relay is ready for webhooks: exit code 0 if so, else 1.
     Health(health::Options),
     /// Print the man page.
     Man(manual::Options),
-    /// Print a script that completes commands and options in a shell.
+    /// Print a completion script for a shell.
     Completions { shell: clap_complete::Shell },
 }
 
-/// Runs the command that the process was started with.
+/// Runs the command that the arguments of the process name.
 pub fn run() -> ExitCode {
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
@@ -126,12 +125,12 @@ fn execute(arguments: Arguments) -> Result<(), Failure> {
             Command::Completions { shell } => Ok(manual::completions(Arguments::command(), shell)?),
         }
     });
-    // Threads may hang in a name look-up or on a failing disk. All work that matters is done, so this does not wait.
+    // Do not wait for threads that hang in a name look-up or on a failing disk: the work is done.
     runtime.shutdown_background();
     outcome
 }
 
-/// Our variables. One that is not UTF-8 is an error.
+/// The variables of the relay. A value that is not UTF-8 is an error.
 #[expect(clippy::disallowed_methods, reason = "the one place that reads the environment")]
 fn environment() -> Result<Vec<(String, String)>, Failure> {
     let named = std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value)));

@@ -1,4 +1,4 @@
-//! What commands print.
+//! Output of the commands: text on standard output, and progress bars.
 
 use std::io::{self, Write};
 
@@ -28,7 +28,7 @@ pub(super) fn out(bytes: &[u8]) -> anyhow::Result<()> {
     }
 }
 
-/// Prints a line at once. `println!` would panic when the reader has ended (`| head`).
+/// Prints a line immediately. `println!` would panic when the reader has exited (`| head`).
 pub(super) fn say(line: &str) {
     let _ = writeln!(io::stdout().lock(), "{line}");
 }

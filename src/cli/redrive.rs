@@ -1,5 +1,5 @@
-//! `redrive`: publishes dead letters, or other messages, once more. A message is acknowledged only after the broker has
-//! confirmed its copy, so a run that is interrupted at any point loses nothing.
+//! `redrive`: publishes dead letters or other messages again. A message is acknowledged only after the broker has
+//! confirmed its copy, so an interrupted run loses nothing.
 
 use std::io;
 use std::num::NonZeroU64;
@@ -24,36 +24,35 @@ use crate::config::Config;
 use crate::topology::DEAD;
 
 /// RabbitMQ 4 drops a message that was returned 20 times if its queue has no other limit and no dead-letter exchange.
-/// Long before that, a copy replaces the message, and its count starts again at 0.
+/// After this many returns a copy replaces the message, and the count of the copy starts at 0.
 const RETURNS_MAX: u64 = 10;
-/// After this long without a delivery there is nothing left to deliver.
+/// After this long without a delivery the queue is taken to be empty.
 const QUIET: Duration = Duration::from_secs(5);
 
 #[derive(clap::Args)]
 pub(super) struct Options {
-    /// The queue to take from. A queue with a single active consumer can only be moved as a whole, without filters
+    /// Queue to take messages from. Filters do not work on a queue with a single active consumer
     #[arg(long, value_name = "QUEUE", default_value = DEAD, value_parser = queue_name)]
     from: ShortString,
-    /// Publish into this queue only [default: to the exchange, so every queue that is bound gets it]
+    /// Publish to this queue only [default: to the exchange, and so to every bound queue]
     #[arg(long, value_name = "QUEUE", value_parser = queue_name)]
     to: Option<ShortString>,
-    /// Only events of these types, as a topic pattern: * stands for one word, # for any number of words
+    /// Only event types that match this topic pattern: * is one word, # is any number of words
     #[arg(long = "type", value_name = "PATTERN")]
     pattern: Option<String>,
     /// Only events of this subject, such as scan:7f2ec6e0-b06d-42b1-b2a1-fff59a458490
     #[arg(long)]
     subject: Option<String>,
-    /// Only events that were accepted longer ago than this, such as 10m or 2h
+    /// Only events accepted longer ago than this, such as 10m or 2h
     #[arg(long, value_name = "AGE", value_parser = humantime::parse_duration)]
     older_than: Option<Duration>,
-    /// Only events that were accepted within this time, such as 10m or 2h
+    /// Only events accepted within this time, such as 10m or 2h
     #[arg(long, value_name = "AGE", value_parser = humantime::parse_duration)]
     newer_than: Option<Duration>,
     /// Stop after this many events
     #[arg(long)]
     count: Option<NonZeroU64>,
-    /// Print what would be moved, and move nothing. Messages that were returned often are replaced by copies in the
-    /// queue
+    /// Only print what would be moved. Messages that were returned often are replaced with copies in the same queue
     #[arg(long)]
     dry_run: bool,
 }
@@ -78,7 +77,7 @@ pub(super) async fn run(config: &Config, options: Options) -> Result<(), Failure
     if options.dry_run {
         say(&format!("{moved} of {} in {from} would be moved to {to}", moved + left));
     } else {
-        say(&format!("{moved} moved from {from} to {to}, {left} looked at and left"));
+        say(&format!("{moved} moved from {from} to {to}, {left} did not match"));
     }
     Ok(outcome?)
 }
@@ -88,10 +87,10 @@ struct Redrive<'a> {
     options: &'a Options,
     to: &'a Destination,
     link: &'a BrokerConnection,
-    /// For an answer of the broker.
+    /// How long to wait for a reply of the broker.
     deadline: Duration,
     transfer: Transfer,
-    /// Copies that replace messages of the queue, which do not count as moved.
+    /// Publishes the copies that replace messages in their own queue. They do not count as moved.
     copies: Transfer,
     /// Messages that a dry run would move.
     printed: u64,
@@ -113,7 +112,7 @@ impl Redrive<'_> {
         while options.count.is_none_or(|count| chosen < count.get())
             && let Some(delivery) = reader.next().await?
         {
-            if is_worn(&delivery) {
+            if was_returned_often(&delivery) {
                 self.put_back(&mut reader, delivery).await?;
                 continue;
             }
@@ -135,8 +134,8 @@ impl Redrive<'_> {
         Ok(reader.close().await?)
     }
 
-    /// Replaces a message by a copy at the end of its queue, whose count of returns starts again at 0. The reader gets
-    /// the copy later.
+    /// Replaces a message with a copy at the end of its queue. The delivery count of the copy starts at 0. The reader
+    /// gets the copy later.
     async fn put_back(&mut self, reader: &mut QueueReader<'_>, delivery: Delivery) -> anyhow::Result<()> {
         let to = Destination::Queue(reader.queue.clone());
         let (key, properties) = (original_key(&delivery)?, put_back(&delivery.properties));
@@ -147,30 +146,30 @@ impl Redrive<'_> {
     }
 }
 
-/// Reads as many messages as the queue has now, and no more: messages that come back to it must not be moved in
-/// circles.
+/// Reads as many messages as the queue has at the start. Without this limit, messages that return to the queue would be
+/// moved endlessly.
 struct QueueReader<'a> {
     link: &'a BrokerConnection,
     channel: Channel,
     queue: &'a ShortString,
     source: Source,
-    /// How many are still to come.
+    /// Messages still to be read.
     left: u64,
-    /// For an answer of the broker.
+    /// How long to wait for a reply of the broker.
     deadline: Duration,
     interrupt: Pin<Box<dyn Future<Output = io::Result<()>> + Send>>,
 }
 
 /// How messages are read.
 enum Source {
-    /// One by one. Messages that are not moved stay unacknowledged until the end, without a limit.
+    /// One by one. Any number of messages that do not match can stay unacknowledged until the end.
     Get,
-    /// As a worker reads them; the only way if the queue has a single active consumer.
+    /// As a consumer: the only way to read a queue with a single active consumer.
     Consume(Box<Consumer>),
 }
 
 impl<'a> QueueReader<'a> {
-    /// `whole`: every message is to be moved.
+    /// `whole`: every message will be moved.
     async fn open(
         link: &'a BrokerConnection,
         queue: &'a ShortString,
@@ -245,7 +244,7 @@ impl Options {
 }
 
 /// Whether the broker may soon drop the message because it was returned too often.
-fn is_worn(delivery: &Delivery) -> bool {
+fn was_returned_often(delivery: &Delivery) -> bool {
     number(&delivery.properties, "x-delivery-count").unwrap_or(0) >= RETURNS_MAX
 }
 

@@ -1,4 +1,4 @@
-//! `replay`: publishes events of the archive once more, marked as such. The archive itself stays as it is.
+//! `replay`: publishes events of the archive again, with a header that marks them. It does not change the archive.
 
 use std::time::Duration;
 
@@ -22,30 +22,30 @@ use crate::topology::ARCHIVE;
 
 /// A stream does not report its end. After this long without a delivery its last part has been read.
 const LAST_PART: Duration = Duration::from_secs(2);
-/// The first message comes at once, if there is one.
+/// How long to wait for the first message, if the stream may have none.
 const FIRST: Duration = Duration::from_secs(5);
-/// A stream keeps the order in which the broker took the events. That may be long after they were accepted, but before
-/// only if the clocks differ: by this much at most.
+/// How far the clocks of the relay and the broker may differ. The broker takes an event after the relay accepts it, so
+/// only different clocks can give the event an earlier time in the stream.
 const CLOCKS_DIFFER: SignedDuration = SignedDuration::from_mins(10);
 
 #[derive(clap::Args)]
 pub(super) struct Options {
-    /// Only events accepted since this time, such as 2026-11-24T12:00:00Z, or within this age, such as 2h
+    /// Only events accepted since this time (such as 2026-11-24T12:00:00Z) or age (such as 2h)
     #[arg(long, value_name = "WHEN", value_parser = when)]
     since: Timestamp,
     /// Only events accepted before this time or age [default: now]
     #[arg(long, value_name = "WHEN", value_parser = when)]
     until: Option<Timestamp>,
-    /// Only events whose routing key matches, as a topic pattern: * stands for one word, # for any number of words
+    /// Only routing keys that match this topic pattern: * is one word, # is any number of words
     #[arg(long, value_name = "PATTERN", default_value = "#")]
     key: String,
-    /// Publish into this queue only [default: to the exchange, so every queue that is bound gets it]
+    /// Publish to this queue only [default: to the exchange, and so to every bound queue]
     #[arg(long, value_name = "QUEUE", value_parser = queue_name)]
     to: Option<ShortString>,
-    /// The stream to read [default: topology.archive.name of the configuration]
+    /// Stream to read [default: topology.archive.name]
     #[arg(long, value_name = "STREAM", value_parser = queue_name)]
     from: Option<ShortString>,
-    /// Print what would be replayed, and publish nothing
+    /// Only print what would be published
     #[arg(long)]
     dry_run: bool,
 }
@@ -56,7 +56,7 @@ fn when(text: &str) -> Result<Timestamp, String> {
     text.parse()
         .ok()
         .or_else(age)
-        .ok_or_else(|| "give a time such as 2026-11-24T12:00:00Z, or an age such as 2h".to_owned())
+        .ok_or_else(|| "must be a time such as 2026-11-24T12:00:00Z, or an age such as 2h".to_owned())
 }
 
 pub(super) async fn run(config: &Config, options: Options) -> Result<(), Failure> {
@@ -81,7 +81,7 @@ struct Replay<'a> {
     from: &'a ShortString,
     to: &'a Destination,
     link: &'a BrokerConnection,
-    /// For an answer of the broker.
+    /// How long to wait for a reply of the broker.
     deadline: Duration,
     transfer: Transfer,
     /// Events that a dry run would publish.
@@ -110,7 +110,7 @@ impl Replay<'_> {
             let delivery = match (next, reached) {
                 (Some(delivery), _) => delivery,
                 (None, None) if may_be_empty => break,
-                (None, _) => bail!("the stream delivers nothing more before its end at offset {}", end.offset),
+                (None, _) => bail!("the stream stopped delivering before its end at offset {}", end.offset),
             };
             let offset = offset_of(&delivery)?;
             reached = Some(offset);
@@ -138,20 +138,20 @@ impl Replay<'_> {
             print(&delivery, false).context("cannot print")?;
             self.printed += 1;
         }
-        // The broker delivers more only as messages are acknowledged.
+        // The broker delivers more messages only after these are acknowledged.
         in_time(self.deadline, delivery.acker.ack(BasicAckOptions::default())).await?;
         Ok(())
     }
 
-    /// Reads the stream from an offset on.
+    /// Reads the stream, starting at `offset`.
     async fn read(&self, channel: &Channel, offset: AMQPValue) -> Result<Consumer, TransferError> {
         let mut arguments = FieldTable::default();
         arguments.insert("x-stream-offset".into(), offset);
         Consumer::open(channel, self.from, arguments, self.deadline).await
     }
 
-    /// Where the stream ends now; `None` if it is empty. The length that AMQP reports is seconds old, so this reads
-    /// the last part of the stream.
+    /// Finds the current end of the stream; `None` if it is empty. The length that AMQP reports is seconds old, so this
+    /// reads the last part of the stream.
     async fn find_end(&self, now: Timestamp) -> anyhow::Result<Option<End>> {
         let opening = async {
             let channel = self.link.connection.create_channel().await?;
@@ -160,14 +160,14 @@ impl Replay<'_> {
         };
         let (channel, count) = in_time(self.deadline, opening).await?;
         let mut consumer = self.read(&channel, AMQPValue::LongString("last".into())).await?;
-        // A stream that is not empty delivers its last part, however slow the line is.
+        // A stream that is not empty always delivers its last part, but a slow line may delay it.
         let patience = if count > 0 { self.deadline } else { LAST_PART };
         let (mut end, mut first_at) = (None, None);
         while let Some(delivery) = consumer.next(if end.is_none() { patience } else { LAST_PART }).await? {
             let (offset, accepted) = (offset_of(&delivery)?, accepted(&delivery));
             end = Some(End { offset, accepted });
             in_time(self.deadline, delivery.acker.ack(BasicAckOptions::default())).await?;
-            // While events come in all the time the stream is never silent. Events accepted after `now` are not
+            // A stream that gets new events all the time never falls silent. Events accepted after `now` are not
             // replayed.
             let read_for = first_at.get_or_insert_with(Instant::now).elapsed();
             if read_for > self.deadline || (read_for > LAST_PART && accepted >= now) {

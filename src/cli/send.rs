@@ -1,4 +1,4 @@
-//! `send`: plays Prism with its retries, and reports how many events were accepted and how fast.
+//! `send`: sends webhooks as Prism does, with its retries, and reports how many events were accepted and how fast.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -29,44 +29,44 @@ use crate::signature::{SIGNATURE_HEADER, TIMESTAMP_HEADER, sign};
 use crate::text::chain;
 use crate::tls::{self, ClientFiles};
 
-/// The pauses before Prism's second, third and fourth try. After the fourth it gives up.
+/// Prism's pauses before the second, third and fourth try. Prism gives up after the fourth.
 const RETRIES: [Duration; 3] = [Duration::ZERO, Duration::from_secs(5), Duration::from_secs(30)];
 
 /// How long an answer may take. Prism's own limit is not documented.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// No answer takes longer.
+/// The histogram's upper limit: no answer takes longer.
 const LATENCY_MAX_US: u64 = ANSWER_TIMEOUT.as_micros() as u64;
 /// A quantile is at most 0.1 percent above the true value.
 const SIGNIFICANT_DIGITS: u8 = 3;
 
 #[derive(clap::Args)]
 pub(super) struct Options {
-    /// Where to post [default: http.listen and http.path of the configuration]
+    /// URL to send to [default: from http.listen and http.path]
     #[arg(long)]
     url: Option<Uri>,
-    /// An event type to send; give it several times for several in turn [default: the six documented ones]
+    /// Event type to send; repeat the option to send several in turn [default: the six documented types]
     #[arg(long = "type", value_name = "TYPE")]
     types: Vec<String>,
-    /// How many events to send [default: one of each type]
+    /// Number of events to send [default: one of each type]
     #[arg(long)]
     count: Option<NonZeroU64>,
-    /// Events per second [default: as fast as the answers come]
+    /// Events per second [default: as fast as answers arrive]
     #[arg(long, value_parser = rate)]
     rate: Option<f64>,
-    /// Events in flight at most
+    /// Maximum events in flight
     #[arg(long, default_value = "64")]
     concurrency: NonZeroUsize,
-    /// Send the contents of this file as the body of every event, as it is
+    /// Send the contents of this file, unchanged, as the body of every event
     #[arg(long, value_name = "FILE", conflicts_with = "types")]
     body: Option<PathBuf>,
-    /// Trust only this certificate authority (PEM) for https URLs [default: those of the system]
+    /// Certificate authority (PEM) to trust for https URLs [default: those of the system]
     #[arg(long, value_name = "FILE")]
     ca: Option<PathBuf>,
     /// Do not sign, even if the configuration has a secret
     #[arg(long)]
     unsigned: bool,
-    /// Give an event up after its first failure, unlike Prism
+    /// Give up an event after its first failure, unlike Prism
     #[arg(long)]
     no_retry: bool,
 }
@@ -74,11 +74,11 @@ pub(super) struct Options {
 fn rate(text: &str) -> Result<f64, String> {
     match text.parse() {
         Ok(rate) if (0.001..=1_000_000.0).contains(&rate) => Ok(rate),
-        _ => Err("give a number of events a second, from 0.001 to 1000000".to_owned()),
+        _ => Err("must be a number of events per second, from 0.001 to 1000000".to_owned()),
     }
 }
 
-/// What every event needs.
+/// What all events share.
 struct Sender {
     client: HttpClient,
     url: Uri,
@@ -90,7 +90,7 @@ struct Sender {
 struct Fate {
     /// The outcome of each try: a status, or why there was none.
     tries: Vec<Result<StatusCode, String>>,
-    /// Of the last try, if it was answered 2xx.
+    /// Time from sending the last try to its 2xx; `None` without a 2xx.
     latency: Option<Duration>,
 }
 
@@ -133,8 +133,8 @@ fn client(url: &Uri, ca: Option<PathBuf>) -> Result<HttpClient, Failure> {
             ClientFiles { ca, identity: None }.load().map_err(|error| Failure::Usage(error.to_string()))?
         }
         Some("http") if ca.is_none() => tls::client_without_authorities()?,
-        Some("http") => return Err(Failure::Usage("--ca is for urls that begin with https://".to_owned())),
-        _ => return Err(Failure::Usage(format!("{url}: only http:// and https:// addresses can be posted to"))),
+        Some("http") => return Err(Failure::Usage("--ca needs a URL that begins with https://".to_owned())),
+        _ => return Err(Failure::Usage(format!("{url}: the URL must begin with http:// or https://"))),
     };
     Ok(http_client(tls))
 }
@@ -142,7 +142,7 @@ fn client(url: &Uri, ca: Option<PathBuf>) -> Result<HttpClient, Failure> {
 /// The address on which a relay with this configuration accepts webhooks.
 fn own_url(config: &Config) -> Result<Uri, Failure> {
     if config.http.tls.is_some() {
-        let hint = "the relay speaks TLS: give --url with the host name that is in its certificate";
+        let hint = "the relay uses TLS: give --url with a host name of its certificate";
         return Err(Failure::Usage(hint.to_owned()));
     }
     Ok(listener_url(config.http.listen, "http.listen", &config.http.path)?.parse()?)
@@ -159,27 +159,27 @@ async fn send_all(
     let places = Arc::new(Semaphore::new(concurrency));
     let mut pace = rate.map(|rate| tokio::time::interval(Duration::from_secs_f64(1.0 / rate)));
     if let Some(pace) = &mut pace {
-        // A late tick is made up for, so that the rate holds on average.
+        // Late ticks are made up for, so that the average rate is right.
         pace.set_missed_tick_behavior(MissedTickBehavior::Burst);
     }
-    let (mut under_way, mut fates) = (JoinSet::new(), Vec::new());
+    let (mut in_flight, mut fates) = (JoinSet::new(), Vec::new());
     for index in 0..count {
         if let Some(pace) = &mut pace {
             pace.tick().await;
         }
         let place = Arc::clone(&places).acquire_owned().await;
         let (sender, body, progress) = (Arc::clone(sender), body(index), progress.clone());
-        under_way.spawn(async move {
+        in_flight.spawn(async move {
             let fate = sender.send(body).await;
             drop(place);
             progress.inc(1);
             fate
         });
-        while let Some(Ok(fate)) = under_way.try_join_next() {
+        while let Some(Ok(fate)) = in_flight.try_join_next() {
             fates.push(fate);
         }
     }
-    fates.extend(under_way.join_all().await);
+    fates.extend(in_flight.join_all().await);
     progress.finish_and_clear();
     fates
 }
@@ -212,15 +212,19 @@ impl Sender {
             let response =
                 self.client.request(request).await.map_err(|error| format!("no answer: {}", chain(&error)))?;
             let status = response.status();
-            // Read to the end, so that the connection can be used again.
-            response.into_body().collect().await.map_err(|error| format!("the answer broke off: {}", chain(&error)))?;
+            // Read to the end, so that the connection can be reused.
+            response
+                .into_body()
+                .collect()
+                .await
+                .map_err(|error| format!("the answer was cut off: {}", chain(&error)))?;
             Ok(status)
         };
         timeout(ANSWER_TIMEOUT, answer).await.unwrap_or_else(|_| Err("no answer in time".to_owned()))
     }
 }
 
-/// An event as Prism sends it, with ids of its own.
+/// An event as Prism sends it, with new ids.
 fn payload(event_type: &str, index: u64) -> Bytes {
     let state = match event_type.rsplit('.').next() {
         Some("started") => "PROCESSING",
@@ -269,7 +273,7 @@ fn summary(fates: &[Fate], elapsed: Duration) -> String {
         line(&format!("  {name}"), count.to_string());
     }
     line("seconds", format!("{:.1}", elapsed.as_secs_f64()));
-    line("events a second", format!("{rate:.0}"));
+    line("events per second", format!("{rate:.0}"));
     if accepted > 0 {
         for (name, share) in [("p50", 0.5), ("p99", 0.99), ("max", 1.0)] {
             let microseconds = latencies.value_at_quantile(share);

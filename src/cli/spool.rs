@@ -1,4 +1,4 @@
-//! `spool`: looks into the spool, also while the relay runs on it, and takes events out by hand.
+//! `spool`: inspects the spool, also while the relay runs, and removes events from it.
 
 use anyhow::{Context, anyhow};
 use clap::Subcommand;
@@ -14,16 +14,16 @@ use crate::event::Envelope;
 use crate::spool::{Entry, Inspector};
 use crate::text::clean;
 
-/// Replaces a value that must not be printed.
+/// Printed in place of a `userToken`.
 const HIDDEN: &str = "[hidden]";
 
 #[derive(Subcommand)]
 pub(super) enum Action {
-    /// How many events there are, and have been
+    /// Print the numbers of current events, and the lifetime totals
     Stats,
-    /// List the events, the oldest first
+    /// List events, the oldest first
     List {
-        /// Only parked events, which the broker does not take, with the reason
+        /// Only parked events: those that the broker rejected or did not route. Prints the reason
         #[arg(long)]
         parked: bool,
         /// Stop after this many events
@@ -33,11 +33,11 @@ pub(super) enum Action {
         #[arg(long)]
         json: bool,
     },
-    /// Show one event, its userToken hidden
+    /// Print one event, with its userToken hidden
     Show { id: Uuid },
     /// Check the file, every body and the totals; exit code 1 if anything is wrong
     Verify,
-    /// Take events out for good: they will never be delivered
+    /// Remove events permanently: they will not be delivered
     Remove {
         #[arg(required = true)]
         ids: Vec<Uuid>,
@@ -127,7 +127,7 @@ fn line(row: &Row) -> String {
 }
 
 fn show(spool: &Inspector, id: Uuid) -> anyhow::Result<Printed> {
-    let missing = || format!("there is no event {id}: delivered, removed, or never here");
+    let missing = || format!("there is no event {id}: it was delivered or removed, or never accepted");
     let entry = spool.find(id)?.with_context(missing)?;
     let body = entry.stored.event.body.clone();
     let fingerprint = entry.stored.event.fingerprint.to_string();
@@ -153,13 +153,13 @@ fn show(spool: &Inspector, id: Uuid) -> anyhow::Result<Printed> {
             hide(&mut json);
             printed.line(serde_json::to_string_pretty(&json).unwrap_or_default());
         }
-        // It may hold anything, so it is not printed.
+        // The body may contain anything, so it is not printed.
         Err(_) => printed.line(format!("the body, {} bytes, is not JSON", body.len())),
     }
     Ok(printed)
 }
 
-/// Hides every `userToken`, however deep. (A parser without recursion has read it, so the depth is bounded.)
+/// Hides every `userToken` at any depth. serde_json limits the depth to 128, so the recursion is safe.
 fn hide(json: &mut Value) {
     match json {
         Value::Object(members) => members.iter_mut().for_each(|(name, value)| match name.as_str() {
@@ -195,7 +195,7 @@ fn remove(spool: &mut Inspector, ids: &[Uuid]) -> Result<(), Failure> {
     for id in ids {
         let removed = spool.remove(*id)?;
         missing += usize::from(!removed);
-        say(&format!("{id} {}", if removed { "removed" } else { "is not there" }));
+        say(&format!("{id} {}", if removed { "removed" } else { "not found" }));
     }
     if missing == 0 { Ok(()) } else { Err(Failure::Reported) }
 }

@@ -1,4 +1,4 @@
-//! `tail`: prints events as they pass, and takes none away from the workers.
+//! `tail`: prints events as they are published, without taking them from workers.
 
 use std::io;
 use std::num::NonZeroU64;
@@ -15,14 +15,14 @@ use crate::broker::{BrokerConnection, reply_text, short_string};
 use crate::config::Config;
 use crate::topology::UNROUTED;
 
-/// Events that the throw-away queue keeps for a slow terminal; the oldest go first.
+/// Maximum events that the temporary queue keeps for a slow terminal. A full queue drops the oldest.
 const BACKLOG_MAX: i32 = 10_000;
-/// Deliveries on the way at a time, when taking from a work queue.
+/// Maximum unacknowledged deliveries of a work queue.
 const PREFETCH: u16 = 100;
 
 #[derive(clap::Args)]
 pub(super) struct Options {
-    /// Which events to print, as a topic pattern: * stands for one word, # for any number of words
+    /// Print routing keys that match this topic pattern: * is one word, # is any number of words
     #[arg(default_value = "#")]
     pattern: String,
     /// Print one JSON object per line
@@ -31,7 +31,7 @@ pub(super) struct Options {
     /// Stop after this many events
     #[arg(long)]
     count: Option<NonZeroU64>,
-    /// Work like a worker: take events from this queue and acknowledge them, so that no worker gets them
+    /// Take events from this queue and acknowledge them, as a worker does. Workers do not get these events
     #[arg(long, value_name = "NAME", value_parser = queue_name)]
     queue: Option<ShortString>,
 }
@@ -40,7 +40,7 @@ pub(super) async fn run(config: &Config, options: Options) -> anyhow::Result<()>
     let link = connect(config, "prism-relay tail").await?;
     let printed = tokio::select! {
         printed = print_events(config, &options, &link) => printed,
-        // A person has seen enough.
+        // Ctrl-C is the normal end.
         _ = tokio::signal::ctrl_c() => Ok(()),
     };
     link.close().await;
@@ -58,7 +58,7 @@ async fn print_events(config: &Config, options: &Options, link: &BrokerConnectio
         let delivery = deliveries.next().await.context("the connection to the broker was lost")?.map_err(refused)?;
         if matches(&options.pattern, delivery.routing_key.as_str()) {
             match print(&delivery, options.json) {
-                // The reader of the pipe has ended.
+                // The reader of the pipe has exited.
                 Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
                 printed => printed.context("cannot print")?,
             }
@@ -73,13 +73,13 @@ async fn print_events(config: &Config, options: &Options, link: &BrokerConnectio
 
 fn refused(error: lapin::Error) -> anyhow::Error {
     let reply = reply_text(&error);
-    anyhow!("the broker refuses: {reply}; the relay declares exchanges and queues when it first connects")
+    anyhow!("the broker refused: {reply}; the relay declares exchanges and queues when it first connects")
 }
 
-/// A queue of our own, gone with the connection.
+/// Declares a temporary queue, which the broker deletes with the connection, and consumes it.
 ///
-/// It is bound like the work queues, and to what they leave over, instead of by the pattern: an event of an unknown
-/// type would count as routed if a throw-away queue took it, and would be lost to prism.unrouted.
+/// The queue has the bindings of the work queues and of prism.unrouted, not the pattern as a binding: an event of an
+/// unknown type that matches the pattern would then count as routed, and would not reach prism.unrouted.
 async fn listen(config: &Config, channel: &Channel) -> anyhow::Result<Consumer> {
     let mut arguments = FieldTable::default();
     arguments.insert("x-max-length".into(), AMQPValue::LongInt(BACKLOG_MAX));

@@ -1,4 +1,4 @@
-//! `top`: the console's numbers in a terminal, for those who only have ssh.
+//! `top`: shows the console's numbers in a terminal, for use over ssh.
 
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write as _};
@@ -14,30 +14,28 @@ use super::failure::Failure;
 use super::http::OpsResource;
 use super::output::say;
 use crate::config::Config;
-use crate::text::chain;
-use crate::text::clean;
-use crate::text::span;
+use crate::text::{chain, clean, span};
 
-/// The relay is near.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Moves to the upper left corner (ECMA-48); what is left of the picture before is cleared line by line.
+/// Moves the cursor to the upper left corner (ECMA-48). The old screen is then overwritten line by line, which does not
+/// flicker.
 const HOME: &str = "\x1b[H";
 const CLEAR_LINE: &str = "\x1b[K";
 const CLEAR_REST: &str = "\x1b[J";
 
 const TYPES_MAX: usize = 8;
-const TURNS_MAX: usize = 5;
+const TIMELINE_MAX: usize = 5;
 
 #[derive(clap::Args)]
 pub(super) struct Options {
-    /// The address of the relay's operators' listener [default: ops.listen of the configuration]
+    /// Address of the relay's operators' listener [default: ops.listen]
     #[arg(long)]
     url: Option<Uri>,
-    /// Time between two updates
+    /// Time between updates
     #[arg(long, default_value = "1s", value_parser = humantime::parse_duration)]
     interval: Duration,
-    /// Print once and exit, as when the output is not a terminal
+    /// Print once and exit. Always so if the output is not a terminal
     #[arg(long)]
     once: bool,
 }
@@ -51,16 +49,16 @@ pub(super) async fn run(config: &Config, options: Options) -> Result<(), Failure
     }
     tokio::select! {
         shown = watch(&status, options.interval) => Ok(shown.context("cannot print")?),
-        // A person has seen enough.
+        // Ctrl-C is the normal end.
         _ = tokio::signal::ctrl_c() => Ok(()),
     }
 }
 
-/// Never ends by itself: a relay that does not answer may come back.
+/// Runs until printing fails. If the relay does not answer, it prints the error and tries again.
 async fn watch(status: &OpsResource, every: Duration) -> io::Result<()> {
-    let mut looks = interval(every.max(Duration::from_millis(100)));
+    let mut ticks = interval(every.max(Duration::from_millis(100)));
     loop {
-        looks.tick().await;
+        ticks.tick().await;
         let text = match status.get().await {
             Ok(status) => picture(&status),
             Err(error) => format!("{}\n", chain(error.as_ref())),
@@ -72,7 +70,7 @@ async fn watch(status: &OpsResource, every: Duration) -> io::Result<()> {
     }
 }
 
-/// `/api/status` in eighty columns. A missing value is shown as `?`, because the relay may be another version.
+/// Renders `/api/status` as text. Shows a missing value as `?`, because the relay may have another version.
 fn picture(status: &Value) -> String {
     let mut text = String::new();
     let mut line = |name: &str, value: String| {
@@ -86,7 +84,7 @@ fn picture(status: &Value) -> String {
         webhooks["refused"].as_object().into_iter().flatten().filter_map(|(_, count)| count.as_u64()).sum();
     line(
         "webhooks since start",
-        format!("{} accepted, {} sent again, {refused} refused", webhooks["accepted"], webhooks["duplicate"]),
+        format!("{} accepted, {} duplicates, {refused} refused", webhooks["accepted"], webhooks["duplicate"]),
     );
     for (code, count) in webhooks["refused"].as_object().into_iter().flatten() {
         line("", format!("{count:>8}  {code}"));
@@ -101,15 +99,16 @@ fn picture(status: &Value) -> String {
     );
     let oldest = spool["oldest_age_seconds"].as_f64().map(|age| span(Duration::from_secs_f64(age.max(0.0))));
     let share = 100.0 * spool["bytes"].as_f64().unwrap_or(0.0) / spool["max_bytes"].as_f64().unwrap_or(1.0).max(1.0);
-    line("", format!("{share:.1} % full; the oldest waits for {}", oldest.as_deref().unwrap_or("nothing")));
+    let oldest = oldest.map_or_else(|| "nothing is pending".to_owned(), |age| format!("the oldest has waited {age}"));
+    line("", format!("{share:.1} % full; {oldest}"));
     let state = match (broker["connected"].as_bool(), broker["blocked"].as_str()) {
         (Some(true), None) => format!("connected to {}", text_of(&broker["url"])),
         (Some(true), Some(reason)) => format!("blocked: {}", clean(reason)),
         _ => format!("not connected: {}", text_of(&broker["error"])),
     };
     line("RabbitMQ", format!("{state}; {} in flight", broker["in_flight"]));
-    for turn in status["timeline"].as_array().into_iter().flatten().take(TURNS_MAX) {
-        line("", format!("{} {} {}", text_of(&turn["at"]), text_of(&turn["what"]), text_of(&turn["detail"])));
+    for entry in status["timeline"].as_array().into_iter().flatten().take(TIMELINE_MAX) {
+        line("", format!("{} {} {}", text_of(&entry["at"]), text_of(&entry["what"]), text_of(&entry["detail"])));
     }
     for kind in status["types"].as_array().into_iter().flatten().take(TYPES_MAX) {
         line("", format!("{:>8}  {}", kind["accepted"], text_of(&kind["type"])));
@@ -132,7 +131,7 @@ fn text_of(value: &Value) -> String {
     clean(value.as_str().unwrap_or("?"))
 }
 
-/// How long before the status was made.
+/// The age of a time in `last`, at the time of the status.
 fn ago(status: &Value, key: &str) -> String {
     let time = |value: &Value| value.as_str()?.parse::<Timestamp>().ok();
     match (time(&status["last"][key]), time(&status["now"])) {
@@ -148,7 +147,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_status_of_any_shape_is_shown_and_steers_no_terminal() {
+    fn a_status_of_any_shape_is_shown_without_control_characters() {
         assert!(picture(&Value::Null).contains('?'));
         let status = json!({
             "now": "2026-11-24T12:00:10Z", "last": { "accepted_at": "2026-11-24T12:00:00Z", "confirmed_at": null },

@@ -20,7 +20,7 @@ use crate::topology::{
 pub(super) enum Action {
     /// Print the exchanges, queues and bindings
     Show,
-    /// Create on the broker what is missing, whatever topology.declare says
+    /// Create what is missing on the broker, whatever the value of topology.declare
     Declare,
     /// Compare the broker with the configuration, and print how to fix each difference; exit code 1 if there are any
     Diff,
@@ -70,7 +70,7 @@ async fn declare(config: &Config, plan: &Plan) -> Result<(), Failure> {
 
 async fn diff(config: &Config, file: Option<&Path>, plan: &Plan) -> Result<(), Failure> {
     let broker = connect(config, "prism-relay topology").await?;
-    let found = match look(config, file, plan, &broker.url).await {
+    let found = match compare_by_api(config, file, plan, &broker.url).await {
         Ok(found) => Ok(found),
         Err(reason) => {
             say(&format!(
@@ -102,8 +102,8 @@ async fn diff(config: &Config, file: Option<&Path>, plan: &Plan) -> Result<(), F
     }
 }
 
-/// Prints each difference with its remedy below it. A remedy that several of them share is printed once, below the
-/// last.
+/// Prints each difference with its remedy below it. A remedy that consecutive differences share is printed once, below
+/// the last one.
 fn print_all<'a>(found: impl Iterator<Item = &'a Difference>) {
     let mut found = found.peekable();
     while let Some(Difference { entity, what, kind, remedy }) = found.next() {
@@ -111,15 +111,15 @@ fn print_all<'a>(found: impl Iterator<Item = &'a Difference>) {
         if found.peek().is_some_and(|next| next.remedy == *remedy) {
             continue;
         }
-        // One declaration for all of them comes later.
+        // `topology declare` is printed once, after all of them.
         if *remedy != Remedy::Declare {
             say(&format!("    {}", remedy.text("").replace('\n', "\n    ")));
         }
     }
 }
 
-/// Compares by the management API. The error says why the API is not available.
-pub(super) async fn look(
+/// Compares through the management API. The error says why the API is not available.
+pub(super) async fn compare_by_api(
     config: &Config,
     file: Option<&Path>,
     plan: &Plan,

@@ -13,7 +13,7 @@ use super::messages::with_original_key;
 use crate::broker::{BrokerConnection, NameTooLong, reply_code, reply_text, short_string};
 use crate::config::Config;
 
-/// Messages and bytes of a batch at most: the memory that it takes, and what a failure delivers twice.
+/// Maximum messages and bytes of a batch. They limit the memory, and what a failure delivers twice.
 const BATCH_MAX: usize = 200;
 const BATCH_BYTES_MAX: usize = 16 * 1024 * 1024;
 
@@ -22,9 +22,9 @@ const CHECK_INTERVAL: Duration = Duration::from_millis(500);
 
 #[derive(Debug, Error)]
 pub(super) enum TransferError {
-    #[error("the broker refuses: {0}")]
+    #[error("the broker refused: {0}")]
     Refused(String),
-    #[error("{to} did not take a message ({reason}); it stays where it is")]
+    #[error("{to} did not accept a message ({reason}); the message stays where it is")]
     NotTaken { to: ShortString, reason: String },
     #[error("no answer from the broker within {0:?}; unconfirmed messages stay where they are")]
     Silent(Duration),
@@ -48,7 +48,7 @@ impl From<lapin::Error> for TransferError {
     }
 }
 
-/// An answer of the broker within a deadline. A broker that blocks publishers does not answer them at all.
+/// Waits for a reply of the broker, with a deadline: a broker that blocks publishers does not reply to them at all.
 pub(super) async fn in_time<T>(
     deadline: Duration,
     answer: impl Future<Output = Result<T, lapin::Error>>,
@@ -56,7 +56,8 @@ pub(super) async fn in_time<T>(
     Ok(timeout(deadline, answer).await.map_err(|_| TransferError::Silent(deadline))??)
 }
 
-/// Runs `work` while the connection lasts: lapin may never answer a caller that asks just as the connection ends.
+/// Runs `work` until it is done or the connection is lost. A call of lapin that starts just as the connection ends may
+/// never return.
 pub(super) async fn while_connected<T>(
     link: &BrokerConnection,
     work: impl Future<Output = anyhow::Result<T>>,
@@ -65,7 +66,7 @@ pub(super) async fn while_connected<T>(
         while link.connection.status().connected() {
             sleep(CHECK_INTERVAL).await;
         }
-        // Time for `work` to end with a better reason.
+        // Time for `work` to fail with a more precise error.
         sleep(CHECK_INTERVAL).await;
     };
     tokio::select! {
@@ -77,13 +78,13 @@ pub(super) async fn while_connected<T>(
 /// Where messages go.
 #[derive(Clone, Debug)]
 pub(super) enum Destination {
-    /// To this exchange, under the message's own routing key.
+    /// This exchange, with the message's own routing key.
     Exchange(ShortString),
     Queue(ShortString),
 }
 
 impl Destination {
-    /// `queue`, or else the exchange of the configuration.
+    /// `queue` if given, otherwise the exchange of the configuration.
     pub(super) fn new(config: &Config, queue: Option<ShortString>) -> Result<Self, NameTooLong> {
         match queue {
             Some(queue) => Ok(Self::Queue(queue)),
@@ -113,7 +114,7 @@ impl std::fmt::Display for Destination {
     }
 }
 
-/// A message to publish, and the delivery to acknowledge after that.
+/// A message to publish, and the delivery to acknowledge when the broker has confirmed it.
 pub(super) struct Outgoing {
     pub to: Destination,
     pub key: ShortString,
@@ -127,14 +128,14 @@ impl Outgoing {
     }
 }
 
-/// What the broker answered to a publish.
+/// The broker's reply to a publish.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Verdict {
     Confirmed,
     Rejected,
 }
 
-/// A channel in confirm mode, the batch to be published next, and a count.
+/// A channel in confirm mode, the next batch, and the number of moved messages.
 pub(super) struct Transfer {
     channel: Channel,
     deadline: Duration,
@@ -155,7 +156,7 @@ impl Transfer {
         Ok(Self { channel, deadline, batch: Vec::new(), bytes: 0, moved: 0 })
     }
 
-    /// How many messages were confirmed and acknowledged, also after an error.
+    /// The number of messages that were confirmed and acknowledged. It is right after an error, too.
     pub(super) fn moved(&self) -> u64 {
         self.moved
     }
@@ -171,8 +172,8 @@ impl Transfer {
     }
 
     /// Publishes the batch in its order, waits until every message is confirmed or rejected, and only then
-    /// acknowledges the confirmed ones. After any other failure nothing of the batch is acknowledged: messages may be
-    /// delivered twice, and none is lost.
+    /// acknowledges the confirmed ones. After any other failure it acknowledges no message of the batch: some may be
+    /// delivered twice, none is lost.
     pub(super) async fn flush(&mut self) -> Result<(), TransferError> {
         let batch = std::mem::take(&mut self.batch);
         self.bytes = 0;
@@ -203,7 +204,7 @@ impl Transfer {
         }
         let mut verdicts = Vec::with_capacity(batch.len());
         for (confirm, message) in confirms.into_iter().zip(batch) {
-            // Each confirm has the whole deadline, because a slow line needs long for all of them.
+            // Each confirm gets the whole deadline, because a slow line needs long for all of them.
             verdicts.push(match in_time(self.deadline, confirm).await? {
                 Confirmation::Ack(None) => Verdict::Confirmed,
                 Confirmation::Nack(None) => Verdict::Rejected,

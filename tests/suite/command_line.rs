@@ -1,4 +1,4 @@
-//! The commands: what they print, and how they end.
+//! The commands: their output and their exit codes.
 
 use serde_json::json;
 
@@ -47,7 +47,7 @@ async fn help_and_version_end_with_0_and_serve_is_the_default() {
 }
 
 #[tokio::test]
-async fn check_tells_good_from_bad_and_changes_nothing() {
+async fn check_reports_what_is_wrong_and_changes_nothing() {
     let vhost = Vhost::new(Node::shared().await).await;
     let setup = Setup::new(&vhost.url());
     let before = setup.run(&["check"]).await;
@@ -73,24 +73,22 @@ async fn check_tells_good_from_bad_and_changes_nothing() {
     clash.create_queue("prism.scan", json!({"x-queue-type": "classic"})).await;
     let bad = Setup::new("unused").set("broker.urls", json!([clash.url(), NO_BROKER])).run(&["check"]).await;
     assert_eq!(bad.code, Some(1));
-    for part in
-        ["WRONG queue prism.scan", "inequivalent arg", "WRONG broker 127.0.0.1:1 ", "2 of these need your attention"]
-    {
+    for part in ["WRONG queue prism.scan", "inequivalent arg", "WRONG broker 127.0.0.1:1 ", "problems: 2"] {
         assert!(bad.stdout.contains(part), "{part:?} is missing in {}", bad.stdout);
     }
-    let nobody_reads = relay_to_nobody(&relay, "check");
-    assert!(matches!(nobody_reads.status.code(), Some(0 | 1)), "no panic: {nobody_reads:?}");
+    let unread = run_with_closed_stdout(&relay, "check");
+    assert!(matches!(unread.status.code(), Some(0 | 1)), "no panic: {unread:?}");
     let passive = Vhost::new(Node::shared().await).await;
     let missing = Setup::new(&passive.url()).set("topology.declare", "passive").run(&["check"]).await;
     assert_eq!(missing.code, Some(1));
     assert!(missing.stdout.contains("does not exist, and topology.declare is passive"), "{}", missing.stdout);
-    // Other properties are the operator's business there.
+    // With passive, the operator chooses the other properties.
     let owned = Setup::new(&clash.url()).set("topology.declare", "passive").run(&["check"]).await;
     assert!(owned.stdout.contains("ok    queue prism.scan                   exists"), "{}", owned.stdout);
 }
 
-/// Runs a command whose output nobody reads.
-fn relay_to_nobody(relay: &Relay, command: &str) -> std::process::Output {
+/// Runs a command whose standard output is a pipe without a reader.
+fn run_with_closed_stdout(relay: &Relay, command: &str) -> std::process::Output {
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
     std::process::Command::new(env!("CARGO_BIN_EXE_prism-relay"))
@@ -103,7 +101,7 @@ fn relay_to_nobody(relay: &Relay, command: &str) -> std::process::Output {
 }
 
 #[tokio::test]
-async fn send_plays_prism_and_sums_up() {
+async fn send_sends_webhooks_as_prism_does_and_prints_a_summary() {
     let vhost = Vhost::new(Node::shared().await).await;
     let relay = Relay::start(&vhost).await;
     let six = relay.run(&["send", "--url", relay.url()]).await;
@@ -133,14 +131,12 @@ async fn send_plays_prism_and_sums_up() {
 
 #[tokio::test]
 async fn send_retries_as_prism_does_and_gives_up() {
-    // Nobody listens at first: the first two tries fail at once, the third comes after five seconds.
+    // No server listens at first: the first two tries fail immediately, the third comes after five seconds.
     let relay = Setup::without_broker().start().await;
-    let wire = Wire::new(relay.address());
-    let mut wire = wire;
+    let mut wire = Wire::new(relay.address());
     wire.refuse().await;
     let url = format!("http://{}/webhooks/prism", wire.address());
-    let program = relay.setup().launch(&["send", "--url", &url, "--count", "1", "--type", "scan.a"]);
-    let mut program = program;
+    let mut program = relay.setup().launch(&["send", "--url", &url, "--count", "1", "--type", "scan.a"]);
     relay.eventually_metric("prism_relay_webhooks_total", &[], 0.0).await;
     wire.accept();
     let ended = program.wait().await;
@@ -162,16 +158,16 @@ async fn send_retries_as_prism_does_and_gives_up() {
 }
 
 #[tokio::test]
-async fn tail_prints_what_passes_and_takes_nothing() {
+async fn tail_prints_events_and_takes_none_from_queues() {
     let vhost = Vhost::new(Node::shared().await).await;
     let relay = Relay::start(&vhost).await;
     relay.eventually_connected().await;
     let mut all = relay.setup().launch(&["tail", "--json", "--count", "3"]);
     let mut scans = relay.setup().launch(&["tail", "scan.*", "--count", "1"]);
-    eventually("both to listen", async || {
+    eventually("both tails to be bound", async || {
         let queues: Vec<_> =
             vhost.bindings().await.into_iter().filter(|(_, queue, _)| queue.starts_with("amq.gen")).collect();
-        // Two bindings like the work queues', one to the unrouted, and the default one; for each of the two.
+        // Each tail has the two bindings of the work queues, one to prism.unrouted, and the default one.
         if queues.iter().filter(|(exchange, _, _)| !exchange.is_empty()).count() == 6 {
             Ok(())
         } else {
@@ -203,13 +199,13 @@ async fn tail_prints_what_passes_and_takes_nothing() {
     let printed = scans.wait().await;
     assert!(printed.stdout.contains("scan.flat") && printed.stdout.contains("READY") && printed.stdout.contains(&flat));
     assert!(!printed.stdout.contains('\x1b') && printed.stdout.lines().count() == 1, "{:?}", printed.stdout);
-    // The unknown one has still reached prism.unrouted: a listener must not make it look routed.
+    // The event of an unknown type reached prism.unrouted: a tail must not make it count as routed.
     assert_eq!(vhost.messages("prism.unrouted", 1).await[0].id(), unknown);
     assert_eq!(vhost.messages("prism.scan", 2).await.len(), 2);
 }
 
 #[tokio::test]
-async fn tail_can_work_like_a_worker_and_says_what_is_missing() {
+async fn tail_can_consume_a_queue_and_reports_a_missing_one() {
     let vhost = Vhost::new(Node::shared().await).await;
     let relay = Relay::start(&vhost).await;
     let id = relay.post(r#"{"eventType":"scan.a","payload":{"userToken":"partner-user-42","scanId":"1"}}"#).await.id();
@@ -224,28 +220,28 @@ async fn tail_can_work_like_a_worker_and_says_what_is_missing() {
 }
 
 #[tokio::test]
-async fn health_is_what_readyz_says() {
+async fn health_exits_as_readyz_answers() {
     let relay = Setup::without_broker().start().await;
-    // It has three seconds.
+    // The command waits three seconds at most, which a busy machine can exceed.
     eventually("the relay's answer in time", async || {
-        let well = relay.run(&["health", "--url", relay.ops()]).await;
-        if (well.code, well.stdout.as_str()) == (Some(0), "ready") { Ok(()) } else { Err(format!("{well:?}")) }
+        let ready = relay.run(&["health", "--url", relay.ops()]).await;
+        if (ready.code, ready.stdout.as_str()) == (Some(0), "ready") { Ok(()) } else { Err(format!("{ready:?}")) }
     })
     .await;
-    eventually("an answer of somebody else in time", async || {
+    eventually("the answer of another listener in time", async || {
         let wrong = relay.run(&["health", "--url", &format!("http://{}", relay.address())]).await;
         if wrong.code == Some(1) && wrong.stderr.contains("answers 404") { Ok(()) } else { Err(format!("{wrong:?}")) }
     })
     .await;
-    let nobody = relay.run(&["health", "--url", "http://127.0.0.1:1"]).await;
-    assert!(nobody.code == Some(1) && nobody.stderr.contains("no answer from http://127.0.0.1:1/readyz"), "{nobody:?}");
-    // By the configuration, which here leaves the port to the system.
+    let closed = relay.run(&["health", "--url", "http://127.0.0.1:1"]).await;
+    assert!(closed.code == Some(1) && closed.stderr.contains("no answer from http://127.0.0.1:1/readyz"), "{closed:?}");
+    // The configuration has port 0.
     let unknown = relay.run(&["health"]).await;
     assert!(unknown.code == Some(64) && unknown.stderr.contains("give the address with --url"), "{unknown:?}");
 }
 
 #[tokio::test]
-async fn man_pages_and_completions_come_from_the_command_line_itself() {
+async fn man_pages_and_completions_name_commands_and_options() {
     let setup = Setup::without_broker();
     let page = setup.run(&["man"]).await;
     assert!(page.code == Some(0) && page.stdout.contains(".TH prism-relay 1"), "{page:?}");

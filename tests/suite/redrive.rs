@@ -1,4 +1,4 @@
-//! `redrive` and `replay`: moving dead letters, and publishing from the archive again.
+//! `redrive` and `replay`: publishing dead letters and archived events again.
 
 use std::collections::BTreeSet;
 
@@ -12,7 +12,7 @@ fn keys(messages: &[Delivery]) -> Vec<&str> {
     messages.iter().map(|message| message.routing_key.as_str()).collect()
 }
 
-/// A relay without retries, and `count` dead letters: started and failed in turn, of the scans 0 and up.
+/// A relay without retries, and `count` dead letters of the scans 0, 1, ...: `started` and `failed` in turn.
 async fn with_dead_letters(vhost: &Vhost, count: u32) -> Relay {
     let relay = Relay::start(vhost).await;
     for number in 0..count {
@@ -39,10 +39,10 @@ async fn dead_letters_go_back_with_their_key_properties_and_headers() {
     let done = relay.run(&["redrive"]).await;
     assert_eq!(
         (done.code, done.stdout.as_str()),
-        (Some(0), "1 moved from prism.dead to prism.events, 0 looked at and left")
+        (Some(0), "1 moved from prism.dead to prism.events, 0 did not match")
     );
     let again = vhost.messages("prism.scan", 1).await.remove(0);
-    // The same exchange, key and properties as at the first delivery, and no header about its death.
+    // The exchange, key and properties are those of the first delivery, and no header records the dead-lettering.
     assert_eq!((&again.exchange, &again.routing_key), (&first.exchange, &first.routing_key));
     assert_eq!(again.properties.kind(), first.properties.kind());
     assert_eq!(again.properties.app_id(), first.properties.app_id());
@@ -76,7 +76,7 @@ async fn only_selected_dead_letters_move() {
         let came = vhost.messages("prism.scan", moved.len()).await;
         let expected: Vec<_> = moved.iter().map(|number| format!("scan:scan-{number}")).collect();
         let mut came: Vec<_> = came.iter().map(|message| message.header("prism-subject")).collect();
-        // RabbitMQ changes the order of messages that were looked at and left.
+        // RabbitMQ changes the order of messages that were read and returned.
         came.sort_unstable();
         assert_eq!(came, expected);
         vhost.eventually_depth("prism.dead", left).await;
@@ -107,7 +107,7 @@ async fn unrouted_messages_go_to_their_new_queue() {
     vhost.eventually_depth("prism.unrouted", 2).await;
     vhost.create_queue("mine", json!({})).await;
     vhost.bind("prism.events", "mine", "capture_data.#").await;
-    // The other one returns to prism.unrouted at once; the run ends anyway.
+    // The other event returns to prism.unrouted immediately. The command still ends.
     let done = relay.run(&["redrive", "--from", "prism.unrouted"]).await;
     assert!(done.code == Some(0) && done.stdout.starts_with("2 moved"), "{done:?}");
     assert_eq!(keys(&vhost.messages("mine", 1).await), ["capture_data.a"]);
@@ -137,7 +137,7 @@ async fn messages_go_to_one_queue_if_it_exists() {
 
 /// RabbitMQ reports a queue as empty if its leader does not answer within 250 ms.
 #[tokio::test]
-async fn a_queue_that_does_not_answer_at_once_is_not_taken_for_an_empty_one() {
+async fn a_slow_queue_is_not_mistaken_for_an_empty_one() {
     let node = Node::shared().await;
     let vhost = Vhost::new(node).await;
     let relay = with_dead_letters(&vhost, 1).await;
@@ -171,7 +171,7 @@ async fn many_dry_runs_lose_nothing() {
         assert!(dry.stdout.contains("1 of 1"), "run {run}: {dry:?}");
         vhost.eventually_depth("prism.dead", 1).await;
     }
-    // The same for runs that fail, and for a queue that the relay did not declare.
+    // Nor do runs that fail, or runs on a queue that the relay did not declare.
     vhost.create_queue("mine", json!({ "x-queue-type": "quorum" })).await;
     vhost.publish("", "mine", "{}").await;
     for run in 0..25 {
@@ -187,7 +187,7 @@ async fn many_dry_runs_lose_nothing() {
     assert!(!again[0].headers.contains_key("prism-original-key"), "{:?}", again[0].headers);
 }
 
-/// A run that is killed or cut off: a message without its confirm stays among the dead letters.
+/// A message without a confirm stays in the queue when the command is killed or its connection is cut.
 #[tokio::test]
 async fn an_interrupted_redrive_loses_nothing() {
     const COUNT: u32 = 3000;
@@ -206,7 +206,7 @@ async fn an_interrupted_redrive_loses_nothing() {
     }
     vhost.eventually_depth("prism.dead", COUNT).await;
     let setup = Setup::new(&vhost.url_through(&wire));
-    // Slow enough to be interrupted before its end.
+    // Slow enough to interrupt the run before its end.
     wire.set_latency(std::time::Duration::from_millis(200));
     for kill in [true, false] {
         // Bytes of the earlier run may still be in transit.
@@ -227,7 +227,7 @@ async fn an_interrupted_redrive_loses_nothing() {
         let ended = running.wait().await;
         assert_ne!(ended.code, Some(0), "{ended:?}");
     }
-    // RabbitMQ returns the unacknowledged messages of the interrupted runs a moment later.
+    // RabbitMQ returns the unacknowledged messages of the interrupted runs a moment after their end.
     let mut moved = BTreeSet::new();
     eventually("all messages to be moved", async || {
         let done = relay.run(&["redrive"]).await;
@@ -249,7 +249,7 @@ fn with_archive(vhost: &Vhost) -> Setup {
 async fn the_archive_has_every_event_and_unrouted_events_stay_unrouted() {
     let vhost = Vhost::new(Node::shared().await).await;
     let relay = with_archive(&vhost).start().await;
-    // The headers have milliseconds.
+    // The event's time is cut to milliseconds, so it could be before the time of its request.
     let started = jiff::Timestamp::now() - jiff::SignedDuration::from_secs(1);
     for body in
         [scan(1).as_str(), r#"{"eventType":"unknown.a","payload":{}}"#, of_scan(2, "scan.processing.failed").as_str()]
@@ -276,7 +276,7 @@ async fn the_archive_has_every_event_and_unrouted_events_stay_unrouted() {
     let again = vhost.messages("prism.scan", 2).await;
     assert_eq!(keys(&again), ["scan.processing.started", "scan.processing.failed"]);
     assert!(again.iter().all(|message| message.header("prism-replayed-at") >= since.as_str()));
-    // Replayed events are in the archive as well, and are not replayed again.
+    // The archive also has the replayed events, which are not replayed again.
     vhost.create_queue("mine", json!({})).await;
     let to = relay.run(&["replay", "--since", "1h", "--to", "mine"]).await;
     assert!(to.stdout.starts_with("3 events"), "{to:?}");
@@ -284,9 +284,9 @@ async fn the_archive_has_every_event_and_unrouted_events_stay_unrouted() {
     vhost.assert_empty("prism.scan").await;
 }
 
-/// A connection that is silent for seconds because it is slow is not the end of the queue; deadlines are per message.
+/// A slow connection can be silent for seconds, which is not the end of the queue. Deadlines are per message.
 #[tokio::test]
-async fn a_slow_line_makes_nothing_incomplete() {
+async fn a_slow_connection_loses_no_message() {
     let vhost = Vhost::new(Node::shared().await).await;
     let relay = with_archive(&vhost).start().await;
     let large = |number: u32| long_scan(number, 200_000);
@@ -298,7 +298,7 @@ async fn a_slow_line_makes_nothing_incomplete() {
     let wire = Wire::new(vhost.address());
     let setup = Setup::new(&vhost.url_through(&wire)).set("topology.archive", json!({ "max_age": "1d" }));
     let setup = setup.set("broker.confirm_timeout", "11s").set("broker.heartbeat", "5s");
-    // Six seconds for each message.
+    // Each message takes six seconds.
     wire.set_bandwidth(Some(35_000));
     let replayed = setup.run(&["replay", "--since", "1h", "--dry-run"]).await;
     assert!(
@@ -312,7 +312,7 @@ async fn a_slow_line_makes_nothing_incomplete() {
     }
 }
 
-/// Messages that fit are moved once; the others stay for the next run.
+/// Messages that fit are moved once. The others stay in their queue for the next run.
 #[tokio::test]
 async fn a_full_queue_gets_as_many_messages_as_fit() {
     let vhost = Vhost::new(Node::shared().await).await;
@@ -321,7 +321,7 @@ async fn a_full_queue_gets_as_many_messages_as_fit() {
     for (moved, left) in [(5, 7), (5, 2)] {
         let full = relay.run(&["redrive", "--to", "mine"]).await;
         assert!(
-            full.code == Some(1) && full.stderr.contains("mine did not take a message (a queue is full"),
+            full.code == Some(1) && full.stderr.contains("mine did not accept a message (a queue is full"),
             "{full:?}"
         );
         assert!(full.stdout.starts_with(&format!("{moved} moved")), "{full:?}");
@@ -375,7 +375,7 @@ async fn replay_obeys_since_and_until_and_ends_on_an_empty_archive() {
     let dry = relay.run(&["replay", "--dry-run", "--since", &between]).await;
     assert!(dry.stdout.contains(&second.id()), "{dry:?}");
     for (arguments, expected) in [
-        (vec!["replay", "--since", "yesterday"], (Some(64), "give a time such as")),
+        (vec!["replay", "--since", "yesterday"], (Some(64), "must be a time such as")),
         (vec!["replay", "--since", "1h", "--from", "nothing"], (Some(1), "no queue 'nothing'")),
     ] {
         let ended = relay.run(&arguments).await;

@@ -1,4 +1,4 @@
-//! Captured requests that are sent again: recognised until their signature expires, and refused after that.
+//! Replay attacks: a captured request is recognised until its signature expires, and then refused.
 
 use std::time::{Duration, Instant};
 
@@ -23,7 +23,7 @@ async fn send(relay: &Relay, [timestamp, signature]: &[String; 2]) -> Answer {
 
 const WINDOW: Duration = Duration::from_secs(5);
 
-/// Waits until the dedupe window of everything that was answered has passed.
+/// Waits until the dedupe window of all answered events has passed.
 async fn window_passes() {
     let begun = Instant::now();
     eventually("the end of the dedupe window", async || {
@@ -43,7 +43,7 @@ async fn a_captured_request_is_never_published_again() {
     let mut relay = Setup::new(&vhost.url()).set("dedupe.window", "5s").start().await;
     let (first, captured) = signed(&relay, 0).await;
     let first = first.id();
-    // Prism signs a re-send again, with a clock that is ahead. It is captured as well.
+    // Prism signs each re-send separately, here with a clock that is ahead. The re-send is captured, too.
     let (again, re_sent) = signed(&relay, 200).await;
     assert_recognised(&again, &first);
 
@@ -51,14 +51,14 @@ async fn a_captured_request_is_never_published_again() {
     for captured in [&captured, &re_sent] {
         assert_recognised(&send(&relay, captured).await, &first);
     }
-    // After the kill, an event that is not yet deleted would be delivered again.
+    // An event that is not yet deleted at the kill would be delivered again.
     relay.eventually_nothing_pending().await;
     relay.kill9().await;
     relay.start_again().await;
     for captured in [&captured, &re_sent] {
         assert_recognised(&send(&relay, captured).await, &first);
     }
-    // The same body with a new signature is a new event. Captured requests still get the id that they had.
+    // With a new signature the body is a new event. Captured requests still get the first id.
     let (second, _) = signed(&relay, 0).await;
     let second = second.id();
     assert_ne!(first, second);
@@ -81,7 +81,7 @@ async fn a_captured_request_is_refused_once_its_signature_is_too_old() {
     let relay = setup.set("dedupe.window", "1s").set("signature.tolerance", "10s").start().await;
     let (first, captured) = signed(&relay, 0).await;
     let first = first.id();
-    // Until its signature expires it is recognised, and never a new event.
+    // The request is recognised until its signature expires. It never becomes a new event.
     let refused = eventually("the end of the tolerance", async || {
         let answer = send(&relay, &captured).await;
         if answer.status == 200 {
@@ -96,7 +96,7 @@ async fn a_captured_request_is_refused_once_its_signature_is_too_old() {
 }
 
 #[tokio::test]
-async fn a_window_that_is_turned_off_recognises_nothing() {
+async fn without_a_dedupe_window_no_request_is_recognised() {
     let relay = Setup::without_broker().set("dedupe.window", "0s").start().await;
     relay.eventually_logs("dedupe.window is 0s").await;
     let (_, captured) = signed(&relay, 0).await;
@@ -105,7 +105,7 @@ async fn a_window_that_is_turned_off_recognises_nothing() {
 }
 
 #[tokio::test]
-async fn more_events_than_the_window_may_hold_cause_a_warning() {
+async fn exceeding_entries_max_logs_a_warning() {
     let relay = Setup::without_broker().set("dedupe.entries_max", 2).start().await;
     let (_, captured) = signed(&relay, 0).await;
     for number in 0..4 {

@@ -1,4 +1,4 @@
-//! The command `spool`, while the relay runs.
+//! The `spool` command while the relay runs.
 
 use std::collections::BTreeMap;
 
@@ -87,7 +87,7 @@ async fn a_removed_event_is_not_delivered_and_the_ledger_balances() {
     let removed = relay.run(&["spool", "remove", &ids[1], &ids[2]]).await;
     assert_eq!(removed.code, Some(0), "{removed:?}");
     let again = relay.run(&["spool", "remove", &ids[1]]).await;
-    assert!(again.code == Some(1) && again.stdout.contains("is not there"), "{again:?}");
+    assert!(again.code == Some(1) && again.stdout.contains("not found"), "{again:?}");
     wire.accept();
     let delivered: Vec<_> = vhost.messages("prism.scan", 2).await.iter().map(|delivery| delivery.id()).collect();
     assert_eq!(delivered, [ids[0].clone(), ids[3].clone()]);

@@ -47,7 +47,7 @@ const HANDLERS = new Map([['scan', save], ['body_shape_prediction', save]]);
 
 // Does the work of one message; says whether this was the first time.
 async function work(id, type, body) {
-  if (!/^[0-9a-fA-F-]{36}$/.test(id)) throw new Error('the message_id is no UUID'); // it becomes a file name
+  if (!/^[0-9a-fA-F-]{36}$/.test(id)) throw new Error('the message_id is not a UUID'); // it becomes a file name
   // By the type, not by the routing key: when a message comes back for a retry, its routing key is another one.
   const handler = HANDLERS.get(type.split('.')[0]);
   if (!handler) throw new Error('no handler for this type');
@@ -84,7 +84,7 @@ async function consume(url) {
     channel.on('error', end);
     await channel.prefetch(PREFETCH);
     const { consumerTag } = await channel.consume(QUEUE, (message) => {
-      if (message === null) return end(new Error('the broker has cancelled the consumer. Is the queue gone?'));
+      if (message === null) return end(new Error('the broker cancelled the consumer; the queue may be gone'));
       // One after the other, in the order of the queue. What was prefetched and not begun goes back to the queue.
       last = last.then(() => over || stop.signal.aborted || handle(channel, message)).catch(end);
     });

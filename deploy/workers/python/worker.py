@@ -43,7 +43,7 @@ HANDLERS = {"scan": save, "body_shape_prediction": save}
 def work(message_id, kind, body):
     """Does the work of one message; says whether this was the first time."""
     if not re.fullmatch(r"[0-9a-fA-F-]{36}", message_id):  # it becomes a file name
-        raise ValueError("the message_id is no UUID")
+        raise ValueError("the message_id is not a UUID")
     # By the type, not by the routing key: when a message comes back for a retry, its routing key is another one.
     handler = HANDLERS.get(kind.split(".")[0])
     if handler is None:
@@ -86,7 +86,7 @@ def consume(parameters):
                     return True
                 if method is not None:  # else nothing came for half a second
                     handle(channel, method.delivery_tag, (properties.message_id, properties.type), body)
-            raise ConnectionError("the broker has cancelled the consumer. Is the queue gone?")
+            raise ConnectionError("the broker cancelled the consumer; the queue may be gone")
     except (AMQPError, OSError) as trouble:
         print(f"connection: {trouble!r}", file=sys.stderr, flush=True)
     return in_place
@@ -104,7 +104,7 @@ def main():
     try:
         parameters = pika.URLParameters(URL)
     except ValueError:
-        sys.exit("AMQP_URL is no AMQP URL")  # and no more: there is a password in it
+        sys.exit("AMQP_URL is not an AMQP URL")  # without its value, which contains a password
     parameters.heartbeat = 10
     parameters.client_properties = {"connection_name": f"worker {QUEUE}"}
     longest = 1.0

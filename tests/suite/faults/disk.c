@@ -1,11 +1,12 @@
 /* Stands between the relay and the disk (LD_PRELOAD). It records every write, truncation and sync of the spool's files
- * in a journal, so that a test can build the files that a power loss would have left, and makes calls fail on request.
+ * in a journal, from which a test can build the files that a power loss would have left. On request it makes calls
+ * fail.
  *
  * PRISM_DISK_JOURNAL  the journal: records of { kind, file, offset, length }, followed by the bytes of a write
  * PRISM_DISK_FAULTS   a file whose content chooses the fault:
  *                       fsync, write   these calls fail with EIO
- *                       read           reads behind the first page fail with EIO
- *                       read-only      calls that change something fail with EROFS, as on ext4 after an error
+ *                       read           reads after the first page fail with EIO
+ *                       read-only      calls that change a file fail with EROFS, as on ext4 after an error
  *                       quota          writes fail with EDQUOT while the reserve exists
  *                       hang           syncs do not return
  */
@@ -45,14 +46,14 @@ static enum file file_of(int fd) {
     return OTHER;
 }
 
-/* Whether the spool in the folder of this file has its reserve. */
+/* Whether the spool in the folder of the file `faults` has its reserve. */
 static int has_reserve(const char *faults) {
     char path[4096];
     snprintf(path, sizeof path, "%.*s/spool.db.reserve", (int)(strrchr(faults, '/') - faults), faults);
     return !access(path, F_OK);
 }
 
-/* The error that a call should fail with; 0 if it should succeed. */
+/* The error with which a call should fail, or 0 for success. */
 static int fault_of(const char *call) {
     const char *path = getenv("PRISM_DISK_FAULTS");
     char text[16] = "";
@@ -139,7 +140,7 @@ static int sync_by(const char *symbol, int fd) {
     while (fault_of("hang") == EIO) usleep(10000);
     int fault = fault_of("fsync");
     if (fault) return errno = fault, -1;
-    /* Under the lock: a write of another thread during the sync is not covered by it. */
+    /* Under the lock, because the sync may not cover a write that another thread makes meanwhile. */
     pthread_mutex_lock(&lock);
     int outcome = next(fd);
     if (!outcome) note(SYNC, file, 0, NULL, 0);
