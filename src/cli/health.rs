@@ -6,7 +6,7 @@ use anyhow::Context;
 use hyper::Uri;
 
 use super::failure::Failure;
-use super::http::OpsResource;
+use super::http::{OpsResource, ops_url};
 use super::output::say;
 use crate::config::Config;
 
@@ -16,7 +16,7 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(3);
 #[derive(clap::Args)]
 pub(super) struct Options {
     /// Address of the relay's operators' listener [default: ops.listen]
-    #[arg(long)]
+    #[arg(long, value_parser = ops_url)]
     url: Option<Uri>,
 }
 

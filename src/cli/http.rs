@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::bail;
 use hyper::Uri;
+use hyper::http::uri::{InvalidUri, Scheme};
 use serde_json::Value;
 
 use super::failure::Failure;
@@ -53,6 +54,13 @@ impl OpsResource {
         let detail = clean(json["detail"].as_str().unwrap_or("not an operators' listener; see ops.listen"));
         bail!("{url} answers {}: {detail}", answer.status.as_u16());
     }
+}
+
+/// Parses an option that takes the address of an operators' listener, which speaks plain HTTP only.
+pub(super) fn ops_url(text: &str) -> Result<Uri, String> {
+    let url: Uri = text.parse().map_err(|error: InvalidUri| error.to_string())?;
+    let is_base = url.scheme() == Some(&Scheme::HTTP) && url.query().is_none();
+    if is_base { Ok(url) } else { Err("must be an address such as http://127.0.0.1:9090".to_owned()) }
 }
 
 /// The URL of `path` on a listener. `key` names the setting that `address` comes from.

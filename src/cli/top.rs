@@ -11,7 +11,7 @@ use serde_json::Value;
 use tokio::time::interval;
 
 use super::failure::Failure;
-use super::http::OpsResource;
+use super::http::{OpsResource, ops_url};
 use super::output::say;
 use crate::config::Config;
 use crate::text::{chain, clean, span};
@@ -30,7 +30,7 @@ const TIMELINE_MAX: usize = 5;
 #[derive(clap::Args)]
 pub(super) struct Options {
     /// Address of the relay's operators' listener [default: ops.listen]
-    #[arg(long)]
+    #[arg(long, value_parser = ops_url)]
     url: Option<Uri>,
     /// Time between updates
     #[arg(long, default_value = "1s", value_parser = humantime::parse_duration)]

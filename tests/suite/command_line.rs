@@ -27,6 +27,18 @@ async fn wrong_usage_and_configuration_end_with_64() {
 }
 
 #[tokio::test]
+async fn an_invalid_url_of_top_or_health_is_wrong_usage() {
+    let setup = Setup::without_broker();
+    for command in ["top", "health"] {
+        for url in ["", "127.0.0.1:9090", "/readyz", "ftp://a", "https://a", "http://", "http://a b", "http://a?b"] {
+            let ended = setup.run(&[command, "--url", url]).await;
+            assert_eq!(ended.code, Some(64), "{command} {url:?}: {ended:?}");
+            assert!(ended.stderr.contains("invalid value") && ended.stderr.contains("--url"), "{ended:?}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn help_and_version_end_with_0_and_serve_is_the_default() {
     let setup = Setup::without_broker();
     let help = setup.run(&["--help"]).await;
