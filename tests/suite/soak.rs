@@ -1,4 +1,4 @@
-//! The soak: random faults, drawn from a seed, under steady traffic; at the end every event is accounted for.
+//! Soak test: random faults, drawn from a seed, under steady traffic. At the end every event is accounted for.
 //!
 //! `tests/soak.sh` sets `PRISM_SOAK_MINUTES` and `PRISM_SOAK_SEED`. Without them it is a short run with a fixed seed.
 
@@ -19,14 +19,14 @@ use crate::harness::{Node, Setup, Vhost, Wire, ports};
 use book::Book;
 use faults::Stage;
 
-/// This seed has a kill of the broker, full queues, lost confirms, a deleted exchange, a cut wire, kills and a stop of
-/// the relay in so short a time.
+/// Within this time the seed draws a kill of the broker, full queues, lost confirms, a deleted exchange, a cut
+/// connection, and kills and a stop of the relay.
 const SHORT: Duration = Duration::from_secs(20);
 const SHORT_SEED: u64 = 334;
 
 const PROGRESS_EVERY: Duration = Duration::from_secs(10);
 
-/// How long everything may take to be delivered once the faults are over.
+/// How long the delivery of all events may take after the last fault.
 const DRAIN: Duration = Duration::from_secs(120);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -43,7 +43,7 @@ async fn nothing_acknowledged_is_lost() {
     let consumer = tokio::spawn(traffic::consume(vhost.url(), Arc::clone(&book), consumed));
     let stop = CancellationToken::new();
     let traffic = traffic::start(seed, &book, &senders, &stop);
-    let progress = tokio::spawn(tell_progress(Arc::clone(&book)));
+    let progress = tokio::spawn(print_progress(Arc::clone(&book)));
 
     let mut stage = Stage { node, vhost, wire, relay, book: Arc::clone(&book), sender, consuming };
     stage.make_faults(seed, length).await;
@@ -59,13 +59,13 @@ async fn nothing_acknowledged_is_lost() {
     book.verdict(&ledger, stuck, drained);
 }
 
-/// Pacing of load and of faults, which is what the time in a soak is for: nothing waits here for a condition.
+/// Paces the load and the faults. Not for waiting until a condition holds.
 async fn pace(time: Duration) {
     tokio::time::sleep(time).await;
 }
 
 fn setup(vhost: &Vhost, wire: &Wire) -> Setup {
-    // Those who send to it while it is dead must not meet another one.
+    // A fixed port: senders must not reach another test's relay while this one is down.
     Setup::new(&vhost.url_through(wire))
         .set("http.listen", format!("127.0.0.1:{}", ports::free()))
         .set("broker.heartbeat", "1s")
@@ -87,7 +87,7 @@ fn seed() -> u64 {
     seed.map_or(SHORT_SEED, |seed| seed.parse().expect("PRISM_SOAK_SEED is a whole number"))
 }
 
-async fn tell_progress(book: Arc<Book>) {
+async fn print_progress(book: Arc<Book>) {
     let mut ticks = tokio::time::interval(PROGRESS_EVERY);
     ticks.tick().await;
     loop {
@@ -96,7 +96,7 @@ async fn tell_progress(book: Arc<Book>) {
     }
 }
 
-/// Every sender finishes the event that it is at. Returns how many do not: a relay that never answers 200 again.
+/// Waits until every sender has finished its current event. Returns the number of senders that got no 200 in time.
 async fn join(senders: Vec<JoinHandle<()>>) -> usize {
     let deadline = Instant::now() + DRAIN;
     let mut stuck = 0;
@@ -112,7 +112,7 @@ async fn join(senders: Vec<JoinHandle<()>>) -> usize {
     stuck
 }
 
-/// Waits until the spool is empty and the workers have everything; the error says what is missing.
+/// Waits until the spool is empty and the workers have every event. The error says what is missing.
 async fn drain(stage: &Stage, book: &Book) -> Result<(), String> {
     poll(DRAIN, async || {
         let ledger = stage.spool_ledger();

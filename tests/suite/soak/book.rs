@@ -1,4 +1,4 @@
-//! The book: what was sent, answered and delivered, and what must not have been.
+//! Records what was sent, answered and delivered, and every violation of a promise.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write;
@@ -10,10 +10,10 @@ use uuid::Uuid;
 use super::spool::SpoolLedger;
 use super::traffic::SUBJECTS;
 
-/// How long after a limit was lifted a publish may still be rejected.
+/// For this long after a queue limit was removed, RabbitMQ may still reject a publish.
 const NACKS_LINGER: Duration = Duration::from_secs(2);
 
-/// Faults that were found are shown at once, but a flood helps nobody.
+/// Maximum violations that are printed at once. More would hide the first ones.
 const SHOWN_MAX: u64 = 50;
 
 /// One event: the `number`th of its subject.
@@ -23,7 +23,7 @@ pub struct Key {
     pub number: usize,
 }
 
-/// What became of one request.
+/// The outcome of one request.
 pub enum Reply {
     Acknowledged {
         id: Uuid,
@@ -31,7 +31,7 @@ pub enum Reply {
         after: Duration,
     },
     Refused(u16),
-    /// The connection was refused or broken: nobody knows.
+    /// The connection was refused or broken, so it is unknown whether the relay took the event.
     None,
 }
 
@@ -47,13 +47,13 @@ struct Pages {
     /// The highest number that came first, by queue and subject.
     heads: HashMap<(&'static str, usize), usize>,
     faults: BTreeMap<&'static str, u64>,
-    /// When each fault began, for the record of a failure.
+    /// When each fault began, for the report of a failure.
     history: Vec<(Duration, &'static str)>,
     rejections: Rejections,
     totals: Totals,
 }
 
-/// When publishes were rejected last.
+/// Whether RabbitMQ may reject publishes.
 #[derive(Default)]
 enum Rejections {
     #[default]
@@ -81,17 +81,17 @@ struct Totals {
     disorders: u64,
     different_ids: u64,
     wrong_resends: u64,
-    lying_refusals: u64,
-    /// All that must not be, with the three above.
+    accepted_refusals: u64,
+    /// All violations, including the four above.
     found: u64,
 }
 
 struct Entry {
     sent_at: Instant,
-    /// Requests of which nobody knows whether the relay took them.
+    /// Requests without an answer. It is unknown whether the relay took them.
     unanswered: u32,
     acknowledged: bool,
-    /// The first that was heard of, from an answer or a delivery.
+    /// The id in the first answer or delivery.
     id: Option<Uuid>,
     deliveries: u32,
 }
@@ -102,7 +102,7 @@ impl Book {
         Self { started: Instant::now(), pages: Mutex::new(Pages { events, ..Pages::default() }) }
     }
 
-    // -- what the senders tell ----------------------------------------------------------------------------------------
+    // -- called by the senders ----------------------------------------------------------------------------------------
 
     pub fn sent(&self, key: Key) {
         let mut pages = self.pages();
@@ -114,7 +114,7 @@ impl Book {
         }
     }
 
-    /// Returns whether the event is acknowledged by this.
+    /// Returns whether the event is now acknowledged.
     pub fn answered(&self, key: Key, reply: Reply) -> bool {
         let mut pages = self.pages();
         let Pages { events, totals, .. } = &mut *pages;
@@ -127,17 +127,17 @@ impl Book {
                     totals.resends += 1;
                     if !duplicate {
                         totals.wrong_resends += 1;
-                        complaints.push(format!("{key:?}: a re-send is answered as if it were new"));
+                        complaints.push(format!("{key:?}: a re-send was answered as a new event"));
                     }
                 } else {
                     totals.acknowledged += 1;
                     if duplicate && entry.unanswered == 0 {
-                        totals.lying_refusals += 1;
-                        complaints.push(format!("{key:?}: refused, and taken all the same"));
+                        totals.accepted_refusals += 1;
+                        complaints.push(format!("{key:?}: refused, but accepted anyway"));
                     }
                 }
                 entry.acknowledged = true;
-                complaints.extend(entry.is_called(key, id, totals));
+                complaints.extend(entry.check_id(key, id, totals));
                 true
             }
             Reply::Refused(status) => {
@@ -151,11 +151,11 @@ impl Book {
             }
         };
         drop(pages);
-        complaints.into_iter().for_each(|complaint| self.fault_found(complaint));
+        complaints.into_iter().for_each(|complaint| self.violation(complaint));
         acknowledged
     }
 
-    // -- what the workers tell ----------------------------------------------------------------------------------------
+    // -- called by the workers ----------------------------------------------------------------------------------------
 
     pub fn delivered(&self, queue: &'static str, key: Key, id: Uuid, redelivered: bool) {
         let mut pages = self.pages();
@@ -164,10 +164,10 @@ impl Book {
         totals.redelivered += u64::from(redelivered);
         let Some(entry) = events[key.subject].get_mut(key.number) else {
             drop(pages);
-            return self.fault_found(format!("{key:?} was delivered and never sent"));
+            return self.violation(format!("{key:?} was delivered but never sent"));
         };
         entry.deliveries += 1;
-        let mut complaints: Vec<_> = entry.is_called(key, id, totals).into_iter().collect();
+        let mut complaints: Vec<_> = entry.check_id(key, id, totals).into_iter().collect();
         if entry.deliveries == 1 {
             totals.delivered += 1;
             totals.misrouted += u64::from((queue == "prism.unrouted") != (key.subject % 10 == 9));
@@ -175,7 +175,7 @@ impl Book {
             if key.number >= *head {
                 *head = key.number;
             } else if redelivered {
-                // The broker gives back what a worker had not acknowledged: its order, not the relay's.
+                // The broker redelivers what a worker had not acknowledged, in an order that the relay cannot control.
                 totals.late_redeliveries += 1;
             } else if rejections.may_have_hit(entry.sent_at) {
                 totals.overtaken_after_nack += 1;
@@ -185,10 +185,10 @@ impl Book {
             }
         }
         drop(pages);
-        complaints.into_iter().for_each(|complaint| self.fault_found(complaint));
+        complaints.into_iter().for_each(|complaint| self.violation(complaint));
     }
 
-    // -- what the stage tells -----------------------------------------------------------------------------------------
+    // -- called by the stage ------------------------------------------------------------------------------------------
 
     pub fn begins(&self, fault: &'static str) {
         let at = self.started.elapsed();
@@ -211,8 +211,8 @@ impl Book {
         pages.rejections = Rejections::Until(Instant::now() + NACKS_LINGER);
     }
 
-    /// Something that must not be.
-    pub fn fault_found(&self, what: String) {
+    /// Records the violation of a promise, and prints it with the latest faults.
+    pub fn violation(&self, what: String) {
         let mut pages = self.pages();
         pages.totals.found += 1;
         if pages.totals.found <= SHOWN_MAX {
@@ -226,15 +226,15 @@ impl Book {
         }
     }
 
-    // -- what it comes to ---------------------------------------------------------------------------------------------
+    // -- results ------------------------------------------------------------------------------------------------------
 
-    /// Acknowledged and not delivered so far.
+    /// The number of events that are acknowledged but not yet delivered.
     pub fn missing(&self) -> usize {
         let pages = self.pages();
         pages.events.iter().flatten().filter(|entry| entry.acknowledged && entry.deliveries == 0).count()
     }
 
-    /// Delivered, never acknowledged; the flag says whether an unanswered request explains it.
+    /// The number of events that were delivered but never acknowledged. `explained`: those with an unanswered request.
     fn unknown(&self, explained: bool) -> usize {
         let pages = self.pages();
         let unknown = pages.events.iter().flatten().filter(|entry| entry.deliveries > 0 && !entry.acknowledged);
@@ -247,8 +247,7 @@ impl Book {
         let totals = &pages.totals;
         format!(
             "soak {:6.1} s: {} faults ({} kills of the relay, {} of the broker); {} acknowledged, {} delivered, \
-             {} under way, \
-             {} duplicates; {} found",
+             {} in flight, {} duplicates; {} found",
             self.started.elapsed().as_secs_f64(),
             pages.history.len(),
             totals.relay_kills,
@@ -271,7 +270,7 @@ impl Book {
         for (fault, count) in &pages.faults {
             row(&format!("  {fault}"), count);
         }
-        row("kills of the relay, those within other faults included", &totals.relay_kills);
+        row("kills of the relay, including those during other faults", &totals.relay_kills);
         row("phases in which publishes were rejected (nack seen)", &totals.phases_with_nacks);
         row("requests sent", &totals.requests);
         row("  without an answer", &totals.unanswered);
@@ -286,16 +285,16 @@ impl Book {
         let share = 100.0 * duplicates as f64 / (totals.delivered as f64).max(1.0);
         row("duplicate deliveries", &format!("{duplicates} ({share:.2} %)"));
         row("  marked by the broker as redelivered", &totals.redelivered);
-        row("into another queue than usual", &totals.misrouted);
+        row("delivered to an unexpected queue", &totals.misrouted);
         row("overtaken after a nack", &totals.overtaken_after_nack);
-        row("overtaken when a worker's messages were given back", &totals.late_redeliveries);
-        row("delivered, acknowledgement lost on its way", &explained);
+        row("overtaken when a worker's messages were requeued", &totals.late_redeliveries);
+        row("delivered, but the 200 was lost", &explained);
         row("LOST", &lost);
         row("UNKNOWN", &unexplained);
         row("OUT OF ORDER", &totals.disorders);
         row("DIFFERENT IDS FOR ONE EVENT", &totals.different_ids);
-        row("RE-SENDS TAKEN AS NEW", &totals.wrong_resends);
-        row("REFUSED AND TAKEN ALL THE SAME", &totals.lying_refusals);
+        row("RE-SENDS ACCEPTED AS NEW", &totals.wrong_resends);
+        row("REFUSED BUT ACCEPTED", &totals.accepted_refusals);
         rows.iter().fold(String::new(), |mut table, (name, value)| {
             let _ = writeln!(table, "  {name:<58} {value:>16}");
             table
@@ -312,15 +311,15 @@ impl Book {
             failures.push(format!("{lost} lost, {unknown} unknown"));
         }
         if pages.totals.found > 0 {
-            failures.push(format!("{} faults found on the way", pages.totals.found));
+            failures.push(format!("{} violations found", pages.totals.found));
         }
         if stuck > 0 {
-            failures.push(format!("{stuck} senders wait for a 200"));
+            failures.push(format!("{stuck} senders got no 200"));
         }
         if let Err(left) = drained {
             failures.push(left);
         }
-        // Every acceptance was told of in the end, and none was counted twice.
+        // In the end the senders got a 200 for every accepted event, and the relay counted none twice.
         if !spool.balances() || spool.accepted != pages.totals.acknowledged {
             failures.push(format!("{} acknowledged, but the spool says {spool}", pages.totals.acknowledged));
         }
@@ -338,18 +337,18 @@ impl Book {
 }
 
 impl Entry {
-    /// The event has one id, wherever it is heard of.
-    fn is_called(&mut self, key: Key, id: Uuid, totals: &mut Totals) -> Option<String> {
+    /// Checks that the event has the same id in every answer and delivery.
+    fn check_id(&mut self, key: Key, id: Uuid, totals: &mut Totals) -> Option<String> {
         let known = *self.id.get_or_insert(id);
         (known != id).then(|| {
             totals.different_ids += 1;
-            format!("{key:?} is called {known} and {id}")
+            format!("{key:?} has two ids: {known} and {id}")
         })
     }
 }
 
 impl Rejections {
-    /// Whether an event that was first sent then, and comes now, may have been rejected in between.
+    /// Whether RabbitMQ may have rejected an event that was first sent at this time.
     fn may_have_hit(&self, sent_at: Instant) -> bool {
         match self {
             Self::Never => false,

@@ -1,4 +1,4 @@
-//! The faults, the order of which depends on the seed alone, and the stage that they happen on.
+//! The faults, in an order that depends only on the seed, and the parts of the system that they affect.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,19 +16,19 @@ use crate::harness::program::Ended;
 use crate::harness::relay::Sender;
 use crate::harness::{Node, Relay, Vhost, Wire};
 
-/// Pauses between two faults, in milliseconds.
+/// Pause between two faults, in milliseconds.
 const PAUSE: std::ops::Range<u64> = 200..2000;
-/// One in so many follows the last one at its heels, and hits what that has left: a backlog that is being delivered.
+/// One in this many faults follows the last one closely, while the backlog of the last one is still being delivered.
 const CLOSE_ONE_IN: u8 = 3;
 const CLOSE_PAUSE: std::ops::Range<u64> = 0..150;
-/// How long a fault lasts that lasts, in milliseconds. The upper half is longer than the relay's heartbeat and
-/// deadline.
+/// Duration of faults that last, in milliseconds. The upper half is longer than the relay's heartbeat and confirm
+/// timeout.
 const HOLD: std::ops::Range<u64> = 100..5000;
-/// A relay that is killed while it starts is this old at most, in milliseconds.
+/// Maximum age of a relay that is killed while it starts, in milliseconds.
 const INFANCY: u64 = 80;
-/// So few messages, and no workers: the next publish is rejected.
+/// Length limit of a full queue. Without workers it is reached at once, and RabbitMQ rejects publishes.
 const QUEUE_LIMIT: u32 = 20;
-/// With the smallest a backlog still shrinks under the traffic.
+/// Values of `broker.window`. With the smallest, a backlog still shrinks under the traffic.
 const WINDOWS: [u32; 5] = [4, 20, 100, 500, 1000];
 
 #[derive(Debug, Clone, Copy)]
@@ -48,7 +48,7 @@ enum Fault {
     QueueFull,
 }
 
-/// How often each is drawn. With these, half an hour has some 200 kills of the relay and 30 of the broker.
+/// Relative frequencies. With these, half an hour has about 200 kills of the relay and 30 of the broker.
 const WEIGHTS: [(Fault, u32); 13] = [
     (Fault::RelayKilled, 24),
     (Fault::RelayKilledAtStart, 6),
@@ -85,7 +85,7 @@ impl Fault {
     }
 }
 
-/// One fault of the schedule. Everything is drawn for each, needed or not.
+/// One fault of the schedule. Every field is drawn for every fault, so that the order depends on the seed alone.
 struct Step {
     pause: Duration,
     fault: Fault,
@@ -122,22 +122,22 @@ fn draw_fault(rng: &mut Rng) -> Fault {
     unreachable!("a ticket is less than the sum of the weights")
 }
 
-/// All that can break.
+/// Everything that a fault can affect.
 pub struct Stage {
-    // Dropped in this order: the relay before what it talks to.
+    // Dropped in this order: the relay before the wire and the broker.
     pub relay: Relay,
     pub wire: Wire,
     pub vhost: Vhost,
     pub node: Node,
     pub book: Arc<Book>,
-    /// Tells the senders where the relay is now.
+    /// Publishes the address of the current relay to the senders.
     pub sender: watch::Sender<Sender>,
-    /// Whether there are workers.
+    /// Whether workers consume.
     pub consuming: watch::Sender<bool>,
 }
 
 impl Stage {
-    /// Fault after fault; each is over, and everything works again, before the next.
+    /// Makes one fault after the other. Each is over, and everything works again, before the next.
     pub async fn make_faults(&mut self, seed: u64, length: Duration) {
         let mut rng = Rng::with_seed(seed);
         let end = Instant::now() + length;
@@ -151,7 +151,7 @@ impl Stage {
             self.make(&step).await;
             let ledger = self.spool_ledger();
             if !ledger.balances() {
-                self.book.fault_found(format!("the spool's ledger does not balance: {ledger}"));
+                self.book.violation(format!("the spool's ledger does not balance: {ledger}"));
             }
         }
     }
@@ -202,7 +202,7 @@ impl Stage {
         }
     }
 
-    /// While a fault lasts.
+    /// Lets a fault last.
     async fn hold(&mut self, step: &Step) {
         pace(step.hold / 2).await;
         if step.kill_meanwhile {
@@ -213,25 +213,25 @@ impl Stage {
 
     async fn kill_relay(&mut self) {
         let ended = self.relay.kill9().await;
-        self.bury(&ended);
+        self.record_kill(&ended);
         self.relay.start_again().await;
         self.announce();
     }
 
-    /// A second kill in the middle of the recovery from the first.
+    /// Kills the relay again while it recovers from the first kill.
     async fn kill_relay_at_start(&mut self, age: Duration) {
         let ended = self.relay.kill9().await;
-        self.bury(&ended);
-        let mut infant = self.relay.setup().launch(&["serve"]);
+        self.record_kill(&ended);
+        let mut starting = self.relay.setup().launch(&["serve"]);
         pace(age).await;
-        infant.signal("KILL");
-        self.bury(&infant.wait().await);
+        starting.signal("KILL");
+        self.record_kill(&starting.wait().await);
         self.relay.start_again().await;
         self.announce();
     }
 
-    fn bury(&self, ended: &Ended) {
-        assert!(ended.code.is_none(), "the relay had ended by itself: {ended:?}");
+    fn record_kill(&self, ended: &Ended) {
+        assert!(ended.code.is_none(), "the relay exited before the kill: {ended:?}");
         self.book.killed_relay();
     }
 
@@ -244,7 +244,8 @@ impl Stage {
         self.sender.send_replace(self.relay.sender());
     }
 
-    /// Without workers, and with queues that take no more. A nacked publish may be overtaken by those behind it.
+    /// Stops the workers and limits the queues, so that RabbitMQ rejects publishes. Later events may overtake
+    /// rejected ones.
     async fn fill_queues(&mut self, step: &Step) {
         self.book.nacks_begin();
         self.consuming.send_replace(false);
@@ -257,8 +258,8 @@ impl Stage {
         self.book.nacks_end(nacked > 0.0);
     }
 
-    /// As an operator does, the workers' connections as well. One that ends meanwhile is as good as closed, whatever
-    /// the API makes of it.
+    /// Closes all connections through the management API, including those of workers. Errors of the API are ignored,
+    /// because a connection may end meanwhile.
     async fn close_connections(&self) {
         let management = self.node.management();
         let path = format!("vhosts/{}/connections", encode(self.vhost.name()));

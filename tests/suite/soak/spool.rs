@@ -1,11 +1,11 @@
-//! The relay's own ledger, read from its file while it runs, and held against the events that are really in it.
+//! Reads the relay's ledger from the spool file while the relay runs, and compares it with the events in the file.
 
 use std::fmt;
 use std::path::Path;
 
 use rusqlite::{Connection, OpenFlags, Result};
 
-/// The lifetime totals, and how many events there are.
+/// The lifetime totals, and the number of events in the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SpoolLedger {
     pub accepted: u64,
@@ -13,13 +13,13 @@ pub struct SpoolLedger {
     pub pending: u64,
     pub parked: u64,
     pub removed: u64,
-    /// Rows that are there.
+    /// Rows in the table of events.
     pending_rows: u64,
     parked_rows: u64,
 }
 
 impl SpoolLedger {
-    /// One snapshot: a single read transaction.
+    /// Reads everything in one transaction, so that the numbers are consistent.
     pub fn read(path: &Path) -> Result<Self> {
         let connection = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
         connection.busy_timeout(std::time::Duration::from_secs(5))?;

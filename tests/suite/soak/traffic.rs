@@ -1,4 +1,4 @@
-//! Steady traffic: a patient Prism for each subject, and workers that take everything.
+//! Steady traffic: one sender per subject that retries until it gets a 200, and workers that consume every queue.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -21,19 +21,19 @@ use super::pace;
 use crate::harness::Delivery;
 use crate::harness::relay::Sender;
 
-/// Each with a sender of its own.
+/// Each subject has its own sender.
 pub const SUBJECTS: usize = 40;
 
-/// Between two events of a subject. With [`SUBJECTS`] of them some 300 events a second, while the relay answers.
+/// Time between two events of a subject. All [`SUBJECTS`] together send about 300 events per second.
 const EVENT_EVERY: Duration = Duration::from_millis(130);
 
-/// Prism waits longer, but gives up after four tries; these are in its stead.
+/// Pauses between retries. Prism's are longer, but Prism gives up after four tries, and these senders do not.
 const RETRY_MIN: Duration = Duration::from_millis(20);
 const RETRY_MAX: Duration = Duration::from_millis(500);
 
-/// One in so many acknowledged events is followed by a re-send of a recent one.
+/// After one in this many acknowledged events, a recent event is sent again.
 const RESEND_ONE_IN: u8 = 40;
-/// How recent: a few seconds, so well within the dedupe window.
+/// The re-sent event is one of this many, so a few seconds old: well within the dedupe window.
 const RESEND_BACK: usize = 20;
 
 const QUEUES: [&str; 4] = ["prism.scan", "prism.future_me", "prism.unrouted", "prism.dead"];
@@ -56,21 +56,21 @@ pub fn start(
     (0..SUBJECTS).map(|subject| tokio::spawn(prism(subject).run(stop.clone()))).collect()
 }
 
-/// The one that tells of one subject.
+/// Sends the events of one subject.
 struct Prism {
     subject: usize,
     book: Arc<Book>,
-    /// Of the process that runs now: each has a port of its own.
+    /// The sender of the current relay process.
     relay: watch::Receiver<Sender>,
     rng: Rng,
 }
 
 impl Prism {
-    /// Event after event, each until it is acknowledged.
+    /// Sends event after event, each until it is acknowledged.
     async fn run(mut self, stop: CancellationToken) {
         let offset = EVENT_EVERY * self.subject as u32 / SUBJECTS as u32;
         let mut ticks = interval_at((Instant::now() + offset).into(), EVENT_EVERY);
-        // What an outage has cost is not made up for in a burst.
+        // Events that were missed during an outage are not sent in a burst afterwards.
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         for number in 0.. {
             ticks.tick().await;
@@ -93,7 +93,7 @@ impl Prism {
         }
     }
 
-    /// One request. Returns whether it was answered 200.
+    /// Sends one request. Returns whether the answer was 200.
     async fn post(&self, number: usize) -> bool {
         let key = Key { subject: self.subject, number };
         let sender = self.relay.borrow().clone();
@@ -112,8 +112,8 @@ impl Prism {
     }
 }
 
-/// Always the same for the same event. Of every ten subjects six go to `prism.scan`, three to `prism.future_me`, and
-/// one is unrouted.
+/// The body of an event, always the same for the same key. Of ten subjects, six go to `prism.scan`, three to
+/// `prism.future_me`, and one is unrouted.
 fn body(key: Key) -> String {
     let Key { subject, number } = key;
     let id = format!("subject-{subject}");
@@ -134,14 +134,14 @@ fn key(delivery: &Delivery) -> Option<Key> {
     (body(key).as_bytes() == delivery.body).then_some(key)
 }
 
-/// Takes everything from every queue, for as long as it is `wanted`, through all restarts of the broker. Ends with the
-/// sender of `wanted`.
+/// Consumes every queue while `wanted` is true, and reconnects when the broker restarts. Ends when the sender of
+/// `wanted` is dropped.
 pub async fn consume(url: String, book: Arc<Book>, mut wanted: watch::Receiver<bool>) {
     while wanted.wait_for(|wanted| *wanted).await.is_ok() {
         let connecting = Connection::connect(&url, ConnectionProperties::default());
         if let Ok(Ok(connection)) = timeout(CONSUMER_PATIENCE, connecting).await {
             tokio::select! {
-                // Its end is the broker's, and told of there.
+                // The connection fails with the broker, which is a fault of its own.
                 _ = take(&connection, &book) => {}
                 _ = wanted.wait_for(|wanted| !*wanted) => {}
             }
@@ -151,7 +151,7 @@ pub async fn consume(url: String, book: Arc<Book>, mut wanted: watch::Receiver<b
     }
 }
 
-/// Records, and then acknowledges, until something is amiss, or silent for so long that it may be.
+/// Records and acknowledges deliveries, until the connection fails or there was no delivery for [`CONSUMER_PATIENCE`].
 async fn take(connection: &Connection, book: &Book) -> lapin::Result<()> {
     let channel = connection.create_channel().await?;
     channel.basic_qos(PREFETCH, BasicQosOptions::default()).await?;
@@ -169,7 +169,7 @@ async fn take(connection: &Connection, book: &Book) -> lapin::Result<()> {
         let id = delivery.id().parse().unwrap_or(Uuid::nil());
         match key(&delivery) {
             Some(key) => book.delivered(queue, key, id, delivery.redelivered),
-            None => book.fault_found(format!("a delivery of {queue} that nobody sent: {:?}", delivery.text())),
+            None => book.violation(format!("{queue} delivered a message that was never sent: {:?}", delivery.text())),
         }
         channel.basic_ack(tag, BasicAckOptions::default()).await?;
     }
