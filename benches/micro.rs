@@ -1,4 +1,4 @@
-//! The steps of one event's way, each by itself: `cargo bench --bench micro`.
+//! The steps of one event's path, measured separately: `cargo bench --bench micro`.
 #![allow(unreachable_pub, reason = "a program exports nothing")]
 #![allow(clippy::disallowed_methods, reason = "benchmarks own their tasks")]
 
@@ -17,14 +17,14 @@ use prism_relay::secret::Secret;
 use prism_relay::signature::{Verifier, sign};
 use prism_relay::spool::{self, Durability, Spool};
 
-/// Appended at once, as by as many senders.
+/// Events that are appended concurrently.
 const SENDERS: usize = 64;
 
 fn body() -> &'static str {
     include_str!("../tests/samples/events.jsonl").lines().next().expect("a sample")
 }
 
-/// An event that nobody has seen before.
+/// A new event, which is no duplicate.
 fn event() -> Event {
     let id = uuid::Uuid::now_v7();
     let body = Bytes::from(body().replace("7f2ec6e0-b06d-42b1-b2a1-fff59a458490", &id.to_string()));

@@ -1,4 +1,4 @@
-//! The senders: signed webhooks, made before the clock starts, so that sending them costs next to nothing.
+//! The senders: signed webhooks that are built before the clock starts, so that sending them costs little.
 
 use std::cell::Cell;
 use std::fs;
@@ -15,20 +15,20 @@ use tokio::task::LocalSet;
 use crate::harness::SECRET;
 use crate::harness::http::{now, sign};
 
-/// Connections that send at once.
+/// Concurrent connections of the closed loop.
 const CONNECTIONS: usize = 64;
 
-/// Threads of the open loop. Each has a connection of its own and sends its share of the rate.
+/// Threads of the open loop. Each has its own connection and sends its share of the rate.
 const STEADY_SENDERS: usize = 16;
 
-/// Webhooks as bytes, head and body, each with a body of its own and the signature for it.
+/// Webhooks as bytes, head and body. Each has a different body and its signature.
 pub struct Webhooks {
     bytes: Vec<u8>,
     ends: Vec<usize>,
 }
 
 impl Webhooks {
-    /// `count` events of as many scans; of each three, two are scan events and one is a prediction.
+    /// `count` events of as many scans. Two of three are scan events, the third is a prediction event.
     pub fn new(count: usize) -> Self {
         let mut webhooks = Self { bytes: Vec::new(), ends: Vec::with_capacity(count) };
         let (timestamp, run) = (now(), uuid::Uuid::now_v7());
@@ -79,14 +79,15 @@ pub fn number(body: &[u8]) -> usize {
     scan.and_then(|number| number.parse().ok()).expect("a number at the end of the scan's id")
 }
 
-/// What sending took.
+/// Throughput of the senders, and the processor time that they needed.
 pub struct Sent {
     pub per_second: f64,
-    /// The share of one processor that the senders had, 0 to 1. Below 1 they waited for the server, not it for them.
+    /// The share of one processor that the senders used, 0 to 1. Below 1, the server was the bottleneck.
     pub busy: f64,
 }
 
-/// Sends all of them, each connection its next one as soon as its last one is answered. Panics at anything but a 200.
+/// Sends all webhooks. Each connection sends the next one when the last one is answered. Panics unless the answer is
+/// 200.
 pub fn closed_loop(address: SocketAddr, webhooks: &Webhooks) -> Sent {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().expect("a runtime for the senders");
     let next = Cell::new(0);
@@ -109,16 +110,15 @@ pub fn closed_loop(address: SocketAddr, webhooks: &Webhooks) -> Sent {
     Sent { per_second: webhooks.len() as f64 / seconds, busy: (own_cpu() - cpu).as_secs_f64() / seconds }
 }
 
-/// One webhook on its way.
+/// When a webhook was sent, and how long the answer took.
 pub struct Sending {
     pub began: Instant,
-    /// Until its 200.
+    /// Time to the 200.
     pub took: Duration,
 }
 
-/// Sends `per_second` for as long as there are webhooks, whether they are answered or not, and returns what became of
-/// each. The clock of each starts when it is due, even if its connection is still busy with the one before it; a late
-/// timer of this machine does not count.
+/// Sends all webhooks at a fixed rate, whether they are answered or not. Returns the timing of each. A webhook's clock
+/// starts when it is due, even if its connection still waits for the previous answer. A late timer does not count.
 pub fn open_loop(address: SocketAddr, webhooks: &Webhooks, per_second: u32) -> Vec<Sending> {
     let start = Instant::now() + Duration::from_millis(100);
     let gap = Duration::from_secs(1) / per_second;
@@ -151,11 +151,11 @@ pub fn open_loop(address: SocketAddr, webhooks: &Webhooks, per_second: u32) -> V
     sendings.into_iter().map(|(_, sending)| sending).collect()
 }
 
-/// Connections that a flood keeps half-open.
+/// Connections that the flood keeps half-open.
 pub const HALF_OPEN: usize = 2000;
 
-/// A slow flood, on a thread of its own: each connection begins a request and sends a byte of it every second; whoever
-/// is cut comes again at once. From eight addresses, so that no limit for a source is reached.
+/// A slow flood, on its own thread: each connection begins a request and sends one byte of it per second. A connection
+/// that the relay closes is opened again at once. Eight source addresses keep each below the limit for a source.
 pub struct HalfOpen {
     stop: Arc<AtomicBool>,
     thread: std::thread::JoinHandle<usize>,
@@ -175,7 +175,7 @@ impl HalfOpen {
         Self { stop, thread }
     }
 
-    /// Ends the flood, and tells how many connections were cut.
+    /// Ends the flood. Returns how many connections the relay closed.
     pub fn end(self) -> usize {
         self.stop.store(true, Ordering::Relaxed);
         self.thread.join().expect("the flood")
@@ -183,7 +183,7 @@ impl HalfOpen {
 }
 
 async fn slowly(address: SocketAddr, number: usize, stop: &AtomicBool, cut: &Cell<usize>) {
-    // Each at its own time, as the clients of many machines are.
+    // Spread over a second, as clients on many machines are.
     tokio::time::sleep(Duration::from_secs(1) * number as u32 / HALF_OPEN as u32).await;
     let from = SocketAddr::from(([127, 0, 0, 2 + (number % 8) as u8], 0));
     while !stop.load(Ordering::Relaxed) {
@@ -204,7 +204,7 @@ async fn slowly(address: SocketAddr, number: usize, stop: &AtomicBool, cut: &Cel
     }
 }
 
-/// Whether this is a whole answer, which has to be a 200 with a length.
+/// Whether the answer is complete. Panics unless it is a 200 with a content-length.
 fn is_complete(answer: &[u8]) -> bool {
     let Some(head) = answer.windows(4).position(|end| end == b"\r\n\r\n") else { return false };
     let text = std::str::from_utf8(&answer[..head]).expect("a head in ASCII");
@@ -213,7 +213,7 @@ fn is_complete(answer: &[u8]) -> bool {
     answer.len() == head + 4 + length.parse::<usize>().expect("a number")
 }
 
-/// The time that this thread has been running (see proc(5), `schedstat`).
+/// The processor time of this thread (see proc(5), `schedstat`).
 fn own_cpu() -> Duration {
     let text = fs::read_to_string("/proc/thread-self/schedstat").expect("read the thread's schedstat");
     let nanoseconds = text.split_whitespace().next().expect("a number");

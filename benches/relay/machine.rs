@@ -1,4 +1,4 @@
-//! Where it ran, and what processes cost there, from /proc.
+//! A description of the machine, and the memory and processor time of processes, from /proc.
 
 use std::fs;
 use std::path::Path;
@@ -12,7 +12,7 @@ pub fn memory(pid: u32, field: &str) -> f64 {
     kibibytes / 1024.0
 }
 
-/// The processor time of a whole process so far.
+/// The processor time of a process so far.
 pub fn cpu(pid: u32) -> Duration {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("read a process's stat");
     // The name, in parentheses, may contain anything; utime and stime are the 12th and 13th field after it, in
@@ -35,7 +35,7 @@ pub fn describe(spools: &Path) -> String {
     )
 }
 
-/// The type of the file system that holds `path`: that of the longest mount point above it.
+/// The type of the file system that holds `path`, which is the one with the longest matching mount point.
 fn file_system(path: &Path, mounts: &str) -> String {
     let fields = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
     let above = fields.filter(|mount| mount.len() > 2 && path.starts_with(mount[1]));

@@ -1,11 +1,11 @@
-//! The speed of the whole relay, as ratios against references that run in turn with it: `cargo bench --bench relay`.
+//! The speed of the whole relay, as ratios to references measured in the same run: `cargo bench --bench relay`.
 //!
-//! Runs the real binary, a real disk, and a RabbitMQ node of its own. Senders, relay and RabbitMQ share the machine, so
-//! only the ratios carry over to another one.
+//! Uses the real binary, a real disk, and its own RabbitMQ node. Senders, relay and RabbitMQ share the machine, so only
+//! the ratios are comparable between machines.
 //!
 //! ```text
 //! cargo bench --bench relay -- [--rounds N] [--backlog N] [PART...]
-//!   --rounds N   how often everything but the large backlog is measured, 5 by default; the table has the medians
+//!   --rounds N   how often to measure all parts except the large backlog, 5 by default; the table has the medians
 //!   --backlog N  events in the large backlog, 2000000 by default
 //!   PART         throughput, drain, latency, flood, worker, scaling, backlog; all by default
 //! ```
@@ -36,7 +36,7 @@ use references::{BARE_HYPER, BareHyper, lapin_alone, lone_syncs};
 use report::Report;
 use report::Target::{AtLeast, AtMost, None as Reference};
 
-/// Webhooks in one go, which is also the small backlog.
+/// Webhooks per measurement of throughput. Also the size of the small backlog.
 const MANY: usize = 200_000;
 
 const RELAY_READY: &str = "accepting webhooks";
@@ -53,37 +53,37 @@ async fn main() {
         serve_bare_hyper();
     }
     let options = options();
-    let wants = |part: &str| options.parts.is_empty() || options.parts.iter().any(|wanted| wanted == part);
+    let selected = |part: &str| options.parts.is_empty() || options.parts.iter().any(|wanted| wanted == part);
     let node = Node::start().await;
     let mut report = Report::default();
     for round in 1..=options.rounds {
         eprintln!("round {round} of {}", options.rounds);
-        if wants("throughput") {
+        if selected("throughput") {
             throughput(&node, &mut report).await;
         }
-        if wants("drain") {
+        if selected("drain") {
             draining(&node, &mut report).await;
         }
-        if wants("latency") {
+        if selected("latency") {
             latency(&node, &mut report).await;
         }
-        if wants("flood") {
+        if selected("flood") {
             flood(&mut report).await;
         }
-        if wants("worker") {
+        if selected("worker") {
             worker(&node, &mut report).await;
         }
-        if wants("scaling") {
+        if selected("scaling") {
             scaling::scaling(&node, &mut report).await;
         }
     }
-    if wants("backlog") {
+    if selected("backlog") {
         eprintln!("backlog of {}", options.backlog);
         backlog(&node, options.backlog, &mut report).await;
     }
     let overview = node.management().find("overview").await.expect("an overview of the node");
     println!(
-        "\n{}; RabbitMQ {} beside it; {} rounds\n",
+        "\n{}; RabbitMQ {} on the same machine; {} rounds\n",
         machine::describe(&std::env::temp_dir()),
         overview["rabbitmq_version"].as_str().expect("a version"),
         options.rounds
@@ -92,7 +92,7 @@ async fn main() {
 }
 
 fn serve_bare_hyper() -> ! {
-    // As many threads as the relay has.
+    // With the same number of threads as the relay.
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
     std::thread::scope(|scope| scope.spawn(|| runtime.block_on(BareHyper::serve())).join()).expect("the server goes on")
 }
@@ -123,12 +123,12 @@ fn usage() -> ! {
     std::process::exit(64);
 }
 
-/// A relay as its defaults make it, but for the folder, the ports and the secret.
+/// A relay with the default settings, except for the folder, the ports, the secret and the size of the spool.
 fn setup(broker_url: &str) -> Setup {
     Setup::new(broker_url).unset("log.filter").set("spool.max_bytes", "20GiB")
 }
 
-// -- how much a second ------------------------------------------------------------------------------------------------
+// -- throughput -------------------------------------------------------------------------------------------------------
 
 async fn throughput(node: &Node, report: &mut Report) {
     let hyper = BareHyper::start().await;
@@ -169,7 +169,7 @@ fn per_event(cpu: Duration) -> f64 {
     cpu.as_secs_f64() * 1e6 / MANY as f64
 }
 
-/// On a thread of its own, so that this one can go on collecting output.
+/// Sends on another thread, so that this one can continue to collect output.
 async fn send(address: std::net::SocketAddr, webhooks: Webhooks) -> load::Sent {
     tokio::task::spawn_blocking(move || closed_loop(address, &webhooks)).await.expect("the senders")
 }
@@ -188,7 +188,7 @@ async fn draining(node: &Node, report: &mut Report) {
     report.add("CPU per event drained, relay only", "us", Reference, drained.cpu_per_event * 1e6);
 }
 
-/// A vhost with what the relay declares.
+/// A vhost in which a relay has declared its topology.
 async fn declared(node: &Node) -> Vhost {
     let vhost = Vhost::new(node).await;
     let relay = setup(&vhost.url()).start().await;
@@ -201,7 +201,7 @@ struct Drained {
     cpu_per_event: f64,
 }
 
-/// Starts the relay again, with a broker, and measures from the first twentieth of its backlog on.
+/// Restarts the relay with a broker, and measures after the first twentieth of its backlog.
 async fn drain(relay: &mut Relay, vhost: &Vhost, backlog: usize) -> Drained {
     relay.reconfigure("broker.urls", json!([vhost.url()]));
     relay.restart().await;
@@ -212,7 +212,7 @@ async fn drain(relay: &mut Relay, vhost: &Vhost, backlog: usize) -> Drained {
     Drained { per_second: count / took.as_secs_f64(), cpu_per_event: cpu.as_secs_f64() / count }
 }
 
-/// Waits until so many events are confirmed and deleted, and returns how many are.
+/// Waits until at least `count` events are confirmed and deleted. Returns their number.
 async fn confirmed(relay: &Relay, count: usize) -> f64 {
     let deadline = Instant::now() + Duration::from_secs(600);
     loop {
@@ -225,7 +225,7 @@ async fn confirmed(relay: &Relay, count: usize) -> f64 {
     }
 }
 
-// -- how long ---------------------------------------------------------------------------------------------------------
+// -- latency ----------------------------------------------------------------------------------------------------------
 
 const STEADY: u32 = 1000;
 
@@ -257,7 +257,7 @@ async fn latency(node: &Node, report: &mut Report) {
 
 const TEN_SECONDS: usize = 10 * STEADY as usize;
 
-/// p50 and p99 in milliseconds.
+/// Measures the time to the 200. Returns p50 and p99 in milliseconds.
 async fn wait_for_200(relay: &Relay, what: &'static str) -> (f64, f64) {
     let (address, webhooks) = (relay.address(), Webhooks::new(TEN_SECONDS));
     let sendings =
@@ -273,7 +273,7 @@ fn quantile(sorted: &[Duration], share: f64) -> f64 {
     sorted[((sorted.len() - 1) as f64 * share) as usize].as_secs_f64() * 1000.0
 }
 
-/// Honest senders beside clients that keep 2,000 connections half-open.
+/// Measures the time to the 200 while other clients keep 2,000 connections half-open.
 async fn flood(report: &mut Report) {
     let relay = setup(NO_BROKER).start().await;
     let calm = wait_for_200(&relay, "calm").await;
@@ -282,14 +282,14 @@ async fn flood(report: &mut Report) {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     let flooded = wait_for_200(&relay, "2,000 half-open").await;
-    report.add("p50 beside 2,000 half-open connections", "ms", Reference, flooded.0);
-    report.add("p99 beside 2,000 half-open connections", "ms", Reference, flooded.1);
-    report.add("p50 beside 2,000 half-open connections : calm", "", Reference, flooded.0 / calm.0);
-    report.add("p99 beside 2,000 half-open connections : calm", "", AtMost(2.0), flooded.1 / calm.1);
+    report.add("p50 with 2,000 half-open connections", "ms", Reference, flooded.0);
+    report.add("p99 with 2,000 half-open connections", "ms", Reference, flooded.1);
+    report.add("p50 with 2,000 half-open connections : calm", "", Reference, flooded.0 / calm.0);
+    report.add("p99 with 2,000 half-open connections : calm", "", AtMost(2.0), flooded.1 / calm.1);
     report.add("half-open connections that the relay had cut meanwhile", "", Reference, half_open.end() as f64);
 }
 
-/// From sending a webhook until a worker has the event in its hands, at 100 a second.
+/// Measures the time from sending a webhook until a worker gets the event, at 100 per second.
 async fn worker(node: &Node, report: &mut Report) {
     const COUNT: usize = 1000;
     let vhost = Vhost::new(node).await;

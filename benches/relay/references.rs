@@ -1,5 +1,4 @@
-//! What the relay is measured against, in the same run: hyper that stores nothing, lapin that reads nothing, and a disk
-//! that does nothing else.
+//! The references: hyper without a store, lapin with messages from memory, and single writes to the disk.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -32,10 +31,10 @@ use crate::load;
 /// The argument that makes this program a [`BareHyper`].
 pub const BARE_HYPER: &str = "--bare-hyper";
 
-/// Publishes in flight, as many as the relay's default `broker.window`.
+/// Publishes in flight: the relay's default `broker.window`.
 const WINDOW: usize = 1000;
 
-/// A server in a process of its own that reads each body and answers as many bytes as the relay does.
+/// A server in its own process that reads each body and answers with as many bytes as the relay.
 pub struct BareHyper {
     pub address: SocketAddr,
     program: Program,
@@ -79,9 +78,9 @@ async fn answer(request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Inf
     Ok(response.expect("a response"))
 }
 
-/// lapin alone, one channel, confirms: publishes `count` messages that were made before the clock started, and returns
-/// how many are confirmed in a second, over all but the first twentieth. `whole`: the very messages that the relay
-/// would publish; otherwise the same keys and bodies with no property but the delivery mode.
+/// Publishes `count` messages, built before the clock starts, on one channel with confirms. Returns the confirms per
+/// second, without the first twentieth. `whole`: the messages are those that the relay would publish; otherwise their
+/// only property is the delivery mode.
 pub async fn lapin_alone(vhost: &Vhost, count: usize, whole: bool) -> f64 {
     let mut messages: VecDeque<_> = (0..count).map(|number| message(number, whole)).collect();
     let connection = vhost.connect().await;
@@ -126,7 +125,7 @@ fn message(number: usize, whole: bool) -> Message {
     message
 }
 
-/// How long a lone write of one page and its fsync take in this folder, sorted.
+/// Times of single writes of one page with an fsync in this folder, sorted.
 pub fn lone_syncs(folder: &Path, count: usize) -> Vec<Duration> {
     let path = folder.join("sync");
     let mut file = File::create(&path).expect("create a file");
@@ -135,7 +134,7 @@ pub fn lone_syncs(folder: &Path, count: usize) -> Vec<Duration> {
         file.write_all(&[1; 4096]).expect("write");
         file.sync_data().expect("fsync");
         let took = began.elapsed();
-        // As far apart as the webhooks are.
+        // The interval of the webhooks at 1,000 per second.
         std::thread::sleep(Duration::from_millis(1));
         took
     };

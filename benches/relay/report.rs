@@ -1,17 +1,17 @@
-//! The table: what was measured, over the rounds, beside what it should be.
+//! The table of results: each measured value over the rounds, and its target.
 
 use std::collections::BTreeMap;
 
-/// What a figure should be.
+/// The target of a value.
 #[derive(Clone, Copy)]
 pub enum Target {
     AtLeast(f64),
     AtMost(f64),
-    /// A reference, measured for the sake of the others.
+    /// A reference value without a target.
     None,
 }
 
-/// Figures by name, in the order in which they first came; one value a round.
+/// Values by name, in the order in which they were first added. Each round adds one.
 #[derive(Default)]
 pub struct Report {
     order: Vec<(&'static str, &'static str, Target)>,
@@ -27,7 +27,7 @@ impl Report {
         self.values.entry(what).or_default().push(value);
     }
 
-    /// Prints the table as Markdown: the median of the rounds, and how far they lie apart.
+    /// Prints the table as Markdown: the median of the rounds, the lowest and the highest value, and the target.
     pub fn print(&self) {
         println!("| what | median | lowest to highest | target |\n|---|---|---|---|");
         for (what, unit, target) in &self.order {
@@ -49,7 +49,7 @@ impl Report {
     }
 }
 
-/// Three significant digits, thousands as a whole number.
+/// Three significant digits. Values of 100 and more are shown as whole numbers.
 fn show(value: f64) -> String {
     let decimals = match value.abs() {
         v if v >= 100.0 => 0,

@@ -1,5 +1,5 @@
-//! How the throughput of workers grows: competing, partitioned, and one at a time. The work of a message is to wait, as
-//! for a database or another service; where there is none, what is left is what RabbitMQ and the acks cost.
+//! How throughput grows with the number of workers: competing, partitioned, or with a single active consumer. Work is
+//! simulated by a pause, as for a database. Without work, the result is the cost of RabbitMQ and the acks.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -19,10 +19,11 @@ use crate::harness::{Node, Setup, Vhost};
 use crate::report::Report;
 use crate::report::Target::{AtLeast, None as Reference};
 
-/// What the work of one message takes, and a quarter of a minute of it for one worker.
+/// Time that the work of one message takes.
 const WORK: Duration = Duration::from_millis(5);
+/// Messages with work: about ten seconds for one worker.
 const WORKED: usize = 2000;
-/// Without work, as many take about as long.
+/// Messages without work, which take about as long.
 const PASSED: usize = 30_000;
 const SUBJECTS: usize = 500;
 
@@ -51,7 +52,7 @@ pub async fn scaling(node: &Node, report: &mut Report) {
     }
 }
 
-/// Messages a second, from a full queue to the last ack.
+/// Messages per second, from a full queue to the last ack.
 async fn rate(node: &Node, queue: &Value, workers: usize, work: Duration) -> f64 {
     let vhost = Vhost::new(node).await;
     let mut queues = json!([{ "name": "q", "bindings": ["scan.#"] }]);
@@ -69,12 +70,12 @@ async fn rate(node: &Node, queue: &Value, workers: usize, work: Duration) -> f64
         let queue = if partitions == 0 { "q".to_owned() } else { format!("q.{}", number + 1) };
         at_work.spawn(worker(vhost.connect().await, queue, work, Arc::clone(&left)));
     }
-    // Whoever does the last message ends all of them.
+    // The worker that acknowledges the last message returns. Dropping `at_work` ends the others.
     at_work.join_next().await.expect("a worker").expect("a worker that does not panic");
     count as f64 / started.elapsed().as_secs_f64()
 }
 
-/// One message after the other, as the example workers do it.
+/// Handles one message after the other, as the example workers do.
 async fn worker(connection: lapin::Connection, queue: String, work: Duration, left: Arc<AtomicUsize>) {
     let channel = connection.create_channel().await.expect("a channel");
     channel.basic_qos(20, BasicQosOptions::default()).await.expect("qos");
