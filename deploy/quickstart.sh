@@ -1,22 +1,21 @@
 #!/usr/bin/env bash
-# From a clone to Prism's events in RabbitMQ's queues: finds or brings a broker, builds and starts the relay, sends the
-# six sample events, shows them coming out of their queues, and stays up until Ctrl-C stops all that it started.
+# Runs prism-relay from a clone: finds or starts a broker, builds and starts the relay, sends the six sample events, and
+# shows them coming out of their queues. Then it runs until Ctrl-C, which stops everything that it started.
 #
-# Written for bash 3.2 and the tools of a bare system: no curl, ps or timeout here (macOS and slim images lack some).
+# Needs bash 3.2 and the basic tools of a system, but not curl, ps or timeout, which macOS or slim images lack.
 set -euo pipefail
 
 usage() {
   cat <<'EOF'
 Usage: ./deploy/quickstart.sh [--once] [--broker URL] [--install]
 
-Runs prism-relay for real on this machine, and shows the six sample events coming out of RabbitMQ.
-The RabbitMQ is, in this order: one that answers on 127.0.0.1:5672, a container (docker or podman),
-the system's package as a private node. Everything it writes is in .quickstart/ and target/.
+Runs prism-relay on this machine, and shows the six sample events coming out of RabbitMQ.
+Uses the first RabbitMQ that is available: one that answers on 127.0.0.1:5672, a container (docker or
+podman), or a private node from the system's package. Writes only to .quickstart/ and target/.
 
-  --once        do everything, then stop instead of staying up; exit 0 only if all six events came out
+  --once        stop after the demonstration; exit 0 only if all six events came out
   --broker URL  use this RabbitMQ (amqp://user:password@host:5672/%2f) instead of looking for one
-  --install     only install the system's packages of RabbitMQ (its service is not started) and of a C compiler and make,
-                where they are missing
+  --install     only install missing system packages: RabbitMQ (its service is not started), a C compiler and make
   -h, --help    this text
 EOF
 }
@@ -27,7 +26,7 @@ config=$state/relay.toml
 relay=$root/target/release/prism-relay
 image=rabbitmq:4-management
 
-# ---------------------------------------------------------------------------------------------- the whole of it
+# --------------------------------------------------------------------------------------------------------- main
 
 main() {
   local once='' install='' broker_given=''
@@ -57,7 +56,7 @@ main() {
   refuse_a_second_run
   printf '\n%sprism-relay quickstart%s\n\n' "$bold" "$plain"
   need_rust
-  find_broker "$broker_given" # what it starts boots while the relay is built
+  find_broker "$broker_given" # a broker that it starts boots during the build
   build_relay
   wait_for_broker
   configure
@@ -68,13 +67,13 @@ main() {
     printf '\nAll six events came out of their queues.\n'
     exit 0
   fi
-  tell_what_next
+  print_next_steps
   stay_up
 }
 
 # --------------------------------------------------------------------------------------------------- the broker
 
-# Sets broker_url (empty: none yet), broker_is (for people), and broker_shared if it is not ours alone.
+# Sets broker_url, broker_is (a description to print), and broker_shared if the broker may have other users.
 find_broker() {
   broker_url='' broker_is='' broker_shared='' broker_port='' broker_pid='' broker_ui=''
   if [[ $1 ]]; then
@@ -91,13 +90,13 @@ find_broker() {
 wait_for_broker() {
   if [[ $broker_pid || $container ]]; then
     await 'RabbitMQ boots' 120 "$broker_pid" "$state/broker.log" accepts_guest "$broker_port" ||
-      fail 'RabbitMQ did not come up.' "$state/broker.log" "If its data is damaged, delete $state/broker and run this again."
+      fail 'RabbitMQ did not start.' "$state/broker.log" "If its data is damaged, delete $state/broker and run this again."
   fi
   done_with RabbitMQ "$broker_is"
 }
 
-# The protocol header is answered with Connection.Start, a method frame: the bytes 1, 0, 0, ... Anything else that may
-# listen on this port (or a broker that hangs) does not say that. `read` stops at the first NUL.
+# A broker answers the protocol header with Connection.Start, a method frame: the bytes 1, 0, 0, ... Other servers on
+# this port, and a broker that hangs, do not. `read` stops at the first NUL.
 speaks_amqp() (
   exec 3<>"/dev/tcp/127.0.0.1/$1" || exit 1
   printf 'AMQP\0\0\011\001' >&3
@@ -105,8 +104,8 @@ speaks_amqp() (
   [[ $frame == $'\001' ]]
 ) 2>/dev/null
 
-# Logs in as guest:guest: reads Connection.Start to its end (the locales, then the octet 0xCE), answers Start-Ok, and is
-# let in if another method frame (Tune) comes; a refusal closes the connection.
+# Logs in as guest:guest: reads Connection.Start to its end (the locales, then the octet 0xCE) and answers Start-Ok. The
+# broker accepts the login with another method frame (Tune), or refuses it by closing the connection.
 accepts_guest() (
   LC_ALL=C
   exec 3<>"/dev/tcp/127.0.0.1/$1" || exit 1
@@ -120,7 +119,7 @@ accepts_guest() (
 start_container() {
   local candidate engine=''
   for candidate in docker podman; do
-    # A client without its daemon is common: only an engine that answers counts.
+    # The client may be installed without a running daemon, so ask the daemon.
     if command -v "$candidate" >/dev/null && "$candidate" info >/dev/null 2>&1; then engine=$candidate && break; fi
   done
   if [[ ! $engine ]]; then return 1; fi
@@ -144,8 +143,8 @@ start_container() {
   broker_is="a container of $image, on 127.0.0.1:$broker_port" broker_ui="http://127.0.0.1:$ui_port"
 }
 
-# A node of its own beside whatever else RabbitMQ does on this machine: own folder, ports, cookie and epmd. `env -i`
-# and the paths below keep it from reading /etc/rabbitmq or the caller's RABBITMQ_ variables.
+# A private node, independent of any other RabbitMQ on this machine: own folder, ports, cookie and epmd. `env -i` and
+# the paths below keep it from reading /etc/rabbitmq or the caller's RABBITMQ_ variables.
 start_private_node() {
   local bin home=$state/broker epmd_port dist_port ui_port epmd
   rabbitmq_bin >/dev/null || install_packages rabbitmq
@@ -171,7 +170,7 @@ start_private_node() {
     "RABBITMQ_GENERATED_CONFIG_DIR=$home/generated" "RABBITMQ_SCHEMA_DIR=$home/schema"
     "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS=-kernel inet_dist_use_interface {127,0,0,1}")
 
-  # Started here rather than by the node, which would leave it behind as a daemon of unknown pid.
+  # Start epmd here: if the node started it, it would stay behind as a daemon with an unknown pid.
   start_job "$state/epmd.log" "${node_env[@]}" "$epmd" -port "$epmd_port" -address 127.0.0.1
   epmd_pid=$job
   start_job "$state/broker.log" "${node_env[@]}" "$bin/rabbitmq-server"
@@ -179,7 +178,7 @@ start_private_node() {
   broker_is="a private node of the system's package, on 127.0.0.1:$broker_port" broker_ui="http://127.0.0.1:$ui_port"
 }
 
-# Where the plain scripts are: Debian's wrappers in /usr/sbin insist on the user rabbitmq.
+# Finds the folder of RabbitMQ's own scripts: Debian's wrappers in /usr/sbin run only as the user rabbitmq.
 rabbitmq_bin() {
   local dir
   for dir in /usr/lib/rabbitmq/bin /usr/lib*/rabbitmq/lib/rabbitmq_server-*/sbin /opt/rabbitmq/sbin \
@@ -189,14 +188,14 @@ rabbitmq_bin() {
   return 1
 }
 
-# ----------------------------------------------------------------------------------------- what must be installed
+# ------------------------------------------------------------------------------------------------- requirements
 
 need_rust() {
   command -v cargo >/dev/null || fail 'cargo is missing: the relay is built from its source.' '' 'Install Rust with rustup, and run this again.'
   need_compiler
 }
 
-# Rust links through a C compiler; SQLite and jemalloc are compiled with it and with make.
+# Rust needs a C compiler to link. SQLite and jemalloc are built with the compiler and make.
 need_compiler() {
   { command -v cc && command -v make; } >/dev/null || install_packages compiler
 }
@@ -215,7 +214,7 @@ install_packages() {
   elif command -v brew >/dev/null; then
     command=$(pick "$what" 'brew install rabbitmq' 'xcode-select --install')
   else
-    fail "There is no $what, and no package manager known to this script." '' "Install it by hand (or start a container engine), and run this again."
+    fail "$what is missing, and this script knows no package manager of this system." '' "Install it by hand (or start a container engine), and run this again."
   fi
 
   local -a as_root=()
@@ -232,9 +231,9 @@ install_packages() {
 
 pick() { if [[ $1 == rabbitmq ]]; then echo "$2"; else echo "$3"; fi; }
 
-# Debian starts what it installs, and at each boot again; a RabbitMQ that listens on every address is nothing to
-# leave behind. A policy-rc.d that says 101 holds both init systems back while we install (RUNLEVEL=1 would not hold back
-# epmd's socket unit); one that is there already is the administrator's, and stays in charge.
+# Debian starts the services that it installs, now and at each boot, and this RabbitMQ would listen on every address. A
+# policy-rc.d that exits with 101 keeps both init systems from starting services (RUNLEVEL=1 does not hold back epmd's
+# socket unit). An existing policy-rc.d belongs to the administrator and is not changed.
 apt_command() {
   if [[ $1 != rabbitmq ]]; then
     echo 'apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends gcc libc6-dev make'
@@ -244,7 +243,7 @@ apt_command() {
 set -e
 policy=/usr/sbin/policy-rc.d
 units=rabbitmq-server.service
-command -v epmd >/dev/null || units="$units epmd.socket epmd.service" # unless Erlang was here before
+command -v epmd >/dev/null || units="$units epmd.socket epmd.service" # unless Erlang was installed before
 if [ ! -e "$policy" ]; then
   trap 'rm -f "$policy"' EXIT
   printf '#!/bin/sh\nexit 101\n' >"$policy"
@@ -267,18 +266,18 @@ build_relay() {
   done_with Built target/release/prism-relay
 }
 
-# The file is written anew at each run, since ports and broker may differ, but its secrets are kept: the one generated
-# by the first run, and any that was added by hand.
+# Rewrites the file at each run, because ports and broker may differ. Keeps the line of the secrets: the generated
+# secret of the first run, and secrets that were added by hand.
 write_config() {
   local secrets prefix=$1 ladder='' management=''
-  # A broker of our own can show what becomes of messages that a worker rejects: deploy/workers/README.md.
+  # On a private broker, retry queues show what happens to rejected messages: deploy/workers/README.md.
   if [[ ! $broker_shared ]]; then ladder=', retry_delays = ["5s", "10s"]' management="management_url = \"$broker_ui\""; fi
   secrets=$(sed -n '/^secrets = /p' "$config" 2>/dev/null || true)
   if [[ ! $secrets ]]; then secrets="secrets = [\"whsec_$(random_hex 32)\"]"; fi
   scan_queue=$prefix.scan future_me_queue=$prefix.future_me
 
   (umask 077 && cat >"$config.new") <<EOF
-# Written by deploy/quickstart.sh at each run; only the line of the secrets is kept.
+# deploy/quickstart.sh rewrites this file at each run. It keeps only the line of the secrets.
 [http]
 listen = "127.0.0.1:$http_port"
 
@@ -305,10 +304,10 @@ EOF
   mv "$config.new" "$config"
 }
 
-# On a broker that was there already, prism.scan and prism.future_me may hold somebody's events, which the demonstration
-# would eat. A vhost of our own needs an administrator, so if these queues exist, exchange and queues get names of their
-# own instead; the next run stays with what the first one chose. prism.unrouted and prism.dead have fixed names: they
-# are declared as any relay does, and nothing is read from them.
+# On a shared broker, prism.scan and prism.future_me may hold events of another relay, which the demonstration would
+# consume. A separate vhost would need an administrator, so if these queues exist, the exchange and the queues get other
+# names. Later runs keep these names. prism.unrouted and prism.dead have fixed names: they are declared, but not
+# consumed.
 configure() {
   local prefix=prism found
   http_port=$(free_port 8080) ops_port=$(free_port 9090)
@@ -328,13 +327,13 @@ start_relay() {
   start_job "$state/relay.log" "$relay" --config "$config" serve
   relay_pid=$job
   await 'The relay starts' 30 "$relay_pid" "$state/relay.log" is_ready ||
-    fail 'The relay did not become ready.' "$state/relay.log" "To see what is off: $relay --config $config check"
+    fail 'The relay did not become ready.' "$state/relay.log" "To find the problem: $relay --config $config check"
   await 'The relay connects' 30 "$relay_pid" "$state/relay.log" is_connected ||
-    fail 'The relay cannot reach RabbitMQ.' "$state/relay.log" "To see what is off: $relay --config $config check"
+    fail 'The relay cannot reach RabbitMQ.' "$state/relay.log" "To find the problem: $relay --config $config check"
   done_with Relay "http://127.0.0.1:$http_port, connected to RabbitMQ"
 }
 
-# shellcheck disable=SC2317 # these three are called through await
+# shellcheck disable=SC2317 # await calls these three
 is_ready() { [[ $(http_get "$ops_port" /readyz) == HTTP/1.1\ 200* ]]; }
 # shellcheck disable=SC2317
 is_connected() { [[ $(http_get "$ops_port" /api/status) =~ \"broker\".*\"connected\":\ *true ]]; }
@@ -346,7 +345,7 @@ http_get() (
   while IFS= read -r -t 5 line <&3 || [[ $line ]]; do printf '%s\n' "$line"; done
 ) 2>/dev/null
 
-# --------------------------------------------------------------------------------------- six events, in and out
+# ---------------------------------------------------------------------------------------------- the sample events
 
 send_and_show_events() {
   sent_since_ms=$(($(date +%s) * 1000))
@@ -356,9 +355,9 @@ send_and_show_events() {
   show_queue "$future_me_queue" body_shape_prediction
 }
 
-# Consumes until one new event of each of the family's three types has come out: a count of lines would also be reached
-# by events that an earlier run left in the queue, or by a duplicate (delivery is at least once). An id is a UUIDv7: its
-# first twelve digits are the time, in milliseconds.
+# Consumes until a new event of each of the family's three types has come out. Counting lines would also count
+# duplicates (delivery is at least once) and events that an earlier run left in the queue. An id is a UUIDv7: its first
+# twelve digits are the time in milliseconds.
 show_queue() {
   local queue=$1 family=$2 line='' older=0 phase deadline=$((SECONDS + 30))
   local id_pattern='.*([0-9a-f]{8})-([0-9a-f]{4})-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}'
@@ -371,7 +370,7 @@ show_queue() {
   while [[ $wanted == *[a-z]* ]]; do
     if ((SECONDS >= deadline)) || ! IFS= read -r -t 30 line <&4; then
       fail "These did not come out of $queue within 30 s:$wanted" "$state/relay.log" "$line
-To see what is off: $relay --config $config check"
+To find the problem: $relay --config $config check"
     fi
     if [[ ! $line =~ $id_pattern ]]; then continue; fi
     if ((16#${BASH_REMATCH[1]}${BASH_REMATCH[2]} < sent_since_ms)); then
@@ -383,13 +382,13 @@ To see what is off: $relay --config $config check"
       if [[ " $line " == *" $family.processing.$phase "* ]]; then wanted=${wanted/ $family.processing.$phase / }; fi
     done
   done
-  sleep 0.3 # the acknowledgement follows the line
+  sleep 0.3 # tail acknowledges an event after it prints the line
   exec 4<&-
   stop_process "$tail_pid" 5 && tail_pid=''
   if ((older)); then note "  ($older older events were in the queue, left by an earlier run; they are consumed as well)"; fi
 }
 
-tell_what_next() {
+print_next_steps() {
   local here=''
   if [[ $start_dir != "$root" ]]; then here=$root/; fi
   local url=http://127.0.0.1:$http_port/webhooks/prism cli="${here}target/release/prism-relay --config ${here}.quickstart/relay.toml"
@@ -409,15 +408,15 @@ ${bold}Send a signed test event${plain}
   secret=\$(sed -n 's/^secrets = \["\([^"]*\)".*/\1/p' ${here}.quickstart/relay.toml)
   curl -i $url -H 'content-type: application/json' -H "prism-timestamp: \$now" -H "prism-signature: \$(printf '%s.%s' "\$now" "\$body" | openssl dgst -sha256 -hmac "\$secret" -r | cut -d' ' -f1)" --data-binary "\$body"
 
-${bold}Subscribe a worker${plain} to a queue; several share its events
+${bold}Subscribe workers${plain} to a queue; they share its events
   $worker_url
   $scan_queue      scan.#
   $future_me_queue body_shape_prediction.#  (Future Me)
-A worker to take, to break and to repair: deploy/workers/README.md
-Watch events pass, without taking them from a queue:
+Example workers: deploy/workers/README.md
+Watch events without taking them from a queue:
   $cli tail 'scan.#'
 
-${bold}Look at it${plain}
+${bold}Status and logs${plain}
   http://127.0.0.1:$ops_port/api/status (and /readyz, /livez, /metrics)$(
     [[ ! $broker_ui ]] || printf '\n  %s/ RabbitMQ (guest, guest)' "$broker_ui"
   )
@@ -432,13 +431,13 @@ stay_up() {
   fail 'The relay has stopped.' "$state/relay.log" ''
 }
 
-# ------------------------------------------------------------------------------------------ processes and their end
+# ------------------------------------------------------------------------------------------------------ processes
 
 job='' relay_pid='' tail_pid='' broker_pid='' epmd_pid='' container='' container_engine='' build_pid='' stopping=''
 start_dir=$PWD
 
-# start_job LOG COMMAND...: sets job. In a session of its own, because Ctrl-C at the terminal goes to the whole
-# foreground group at once, and here the relay has to stop before the broker. Its pid is also its group's.
+# start_job LOG COMMAND...: starts the command in its own session and sets job to its pid, which is also its process
+# group. In this session, Ctrl-C would stop all processes at once, but the relay must stop before the broker.
 start_job() {
   local log=$1 && shift
   if command -v setsid >/dev/null; then
@@ -450,7 +449,7 @@ start_job() {
   remember process "$job"
 }
 
-# run_job TITLE LOG COMMAND...: what may be interrupted.
+# run_job TITLE LOG COMMAND...: runs a command that may be interrupted.
 run_job() {
   local title=$1 log=$2 status=0 && shift 2
   start_job "$log" "$@"
@@ -461,8 +460,9 @@ run_job() {
   return "$status"
 }
 
-# run_to_its_end TITLE LOG COMMAND...: a package manager must not be cut off in the middle: it stays in our session
-# (sudo's ticket is bound to it), is a background job (so Ctrl-C does not reach it), and the exit waits for it.
+# run_to_its_end TITLE LOG COMMAND...: runs a command that must not be interrupted, such as a package manager. It stays
+# in this session, to which sudo's ticket is bound. It is a background job, so Ctrl-C does not reach it. The exit waits
+# for it.
 run_to_its_end() {
   local title=$1 log=$2 status=0 && shift 2
   "$@" </dev/null >"$log" 2>&1 &
@@ -476,7 +476,7 @@ install_pid=''
 
 alive() { kill -0 "$1" 2>/dev/null; }
 
-# stop_process PID SECONDS: asks, waits, and then insists with the whole group.
+# stop_process PID SECONDS: sends SIGTERM, waits, and then kills the process group.
 stop_process() {
   local deadline=$((SECONDS + $2))
   if [[ ! $1 ]]; then return 0; fi
@@ -486,12 +486,12 @@ stop_process() {
   wait "$1" 2>/dev/null || true
 }
 
-# Against the flow of events: the relay drains into a broker that still runs.
+# The relay stops before the broker, so that it can deliver its pending events.
 stop_everything() {
   if [[ $stopping ]]; then return; fi
   stopping=yes
   trap '' HUP INT TERM PIPE
-  set +e # whatever fails (the terminal may be gone), the rest must still be stopped
+  set +e # if a step fails (the terminal may be gone), still stop the rest
   if [[ $install_pid ]]; then
     note 'Waiting for the package manager to finish ...'
     wait "$install_pid"
@@ -508,9 +508,9 @@ stop_everything() {
   if [[ $owns_state ]]; then rm -f "$state/started" "$state/tail"; fi
 }
 
-# What was started is noted in a file, so that a run after a kill -9 can stop what the killed one left: the last first,
-# for a node that misses its epmd starts another. A pid may have passed to a stranger since: ours has our folder in its
-# arguments or its environment.
+# A file lists the started processes, so that a run after a kill -9 can stop what the killed run left. The last is
+# stopped first, because a node without its epmd starts another one. A pid may belong to another process by then: ours
+# have the state folder in their arguments or environment.
 owns_state=''
 remember() { printf '%s\n' "$*" >>"$state/started"; }
 
@@ -522,7 +522,7 @@ refuse_a_second_run() {
   for line in ${lines[@]+"${lines[@]}"}; do
     read -r kind pid id <<<"$line"
     if [[ $kind == script && $(command_of "$pid") == *quickstart.sh* ]]; then
-      fail "It runs already (pid $pid)." '' 'Stop that one with Ctrl-C first.'
+      fail "The quickstart is already running (pid $pid)." '' 'Stop that one with Ctrl-C first.'
     fi
   done
   for line in ${lines[@]+"${lines[@]}"}; do
@@ -540,7 +540,7 @@ command_of() {
   if [[ -d /proc/self ]]; then cat "/proc/$1/cmdline" "/proc/$1/environ" | tr '\0' ' '; else ps eww -o command= -p "$1"; fi
 } 2>/dev/null
 
-# --------------------------------------------------------------------------------------------------- small things
+# -------------------------------------------------------------------------------------------------------- helpers
 
 free_port() {
   local port=$1
@@ -550,7 +550,7 @@ free_port() {
 
 random_hex() { od -An -v -N"$1" -tx1 /dev/urandom | tr -d ' \n'; }
 
-# await TITLE SECONDS PID LOG PROBE...: until the probe succeeds; gives up when the time or the process is over.
+# await TITLE SECONDS PID LOG PROBE...: waits until the probe succeeds. Fails at the timeout, or when the process ends.
 await() {
   local title=$1 deadline=$((SECONDS + $2)) pid=$3 log=$4 && shift 4
   until "$@"; do
@@ -567,7 +567,7 @@ show_progress() {
   done
 }
 
-# One line that lives: what is done, for how long, and the last that the tool said. Without a terminal, a line at the
+# Draws a progress line: the title, the seconds, and the last line of the log. Without a terminal, prints a line at the
 # start and every 15 s.
 ticks=0 titled=''
 draw() {

@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# Installs, runs, upgrades and purges the package in a throw-away Debian: first as a mere tree, then booted, with systemd in
-# its own namespaces (systemd-nspawn) and a network of its own. Nothing is written to the tree that is kept, nor to this system.
+# Installs, runs, upgrades and purges the package in a temporary Debian system: first in a directory tree without
+# systemd, then booted with systemd-nspawn, in its own namespaces and network. Changes neither the cached tree nor this
+# system.
 set -euo pipefail
 
 usage() {
   cat <<'EOT'
 Usage: ./deploy/debian/test.sh [PACKAGE.deb]
 
-  PACKAGE.deb  the package to test; without it deploy/debian/build.sh makes it
+  PACKAGE.deb  the package to test [default: built by deploy/debian/build.sh]
   -h, --help   this text
 
-Needs Debian and root. The Debian is made once, with debootstrap, and kept in ~/.cache/prism-relay: bookworm (12), or what
-DEBIAN_RELEASE names, such as trixie (13).
+Needs Debian and root. debootstrap creates the test system once, in ~/.cache/prism-relay. Its release is bookworm (12), or
+the one in DEBIAN_RELEASE, such as trixie (13).
 EOT
 }
 
@@ -24,14 +25,14 @@ main() {
   local package=${1-}
   if [[ $package == -h || $package == --help ]]; then usage && exit 0; fi
   if [[ $EUID != 0 ]] || ! command -v apt-get >/dev/null; then
-    echo 'This boots a Debian tree: it needs Debian (or its kin) and root.' >&2
+    echo 'This script boots a Debian system: it needs root, and Debian or a derivative.' >&2
     exit 1
   fi
   if [[ ! $package ]]; then package=$("$here/build.sh" | sed -n '/\.deb$/p'); fi
   package=$(realpath "$package")
   need_debian
   need_package systemd-nspawn systemd-container
-  # All mounts below are seen by this process and its children only, and end with them.
+  # Only this process and its children see the mounts below. The mounts end with them.
   if [[ ! ${PRISM_TEST_MOUNTS-} ]]; then exec env PRISM_TEST_MOUNTS=ours unshare --mount "${BASH_SOURCE[0]}" "$package"; fi
 
   work=$(mktemp -d) tree=$work/tree
@@ -43,7 +44,7 @@ main() {
   make_next_version
 
   mount -t proc proc "$tree/proc"
-  in_mere_tree
+  in_bare_tree
   umount "$tree/proc"
 
   boot_tree
@@ -65,7 +66,7 @@ secrets=/etc/prism-relay/credentials/signature-secrets
 state=/var/lib/prism-relay
 
 # Without systemd, as when an image is built.
-in_mere_tree() {
+in_bare_tree() {
   enter() { chroot "$tree" "$@"; }
   ok 'installs where systemd does not run' inside dpkg -i /1.deb
   same 'the account' "$(inside getent passwd prism-relay | cut -d: -f6,7)" "$state:/usr/sbin/nologin"
@@ -157,7 +158,7 @@ upgrade_under_load() {
   ok 'the spool is whole' inside prism-relay --config $config spool verify
 }
 
-# Another set-up: no socket units, a broker with a host name, and a secret that is reloaded without a restart.
+# Another setup: no socket units, a broker with a host name, and a secret that is reloaded without a restart.
 without_sockets() {
   local free=/etc/prism-relay/secrets
   inside sh -c "echo 127.0.0.1 broker.internal >>/etc/hosts"
@@ -180,7 +181,7 @@ without_sockets() {
 
   inside sh -c "mkdir -p /etc/systemd/system/prism-relay.socket.d && printf '[Socket]\\nListenStream=\\nListenStream=127.0.0.1:8081\\n' >/etc/systemd/system/prism-relay.socket.d/test.conf"
   inside systemctl daemon-reload
-  # Not one restart of both, which was seen to fail now and then.
+  # Stop and start, because restarting both at once failed occasionally.
   ok 'takes a socket elsewhere' inside sh -c "systemctl stop 'prism-relay*' && systemctl start prism-relay"
   ok 'and accepts webhooks there' send --url http://127.0.0.1:8081/webhooks/prism --count 20
   inside sh -c 'rm -r /etc/systemd/system/prism-relay.socket.d && systemctl daemon-reload && systemctl stop "prism-relay*" && systemctl start prism-relay'
@@ -226,7 +227,7 @@ remove_and_purge() {
   same 'and nothing has failed' "$(inside systemctl --failed --no-legend)" ''
 }
 
-# purged_with WHAT FILE: an empty spool next to it does not allow its removal.
+# purged_with WHAT FILE: a purge keeps FILE, even if the spool next to it is empty.
 purged_with() {
   ok 'is installed once more' inside dpkg -i /2.deb
   inside sh -c "umask 077; echo whsec_$(random_hex) >$secrets; [ -e $2 ] || echo x >$2"
@@ -236,7 +237,7 @@ purged_with() {
   inside sh -c "rm -r $state/*"
 }
 
-# ------------------------------------------------------------------------------------------------ how it is looked at
+# ------------------------------------------------------------------------------------------------------------- probes
 
 inside() { enter env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root DEBIAN_FRONTEND=noninteractive "$@"; }
 
@@ -257,8 +258,8 @@ readiness() {
   inside timeout 10 bash -c 'exec 3<>/dev/tcp/127.0.0.1/9090 && printf "GET /readyz HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n" >&3 && read -r _ status _ <&3 && echo "$status"'
 }
 
-# 4000 webhooks in 20 s. With Prism's retries, because a client may use a kept connection just when the relay closes it: no server
-# can help that, and no event may be lost by it.
+# Sends 4000 webhooks in 20 s. With Prism's retries, because a client may use a kept-alive connection just when the
+# relay closes it. No server can prevent that, and no event may be lost by it.
 start_load() {
   inside prism-relay --config $config send --rate 200 --count 4000 >"$work/load" 2>&1 &
   load=$!
@@ -305,16 +306,16 @@ fail() {
   exit 1
 } >&2
 
-# ------------------------------------------------------------------------------------------------ the throw-away Debian
+# ------------------------------------------------------------------------------------------------ the temporary Debian
 
 need_debian() {
   local mirror
-  # The tree gets its name only when it is complete.
+  # The tree gets its final name only when it is complete.
   if [[ -d $cached ]]; then return; fi
   need_package debootstrap debootstrap
-  echo "Making a tree of Debian $release in $cached (once, a minute) ..."
+  echo "Creating a Debian $release system in $cached (once, about a minute) ..."
   rm -rf "$cached.partial" && mkdir -p "$cached.partial"
-  # From the mirror that this system's own packages come from; debootstrap's default if apt names none.
+  # Use the mirror of this system's packages, or debootstrap's default if apt names none.
   # shellcheck disable=SC2016 # apt expands it
   mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Component: main' 'Origin: Debian' 2>/dev/null | grep -v security | head -n 1 || true)
   debootstrap --variant=minbase --include=systemd "$release" "$cached.partial" ${mirror:+"$mirror"} >"$cached.log" 2>&1 || {
@@ -325,14 +326,15 @@ need_debian() {
   mv "$cached.partial" "$cached"
 }
 
-# need_package COMMAND PACKAGE: neither of the two that are asked for starts anything.
+# need_package COMMAND PACKAGE: installs the package if the command is missing. The two packages used here start no
+# service.
 need_package() {
   if command -v "$1" >/dev/null; then return; fi
   echo "Installing $2 ..."
   { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$2"; } >/dev/null
 }
 
-# The same package, with a higher version.
+# Makes a copy of the package with a higher version.
 make_next_version() {
   dpkg-deb -R "$tree/1.deb" "$work/next"
   sed -i 's/^Version: .*/&+next/' "$work/next/DEBIAN/control"
@@ -343,7 +345,7 @@ make_next_version() {
 
 boot_tree() {
   local flags=() pid
-  # There may be no systemd here to register the machine with.
+  # Without systemd on this system, do not register the machine.
   if [[ ! -d /run/systemd/system ]]; then flags=(--register=no --keep-unit); fi
   systemd-nspawn --quiet --boot --private-network --console=read-only --machine="prism-relay-test-$$" --directory="$tree" "${flags[@]}" \
     </dev/null >"$work/console" 2>&1 &
@@ -364,7 +366,7 @@ pid_one() {
 
 is_up() { [[ $(inside systemctl is-system-running 2>/dev/null) == running ]]; }
 
-# SIGTERM shuts the tree down in order.
+# SIGTERM makes nspawn shut the system down properly.
 clean_up() {
   set +e
   if [[ $boot ]] && kill -TERM "$boot" 2>/dev/null; then
@@ -375,7 +377,7 @@ clean_up() {
     if kill -0 "$boot" 2>/dev/null; then kill -KILL "$(pid_one)" "$boot"; fi
   fi
   wait
-  # What nspawn leaves where no systemd cleans up after it. A group with a process in it would stay.
+  # Delete the control groups that nspawn leaves on a system without systemd. Groups with processes stay.
   find /sys/fs/cgroup{,/unified,/systemd}"$(sed -n 's/^0:://p' /proc/self/cgroup)"/{payload,supervisor} -depth -type d -delete 2>/dev/null
   umount --lazy "$work" && rmdir "$work"
 }
