@@ -24,7 +24,7 @@ fn body() -> &'static str {
     include_str!("../tests/samples/events.jsonl").lines().next().expect("a sample")
 }
 
-/// A new event, which is no duplicate.
+/// A new event, not a duplicate.
 fn event() -> Event {
     let id = uuid::Uuid::now_v7();
     let body = Bytes::from(body().replace("7f2ec6e0-b06d-42b1-b2a1-fff59a458490", &id.to_string()));

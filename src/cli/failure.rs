@@ -1,4 +1,4 @@
-//! Why a command failed, and its exit code.
+//! The errors of commands, and their exit codes.
 
 use std::process::ExitCode;
 

@@ -112,7 +112,7 @@ pub(super) fn first_key(delivery: &Delivery) -> String {
     key.unwrap_or_else(|| delivery.routing_key.to_string())
 }
 
-/// [`first_key`] for a publish.
+/// [`first_key`] as an AMQP short string.
 pub(super) fn original_key(delivery: &Delivery) -> anyhow::Result<ShortString> {
     short_string(&first_key(delivery)).with_context(|| {
         let id = delivery.properties.message_id().as_ref().map_or("without an id", ShortString::as_str);

@@ -50,7 +50,7 @@ struct Arguments {
 enum Command {
     /// Run the relay (the default).
     Serve,
-    /// Check the configuration, the broker, its topology and the spool. Changes nothing.
+    /// Check configuration, broker, topology and spool, without changing anything.
     Check(check::Options),
     /// Send signed webhooks as Prism does, with Prism's retries.
     Send(send::Options),
@@ -68,7 +68,7 @@ enum Command {
     /// Inspect the spool, also while the relay runs.
     #[command(subcommand)]
     Spool(spool::Action),
-    /// Check whether a running relay is ready for webhooks: exit code 0 if so, else 1.
+    /// Check a running relay: exit code 0 if it is ready for webhooks, else 1.
     Health(health::Options),
     /// Print the man page.
     Man(manual::Options),

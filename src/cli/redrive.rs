@@ -31,13 +31,13 @@ const QUIET: Duration = Duration::from_secs(5);
 
 #[derive(clap::Args)]
 pub(super) struct Options {
-    /// Queue to take messages from. Filters do not work on a queue with a single active consumer
+    /// Queue to take messages from (with a single active consumer: without filters)
     #[arg(long, value_name = "QUEUE", default_value = DEAD, value_parser = queue_name)]
     from: ShortString,
-    /// Publish to this queue only [default: to the exchange, and so to every bound queue]
+    /// Publish to this queue only [default: to the exchange]
     #[arg(long, value_name = "QUEUE", value_parser = queue_name)]
     to: Option<ShortString>,
-    /// Only event types that match this topic pattern: * is one word, # is any number of words
+    /// Only event types that match this topic pattern (*: one word, #: any number)
     #[arg(long = "type", value_name = "PATTERN")]
     pattern: Option<String>,
     /// Only events of this subject, such as scan:7f2ec6e0-b06d-42b1-b2a1-fff59a458490
@@ -52,7 +52,7 @@ pub(super) struct Options {
     /// Stop after this many events
     #[arg(long)]
     count: Option<NonZeroU64>,
-    /// Only print what would be moved. Messages that were returned often are replaced with copies in the same queue
+    /// Only print what would be moved (often returned messages are replaced with copies)
     #[arg(long)]
     dry_run: bool,
 }

@@ -30,16 +30,16 @@ const CLOCKS_DIFFER: SignedDuration = SignedDuration::from_mins(10);
 
 #[derive(clap::Args)]
 pub(super) struct Options {
-    /// Only events accepted since this time (such as 2026-11-24T12:00:00Z) or age (such as 2h)
+    /// Only events accepted since this time (2026-11-24T12:00:00Z) or age (2h)
     #[arg(long, value_name = "WHEN", value_parser = when)]
     since: Timestamp,
     /// Only events accepted before this time or age [default: now]
     #[arg(long, value_name = "WHEN", value_parser = when)]
     until: Option<Timestamp>,
-    /// Only routing keys that match this topic pattern: * is one word, # is any number of words
+    /// Only routing keys that match this topic pattern (*: one word, #: any number)
     #[arg(long, value_name = "PATTERN", default_value = "#")]
     key: String,
-    /// Publish to this queue only [default: to the exchange, and so to every bound queue]
+    /// Publish to this queue only [default: to the exchange]
     #[arg(long, value_name = "QUEUE", value_parser = queue_name)]
     to: Option<ShortString>,
     /// Stream to read [default: topology.archive.name]

@@ -45,7 +45,7 @@ pub(super) struct Options {
     /// URL to send to [default: from http.listen and http.path]
     #[arg(long)]
     url: Option<Uri>,
-    /// Event type to send; repeat the option to send several in turn [default: the six documented types]
+    /// Event type to send, repeatable [default: the six documented types]
     #[arg(long = "type", value_name = "TYPE")]
     types: Vec<String>,
     /// Number of events to send [default: one of each type]
@@ -55,12 +55,12 @@ pub(super) struct Options {
     #[arg(long, value_parser = rate)]
     rate: Option<f64>,
     /// Maximum events in flight
-    #[arg(long, default_value = "64")]
+    #[arg(long, value_name = "COUNT", default_value = "64")]
     concurrency: NonZeroUsize,
     /// Send the contents of this file, unchanged, as the body of every event
     #[arg(long, value_name = "FILE", conflicts_with = "types")]
     body: Option<PathBuf>,
-    /// Certificate authority (PEM) to trust for https URLs [default: those of the system]
+    /// Trust only this authority (PEM) for https URLs [default: the system's]
     #[arg(long, value_name = "FILE")]
     ca: Option<PathBuf>,
     /// Do not sign, even if the configuration has a secret

@@ -19,11 +19,11 @@ const HIDDEN: &str = "[hidden]";
 
 #[derive(Subcommand)]
 pub(super) enum Action {
-    /// Print the numbers of current events, and the lifetime totals
+    /// Print the number of events in the spool, and the lifetime totals
     Stats,
     /// List events, the oldest first
     List {
-        /// Only parked events: those that the broker rejected or did not route. Prints the reason
+        /// Only parked events, which the broker rejected or did not route
         #[arg(long)]
         parked: bool,
         /// Stop after this many events

@@ -22,7 +22,7 @@ const PREFETCH: u16 = 100;
 
 #[derive(clap::Args)]
 pub(super) struct Options {
-    /// Print routing keys that match this topic pattern: * is one word, # is any number of words
+    /// Only routing keys that match this topic pattern (*: one word, #: any number)
     #[arg(default_value = "#")]
     pattern: String,
     /// Print one JSON object per line
@@ -31,7 +31,7 @@ pub(super) struct Options {
     /// Stop after this many events
     #[arg(long)]
     count: Option<NonZeroU64>,
-    /// Take events from this queue and acknowledge them, as a worker does. Workers do not get these events
+    /// Consume this queue as a worker does: its workers do not get these events
     #[arg(long, value_name = "NAME", value_parser = queue_name)]
     queue: Option<ShortString>,
 }

@@ -35,7 +35,7 @@ pub(super) struct Options {
     /// Time between updates
     #[arg(long, default_value = "1s", value_parser = humantime::parse_duration)]
     interval: Duration,
-    /// Print once and exit. Always so if the output is not a terminal
+    /// Print once and exit (the default unless the output is a terminal)
     #[arg(long)]
     once: bool,
 }

@@ -20,11 +20,11 @@ use crate::topology::{
 pub(super) enum Action {
     /// Print the exchanges, queues and bindings
     Show,
-    /// Create what is missing on the broker, whatever the value of topology.declare
+    /// Create what is missing on the broker, even if topology.declare is not active
     Declare,
-    /// Compare the broker with the configuration, and print how to fix each difference; exit code 1 if there are any
+    /// Compare the broker with the configuration; print fixes, exit with 1 if they differ
     Diff,
-    /// Print RabbitMQ definitions, with policies in place of arguments, for `rabbitmqctl import_definitions`
+    /// Print definitions for `rabbitmqctl import_definitions`, with policies for arguments
     Export,
 }
 

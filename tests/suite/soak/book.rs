@@ -42,9 +42,9 @@ pub struct Book {
 
 #[derive(Default)]
 struct Pages {
-    /// By subject and number.
+    /// All events, by subject and number.
     events: Vec<Vec<Entry>>,
-    /// The highest number that came first, by queue and subject.
+    /// The highest number among first deliveries, by queue and subject.
     heads: HashMap<(&'static str, usize), usize>,
     faults: BTreeMap<&'static str, u64>,
     /// When each fault began, for the report of a failure.
