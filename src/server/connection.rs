@@ -17,7 +17,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 use tokio_io_timeout::TimeoutStream;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
@@ -196,10 +196,17 @@ impl Activity {
         let _ = timeout(limit, requests.wait_for(|requests| *requests == Requests::InProgress)).await;
     }
 
-    /// Resolves `limit` after the request in progress has been answered, or after `limit` if there is none.
+    /// Resolves when no request has been in progress for `limit`. A request whose head was still arriving may begin
+    /// meanwhile: then the time starts again after its answer.
     async fn ended_for(&self, limit: Duration) {
-        let _ = self.0.subscribe().wait_for(|requests| *requests != Requests::InProgress).await;
-        sleep(limit).await;
+        let mut requests = self.0.subscribe();
+        loop {
+            let _ = requests.wait_for(|requests| *requests != Requests::InProgress).await;
+            let begun = timeout(limit, requests.wait_for(|requests| *requests == Requests::InProgress)).await;
+            if begun.is_err() {
+                return;
+            }
+        }
     }
 
     /// A client that was served and then sent nothing more has not been timed out.
@@ -217,5 +224,47 @@ struct InProgress<'a>(&'a Activity);
 impl Drop for InProgress<'_> {
     fn drop(&mut self) {
         self.0.0.send_replace(Requests::Answered);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use http_body_util::Full;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+    use tokio::time::sleep;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_request_whose_head_was_arriving_at_the_stop_is_answered_however_long_that_takes() {
+        let second = Duration::from_secs(1);
+        let limits = Limits {
+            connections_max: 1,
+            connections_per_source_max: 1,
+            unlimited_sources: Vec::new(),
+            header_timeout: 10 * second,
+            write_timeout: 10 * second,
+            headers_max: 16,
+            header_bytes_max: 8192,
+        };
+        let (protocol, stop) = (Protocol::new(&limits), CancellationToken::new());
+        stop.cancel();
+        let (mut client, server) = duplex(4096);
+        let handler = |_request| async move {
+            sleep(8 * second).await;
+            Response::new(Full::new(Bytes::from_static(b"done")))
+        };
+        let serving = protocol.speak(server, handler, &stop);
+        let talking = async {
+            client.write_all(b"GET / HTTP/1.1\r\nhost: ").await.unwrap();
+            sleep(second).await;
+            client.write_all(b"relay\r\n\r\n").await.unwrap();
+            let mut answer = String::new();
+            client.read_to_string(&mut answer).await.unwrap();
+            answer
+        };
+        let (_, answer) = tokio::join!(serving, talking);
+        assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("done"), "{answer:?}");
     }
 }
