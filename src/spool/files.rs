@@ -7,6 +7,8 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsE
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use tracing::warn;
+
 use super::error::OpenError;
 
 /// The path with `suffix` appended to its file name.
@@ -138,8 +140,21 @@ pub(super) struct Lock {
 }
 
 impl Lock {
-    /// Takes the lock, or fails with the pid of the relay that has it.
+    /// Takes the lock, or fails with the pid of the relay that has it. On a full disk the reserve makes room for it: a
+    /// relay that starts can deliver, and that makes room for the rest.
     pub(super) fn take(path: &Path) -> Result<Self, OpenError> {
+        match Self::try_to_take(path) {
+            Err(OpenError::Io { source, .. })
+                if lacks_space(&source) && fs::remove_file(sibling(path, RESERVE)).is_ok() =>
+            {
+                warn!("the disk is full: freed the reserve of the spool to start");
+                Self::try_to_take(path)
+            }
+            outcome => outcome,
+        }
+    }
+
+    fn try_to_take(path: &Path) -> Result<Self, OpenError> {
         create_folder(path).map_err(|source| OpenError::Io { path: path.to_owned(), source })?;
         let lock_path = Self::path(path);
         let io = |source| OpenError::Io { path: lock_path.clone(), source };
@@ -180,6 +195,10 @@ impl Lock {
         // If this fails, the next relay assumes a crash, which is harmless.
         let _ = self.file.set_len(0);
     }
+}
+
+fn lacks_space(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge)
 }
 
 /// Retries for 200 ms: `check` holds the lock for an instant to find out whether a relay has it.

@@ -104,18 +104,13 @@ pub(super) enum Exit {
     Damaged,
 }
 
-/// What a failed commit leaves: the webhooks to refuse.
-struct FailedCommit {
-    replies: Vec<Reply>,
-    cause: rusqlite::Error,
-}
-
-/// What a transaction did, and the answers to send once it is committed.
+/// What a transaction did.
 #[derive(Default)]
 struct Transaction {
     ledger: Ledger,
     appended: u64,
-    replies: Vec<(Reply, Result<Receipt, AppendError>)>,
+    /// For each append in turn; to be sent once the transaction is committed.
+    answers: Vec<Result<Receipt, AppendError>>,
 }
 
 impl Writer {
@@ -210,8 +205,7 @@ impl Writer {
             }
         }
         let started = Instant::now();
-        let durable = !appends.is_empty();
-        match self.transact(appends, durable) {
+        match self.commit(&appends) {
             Ok(committed) => {
                 self.succeeded(&committed.ledger);
                 if committed.appended > 0 {
@@ -219,22 +213,22 @@ impl Writer {
                     self.metrics.spool.commit_events.record(committed.appended as f64);
                     self.committed.notify_one();
                 }
-                for (reply, result) in committed.replies {
-                    let _ = reply.send(result);
+                for (append, answer) in appends.into_iter().zip(committed.answers) {
+                    let _ = append.reply.send(answer);
                 }
             }
-            Err(FailedCommit { replies, cause }) => {
+            Err(cause) => {
                 self.failed(&cause);
                 // Before the answers: a crash must not bring back what the failed commit left in the log, so another
                 // transaction overwrites it, synced or not.
                 if self.failure > Some(CommitFailure::Locked) {
-                    if let Ok(committed) = self.transact(Vec::new(), false) {
+                    if let Ok(committed) = self.transact(&[], false) {
                         self.succeeded(&committed.ledger);
                     }
                     self.resume();
                 }
-                for reply in replies {
-                    let _ = reply.send(Err(AppendError::Unavailable));
+                for append in appends {
+                    let _ = append.reply.send(Err(AppendError::Unavailable));
                 }
             }
         }
@@ -243,10 +237,22 @@ impl Writer {
         }
     }
 
+    /// Commits the appends and all settlements. A disk that is full may have room once the write-ahead log is copied
+    /// into the file, which has free pages after a backlog: then the same batch is tried once more, before it is
+    /// answered.
+    fn commit(&mut self, appends: &[Append]) -> Result<Transaction> {
+        let durable = !appends.is_empty();
+        match self.transact(appends, durable) {
+            Err(cause) if CommitFailure::of(&cause) == CommitFailure::DiskFull && self.store.restart_log().is_ok() => {
+                self.transact(appends, durable)
+            }
+            outcome => outcome,
+        }
+    }
+
     /// Commits the appends and all settlements, or nothing. `durable`: see [`Store::begin`].
-    fn transact(&mut self, appends: Vec<Append>, durable: bool) -> Result<Transaction, FailedCommit> {
+    fn transact(&mut self, appends: &[Append], durable: bool) -> Result<Transaction> {
         let mut transaction = Transaction::default();
-        let mut waiting = appends.into_iter();
         let result = (|| {
             self.store.begin(durable)?;
             transaction.ledger = self.store.ledger()?;
@@ -258,11 +264,10 @@ impl Writer {
             }
             // Before the appends, because they make room.
             settle(&self.store, &mut transaction.ledger, &self.settlements)?;
-            for Append { event, replayable_until_ms, reply } in waiting.by_ref() {
-                transaction.replies.push((reply, Err(AppendError::Unavailable)));
-                let answer = self.append(&mut transaction.ledger, &event, replayable_until_ms)?;
+            for Append { event, replayable_until_ms, .. } in appends {
+                let answer = self.append(&mut transaction.ledger, event, *replayable_until_ms)?;
                 transaction.appended += u64::from(matches!(answer, Ok(Receipt { duplicate: false, .. })));
-                transaction.replies.last_mut().expect("just pushed").1 = answer;
+                transaction.answers.push(answer);
             }
             self.store.remember(self.window.last(), self.window.uncommitted())?;
             self.store.write_ledger(&transaction.ledger)?;
@@ -281,9 +286,7 @@ impl Writer {
                 if let Err(error) = self.store.rollback() {
                     error!(%error, "cannot roll back a failed commit");
                 }
-                let replies = transaction.replies.into_iter().map(|(reply, _)| reply);
-                let replies = replies.chain(waiting.map(|append| append.reply)).collect();
-                Err(FailedCommit { replies, cause })
+                Err(cause)
             }
         }
     }
@@ -363,11 +366,7 @@ impl Writer {
                  stop it"
             );
         }
-        let resumed = match restarted {
-            Ok(()) => self.transact(Vec::new(), true).map_err(|failed| failed.cause),
-            Err(cause) => Err(cause),
-        };
-        match resumed {
+        match restarted.and_then(|()| self.transact(&[], true)) {
             Ok(committed) => {
                 self.succeeded(&committed.ledger);
                 self.failure = None;

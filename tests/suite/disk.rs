@@ -81,6 +81,47 @@ async fn a_full_disk_refuses_events_keeps_the_others_and_empties_by_itself() {
 }
 
 #[tokio::test]
+async fn a_disk_smaller_than_the_limit_refuses_nothing_once_a_backlog_is_delivered() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let mut wire = Wire::new(vhost.address());
+    wire.refuse().await;
+    let setup = Setup::new(&vhost.url_through(&wire));
+    let disk = SmallDisk::mount(setup.folder(), "24m");
+    let relay = setup.set("spool.path", disk.spool()).start().await;
+    fill(&relay, 0).await;
+    wire.accept();
+    relay.eventually_nothing_pending().await;
+    relay.eventually_accepts(scan(1_000_000)).await;
+    // The file consists of free pages now, and the write-ahead log has the rest of the disk.
+    for number in 2_000_000..2_002_000 {
+        let answer = relay.post(scan(number)).await;
+        assert_eq!(answer.status, 200, "event {number}: {answer}\n{}", relay.log_text());
+    }
+    assert_eq!(relay.run(&["spool", "verify"]).await.code, Some(0));
+}
+
+#[tokio::test]
+async fn a_relay_that_was_stopped_starts_on_a_full_disk() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let mut wire = Wire::new(vhost.address());
+    wire.refuse().await;
+    let setup = Setup::new(&vhost.url_through(&wire));
+    let disk = SmallDisk::mount(setup.folder(), "30m");
+    let mut relay = setup.set("spool.path", disk.spool()).start().await;
+    let id = relay.post(scan(0)).await.id();
+    relay.sigterm();
+    assert_eq!(relay.wait().await.code, Some(0));
+    let filler = disk.0.join("filler");
+    let _ = fs::write(&filler, vec![0; 64 << 20]);
+    relay.start_again().await;
+    // Delivering needs no new space.
+    wire.accept();
+    assert_eq!(vhost.messages("prism.scan", 1).await[0].id(), id);
+    fs::remove_file(&filler).unwrap();
+    relay.eventually_accepts(scan(1)).await;
+}
+
+#[tokio::test]
 async fn no_room_and_a_read_only_disk_at_the_start_are_reported() {
     let setup = Setup::without_broker();
     let disk = SmallDisk::mount(setup.folder(), "30m");
