@@ -1,15 +1,25 @@
 //! The log on standard error: readable lines on a terminal, JSON elsewhere. No line quotes a body or a secret.
+//!
+//! A thread of its own writes the lines. A pipe that is not read (a container engine whose log driver is blocked) would
+//! otherwise stop every task that logs: here lines are dropped and counted.
 
 use std::any::Any;
 use std::io::IsTerminal;
+use std::sync::OnceLock;
 
 use tracing::error;
 use tracing::level_filters::LevelFilter;
 use tracing::{Level, Metadata};
+use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::filter::{FilterExt, Targets, filter_fn};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, fmt, registry};
+
+/// Lines that wait to be written, at most. They have some 300 bytes each.
+const LINES_MAX: usize = 8192;
+
+static DROPPED: OnceLock<ErrorCounter> = OnceLock::new();
 
 /// The section `[log]`.
 #[derive(Debug)]
@@ -27,14 +37,18 @@ pub enum Format {
     Json,
 }
 
-/// Installs the subscriber for the whole process. A second call does nothing.
-pub(crate) fn init(settings: &Settings) {
+/// Installs the subscriber for the whole process. Dropping the guard writes the lines that wait, for about a second at
+/// most.
+pub(crate) fn init(settings: &Settings) -> WorkerGuard {
     let json = match settings.format {
         Format::Auto => !std::io::stderr().is_terminal(),
         Format::Pretty => false,
         Format::Json => true,
     };
-    let base = fmt::layer().with_writer(std::io::stderr);
+    let (writer, guard) =
+        NonBlockingBuilder::default().lossy(true).buffered_lines_limit(LINES_MAX).finish(std::io::stderr());
+    let _ = DROPPED.set(writer.error_counter());
+    let base = fmt::layer().with_writer(writer);
     let layer = if json {
         base.json().flatten_event(true).with_current_span(false).with_span_list(false).boxed()
     } else {
@@ -46,6 +60,12 @@ pub(crate) fn init(settings: &Settings) {
         let place = panic.location().map(ToString::to_string);
         error!(place, reason = panic_reason(panic.payload()), "panicked");
     }));
+    guard
+}
+
+/// Lines that were dropped since the start, because standard error was not read.
+pub(crate) fn dropped_lines() -> u64 {
+    DROPPED.get().map_or(0, |dropped| dropped.dropped_lines() as u64)
 }
 
 /// A panic's own words, if they were written in the source. Others may quote the data that led to it, a body for

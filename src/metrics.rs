@@ -53,6 +53,8 @@ pub struct Metrics {
     pub connections: Connections,
     /// Reloads of secrets and certificates.
     pub reloads: Reloads,
+    /// Log lines that were dropped because standard error was not read.
+    pub log_lines_dropped: Counter,
     /// By the position of the secret in the list.
     verified: RwLock<Vec<Counter>>,
 }
@@ -170,6 +172,12 @@ impl Metrics {
             broker: BrokerMetrics::new(&recorder),
             connections: Connections::new(&recorder),
             reloads: Reloads::new(&recorder),
+            log_lines_dropped: counter(
+                &recorder,
+                "prism_relay_log_lines_dropped_total",
+                "Log lines that were dropped because standard error was not read in time.",
+                &[],
+            ),
             verified: Default::default(),
             recorder,
         }

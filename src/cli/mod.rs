@@ -106,7 +106,8 @@ fn execute(arguments: Arguments) -> Result<(), Failure> {
     let outcome = runtime.block_on(async {
         match command {
             Command::Serve => {
-                logging::init(&config.log);
+                // Dropped at the end of this arm, before a fatal error is printed.
+                let _log = logging::init(&config.log);
                 relay::serve(config).await.map_err(|error| match error.is_misconfiguration() {
                     true => Failure::Config(error.into()),
                     false => Failure::Other(error.into()),

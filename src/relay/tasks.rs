@@ -12,6 +12,7 @@ use tracing::{error, info, warn};
 
 use super::build::{Built, Stops};
 use super::error::{RelayError, Task};
+use crate::logging;
 use crate::metrics::Metrics;
 use crate::publisher::PublisherError;
 use crate::reload;
@@ -92,13 +93,15 @@ impl Tasks {
     }
 }
 
-/// Folds histograms, and logs when the spool's disk stops answering and when the certificate is about to expire.
+/// Folds histograms, counts dropped log lines, and logs when the spool's disk stops answering and when the certificate
+/// expires soon.
 async fn upkeep(metrics: Arc<Metrics>, tls: Option<Arc<tls::Server>>, spool: Arc<SpoolStatus>) {
     let mut ticks = tokio::time::interval(UPKEEP_EVERY);
-    let (mut warned_at, mut was_stalled) = (None, false);
+    let (mut warned_at, mut was_stalled, mut reported) = (None, false, 0);
     loop {
         ticks.tick().await;
         metrics.upkeep();
+        reported = report_dropped_lines(&metrics, reported);
         let is_stalled = spool.is_stalled();
         match (was_stalled, is_stalled) {
             (false, true) => error!("the spool's disk does not answer; answering webhooks 503 until it does"),
@@ -115,6 +118,19 @@ async fn upkeep(metrics: Arc<Metrics>, tls: Option<Arc<tls::Server>>, spool: Arc
             warn!(%expires_at, "the certificate of the public listener expires soon or has expired; renew it");
         }
     }
+}
+
+/// Counts log lines that were dropped, and logs how many since the last report. Returns the total that was reported.
+fn report_dropped_lines(metrics: &Metrics, reported: u64) -> u64 {
+    let dropped = logging::dropped_lines();
+    metrics.log_lines_dropped.absolute(dropped);
+    if dropped == reported {
+        return reported;
+    }
+    let lines = dropped - reported;
+    warn!(lines, "dropped log lines because standard error was not read in time; webhooks were not affected");
+    // If this line was dropped as well, it is due again.
+    if logging::dropped_lines() == dropped { dropped } else { reported }
 }
 
 #[cfg(test)]

@@ -73,6 +73,8 @@ const MAY_USE: [(&str, &[&str]); 28] = [
             "config",
             "health",
             "ingress",
+            "logging",
+            "logging",
             "metrics",
             "ops",
             "publisher",

@@ -1,9 +1,13 @@
 //! The relay's process: killed at any moment, out of file descriptors, with a backlog that does not fit in memory.
 
 use std::collections::HashSet;
+use std::io::{BufRead, BufReader, Write};
+use std::process::Stdio;
 
+use crate::harness::leash::Leash;
+use crate::harness::relay::{Sender, sum};
 use crate::harness::samples::nth_of_scan;
-use crate::harness::{Node, Raw, Relay, Setup, Vhost, Wire, eventually};
+use crate::harness::{Client, Node, Raw, Relay, Setup, Vhost, Wire, eventually, ports};
 
 #[tokio::test]
 async fn kill_9_under_load_loses_no_event_that_was_answered_200() {
@@ -137,4 +141,51 @@ async fn a_backlog_costs_disk_and_not_memory() {
     // The bodies have 5 MB, and so has the dedupe window. A queue in memory would need several times that.
     let grown = rss().saturating_sub(before);
     assert!(grown < 32 * 1024, "{before} kB grew to {} kB", before + grown);
+}
+
+#[tokio::test]
+async fn a_blocked_standard_error_stops_nothing() {
+    let (port, ops) = (ports::free(), ports::free());
+    let setup = Setup::without_broker()
+        .set("http.listen", format!("127.0.0.1:{port}"))
+        .set("ops.listen", format!("127.0.0.1:{ops}"))
+        .set("log.filter", "trace");
+    let (reader, mut writer) = std::io::pipe().expect("a pipe");
+    // Full from the start: Linux buffers 64 KiB.
+    writer.write_all(&[b'\n'; 65_536]).expect("fill the pipe");
+    let mut command = setup.command(&["serve"]);
+    command.stdout(Stdio::null()).stderr(writer);
+    let mut relay = Leash::start(command);
+    let client = Client::http1();
+    let ready = format!("http://127.0.0.1:{ops}/readyz");
+    eventually("the relay to be ready", async || client.get(&ready).await.map(|answer| answer.expect(200))).await;
+    let sender = Sender::new(&client, &format!("http://127.0.0.1:{port}/webhooks/prism"));
+    let metrics = format!("http://127.0.0.1:{ops}/metrics");
+    let mut sent = 0;
+    eventually("dropped log lines", async || {
+        for number in sent..sent + 200 {
+            sender.post(nth_of_scan(0, number)).await.expect("an answer").expect(200);
+        }
+        sent += 200;
+        let text = client.get(&metrics).await.expect("metrics").text();
+        let dropped = sum(&text, "prism_relay_log_lines_dropped_total", &[]);
+        if dropped > 0.0 { Ok(()) } else { Err(dropped) }
+    })
+    .await;
+    // Once it is read again, a line says how many are missing.
+    let lines = BufReader::new(reader).lines().map_while(Result::ok);
+    let found = tokio::task::spawn_blocking(move || {
+        let mut lines = lines;
+        let found = lines.any(|line| line.contains("dropped log lines because standard error was not read"));
+        // Not read any more from here on: the next lines block again.
+        (found, lines)
+    });
+    let (found, _unread) = found.await.expect("a reader that does not panic");
+    assert!(found, "no line reports dropped lines");
+    for number in 0..400 {
+        sender.post(nth_of_scan(1, number)).await.expect("an answer").expect(200);
+    }
+    relay.signal("TERM");
+    let status = eventually("the end of the relay", async || relay.exited().ok_or("still running")).await;
+    assert_eq!(status.code(), Some(0), "the relay drains although nothing reads its log");
 }

@@ -150,7 +150,7 @@ impl Relay {
 
     /// As [`Self::post`], for a relay that may die before it answers.
     pub async fn try_post(&self, body: impl AsRef<[u8]>) -> Result<Answer, String> {
-        sender(&self.client, &self.url).post(body).await
+        Sender::new(&self.client, &self.url).post(body).await
     }
 
     /// Sends a webhook again and again until it is answered 200, and returns that answer.
@@ -172,7 +172,7 @@ impl Relay {
 
     /// A sender that can be moved into another task. Once the relay is gone, it returns errors.
     pub fn sender(&self) -> Sender {
-        sender(&self.client, &self.url)
+        Sender::new(&self.client, &self.url)
     }
 
     // -- the operators' listener --------------------------------------------------------------------------------------
@@ -275,6 +275,10 @@ pub struct Sender {
 }
 
 impl Sender {
+    pub fn new(client: &Client, url: &str) -> Self {
+        Self { client: client.clone(), url: url.to_owned() }
+    }
+
     /// Sends a webhook, signed with [`SECRET`] and the current time.
     pub async fn post(&self, body: impl AsRef<[u8]>) -> Result<Answer, String> {
         let (body, timestamp) = (body.as_ref(), now());
@@ -288,10 +292,6 @@ impl Sender {
         assert_discreet("an answer", &format!("{answer:?}"));
         Ok(answer)
     }
-}
-
-fn sender(client: &Client, url: &str) -> Sender {
-    Sender { client: client.clone(), url: url.to_owned() }
 }
 
 /// Waits for the line with the addresses, `(url, ops)`.
@@ -315,7 +315,7 @@ fn parse(line: String) -> Value {
 }
 
 /// Sums the series of `name` in Prometheus' text format that carry all `labels`.
-pub(super) fn sum(text: &str, name: &str, labels: &[(&str, &str)]) -> f64 {
+pub fn sum(text: &str, name: &str, labels: &[(&str, &str)]) -> f64 {
     let series = text.lines().filter_map(|line| line.rsplit_once(' '));
     let wanted = series.filter(|(series, _)| {
         let (found, rest) = series.split_once('{').unwrap_or((series, ""));

@@ -117,6 +117,11 @@ impl Setup {
 
     /// Starts `prism-relay --config <file> <arguments>`.
     pub fn launch(&self, arguments: &[&str]) -> Program {
+        Program::start(self.command(arguments))
+    }
+
+    /// The command of [`Self::launch`], for a test that connects its output itself.
+    pub fn command(&self, arguments: &[&str]) -> Command {
         let file = self.file("relay.toml", self.toml());
         let relay = env!("CARGO_BIN_EXE_prism-relay");
         let mut command: Command = match self.sockets[..] {
@@ -136,7 +141,7 @@ impl Setup {
             }
         }
         command.envs(&self.environment);
-        Program::start(command)
+        command
     }
 
     /// Runs `prism-relay --config <file> <arguments>` and waits for its end.
