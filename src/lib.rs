@@ -23,7 +23,7 @@ pub mod spool;
 pub mod publisher;
 mod broker;
 mod topology;
-// Beside the path.
+// Not on the path of an event.
 mod health;
 mod recent;
 mod ops;

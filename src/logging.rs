@@ -71,7 +71,7 @@ pub(crate) fn dropped_lines() -> u64 {
 /// A panic's own words, if they were written in the source. Others may quote the data that led to it, a body for
 /// example.
 fn panic_reason(payload: &dyn Any) -> &'static str {
-    payload.downcast_ref::<&'static str>().copied().unwrap_or("left out, for it may quote data")
+    payload.downcast_ref::<&'static str>().copied().unwrap_or("left out because it may quote data")
 }
 
 /// Every error of lapin reaches the publisher, which logs it with its consequence. To see lapin's own lines, name it in

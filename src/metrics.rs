@@ -1,7 +1,7 @@
 //! The relay's metrics: each is registered here, once, with its help text.
 //!
-//! Callers keep handles, so counting is an atomic addition without a look-up. Nothing is global: two relays in one
-//! process count apart.
+//! Metrics are registered at the start, so counting builds no label and looks nothing up in the recorder. Nothing is
+//! global: two relays in one process count apart.
 
 use std::collections::HashSet;
 use std::sync::{OnceLock, PoisonError, RwLock};

@@ -38,7 +38,7 @@ pub enum ConnectError {
     Tls { host: String, port: u16, server_name: String, source: std::io::Error },
     #[error("no answer from {url} within {timeout:?}")]
     Timeout { url: String, timeout: Duration },
-    #[error("{url} closed the connection during the login: wrong user, password or virtual host? ({source})")]
+    #[error("{url} refused the login: check user, password and virtual host ({source})")]
     Refused { url: String, source: lapin::Error },
     #[error("the AMQP handshake with {url} failed: {source}")]
     Handshake { url: String, source: lapin::Error },
@@ -164,8 +164,8 @@ async fn handshake(
     TlsConnector::from(config).connect(name, stream).await.map_err(failed)
 }
 
-/// Tells a refused login from a broken handshake. RabbitMQ replies 403 or 530 to a login that it refuses, or just
-/// closes.
+/// Distinguishes a refused login from a broken handshake. RabbitMQ replies 403 or 530 to a login that it refuses, or
+/// just closes.
 fn explain(url: &BrokerUrl, source: lapin::Error) -> ConnectError {
     let url = url.to_string();
     let refused = matches!(reply_code(&source), Some(403 | 530));

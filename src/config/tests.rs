@@ -83,7 +83,7 @@ fn the_environment_wins_over_the_file_and_the_file_over_the_defaults() {
         ("PRISM_RELAY__HTTP__CONNECTIONS_MAX", "7"),
         ("PRISM_RELAY__SIGNATURE__REQUIRED", "false"),
         ("PRISM_RELAY__TOPOLOGY__QUEUES", "[{ name = \"q\", bindings = [\"#\"] }]"),
-        ("PRISM_RELAYER", "somebody else's"),
+        ("PRISM_RELAYER", "another program's"),
     ];
     let config = load(toml, &environment, Purpose::Serve).unwrap();
     assert_eq!((config.http.path.as_str(), config.http.listen.port()), ("/file", 2));

@@ -61,3 +61,43 @@ pub(super) fn classify(error: &lapin::Error) -> PublisherError {
         _ => PublisherError::Lost(text),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use lapin::protocol::{AMQPError, AMQPErrorKind, AMQPHardError, AMQPSoftError};
+
+    use super::*;
+
+    fn reply(kind: AMQPErrorKind, text: &str) -> lapin::Error {
+        ErrorKind::ProtocolError(AMQPError::new(kind, text.into())).into()
+    }
+
+    #[test]
+    fn only_a_reply_about_the_message_itself_blames_the_message() {
+        let soft = AMQPErrorKind::Soft;
+        for (error, blames_the_message) in [
+            (reply(soft(AMQPSoftError::PRECONDITIONFAILED), "message size 20 is larger than max size 16"), true),
+            (reply(soft(AMQPSoftError::CONTENTTOOLARGE), "too large"), true),
+            (reply(soft(AMQPSoftError::ACCESSREFUSED), "write access to topic 'a' in exchange 'b' refused"), true),
+            (reply(soft(AMQPSoftError::ACCESSREFUSED), "write access to exchange 'b' refused"), false),
+            (reply(soft(AMQPSoftError::NOTFOUND), "no exchange 'b'"), false),
+            (reply(AMQPErrorKind::Hard(AMQPHardError::CONNECTIONFORCED), "shutdown"), false),
+            (ErrorKind::InvalidConnectionState(lapin::ConnectionState::Closed).into(), false),
+        ] {
+            let class = classify(&error);
+            match blames_the_message {
+                true => assert!(matches!(class, PublisherError::Poison(_)), "{error}: {class:?}"),
+                false => assert!(matches!(class, PublisherError::Lost(_)), "{error}: {class:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn an_outcome_is_what_the_broker_confirmed() {
+        assert!(matches!(PublishOutcome::new(Ok(Confirmation::Ack(None))), PublishOutcome::Acked(None)));
+        assert!(matches!(PublishOutcome::new(Ok(Confirmation::Nack(None))), PublishOutcome::Nacked(None)));
+        assert!(matches!(PublishOutcome::new(Ok(Confirmation::NotRequested)), PublishOutcome::NotConfirmed));
+        let lost = ErrorKind::InvalidConnectionState(lapin::ConnectionState::Closed).into();
+        assert!(matches!(PublishOutcome::new(Err(lost)), PublishOutcome::Failed(_)));
+    }
+}

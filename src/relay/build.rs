@@ -163,8 +163,9 @@ impl Reloadable {
         if let Some(file) = secrets_file {
             let metrics = Arc::clone(metrics);
             let replace = move |secrets: Vec<Secret>| {
-                verifier.replace(&secrets);
+                // Before the first webhook that a new secret verifies.
                 metrics.expect_secrets(secrets.len());
+                verifier.replace(&secrets);
                 recent.secrets_replaced();
             };
             watched.push(secret("signature.secrets_file", file, config::secrets_in, replace));

@@ -204,8 +204,8 @@ async fn nacks_keep_the_event_until_the_queue_has_room() {
 async fn wrong_credentials_and_vhosts_are_logged_and_do_not_stop_the_relay() {
     let vhost = Vhost::new(Node::shared().await).await;
     let wrong = [
-        (vhost.url_for("guest", "hunter2", vhost.address()), "wrong user, password or virtual host?"),
-        (vhost.url().replace(vhost.name(), "nowhere"), "wrong user, password or virtual host?"),
+        (vhost.url_for("guest", "hunter2", vhost.address()), "check user, password and virtual host"),
+        (vhost.url().replace(vhost.name(), "nowhere"), "check user, password and virtual host"),
         ("amqp://guest:guest@no-such-host.invalid/%2f".to_owned(), "cannot reach no-such-host.invalid:5672"),
     ];
     for (url, expected) in wrong {

@@ -16,12 +16,12 @@ const MAY_USE: [(&str, &[&str]); 28] = [
     ("logging", &[]),
     ("service_manager", &[]),
     ("tls", &[]),
-    ("http_client", &["text", "tls"]),
+    ("http_client", &["text"]),
     ("reload", &["metrics"]),
     ("signature", &["secret", "text"]),
     ("event", &["signature", "text"]),
     ("spool", &["event", "log_limiter", "metrics"]),
-    ("broker", &["http_client", "secret", "text", "tls"]),
+    ("broker", &["http_client", "secret", "tls"]),
     ("traces", &["event", "log_limiter", "tls"]),
     ("topology", &["broker", "text"]),
     ("publisher", &["backoff", "broker", "event", "metrics", "spool", "text", "topology", "traces"]),
@@ -153,33 +153,35 @@ fn the_allow_list_has_no_circle() {
 
 #[test]
 fn the_files_of_a_module_import_each_other_one_way() {
-    let mut edges: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     let sources: Vec<_> = crate_sources().into_iter().filter(|source| source.name.contains('/')).collect();
     let files: BTreeSet<_> = sources.iter().map(|source| source.name.clone()).collect();
-    for Source { name, code, .. } in &sources {
-        // A name in the folder above.
-        let code = &code.replace("super::super::", "");
-        let folder = Path::new(name).parent().expect("a file in a folder").to_owned();
-        let face = format!("{}/mod.rs", folder.display());
-        let resolve = |used: &str| {
-            let file = format!("{}/{used}.rs", folder.display());
-            let inner = format!("{}/{used}/mod.rs", folder.display());
-            [file, inner].into_iter().find(|file| files.contains(file)).unwrap_or_else(|| face.clone())
-        };
-        let is_face = *name == face;
-        let siblings = if is_face { children(code) } else { paths_after(code, "super::") };
-        let targets = siblings.iter().map(|used| resolve(used)).filter(|target| target != name);
-        edges.entry(name.clone()).or_default().extend(targets);
-    }
-    // One circle for each folder, if there is any.
-    let folders: BTreeSet<_> =
-        edges.keys().filter_map(|name| name.rsplit_once('/')).map(|(folder, _)| folder).collect();
-    let in_folder = |folder: &str| {
-        let of_folder =
-            edges.iter().filter(|(name, _)| name.rsplit_once('/').is_some_and(|(found, _)| found == folder));
-        of_folder.map(|(name, targets)| (name.clone(), targets.clone())).collect()
+    // The file of a path such as `spool/store`, or else the face of its folder.
+    let resolve = |folder: &str, name: &str| {
+        let candidates = [format!("{folder}/{name}.rs"), format!("{folder}/{name}/mod.rs")];
+        candidates.into_iter().find(|file| files.contains(file)).unwrap_or_else(|| format!("{folder}/mod.rs"))
     };
-    let circles: Vec<_> = folders.iter().filter_map(|folder| find_circle(&in_folder(folder))).collect();
+    let mut edges: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for Source { name, module, code } in &sources {
+        let path = name.trim_end_matches("/mod.rs").trim_end_matches(".rs");
+        let mut targets = BTreeSet::new();
+        if name.ends_with("/mod.rs") {
+            targets.extend(children(code).iter().map(|child| resolve(path, child)));
+        }
+        for (levels, names) in relative_paths(code) {
+            let folder = Path::new(path).ancestors().nth(levels).expect("no path leads out of the crate").display();
+            targets.extend(names.iter().map(|used| resolve(&folder.to_string(), used)));
+        }
+        targets.extend(paths_after(code, &format!("crate::{module}::")).iter().map(|used| resolve(module, used)));
+        targets.remove(name);
+        edges.insert(name.clone(), targets);
+    }
+    // One circle for each module, if there is any.
+    let modules: BTreeSet<_> = sources.iter().map(|source| source.module.as_str()).collect();
+    let of_module = |module: &str| {
+        let edges = edges.iter().filter(|(name, _)| name.split('/').next() == Some(module));
+        edges.map(|(name, targets)| (name.clone(), targets.clone())).collect()
+    };
+    let circles: Vec<_> = modules.iter().filter_map(|module| find_circle(&of_module(module))).collect();
     assert!(circles.is_empty(), "these files import each other in circles: {circles:#?}");
     assert!(edges.values().map(BTreeSet::len).sum::<usize>() > 50, "imports between files were found");
 }
@@ -202,7 +204,9 @@ fn imports_are_read_from_code() {
     let code =
         "use crate::{text, spool::{Spool, Ledger}};\nlet x = crate::tls::load();\nuse super::store::{self, Store};";
     assert_eq!(paths_after(code, "crate::"), ["spool", "text", "tls"].map(str::to_owned).into());
-    assert_eq!(paths_after(code, "super::"), ["store"].map(str::to_owned).into());
+    assert_eq!(relative_paths(code), [(1, ["store"].map(str::to_owned).into())]);
+    let nested = relative_paths("use super::super::{reader::X, types};");
+    assert_eq!(nested, [(2, ["reader", "types"].map(str::to_owned).into())]);
     assert_eq!(children("mod a;\npub mod b;\nuse a::X;"), ["a", "b"].map(str::to_owned).into());
 }
 
@@ -273,27 +277,40 @@ fn without_tests_and_comments(text: &str) -> String {
 
 /// The first names behind each `prefix`, also those in braces: `crate::{a, b::{c, d}}` uses `a` and `b`.
 fn paths_after(code: &str, prefix: &str) -> BTreeSet<String> {
-    let mut found = BTreeSet::new();
-    for (at, _) in code.match_indices(prefix) {
-        let rest = &code[at + prefix.len()..];
-        let Some(group) = rest.strip_prefix('{') else {
-            found.extend(identifier(rest));
-            continue;
-        };
-        let mut depth = 0;
-        let mut item = String::new();
-        for c in group.chars() {
-            match c {
-                '{' => depth += 1,
-                '}' if depth == 0 => break,
-                '}' => depth -= 1,
-                ',' if depth == 0 => found.extend(identifier(&std::mem::take(&mut item))),
-                c if depth == 0 => item.push(c),
-                _ => {}
-            }
+    code.match_indices(prefix).flat_map(|(at, _)| first_names(&code[at + prefix.len()..])).collect()
+}
+
+/// The first names behind each chain of `super::`, with the length of the chain.
+fn relative_paths(code: &str) -> Vec<(usize, BTreeSet<String>)> {
+    const SUPER: &str = "super::";
+    let mut found = Vec::new();
+    let mut rest = code;
+    while let Some(at) = rest.find(SUPER) {
+        rest = &rest[at..];
+        let mut levels = 0;
+        while let Some(next) = rest.strip_prefix(SUPER) {
+            (rest, levels) = (next, levels + 1);
         }
-        found.extend(identifier(&item));
+        found.push((levels, first_names(rest)));
     }
+    found
+}
+
+/// The name at the beginning of a path, or those of a group in braces.
+fn first_names(path: &str) -> BTreeSet<String> {
+    let Some(group) = path.strip_prefix('{') else { return identifier(path).into_iter().collect() };
+    let (mut found, mut depth, mut item) = (BTreeSet::new(), 0, String::new());
+    for c in group.chars() {
+        match c {
+            '{' => depth += 1,
+            '}' if depth == 0 => break,
+            '}' => depth -= 1,
+            ',' if depth == 0 => found.extend(identifier(&std::mem::take(&mut item))),
+            c if depth == 0 => item.push(c),
+            _ => {}
+        }
+    }
+    found.extend(identifier(&item));
     found
 }
 

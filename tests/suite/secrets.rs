@@ -94,7 +94,7 @@ async fn the_broker_password_is_rotated_without_a_restart() {
     // The broker changes first: the open connection stays, and a new one fails until the file changes too.
     node.create_user(&user, "second").await;
     vhost.eventually_close_connections().await;
-    relay.eventually_logs("wrong user, password or virtual host?").await;
+    relay.eventually_logs("check user, password and virtual host").await;
     relay.setup().file("password", "second\n");
     arrives(&relay).await;
 
