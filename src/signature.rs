@@ -1,7 +1,7 @@
 //! Verifies Prism's signature over the raw bytes of a body. Pure; takes `now`; knows neither HTTP statuses nor JSON.
 //!
 //! The scheme is Prism's own: `prism-signature` is the lower-case hex of HMAC-SHA256, keyed by the secret's UTF-8
-//! bytes, over `<prism-timestamp>.<raw body>`. The timestamp is part of what is signed, so it goes into the HMAC
+//! bytes, over `<prism-timestamp>.<raw body>`. The timestamp is signed as well, so it goes into the HMAC
 //! exactly as it was received.
 
 use std::fmt;
@@ -68,7 +68,7 @@ pub struct Accepted<B> {
     signed: Option<Signed>,
 }
 
-/// What is known from a valid signature.
+/// Facts from a valid signature.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Signed {
     /// The position of its secret in the list, from 0.

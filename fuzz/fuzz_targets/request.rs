@@ -1,5 +1,5 @@
-//! Whole connections into the ingress and its spool: no panic, no status that is not in the
-//! contract, and nothing but a 200 leaves something behind.
+//! Whole connections into the ingress and its spool: no panic, every status is in the contract, and only
+//! a webhook that is answered 200 is stored.
 //!
 //! Input: what a client sends before it closes its side.
 #![no_main]
@@ -23,7 +23,7 @@ use tokio_util::sync::CancellationToken;
 
 const PEER: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 1);
 
-/// What the contract names, and what hyper answers to heads that it cannot read.
+/// The statuses of the contract, and those of hyper for heads that it cannot read.
 const STATUSES: [&str; 13] =
     ["100", "200", "400", "401", "403", "404", "405", "408", "413", "414", "422", "431", "503"];
 
@@ -73,7 +73,7 @@ impl Relay {
         Self { runtime, ingress, protocol: Protocol::new(&limits), spool, _end: end, _folder: folder }
     }
 
-    /// What the client gets to read.
+    /// Sends the input and returns the answers.
     fn converse(&self, input: &[u8]) -> Vec<u8> {
         let (near, far) = duplex(64 * 1024);
         let ingress = Arc::clone(&self.ingress);
@@ -95,10 +95,10 @@ impl Relay {
         })
     }
 
-    /// Whatever was accepted is delivered, so that there is room for more. Returns how many there were.
+    /// Settles all accepted events as delivered, to make room for more. Returns their number.
     fn deliver(&self) -> usize {
         self.runtime.block_on(async {
-            // What a connection has left behind counts for this input, not for the next one.
+            // Events of this input must not be counted for the next one.
             self.spool.flush().await;
             let pending = self.spool.pending_after(0, 1000).await.unwrap().events;
             self.spool.settle(pending.iter().map(|stored| Settlement::Confirmed(stored.seq)).collect()).await;

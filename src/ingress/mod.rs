@@ -48,7 +48,7 @@ pub struct Parts {
     pub verifier: Arc<Verifier>,
     /// Stores events.
     pub spool: Spool,
-    /// Remembers what came for the operators.
+    /// Remembers recent webhooks, for operators.
     pub recent: Arc<Recent>,
     /// Records spans.
     pub traces: Arc<Traces>,
@@ -211,7 +211,7 @@ impl WebhookHandler {
         let (timestamp, signature) = (header(headers, TIMESTAMP_HEADER), header(headers, SIGNATURE_HEADER));
         let verified = self.verifier.verify(timestamp, signature, body, now)?;
         let body = verified.body().clone();
-        // An unsigned body has to be an event. A signed one comes from Prism: it is accepted whatever it holds.
+        // An unsigned body has to be an event. A signed one comes from Prism: it is accepted with any content.
         let envelope = match Envelope::parse(&body) {
             Ok(envelope) => Some(envelope),
             Err(_) if verified.authentic() => None,

@@ -1,4 +1,4 @@
-//! What the public listener is configured to do.
+//! The settings of the public listener.
 
 use std::net::SocketAddr;
 use std::time::Duration;

@@ -41,7 +41,8 @@ impl Message {
         if let Some(event_type) = envelope.and_then(|envelope| short_string(&envelope.event_type).ok()) {
             properties = properties.with_type(event_type);
         }
-        let routing_key = short_string(routing_key(envelope)).expect("a routing key has at most 200 bytes");
+        let routing_key = short_string(routing_key(envelope))
+            .expect("is_topic_key limits event types to 200 bytes, and the other keys are shorter constants");
         Self { routing_key, properties, body: event.body.clone() }
     }
 }

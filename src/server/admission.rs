@@ -1,4 +1,4 @@
-//! Who may stay when places run short: a table of the open connections. Pure except for a lock; takes `now`.
+//! A table of the open connections, which decides whom to evict when places run short. Pure except for a lock; takes `now`.
 //!
 //! A connection is *half-open* until its first complete request head, TLS included. Then it is *known*. It is *trusted*
 //! once its sender has sent an event that was accepted. When all places are taken, a new connection evicts another one.
@@ -31,7 +31,7 @@ const FAIR_CHANCE: Duration = Duration::from_secs(1);
 /// In normal traffic far fewer connections than one in eight are half-open.
 const MANY: usize = 8;
 
-/// Who has one IPv6 address usually has the 2^64 around it (RFC 6177).
+/// A client with one IPv6 address usually has the whole /64 (RFC 6177).
 const IPV6_SOURCE_BITS: u32 = 64;
 
 /// Gives out places for connections, within limits.
@@ -98,7 +98,7 @@ pub struct ConnectionCounts {
 }
 
 impl Admission {
-    /// A table without connections. `unlimited_sources` are proxies, which the limit per source does not concern.
+    /// A table without connections. `unlimited_sources` are proxies, to which the limit per source does not apply.
     pub fn new(total_max: usize, source_max: usize, unlimited_sources: Vec<IpNet>) -> Arc<Self> {
         Arc::new(Self { total_max, source_max, unlimited_sources, table: Mutex::default(), left: Notify::new() })
     }
@@ -191,7 +191,7 @@ impl Table {
         Some(connection)
     }
 
-    /// Moves a connection to the candidates of this trust. Trusted senders are no candidates.
+    /// Moves a connection to the candidates of this trust. Trusted senders are not candidates.
     fn raise(&mut self, id: u64, trust: Trust) {
         let Some((source, since)) = self.connections.get(&id).map(|connection| (connection.source, connection.since))
         else {

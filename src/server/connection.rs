@@ -32,7 +32,7 @@ const LAST_REQUEST: Duration = Duration::from_millis(500);
 
 /// How a connection ended.
 pub enum End {
-    /// As either side wished.
+    /// Closed in good order by either side.
     Closed,
     /// The peer or the network broke it off.
     Broken(String),

@@ -1,4 +1,4 @@
-//! What clients of a listener may take.
+//! The limits for the clients of a listener.
 
 use std::error::Error;
 use std::time::Duration;

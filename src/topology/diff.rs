@@ -201,7 +201,7 @@ impl Comparison<'_> {
     }
 
     /// Finds unknown bindings from an exchange of the plan: to its own queues, away from the inside of a queue, or to a
-    /// queue that an earlier configuration may have left. All others belong to somebody else.
+    /// queue that an earlier configuration may have left. All others are left alone.
     fn surplus_bindings(&self) -> Vec<Difference> {
         let mut found = Vec::new();
         for there in &self.live.bindings {
@@ -372,7 +372,7 @@ mod tests {
     struct Case {
         queue: fn(&mut QueueSpec),
         active: bool,
-        /// What somebody did on the broker.
+        /// A change that was made on the broker.
         change: fn(&mut Value),
         expected: Vec<String>,
     }

@@ -17,7 +17,7 @@ fn request(first_line: &str, lines: &str, body: &str, sent: &str) -> String {
 
 const POST: &str = "POST /webhooks/prism HTTP/1.1";
 
-/// Header lines that end the connection with the answer, and tell the length of this body.
+/// Header lines that close the connection after the answer and give the length of this body.
 fn lengthy(body: &str) -> String {
     format!("Connection: close\r\nContent-Length: {}\r\n", body.len())
 }
@@ -198,8 +198,8 @@ async fn a_client_that_expects_100_continue_gets_an_answer_before_it_sends() {
         |line: &str, body: &str| request(line, &format!("Expect: 100-continue\r\n{}", lengthy(body)), body, "");
     let mut raw = Raw::connect(relay.address()).await;
     raw.write(asking(POST, &body)).await.unwrap();
-    let told = raw.read_until(|bytes| bytes.ends_with(b"\r\n\r\n")).await;
-    assert_eq!(told, b"HTTP/1.1 100 Continue\r\n\r\n");
+    let interim = raw.read_until(|bytes| bytes.ends_with(b"\r\n\r\n")).await;
+    assert_eq!(interim, b"HTTP/1.1 100 Continue\r\n\r\n");
     raw.write(&body).await.unwrap();
     assert!(raw.read_to_end().await.starts_with(b"HTTP/1.1 200"));
     // A request that is refused for its head is refused before the body is sent.

@@ -130,8 +130,8 @@ async fn a_flood_of_half_open_connections_costs_honest_senders_nothing_they_need
     .await;
     // All are counted, one is logged.
     relay.eventually_logs("connection refused; more for this reason").await;
-    let told = relay.log_text().matches("connection refused; more for this reason").count();
-    assert_eq!(told, 1, "{}", relay.log_text());
+    let logged = relay.log_text().matches("connection refused; more for this reason").count();
+    assert_eq!(logged, 1, "{}", relay.log_text());
 }
 
 #[tokio::test]
@@ -307,8 +307,8 @@ async fn refusals_are_counted_and_logged_once_a_minute() {
     assert_eq!((count("invalid-signature").await, count("missing-signature").await), (200.0, 200.0));
     relay.eventually_metric(REFUSED, &[("listener", "http"), ("reason", "malformed")], 200.0).await;
     let logs = relay.logs();
-    let told = |text: &str| logs.iter().filter(|line| line["message"].as_str().unwrap().starts_with(text)).count();
-    assert_eq!((told("webhook refused"), told("connection refused")), (2, 1), "{}", relay.log_text());
+    let logged = |text: &str| logs.iter().filter(|line| line["message"].as_str().unwrap().starts_with(text)).count();
+    assert_eq!((logged("webhook refused"), logged("connection refused")), (2, 1), "{}", relay.log_text());
     // The secret in use is one of the few things that an attacker must not learn from a refusal.
     assert!(!relay.log_text().contains(SECRET));
 }
