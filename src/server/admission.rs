@@ -1,4 +1,5 @@
-//! A table of the open connections, which decides whom to evict when places run short. Pure except for a lock; takes `now`.
+//! A table of the open connections, which decides whom to evict when places run short. Pure except for a lock; takes
+//! `now`.
 //!
 //! A connection is *half-open* until its first complete request head, TLS included. Then it is *known*. It is *trusted*
 //! once its sender has sent an event that was accepted. When all places are taken, a new connection evicts another one.
