@@ -1,7 +1,12 @@
 //! Whether a webhook would be answered 200 right now: for the public listener and the operators' listener alike.
 
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::{Response, StatusCode};
+use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
+use crate::problem::{self, Code};
 use crate::spool::{AppendError, Spool};
 
 /// Readiness of the relay: the spool takes writes and the relay is not stopping. RabbitMQ has no part in it.
@@ -23,8 +28,26 @@ impl Health {
         if self.is_draining() { Some(AppendError::Closed) } else { self.spool.blocker() }
     }
 
+    /// The answer to `GET /healthz` and `GET /readyz`.
+    pub(crate) fn answer(&self) -> Response<Full<Bytes>> {
+        match self.blocker() {
+            None => problem::json(StatusCode::OK, &json!({ "ready": true })),
+            Some(reason) => Code::from(reason).response(&reason.to_string()),
+        }
+    }
+
     /// Whether the relay is stopping.
     pub(crate) fn is_draining(&self) -> bool {
         self.draining.is_cancelled()
+    }
+}
+
+impl From<AppendError> for Code {
+    fn from(error: AppendError) -> Self {
+        match error {
+            AppendError::Full => Self::SpoolFull,
+            AppendError::Unavailable => Self::SpoolUnavailable,
+            AppendError::Closed => Self::ShuttingDown,
+        }
     }
 }

@@ -24,6 +24,7 @@ pub mod publisher;
 mod broker;
 mod topology;
 // Not on the path of an event.
+mod problem;
 mod health;
 mod recent;
 mod ops;

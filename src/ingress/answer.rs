@@ -1,74 +1,17 @@
-//! The only place that chooses a status: turns the outcome of a webhook into the HTTP answer.
+//! The only place that chooses an answer: turns the outcome of a webhook into a code, and that into HTTP.
 
 use std::borrow::Cow;
 
 use bytes::Bytes;
 use http_body_util::Full;
-use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
+use hyper::header::{ALLOW, HeaderValue};
 use hyper::{Response, StatusCode};
 use serde::Serialize;
 
 use crate::event::NotAnEnvelope;
-use crate::health::Health;
+use crate::problem::{Code, json};
 use crate::signature::Rejection;
 use crate::spool::{AppendError, Receipt};
-
-/// Seconds after which a sender should try again. Prism's own retries come after 0, 5 and 30 s.
-const RETRY_AFTER_SECONDS: HeaderValue = HeaderValue::from_static("5");
-
-/// Defines [`Code`] from a table: each row is a code once, with its status, its text and its title.
-macro_rules! codes {
-    ($($code:ident: $status:ident, $text:literal, $title:literal;)+) => {
-        /// Why a webhook was refused.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        pub(crate) enum Code {
-            $($code,)+
-        }
-
-        impl Code {
-            pub(crate) const ALL: [Self; [$($text),+].len()] = [$(Self::$code),+];
-
-            fn status(self) -> StatusCode {
-                match self {
-                    $(Self::$code => StatusCode::$status,)+
-                }
-            }
-
-            /// The `code` of the answer, also used in metrics and logs.
-            pub(crate) fn text(self) -> &'static str {
-                match self {
-                    $(Self::$code => $text,)+
-                }
-            }
-
-            fn title(self) -> &'static str {
-                match self {
-                    $(Self::$code => $title,)+
-                }
-            }
-        }
-    };
-}
-
-codes! {
-    NotFound: NOT_FOUND, "not-found", "Nothing here";
-    MethodNotAllowed: METHOD_NOT_ALLOWED, "method-not-allowed", "Method not allowed";
-    SourceNotAllowed: FORBIDDEN, "source-not-allowed", "Source not allowed";
-    MissingSignature: UNAUTHORIZED, "missing-signature", "Signature missing";
-    InvalidSignature: UNAUTHORIZED, "invalid-signature", "Signature invalid";
-    InvalidTimestamp: UNAUTHORIZED, "invalid-timestamp", "Timestamp invalid";
-    StaleTimestamp: UNAUTHORIZED, "stale-timestamp", "Timestamp too far from now";
-    RequestTimeout: REQUEST_TIMEOUT, "request-timeout", "Request too slow";
-    Overloaded: SERVICE_UNAVAILABLE, "overloaded", "Overloaded";
-    BodyTooLarge: PAYLOAD_TOO_LARGE, "body-too-large", "Body too large";
-    UnreadableBody: BAD_REQUEST, "unreadable-body", "Body unreadable";
-    InvalidEncoding: BAD_REQUEST, "invalid-encoding", "Body is not UTF-8";
-    InvalidJson: BAD_REQUEST, "invalid-json", "Body is not JSON";
-    NotAnEnvelope: UNPROCESSABLE_ENTITY, "not-an-envelope", "Body is not an event";
-    SpoolFull: SERVICE_UNAVAILABLE, "spool-full", "Spool full";
-    SpoolUnavailable: SERVICE_UNAVAILABLE, "spool-unavailable", "Spool unavailable";
-    ShuttingDown: SERVICE_UNAVAILABLE, "shutting-down", "Shutting down";
-}
 
 /// A webhook that was not accepted.
 #[derive(Debug)]
@@ -78,16 +21,6 @@ pub(super) struct Refusal {
     pub detail: Cow<'static, str>,
     /// The value of the header `Allow`.
     allow: Option<&'static str>,
-}
-
-/// RFC 9457, with the relay's own `code`.
-#[derive(Serialize)]
-struct Problem<'a> {
-    r#type: &'a str,
-    title: &'a str,
-    status: u16,
-    detail: &'a str,
-    code: &'a str,
 }
 
 impl Refusal {
@@ -107,21 +40,9 @@ impl Refusal {
     }
 
     pub(super) fn response(&self) -> Response<Full<Bytes>> {
-        let status = self.code.status();
-        let problem = Problem {
-            r#type: "about:blank",
-            title: self.code.title(),
-            status: status.as_u16(),
-            detail: &self.detail,
-            code: self.code.text(),
-        };
-        let mut response = json(status, "application/problem+json", &problem);
-        let headers = response.headers_mut();
+        let mut response = self.code.response(&self.detail);
         if let Some(allowed) = self.allow {
-            headers.insert(ALLOW, HeaderValue::from_static(allowed));
-        }
-        if status == StatusCode::SERVICE_UNAVAILABLE {
-            headers.insert(RETRY_AFTER, RETRY_AFTER_SECONDS);
+            response.headers_mut().insert(ALLOW, HeaderValue::from_static(allowed));
         }
         response
     }
@@ -152,12 +73,7 @@ impl From<NotAnEnvelope> for Refusal {
 
 impl From<AppendError> for Refusal {
     fn from(error: AppendError) -> Self {
-        let code = match error {
-            AppendError::Full => Code::SpoolFull,
-            AppendError::Unavailable => Code::SpoolUnavailable,
-            AppendError::Closed => Code::ShuttingDown,
-        };
-        Self::new(code, error.to_string())
+        Self::new(Code::from(error), error.to_string())
     }
 }
 
@@ -171,22 +87,5 @@ pub(super) fn accepted(receipt: &Receipt) -> Response<Full<Bytes>> {
         duplicate: bool,
     }
     let body = Accepted { ok: true, id: receipt.id, duplicate: receipt.duplicate };
-    json(StatusCode::OK, "application/json", &body)
-}
-
-/// The answer to `GET /healthz`.
-pub(super) fn readiness(health: &Health) -> Response<Full<Bytes>> {
-    match health.blocker() {
-        None => json(StatusCode::OK, "application/json", &serde_json::json!({ "ready": true })),
-        Some(reason) => Refusal::from(reason).response(),
-    }
-}
-
-fn json(status: StatusCode, content_type: &'static str, body: &impl Serialize) -> Response<Full<Bytes>> {
-    // These types are made of strings and numbers, so serialising them cannot fail.
-    let body = serde_json::to_vec(body).unwrap_or_default();
-    let mut response = Response::new(Full::new(Bytes::from(body)));
-    *response.status_mut() = status;
-    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
-    response
+    json(StatusCode::OK, &body)
 }

@@ -21,7 +21,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
-use super::answer::{Code, Refusal};
+use super::answer::Refusal;
+use crate::problem::Code;
 
 /// How much of a refused body is still read, so that the sender receives the answer instead of a reset.
 const DISCARD_BYTES_MAX: usize = 1024 * 1024;

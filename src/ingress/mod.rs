@@ -23,7 +23,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
-use answer::{Code, Refusal, accepted, readiness};
+use answer::{Refusal, accepted};
 use body::{Buffered, Inbound, Memory};
 pub use settings::{HEALTH_PATH, Settings};
 
@@ -31,6 +31,7 @@ use crate::event::{DOCUMENTED_TYPES, Envelope, Event, TraceContext};
 use crate::health::Health;
 use crate::log_limiter::LogLimiter;
 use crate::metrics::Metrics;
+use crate::problem::Code;
 use crate::recent::Recent;
 use crate::server::{Admission, Limits, Peer, Server};
 use crate::signature::{SIGNATURE_HEADER, TIMESTAMP_HEADER, Verifier};
@@ -156,7 +157,7 @@ impl WebhookHandler {
         let mut body = Inbound::new(body, &parts.headers, self.http.body_timeout);
         if parts.uri.path() == HEALTH_PATH {
             return match parts.method {
-                Method::GET | Method::HEAD => readiness(&self.health),
+                Method::GET | Method::HEAD => self.health.answer(),
                 _ => Refusal::method_not_allowed("GET, HEAD").response(),
             };
         }

@@ -16,9 +16,9 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::stream::{self, StreamExt};
-use http_body_util::{BodyExt, Limited};
+use http_body_util::{BodyExt, Either, Limited};
 use hyper::body::Incoming;
-use hyper::header::{ACCEPT, HeaderValue, RETRY_AFTER, SET_COOKIE};
+use hyper::header::{ACCEPT, HeaderValue, SET_COOKIE};
 use hyper::{Method, Request, Response, StatusCode};
 use serde_json::json;
 use tokio::net::TcpListener;
@@ -28,11 +28,9 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 use uuid::Uuid;
 
-use crate::health::Health;
 use crate::log_limiter::LogLimiter;
 use crate::metrics;
 use crate::server::{Limits, Peer, Server};
-use crate::spool::AppendError;
 use crate::text::chain;
 use auth::Denied;
 pub(crate) use auth::OpsAuth;
@@ -132,7 +130,7 @@ impl OpsHandler {
         let reading = matches!(*request.method(), Method::GET | Method::HEAD);
         match (reading, path.as_str()) {
             (true, "/livez") => text(StatusCode::OK, "alive\n"),
-            (true, "/readyz") => readiness(self.view.health()),
+            (true, "/readyz") => self.view.health().answer().map(Either::Left),
             (true, "/metrics") => self.metrics(&request).await,
             (true, "/login") => console::login(),
             (false, "/login") if request.method() == Method::POST => self.log_in(request, peer).await,
@@ -273,22 +271,4 @@ fn deny(denied: Denied) -> Response<Answer> {
             "actions are accepted only from the console's own page, or with ops.token as a bearer token",
         ),
     }
-}
-
-/// The answer to `GET /readyz`.
-fn readiness(health: &Health) -> Response<Answer> {
-    let Some(reason) = health.blocker() else { return json(StatusCode::OK, &json!({ "ready": true })) };
-    let code = match reason {
-        AppendError::Full => "spool-full",
-        AppendError::Unavailable => "spool-unavailable",
-        AppendError::Closed => "shutting-down",
-    };
-    let status = StatusCode::SERVICE_UNAVAILABLE;
-    let title = status.canonical_reason().unwrap_or_default();
-    let problem = json!({
-        "type": "about:blank", "title": title, "status": status.as_u16(), "detail": reason.to_string(), "code": code,
-    });
-    let mut answer = response(status, "application/problem+json", problem.to_string());
-    answer.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("5"));
-    answer
 }

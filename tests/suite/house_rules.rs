@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 /// Every module of the crate, from the bottom to the top, with all modules that it may use. A line names only modules
 /// above it, so there can be no circle.
-const MAY_USE: [(&str, &[&str]); 28] = [
+const MAY_USE: [(&str, &[&str]); 29] = [
     ("text", &[]),
     ("secret", &[]),
     ("backoff", &[]),
@@ -26,11 +26,24 @@ const MAY_USE: [(&str, &[&str]); 28] = [
     ("topology", &["broker", "text"]),
     ("publisher", &["backoff", "broker", "event", "metrics", "spool", "text", "topology", "traces"]),
     ("server", &["log_limiter", "metrics", "text", "tls"]),
-    ("health", &["spool"]),
+    ("problem", &[]),
+    ("health", &["problem", "spool"]),
     ("recent", &["event"]),
     (
         "ingress",
-        &["event", "health", "log_limiter", "metrics", "recent", "server", "signature", "spool", "tls", "traces"],
+        &[
+            "event",
+            "health",
+            "log_limiter",
+            "metrics",
+            "problem",
+            "recent",
+            "server",
+            "signature",
+            "spool",
+            "tls",
+            "traces",
+        ],
     ),
     (
         "ops",
@@ -115,7 +128,7 @@ const MAY_USE: [(&str, &[&str]); 28] = [
 /// Libraries that only these modules may name, so that the spool knows neither HTTP nor AMQP.
 const LIBRARIES: [(&str, &[&str]); 3] = [
     ("lapin", &["broker", "cli", "publisher", "topology"]),
-    ("hyper", &["broker", "cli", "config", "http_client", "ingress", "ops", "server", "traces"]),
+    ("hyper", &["broker", "cli", "config", "health", "http_client", "ingress", "ops", "problem", "server", "traces"]),
     ("rusqlite", &["spool"]),
 ];
 

@@ -179,7 +179,10 @@ async fn a_full_spool_answers_503_and_resumes_by_itself() {
     };
     assert_problem(&full, 503, "spool-full");
     assert!((5..12).contains(&accepted), "{accepted} of about 310 bytes each in 3 KiB");
-    assert_problem(&relay.ops_get("/readyz").await, 503, "spool-full");
+    let ready = relay.ops_get("/readyz").await;
+    assert_problem(&ready, 503, "spool-full");
+    let health = relay.url().replace("/webhooks/prism", "/healthz");
+    assert_eq!(Client::http1().get(&health).await.expect("an answer").json(), ready.json(), "both answer the same");
     assert_eq!(relay.post(event(0)).await.expect(200).json()["duplicate"], true, "what is safe stays safe");
     wire.accept();
     let resumed = eventually("accepting to resume", async || {
