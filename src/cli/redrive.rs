@@ -68,9 +68,9 @@ pub(super) async fn run(config: &Config, options: Options) -> Result<(), Failure
     let to = Destination::new(config, options.to.clone())?;
     let link = connect(config, "prism-relay redrive").await?;
     let deadline = config.publisher.confirm_timeout;
-    let (transfer, copies) = (Transfer::open(&link, deadline).await?, Transfer::open(&link, deadline).await?);
+    let transfer = Transfer::open(&link, deadline).await?;
     let mut redrive =
-        Redrive { options: &options, to: &to, link: &link, deadline, transfer, copies, printed: 0, left: 0 };
+        Redrive { options: &options, to: &to, link: &link, deadline, transfer, copies: None, printed: 0, left: 0 };
     let outcome = while_connected(&link, redrive.run()).await;
     let (moved, left) = (redrive.moved(), redrive.left);
     link.close().await;
@@ -90,8 +90,9 @@ struct Redrive<'a> {
     /// How long to wait for a reply of the broker.
     deadline: Duration,
     transfer: Transfer,
-    /// Publishes the copies that replace messages in their own queue. They do not count as moved.
-    copies: Transfer,
+    /// Publishes the copies that replace messages in their own queue, which do not count as moved. Opened for the first
+    /// copy, because a user may be allowed few channels.
+    copies: Option<Transfer>,
     /// Messages that a dry run would move.
     printed: u64,
     /// Messages that do not match the options.
@@ -139,8 +140,12 @@ impl Redrive<'_> {
     async fn put_back(&mut self, reader: &mut QueueReader<'_>, delivery: Delivery) -> anyhow::Result<()> {
         let to = Destination::Queue(reader.queue.clone());
         let (key, properties) = (original_key(&delivery)?, put_back(&delivery.properties));
-        self.copies.add(Outgoing { to, key, properties, delivery }).await?;
-        self.copies.flush().await?;
+        let copies = match &mut self.copies {
+            Some(copies) => copies,
+            none => none.insert(Transfer::open(self.link, self.deadline).await?),
+        };
+        copies.add(Outgoing { to, key, properties, delivery }).await?;
+        copies.flush().await?;
         reader.left += 1;
         Ok(())
     }
