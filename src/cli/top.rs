@@ -12,7 +12,7 @@ use tokio::time::interval;
 
 use super::failure::Failure;
 use super::http::{OpsResource, ops_url};
-use super::output::say;
+use super::output::Printed;
 use crate::config::Config;
 use crate::text::{chain, clean, span};
 
@@ -44,8 +44,9 @@ pub(super) async fn run(config: &Config, options: Options) -> Result<(), Failure
     let status = OpsResource::new(config, options.url, "/api/status", ANSWER_TIMEOUT)?;
     let status = status.with_token(config.ops.token.as_ref());
     if options.once || !io::stdout().is_terminal() {
-        say(picture(&status.get().await?).trim_end());
-        return Ok(());
+        let mut printed = Printed::default();
+        printed.line(picture(&status.get().await?).trim_end().to_owned());
+        return Ok(printed.out()?);
     }
     tokio::select! {
         shown = watch(&status, options.interval) => Ok(shown.context("cannot print")?),

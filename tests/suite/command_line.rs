@@ -276,3 +276,16 @@ async fn check_offline_needs_no_broker() {
     assert!(checked.code == Some(0) && !checked.stdout.contains("broker"), "{checked:?}");
     assert_eq!(setup.run(&["check"]).await.code, Some(1));
 }
+
+#[test]
+fn a_result_that_cannot_be_written_is_an_error() {
+    let setup = Setup::without_broker();
+    let file = setup.file("relay.toml", setup.toml());
+    for arguments in [["topology", "show"].as_slice(), &["topology", "export"], &["man"], &["completions", "bash"]] {
+        let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_prism-relay"));
+        let ended = command.arg("--config").arg(&file).args(arguments).stdout(full).output().unwrap();
+        let error = String::from_utf8_lossy(&ended.stderr);
+        assert!(ended.status.code() == Some(1) && error.contains("cannot print"), "{arguments:?}: {ended:?}");
+    }
+}
