@@ -7,7 +7,7 @@ use tokio::time::timeout;
 
 use super::connect::connect;
 use super::failure::Failure;
-use super::output::say;
+use super::output::Printed;
 use crate::broker::{BrokerConnection, BrokerUrl, Management};
 use crate::config::Config;
 use crate::text::chain;
@@ -40,15 +40,17 @@ pub(super) async fn run(config: &Config, file: Option<&Path>, action: Action) ->
     let plan = Plan::new(&config.topology, &config.publisher.exchange);
     match action {
         Action::Show => {
-            say(show(&plan).trim_end());
-            Ok(())
+            let mut printed = Printed::default();
+            printed.line(show(&plan).trim_end().to_owned());
+            Ok(printed.out()?)
         }
         Action::Declare => declare(config, &plan).await,
         Action::Diff => diff(config, file, &plan).await,
         Action::Export => {
             let definitions = definitions(&plan, config.broker.urls[0].vhost());
-            say(&serde_json::to_string_pretty(&definitions)?);
-            Ok(())
+            let mut printed = Printed::default();
+            printed.line(serde_json::to_string_pretty(&definitions)?);
+            Ok(printed.out()?)
         }
     }
 }
@@ -60,43 +62,43 @@ async fn declare(config: &Config, plan: &Plan) -> Result<(), Failure> {
     let declared = timeout(limit, topology::establish(&broker.connection, plan, Declare::Active)).await;
     broker.close().await;
     declared.map_err(|_| BrokerError::Timeout)?.map_err(BrokerError::from)?;
-    say(&format!(
-        "{} exchanges and queues and {} bindings exist as configured",
-        plan.entities().len(),
-        plan.bindings.len()
-    ));
-    Ok(())
+    let (entities, bindings) = (plan.entities().len(), plan.bindings.len());
+    let mut printed = Printed::default();
+    printed.line(format!("{entities} exchanges and queues and {bindings} bindings exist as configured"));
+    Ok(printed.out()?)
 }
 
 async fn diff(config: &Config, file: Option<&Path>, plan: &Plan) -> Result<(), Failure> {
+    let mut printed = Printed::default();
     let broker = connect(config, "prism-relay topology").await?;
     let found = match compare_by_api(config, file, plan, &broker.url).await {
         Ok(found) => Ok(found),
         Err(reason) => {
-            say(&format!(
+            printed.line(format!(
                 "bindings and policies are not compared, because the management API is not available: {reason}"
             ));
             let limit = config.broker.connect_timeout * (plan.steps() + 1);
             match timeout(limit, compare_over_amqp(config, &broker, plan, &commands(config, file, &broker.url))).await {
-                Ok(found) => found.map_err(Failure::from),
+                Ok(found) => found,
                 Err(_) => Err(BrokerError::Timeout.into()),
             }
         }
     };
     broker.close().await;
     let found = found?;
-    print_all(found.iter().filter(|difference| !difference.kind.is_last()));
+    print_all(&mut printed, found.iter().filter(|difference| !difference.kind.is_last()));
     if found.iter().any(|difference| difference.remedy.needs_declare()) {
-        say(&format!("then create what is missing:\n    {} topology declare", command(file)));
+        printed.line(format!("then create what is missing:\n    {} topology declare", command(file)));
     }
-    print_all(found.iter().filter(|difference| difference.kind.is_last()));
+    print_all(&mut printed, found.iter().filter(|difference| difference.kind.is_last()));
     match found.iter().filter(|difference| difference.kind != Kind::Advice).count() {
         0 => {
-            say("the broker is as configured");
-            Ok(())
+            printed.line("the broker is as configured".to_owned());
+            Ok(printed.out()?)
         }
         count => {
-            say(&format!("differences: {count}"));
+            printed.line(format!("differences: {count}"));
+            printed.out()?;
             Err(Failure::Reported)
         }
     }
@@ -104,16 +106,16 @@ async fn diff(config: &Config, file: Option<&Path>, plan: &Plan) -> Result<(), F
 
 /// Prints each difference with its remedy below it. A remedy that consecutive differences share is printed once, below
 /// the last one.
-fn print_all<'a>(found: impl Iterator<Item = &'a Difference>) {
+fn print_all<'a>(printed: &mut Printed, found: impl Iterator<Item = &'a Difference>) {
     let mut found = found.peekable();
     while let Some(Difference { entity, what, kind, remedy }) = found.next() {
-        say(&format!("{}{entity}: {what}", if *kind == Kind::Advice { "advice: " } else { "" }));
+        printed.line(format!("{}{entity}: {what}", if *kind == Kind::Advice { "advice: " } else { "" }));
         if found.peek().is_some_and(|next| next.remedy == *remedy) {
             continue;
         }
         // `topology declare` is printed once, after all of them.
         if *remedy != Remedy::Declare {
-            say(&format!("    {}", remedy.text("").replace('\n', "\n    ")));
+            printed.line(format!("    {}", remedy.text("").replace('\n', "\n    ")));
         }
     }
 }
@@ -135,7 +137,7 @@ async fn compare_over_amqp(
     broker: &BrokerConnection,
     plan: &Plan,
     commands: &Commands,
-) -> Result<Vec<Difference>, lapin::Error> {
+) -> Result<Vec<Difference>, Failure> {
     // A passive relay accepts policies in place of arguments, and AMQP does not show policies.
     let declare = if config.topology.declare == Declare::Active { Declare::Active } else { Declare::Passive };
     let mut found = Vec::new();
@@ -146,7 +148,8 @@ async fn compare_over_amqp(
             Comparison::Differs(TopologyError::Clash { reply, .. }) => {
                 Some(Difference::replace(plan, entity, reply, commands))
             }
-            Comparison::Differs(error) => Some(Difference::replace(plan, entity, chain(&error), commands)),
+            // The broker refuses to compare, so nothing is known about this entity and those after it.
+            Comparison::Differs(error) => return Err(error.into()),
         });
     }
     Ok(found)
