@@ -15,9 +15,9 @@ use crate::broker::{NameTooLong, reply_code, reply_text, short_string};
 pub enum TopologyError {
     #[error(
         "{entity} exists with other properties: {reply}. prism-relay topology diff prints how to replace it: a queue \
-         gets a new name in the configuration, its workers move, and what is left in the old one goes over with \
-         redrive --from OLD --to NEW, or its own workers finish it. Or set topology.declare to \"passive\" to take \
-         it as it is"
+         gets a new name in the configuration, the relay is restarted, its workers move, and what is left in the old \
+         one goes over with redrive --from OLD --to NEW, or its own workers finish it. Or set topology.declare to \
+         \"passive\" to take it as it is"
     )]
     Clash { entity: String, reply: String },
     #[error("{entity} does not exist. Create it, or set topology.declare to \"active\"")]
@@ -152,10 +152,36 @@ async fn close(channel: Channel) {
 fn explain(what: &impl Display, error: lapin::Error) -> TopologyError {
     let (entity, reply) = (what.to_string(), reply_text(&error));
     match reply_code(&error) {
-        Some(406) => TopologyError::Clash { entity, reply },
+        Some(406) if reply.contains("inequivalent arg") => TopologyError::Clash { entity, reply },
         Some(404) => TopologyError::Missing { entity },
         Some(503) if reply.contains(CONSISTENT_HASH) => TopologyError::NoPlugin { entity, reply },
-        Some(403 | 402 | 405 | 530 | 540) => TopologyError::Refused { entity, reply },
+        // 406 without an inequivalent argument: for example a limit on the number of queues is reached.
+        Some(402 | 403 | 405 | 406 | 530 | 540) => TopologyError::Refused { entity, reply },
         _ => TopologyError::Connection(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use lapin::ErrorKind;
+    use lapin::protocol::{AMQPError, AMQPSoftError};
+
+    use super::*;
+
+    #[test]
+    fn only_an_argument_that_differs_is_a_clash() {
+        let explained = |reply: &str| {
+            let error = AMQPError::new(AMQPSoftError::PRECONDITIONFAILED.into(), reply.into());
+            explain(&"queue q", ErrorKind::ProtocolError(error).into())
+        };
+        let clash = "PRECONDITION_FAILED - inequivalent arg 'x-delivery-limit' for queue 'q' in vhost '/': received \
+                     '20' but current is '7'";
+        assert!(matches!(explained(clash), TopologyError::Clash { reply, .. } if reply == clash));
+        for refusal in [
+            "PRECONDITION_FAILED - cannot declare queue 'q': queue limit in vhost '/' (10) is reached",
+            "PRECONDITION_FAILED - invalid binding key: more than two wildcards '#'",
+        ] {
+            assert!(matches!(explained(refusal), TopologyError::Refused { reply, .. } if reply == refusal));
+        }
     }
 }

@@ -201,7 +201,7 @@ impl Comparison<'_> {
     }
 
     /// Finds unknown bindings from an exchange of the plan: to its own queues, away from the inside of a queue, or to a
-    /// queue that an earlier configuration may have left. All others are left alone.
+    /// queue that an earlier configuration may have left. Other bindings belong to other programs.
     fn surplus_bindings(&self) -> Vec<Difference> {
         let mut found = Vec::new();
         for there in &self.live.bindings {
@@ -372,7 +372,7 @@ mod tests {
     struct Case {
         queue: fn(&mut QueueSpec),
         active: bool,
-        /// A change that was made on the broker.
+        /// A change made on the broker by hand.
         change: fn(&mut Value),
         expected: Vec<String>,
     }
