@@ -4,7 +4,7 @@ use serde_json::{Map, Value, json};
 
 use super::definitions::{KEEPERS, KEEPERS_LIMIT, escaped, pattern, plain, policy_key, policy_name};
 use super::live::LiveBinding;
-use super::plan::{Entity, Plan};
+use super::plan::{Entity, Plan, Target};
 use crate::broker::encoded;
 
 /// The keys of a policy that decide what happens to messages. All others, such as where the leader of a queue lives,
@@ -86,7 +86,7 @@ impl Commands {
             Entity::Queue(queue) => Remedy::Steps(match plan.configured_queue(&queue.name) {
                 Some(configured) => self.new_name(plan, configured),
                 None if queue.is_stream() => self.new_archive(&queue.name),
-                None => self.same_name(&queue.name),
+                None => self.same_name(plan, &queue.name),
             }),
         }
     }
@@ -103,11 +103,12 @@ impl Commands {
         };
         format!(
             "a queue cannot be changed: give {configured} a new name in topology.queues, and then\n\
-             1. create the new queue: {relay} topology declare\n\
+             1. create the new queue: {relay} topology declare; then restart the relay, which keeps the old \
+             configuration until then\n\
              2. unbind the old one: {relay} topology diff prints the command\n\
              3. move the workers to the new queue\n\
              4. let workers finish the messages in the old queue, {rest}\n\
-             5. delete the old queue, with its retry queues and partitions, when there are no messages: {}",
+             5. delete the old queue, with its retry queues and partitions, when they hold no messages: {}",
             self.delete_queue(&old)
         )
     }
@@ -116,22 +117,42 @@ impl Commands {
         let (relay, delete) = (&self.relay, self.delete_queue(stream));
         format!(
             "a stream cannot be changed: give the archive a new name in topology.archive, and then\n\
-             1. create the new stream: {relay} topology declare\n\
+             1. create the new stream: {relay} topology declare; then restart the relay, which keeps the old \
+             configuration until then\n\
              2. unbind the old one: {relay} topology diff prints the command; replay --from {stream} still reads it\n\
              3. delete the old one when you do not need it any more: {delete}"
         )
     }
 
-    /// Every tool finds the queue by its name, so the new one gets the same.
-    fn same_name(&self, queue: &str) -> String {
+    /// Every tool finds the queue by its name, so the new one gets the same. The queue is unbound first, because a
+    /// message that arrives between the move and the deletion would be lost. Without the binding nothing is lost:
+    /// the broker returns unrouted events and the relay parks them, and dead letters stay in their work queue.
+    fn same_name(&self, plan: &Plan, queue: &str) -> String {
         let (redrive, delete, relay) = (self.redrive(queue), self.delete_queue(queue), &self.relay);
+        let target = Target::Queue(queue.to_owned());
+        let unbind: Vec<_> = plan
+            .bindings
+            .iter()
+            .filter(|binding| binding.to == target)
+            .map(|binding| self.unbind_queue(&binding.exchange, queue, &binding.key))
+            .collect();
+        let (unbind, vhost) = (unbind.join(" && "), quote(&self.vhost));
         format!(
             "a queue cannot be changed, and the name of this one is fixed: set topology.declare to \"passive\" to \
              take it as it is, or\n\
-             1. move its messages to a queue of your own: {redrive} --to OTHER\n\
-             2. delete it: {delete}\n\
-             3. create it: {relay} topology declare"
+             1. unbind it, so that no message arrives any more: {unbind}\n\
+             2. move its messages to a queue of your own: {redrive} --to OTHER\n\
+             3. check that it holds 0 messages: rabbitmqctl list_queues -p {vhost} name messages\n\
+             4. delete it: {delete}\n\
+             5. create it again, with its binding: {relay} topology declare"
         )
+    }
+
+    /// Unbinds a queue from a binding without arguments.
+    fn unbind_queue(&self, exchange: &str, queue: &str, key: &str) -> String {
+        // The management API names a binding by its key, percent-encoded, and one with an empty key `~`.
+        let properties_key = if key.is_empty() { "~".to_owned() } else { encoded(key) };
+        self.delete(&["bindings", &self.vhost, "e", exchange, "q", queue, &properties_key])
     }
 
     fn delete_queue(&self, queue: &str) -> String {
@@ -209,6 +230,32 @@ pub(crate) fn quote(word: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::topology::spec::Spec;
+
+    #[test]
+    fn a_queue_with_a_fixed_name_is_unbound_before_it_is_emptied() {
+        let [relay, vhost, api, user] = ["prism-relay", "/", "http://broker:15672", "me"].map(str::to_owned);
+        let commands = Commands { relay, vhost, api, user, active: true };
+        let plan = Plan::new(&Spec::of_queue(|_| {}), "e");
+        for (queue, path) in [
+            ("prism.unrouted", "prism%2Eunrouted/q/prism%2Eunrouted/%7E"),
+            ("prism.dead", "prism%2Edead/q/prism%2Edead/%2523"),
+        ] {
+            let remedy = commands.replace(&plan, plan.entity("queue", queue).expect("it is planned"));
+            let steps: Vec<_> = remedy.text("").lines().skip(1).collect();
+            let expected = [
+                format!(
+                    "1. unbind it, so that no message arrives any more: curl -fsS -u me -X DELETE \
+                     http://broker:15672/api/bindings/%2F/e/{path}"
+                ),
+                format!("2. move its messages to a queue of your own: prism-relay redrive --from {queue} --to OTHER"),
+                "3. check that it holds 0 messages: rabbitmqctl list_queues -p / name messages".to_owned(),
+                format!("4. delete it: rabbitmqctl delete_queue -p / {queue}"),
+                "5. create it again, with its binding: prism-relay topology declare".to_owned(),
+            ];
+            assert_eq!(steps, expected);
+        }
+    }
 
     #[test]
     fn words_of_a_shell_are_quoted() {

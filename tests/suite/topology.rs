@@ -77,7 +77,8 @@ async fn a_clash_names_the_entity_and_both_values_and_loses_nothing() {
     let relay = Relay::start(&vhost).await;
     relay.post(EVENT).await.expect(200);
     let error = relay.eventually_logs("not delivering").await["error"].as_str().unwrap().to_owned();
-    for part in ["queue prism.scan", "x-delivery-limit", "'20'", "'7'", "redrive --from OLD --to NEW"] {
+    let advice = ["the relay is restarted", "redrive --from OLD --to NEW"];
+    for part in [["queue prism.scan", "x-delivery-limit", "'20'", "'7'"].as_slice(), &advice].concat() {
         assert!(error.contains(part), "{part:?} is missing in {error:?}");
     }
     vhost.delete_queue("prism.scan").await;
@@ -253,7 +254,7 @@ async fn fix(node: &Node, setup: &Setup, printed: &str) {
                 node.management().delete(path).await;
             }
             "prism-relay" => {
-                let own = words.iter().position(|word| *word == "topology").unwrap();
+                let own = words.iter().position(|word| matches!(*word, "topology" | "redrive")).unwrap();
                 let done = setup.run(&words[own..]).await;
                 assert_eq!(done.code, Some(0), "{done:?}");
             }
@@ -352,7 +353,12 @@ async fn a_queue_gets_a_new_name_and_nothing_is_lost() {
     let changed = watched(node, &vhost).set("topology.queues", queue("prism.scan", 7)).run(&["topology", "diff"]).await;
     assert_eq!(changed.code, Some(1), "{changed:?}");
     let move_them = "redrive --from prism.scan --to NEW";
-    for part in ["x-delivery-limit is 20, where 7 is configured", "give prism.scan a new name", move_them] {
+    for part in [
+        "x-delivery-limit is 20, where 7 is configured",
+        "give prism.scan a new name",
+        "topology declare; then restart the relay, which keeps the old configuration until then\n",
+        move_them,
+    ] {
         assert!(changed.stdout.contains(part), "{part:?} is not in {}", changed.stdout);
     }
 
@@ -380,6 +386,75 @@ async fn a_queue_gets_a_new_name_and_nothing_is_lost() {
     let seen: BTreeSet<_> = messages.iter().map(number).collect();
     assert_eq!(seen, (0..30).collect());
     vhost.assert_empty("prism.unrouted").await;
+}
+
+/// Walks the steps that `topology diff` prints for `prism.unrouted` and `prism.dead`, while messages come in.
+#[tokio::test]
+async fn a_queue_with_a_fixed_name_is_replaced_and_nothing_is_lost() {
+    let node = Node::shared().await;
+    let vhost = Vhost::new(node).await;
+    let active = watched(node, &vhost);
+    assert_eq!(active.run(&["topology", "declare"]).await.code, Some(0));
+    let setup = watched(node, &vhost).set("topology.declare", "passive").set("broker.parked_retry", "1s");
+    let relay = setup.start().await;
+    vhost.create_queue("other", json!({})).await;
+    for (queue, key) in [("prism.unrouted", ""), ("prism.dead", "#")] {
+        vhost.delete_queue(queue).await;
+        vhost.create_queue(queue, json!({ "x-queue-type": "quorum", "x-max-length": 1000 })).await;
+        vhost.bind(queue, queue, key).await;
+        vhost.publish(queue, "scan.a", "earlier").await;
+        let printed = active.run(&["topology", "diff"]).await;
+        let is_step = |line: &&str| line.starts_with("    ") && line[4..].starts_with(|c: char| c.is_ascii_digit());
+        let steps: Vec<_> = printed.stdout.lines().filter(is_step).collect();
+        assert!(printed.code == Some(1) && steps.len() == 5, "{printed:?}");
+        for (index, step) in steps.into_iter().enumerate() {
+            let command = step.split_once(": ").expect("a step ends with a command").1;
+            fix(node, &active, &format!("    {}", command.replace("OTHER", "other"))).await;
+            if index == 0 {
+                // A message that has no other way than this queue.
+                match queue {
+                    "prism.unrouted" => {
+                        relay.post(r#"{"eventType":"unknown","payload":{}}"#).await.expect(200);
+                        relay.eventually_parked(1).await;
+                    }
+                    _ => {
+                        relay.post(EVENT).await.expect(200);
+                        vhost.reject("prism.scan").await;
+                    }
+                }
+            }
+        }
+        assert_eq!(active.run(&["topology", "diff"]).await.code, Some(0));
+        assert_eq!(vhost.messages("other", 1).await[0].text(), "earlier");
+    }
+    vhost.messages("prism.unrouted", 1).await;
+    // RabbitMQ dead-letters the message again after at most three minutes. Until then the work queue holds it.
+    eventually("the message to be held", async || {
+        let messages = vhost.queue("prism.scan").await.unwrap()["messages"].clone();
+        if messages == 1 { Ok(()) } else { Err(messages) }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_refusal_is_printed_without_advice_to_rename_the_queue() {
+    let node = Node::shared().await;
+    let vhost = Vhost::new(node).await;
+    node.ctl(&["set_vhost_limits", "-p", vhost.name(), r#"{"max-queues":0}"#]).await;
+    let full = Setup::new(&vhost.url()).run(&["topology", "declare"]).await;
+    assert!(full.code == Some(1) && full.stderr.contains("the broker refuses it"), "{full:?}");
+    assert!(!full.stderr.contains("new name"), "{full:?}");
+    node.ctl(&["clear_vhost_limits", "-p", vhost.name()]).await;
+    assert_eq!(Setup::new(&vhost.url()).run(&["topology", "declare"]).await.code, Some(0));
+
+    // Without the management API, for a user who may not declare.
+    let user = format!("user{}", uuid::Uuid::now_v7().simple());
+    node.create_user(&user, "password").await;
+    vhost.permit(&user, "^$", ".*", ".*").await;
+    let setup = Setup::new(&vhost.url_for(&user, "password", vhost.address()));
+    let refused = setup.run(&["topology", "diff"]).await;
+    assert!(refused.code == Some(1) && refused.stderr.contains("the broker refuses it: ACCESS_REFUSED"), "{refused:?}");
+    assert!(!refused.stdout.contains("cannot be changed") && !refused.stdout.contains("differences"), "{refused:?}");
 }
 
 /// A message that was moved straight into a queue still has the routing key of its event.
