@@ -125,7 +125,7 @@ async fn a_new_certificate_is_reloaded_and_open_connections_stay() {
     // An unusable file changes nothing; the log warns.
     let new = presented(&relay, &authority).await;
     let keyless = Issued { private_key: String::new(), ..authority.issue("x", 1) };
-    for (bad, expected) in [(authority.issue("expired", -1), "expired on"), (keyless, "holds no private key")] {
+    for (bad, expected) in [(authority.issue("expired", -1), "expired on"), (keyless, "contains no private key")] {
         install(relay.setup(), &bad);
         relay.signal("HUP");
         let warning = relay.eventually_logs(expected).await;
@@ -289,6 +289,6 @@ async fn a_certificate_is_a_login() {
     relay.setup().file("client.key", &unknown.private_key);
     relay.eventually_logs("reloaded").await;
     vhost.eventually_close_connections().await;
-    let line = relay.eventually_logs("during the login").await;
+    let line = relay.eventually_logs("refused the login").await;
     assert!(line["error"].as_str().unwrap().contains("amqps://127.0.0.1"), "{line}");
 }
