@@ -232,7 +232,7 @@ fn what_belongs_together_in_tls_is_asked_for_together() {
     assert!(text.contains("broker.tls.server_name: \"a b\" is not a host name"), "{text}");
     let text = mistakes("[broker]\nurls = [\"amqps://broker\"]\ntls = { ca = \"/nowhere/ca.pem\" }", &[]);
     assert!(text.contains("broker.tls: cannot read /nowhere/ca.pem: No such file"), "{text}");
-    // The commands beside the relay may not be allowed to read its key.
+    // Commands other than serve and check may lack the permission to read its key.
     let tls = "[http]\ntls = { certificate = \"/nowhere/a\", private_key = \"/nowhere/b\" }";
     assert!(load(tls, &[], Purpose::Client).is_ok());
     let text = load(tls, &[("PRISM_RELAY__SIGNATURE__SECRETS", "s")], Purpose::Serve).unwrap_err();
