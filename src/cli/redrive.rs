@@ -26,7 +26,7 @@ use crate::topology::DEAD;
 /// RabbitMQ 4 drops a message that was returned 20 times if its queue has no other limit and no dead-letter exchange.
 /// After this many returns a copy replaces the message, and the count of the copy starts at 0.
 const RETURNS_MAX: u64 = 10;
-/// After this long without a delivery the queue is taken to be empty.
+/// Maximum time without a delivery, after which the queue is taken to be empty.
 const QUIET: Duration = Duration::from_secs(5);
 
 #[derive(clap::Args)]
@@ -66,14 +66,14 @@ pub(super) async fn run(config: &Config, options: Options) -> Result<(), Failure
         return Err(Failure::Usage(format!("{from} is a stream: use replay")));
     }
     let to = Destination::new(config, options.to.clone())?;
-    let link = connect(config, "prism-relay redrive").await?;
+    let broker = connect(config, "prism-relay redrive").await?;
     let deadline = config.publisher.confirm_timeout;
-    let transfer = Transfer::open(&link, deadline).await?;
+    let transfer = Transfer::open(&broker, deadline).await?;
     let mut redrive =
-        Redrive { options: &options, to: &to, link: &link, deadline, transfer, copies: None, printed: 0, left: 0 };
-    let outcome = while_connected(&link, redrive.run()).await;
+        Redrive { options: &options, to: &to, broker: &broker, deadline, transfer, copies: None, printed: 0, left: 0 };
+    let outcome = while_connected(&broker, redrive.run()).await;
     let (moved, left) = (redrive.moved(), redrive.left);
-    link.close().await;
+    broker.close().await;
     if options.dry_run {
         say(&format!("{moved} of {} in {from} would be moved to {to}", moved + left));
     } else {
@@ -86,8 +86,8 @@ pub(super) async fn run(config: &Config, options: Options) -> Result<(), Failure
 struct Redrive<'a> {
     options: &'a Options,
     to: &'a Destination,
-    link: &'a BrokerConnection,
-    /// How long to wait for a reply of the broker.
+    broker: &'a BrokerConnection,
+    /// Maximum time for a reply of the broker.
     deadline: Duration,
     transfer: Transfer,
     /// Publishes the copies that replace messages in their own queue, which do not count as moved. Opened for the first
@@ -106,7 +106,7 @@ impl Redrive<'_> {
 
     async fn run(&mut self) -> anyhow::Result<()> {
         let options = self.options;
-        let mut reader = QueueReader::open(self.link, &options.from, options.takes_all(), self.deadline).await?;
+        let mut reader = QueueReader::open(self.broker, &options.from, options.takes_all(), self.deadline).await?;
         let most = options.count.map_or(reader.left, |count| count.get().min(reader.left));
         let (progress, now) = (progress_bar(most, "messages"), Timestamp::now());
         let mut chosen = 0;
@@ -142,7 +142,7 @@ impl Redrive<'_> {
         let (key, properties) = (original_key(&delivery)?, put_back(&delivery.properties));
         let copies = match &mut self.copies {
             Some(copies) => copies,
-            none => none.insert(Transfer::open(self.link, self.deadline).await?),
+            none => none.insert(Transfer::open(self.broker, self.deadline).await?),
         };
         copies.add(Outgoing { to, key, properties, delivery }).await?;
         copies.flush().await?;
@@ -154,13 +154,13 @@ impl Redrive<'_> {
 /// Reads as many messages as the queue has at the start. Without this limit, messages that return to the queue would be
 /// moved endlessly.
 struct QueueReader<'a> {
-    link: &'a BrokerConnection,
+    broker: &'a BrokerConnection,
     channel: Channel,
     queue: &'a ShortString,
     source: Source,
     /// Messages still to be read.
     left: u64,
-    /// How long to wait for a reply of the broker.
+    /// Maximum time for a reply of the broker.
     deadline: Duration,
     interrupt: Pin<Box<dyn Future<Output = io::Result<()>> + Send>>,
 }
@@ -169,20 +169,20 @@ struct QueueReader<'a> {
 enum Source {
     /// One by one. Any number of messages that do not match can stay unacknowledged until the end.
     Get,
-    /// As a consumer: the only way to read a queue with a single active consumer.
+    /// By consuming, the only way to read a queue with a single active consumer.
     Consume(Box<Consumer>),
 }
 
 impl<'a> QueueReader<'a> {
-    /// `whole`: every message will be moved.
+    /// Opens the queue for reading. `whole`: every message will be moved.
     async fn open(
-        link: &'a BrokerConnection,
+        broker: &'a BrokerConnection,
         queue: &'a ShortString,
         whole: bool,
         deadline: Duration,
     ) -> Result<Self, TransferError> {
         let opening = async {
-            let channel = link.connection.create_channel().await?;
+            let channel = broker.connection.create_channel().await?;
             let left = count(&channel, queue).await?;
             Ok((channel, u64::from(left)))
         };
@@ -191,10 +191,10 @@ impl<'a> QueueReader<'a> {
             true => Source::Consume(Box::new(Consumer::open(&channel, queue, FieldTable::default(), deadline).await?)),
             false => Source::Get,
         };
-        Ok(Self { link, channel, queue, source, left, deadline, interrupt: Box::pin(tokio::signal::ctrl_c()) })
+        Ok(Self { broker, channel, queue, source, left, deadline, interrupt: Box::pin(tokio::signal::ctrl_c()) })
     }
 
-    /// `None` at the end, or if another process took the rest.
+    /// Returns the next message; `None` at the end, or if another process took the rest.
     async fn next(&mut self) -> Result<Option<Delivery>, TransferError> {
         if self.left == 0 {
             return Ok(None);
@@ -228,7 +228,7 @@ impl<'a> QueueReader<'a> {
             self.channel.close(200, "done".into()).await?;
             match self.source {
                 Source::Consume(_) if self.left > 0 => {
-                    count(&self.link.connection.create_channel().await?, self.queue).await
+                    count(&self.broker.connection.create_channel().await?, self.queue).await
                 }
                 _ => Ok(0),
             }

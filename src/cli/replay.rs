@@ -22,10 +22,10 @@ use crate::topology::ARCHIVE;
 
 /// A stream does not report its end. After this long without a delivery its last part has been read.
 const LAST_PART: Duration = Duration::from_secs(2);
-/// How long to wait for the first message, if the stream may have none.
+/// Maximum time for the first message, if the stream may have none.
 const FIRST: Duration = Duration::from_secs(5);
-/// How far the clocks of the relay and the broker may differ. The broker takes an event after the relay accepts it, so
-/// only different clocks can give the event an earlier time in the stream.
+/// How much earlier than an event's time of acceptance its place in the stream may seem: the clocks of relay and broker
+/// may differ by this much.
 const CLOCKS_DIFFER: SignedDuration = SignedDuration::from_mins(10);
 
 #[derive(clap::Args)]
@@ -63,13 +63,14 @@ pub(super) async fn run(config: &Config, options: Options) -> Result<(), Failure
     let name = config.topology.archive.as_ref().map_or(ARCHIVE, |archive| &archive.name);
     let from = options.from.clone().map_or_else(|| short_string(name), Ok)?;
     let to = Destination::new(config, options.to.clone())?;
-    let link = connect(config, "prism-relay replay").await?;
+    let broker = connect(config, "prism-relay replay").await?;
     let deadline = config.publisher.confirm_timeout;
-    let transfer = Transfer::open(&link, deadline).await?;
-    let mut replay = Replay { options: &options, from: &from, to: &to, link: &link, deadline, transfer, printed: 0 };
-    let outcome = while_connected(&link, replay.run()).await;
+    let transfer = Transfer::open(&broker, deadline).await?;
+    let mut replay =
+        Replay { options: &options, from: &from, to: &to, broker: &broker, deadline, transfer, printed: 0 };
+    let outcome = while_connected(&broker, replay.run()).await;
     let published = replay.printed + replay.transfer.moved();
-    link.close().await;
+    broker.close().await;
     let verb = if options.dry_run { "would be published" } else { "published" };
     say(&format!("{published} events of {from} {verb} to {to}"));
     Ok(outcome?)
@@ -80,8 +81,8 @@ struct Replay<'a> {
     options: &'a Options,
     from: &'a ShortString,
     to: &'a Destination,
-    link: &'a BrokerConnection,
-    /// How long to wait for a reply of the broker.
+    broker: &'a BrokerConnection,
+    /// Maximum time for a reply of the broker.
     deadline: Duration,
     transfer: Transfer,
     /// Events that a dry run would publish.
@@ -95,7 +96,7 @@ impl Replay<'_> {
         let since = self.options.since;
         let start = since.checked_sub(CLOCKS_DIFFER).unwrap_or(Timestamp::UNIX_EPOCH).as_second();
         let start = AMQPValue::Timestamp(u64::try_from(start).unwrap_or(0));
-        let channel = in_time(self.deadline, self.link.connection.create_channel()).await?;
+        let channel = in_time(self.deadline, self.broker.connection.create_channel()).await?;
         let mut consumer = self.read(&channel, start).await?;
         let mut interrupt = Box::pin(tokio::signal::ctrl_c());
         let (mut progress, mut reached) = (None, None);
@@ -154,7 +155,7 @@ impl Replay<'_> {
     /// reads the last part of the stream.
     async fn find_end(&self, now: Timestamp) -> anyhow::Result<Option<End>> {
         let opening = async {
-            let channel = self.link.connection.create_channel().await?;
+            let channel = self.broker.connection.create_channel().await?;
             let count = count(&channel, self.from).await?;
             Ok((channel, count))
         };

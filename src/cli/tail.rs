@@ -37,18 +37,18 @@ pub(super) struct Options {
 }
 
 pub(super) async fn run(config: &Config, options: Options) -> anyhow::Result<()> {
-    let link = connect(config, "prism-relay tail").await?;
+    let broker = connect(config, "prism-relay tail").await?;
     let printed = tokio::select! {
-        printed = print_events(config, &options, &link) => printed,
+        printed = print_events(config, &options, &broker) => printed,
         // Ctrl-C is the normal end.
         _ = tokio::signal::ctrl_c() => Ok(()),
     };
-    link.close().await;
+    broker.close().await;
     printed
 }
 
-async fn print_events(config: &Config, options: &Options, link: &BrokerConnection) -> anyhow::Result<()> {
-    let channel = link.connection.create_channel().await.map_err(refused)?;
+async fn print_events(config: &Config, options: &Options, broker: &BrokerConnection) -> anyhow::Result<()> {
+    let channel = broker.connection.create_channel().await.map_err(refused)?;
     let mut deliveries = match &options.queue {
         Some(queue) => work(&channel, queue).await.map_err(refused)?,
         None => listen(config, &channel).await?,
@@ -78,8 +78,8 @@ fn refused(error: lapin::Error) -> anyhow::Error {
 
 /// Declares a temporary queue, which the broker deletes with the connection, and consumes it.
 ///
-/// The queue has the bindings of the work queues and of prism.unrouted, not the pattern as a binding: an event of an
-/// unknown type that matches the pattern would then count as routed, and would not reach prism.unrouted.
+/// The queue is bound like the work queues and to prism.unrouted; the pattern is applied here. Bound by the pattern,
+/// the queue would make an event of an unknown type count as routed, and prism.unrouted would lose it.
 async fn listen(config: &Config, channel: &Channel) -> anyhow::Result<Consumer> {
     let mut arguments = FieldTable::default();
     arguments.insert("x-max-length".into(), AMQPValue::LongInt(BACKLOG_MAX));

@@ -59,11 +59,11 @@ pub(super) async fn in_time<T>(
 /// Runs `work` until it is done or the connection is lost. A call of lapin that starts just as the connection ends may
 /// never return.
 pub(super) async fn while_connected<T>(
-    link: &BrokerConnection,
+    broker: &BrokerConnection,
     work: impl Future<Output = anyhow::Result<T>>,
 ) -> anyhow::Result<T> {
     let lost = async {
-        while link.connection.status().connected() {
+        while broker.connection.status().connected() {
             sleep(CHECK_INTERVAL).await;
         }
         // Time for `work` to fail with a more precise error.
@@ -78,13 +78,13 @@ pub(super) async fn while_connected<T>(
 /// Where messages go.
 #[derive(Clone, Debug)]
 pub(super) enum Destination {
-    /// This exchange, with the message's own routing key.
+    /// An exchange; the message keeps its routing key.
     Exchange(ShortString),
     Queue(ShortString),
 }
 
 impl Destination {
-    /// `queue` if given, otherwise the exchange of the configuration.
+    /// Chooses `queue` if given, otherwise the exchange of the configuration.
     pub(super) fn new(config: &Config, queue: Option<ShortString>) -> Result<Self, NameTooLong> {
         match queue {
             Some(queue) => Ok(Self::Queue(queue)),
@@ -146,9 +146,9 @@ pub(super) struct Transfer {
 
 impl Transfer {
     /// Opens a channel in confirm mode.
-    pub(super) async fn open(link: &BrokerConnection, deadline: Duration) -> Result<Self, TransferError> {
+    pub(super) async fn open(broker: &BrokerConnection, deadline: Duration) -> Result<Self, TransferError> {
         let opening = async {
-            let channel = link.connection.create_channel().await?;
+            let channel = broker.connection.create_channel().await?;
             channel.confirm_select(ConfirmSelectOptions::default()).await?;
             Ok(channel)
         };
