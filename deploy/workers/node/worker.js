@@ -1,6 +1,6 @@
 // A worker for prism-relay: saves the body of each event as OUT/<message_id>.json. SIGTERM or Ctrl-C ends it.
 //
-// Needs Node 18.17 or later, and amqplib (npm install). What is yours to change is save() and HANDLERS.
+// Needs Node 18.17 or later, and amqplib (npm install). Change save() and HANDLERS for your own work.
 'use strict';
 
 const { randomBytes } = require('node:crypto');
@@ -18,7 +18,7 @@ const stop = new AbortController();
 const stopped = once(stop.signal, 'abort');
 let pauseMax = FIRST_PAUSE_MAX;
 
-// Writes a temporary file and renames it: the result is there whole, or not at all.
+// Writes a temporary file and renames it, so that the file is complete or absent.
 async function save(file, body) {
   const temporary = file.replace(/json$/, `${randomBytes(8).toString('hex')}.tmp`);
   try {
@@ -30,7 +30,7 @@ async function save(file, body) {
   } finally {
     await rm(temporary, { force: true });
   }
-  await withFile(OUT, 'r', (folder) => folder.sync()); // so that the new name survives a power cut, too
+  await withFile(OUT, 'r', (folder) => folder.sync()); // so that the new name survives a power loss
 }
 
 async function withFile(name, flags, use) {
@@ -42,37 +42,37 @@ async function withFile(name, flags, use) {
   }
 }
 
-// By the first word of the type. This example treats them alike.
+// The handler for each first word of the event type. This example handles both in the same way.
 const HANDLERS = new Map([['scan', save], ['body_shape_prediction', save]]);
 
-// Does the work of one message; says whether this was the first time.
+// Does the work of one message. Returns false if it was done before.
 async function work(id, type, body) {
   if (!/^[0-9a-fA-F-]{36}$/.test(id)) throw new Error('the message_id is not a UUID'); // it becomes a file name
-  // By the type, not by the routing key: when a message comes back for a retry, its routing key is another one.
+  // Choose by the type, not by the routing key: a retried message comes back with another routing key.
   const handler = HANDLERS.get(type.split('.')[0]);
   if (!handler) throw new Error('no handler for this type');
   const file = path.join(OUT, `${id}.json`);
-  if (existsSync(file)) return false; // a message can come twice, and its work is done once
+  if (existsSync(file)) return false; // a message may arrive twice; do its work once
   await handler(file, body);
   return true;
 }
 
 async function handle(channel, message) {
-  const clean = (text) => (text || '-').replace(/[^!-~]/g, '?'); // nothing that could break a log line
+  const clean = (text) => (text || '-').replace(/[^!-~]/g, '?'); // keep control characters out of the log
   const [id, type] = [clean(message.properties.messageId), clean(message.properties.type)];
   let first;
   try {
     first = await work(id, type, message.content);
   } catch (reason) {
     console.log(`failed ${id} ${type}: ${reason.message}`);
-    channel.reject(message, false); // to the retry queue; with true it would be back at once, in a hot loop
+    channel.reject(message, false); // to the retry queue; true would requeue it at once, in a hot loop
     return;
   }
   console.log(`${first ? 'done' : 'again'} ${id} ${type}`);
-  channel.ack(message); // after the work: had we died in it, the message would come again
+  channel.ack(message); // only after the work: if the worker dies first, the broker delivers it again
 }
 
-// Works until it is to stop. Throws if the connection fails.
+// Handles messages until a signal arrives. Throws if the connection fails.
 async function consume(url) {
   const clientProperties = { connection_name: `worker ${QUEUE}` };
   const connection = await amqp.connect(url, { timeout: 10_000, clientProperties });
@@ -85,7 +85,7 @@ async function consume(url) {
     await channel.prefetch(PREFETCH);
     const { consumerTag } = await channel.consume(QUEUE, (message) => {
       if (message === null) return end(new Error('the broker cancelled the consumer; the queue may be gone'));
-      // One after the other, in the order of the queue. What was prefetched and not begun goes back to the queue.
+      // One at a time, in the order of the queue. Prefetched messages that were not started return to the queue.
       last = last.then(() => over || stop.signal.aborted || handle(channel, message)).catch(end);
     });
     console.log(`consuming ${QUEUE}`);
@@ -93,24 +93,24 @@ async function consume(url) {
     await Promise.race([trouble, stopped]);
     if (!stop.signal.aborted) throw (await trouble) ?? new Error('closed');
     await channel.cancel(consumerTag);
-    await last; // what is in hand
-    await channel.close(); // nothing answers an ack, but when the broker answers this, it has the last one
+    await last; // finish the current message
+    await channel.close(); // an ack has no reply; the reply to this proves that the broker has the last ack
     await connection.close();
   } finally {
     await last;
-    connection.close().catch(() => {}); // if it is open still
+    connection.close().catch(() => {}); // if it is still open
   }
 }
 
 async function main() {
-  if (!URL.canParse(AMQP_URL)) throw new Error('AMQP_URL is no URL'); // and no more: there is a password in it
+  if (!URL.canParse(AMQP_URL)) throw new Error('AMQP_URL is no URL'); // without the value, which contains a password
   const url = new URL(AMQP_URL);
   url.searchParams.set('heartbeat', '10');
-  for (const signal of ['SIGTERM', 'SIGINT']) process.once(signal, () => stop.abort()); // a second one ends it at once
-  stopped.then(() => setTimeout(() => process.exit(), 10_000).unref()); // if the broker does not answer
+  for (const signal of ['SIGTERM', 'SIGINT']) process.once(signal, () => stop.abort()); // a second signal exits at once
+  stopped.then(() => setTimeout(() => process.exit(), 10_000).unref()); // exit anyway if the broker does not reply
   while (!stop.signal.aborted) {
     await consume(url.href).catch((error) => console.error(`connection: ${error.message || error.code}`));
-    // A longer pause after each failure, at random: many workers should not come back in step.
+    // A longer pause after each failure, and random, so that many workers do not reconnect at the same time.
     await sleep(1_000 + Math.random() * (pauseMax - 1_000), undefined, { signal: stop.signal }).catch(() => {});
     pauseMax = Math.min(2 * pauseMax, 30_000);
   }
