@@ -38,7 +38,7 @@ const ROUTING_KEY_BYTES_MAX: usize = 200;
 /// An accepted webhook, as it is stored on disk.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Event {
-    /// UUIDv7, the same for every publish of this event and for every answer about it.
+    /// The event's id, a UUIDv7: the same for every publish of this event and for every answer about it.
     pub id: Uuid,
     /// The time of acceptance by the wall clock, in milliseconds since 1970. Workers receive it in the message.
     pub accepted_ms: i64,
@@ -142,13 +142,13 @@ fn is_traceparent(text: &str) -> bool {
 /// Why a body is not an envelope.
 #[derive(Debug, Error)]
 pub enum NotAnEnvelope {
-    /// Not UTF-8.
+    /// The body is not UTF-8.
     #[error("the body is not UTF-8, as JSON has to be (RFC 8259, section 8.1)")]
     Encoding,
-    /// Not JSON.
+    /// The body is not JSON.
     #[error("the body is not JSON: {0}")]
     Json(serde_json::Error),
-    /// No string `eventType`.
+    /// The body has no string `eventType`.
     #[error("the body is JSON, but not an object with a string `eventType`")]
     EventType,
 }

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// The least time between two lines of a kind.
+/// Minimum time between two lines of a kind.
 const LINE_EVERY: Duration = Duration::from_secs(60);
 
 /// For each kind: when it was last logged, and how many lines were suppressed since. Kinds are constants, so they are

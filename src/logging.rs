@@ -16,7 +16,7 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, fmt, registry};
 
-/// Lines that wait to be written, at most. They have some 300 bytes each.
+/// Maximum number of lines that wait to be written. Each has some 300 bytes.
 const LINES_MAX: usize = 8192;
 
 static DROPPED: OnceLock<ErrorCounter> = OnceLock::new();

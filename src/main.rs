@@ -2,7 +2,8 @@
 
 use std::process::ExitCode;
 
-/// Events are allocated on one thread and freed on another, which is slow with glibc's allocator (see benches/relay).
+/// Events are allocated on one thread and freed on another, which is slow with the system's allocator: see
+/// benches/relay.
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 

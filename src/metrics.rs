@@ -55,15 +55,15 @@ pub struct Metrics {
     pub reloads: Reloads,
     /// Log lines that were dropped because standard error was not read.
     pub log_lines_dropped: Counter,
-    /// By the position of the secret in the list.
+    /// Valid signatures, by the position of their secret in the list.
     verified: RwLock<Vec<Counter>>,
 }
 
 /// Open connections to the public listener.
 pub struct Connections {
-    /// Before their first complete request head.
+    /// Connections before their first complete request head.
     pub half_open: Gauge,
-    /// After it.
+    /// Connections after their first complete request head.
     pub established: Gauge,
 }
 
@@ -81,7 +81,7 @@ pub struct Webhooks {
     pub accepted: Counter,
     /// Re-sends, which are not published again.
     pub duplicate: Counter,
-    /// From the end of the request head to the 200.
+    /// Time from the end of the request head to the 200.
     pub ack_duration: Seconds,
 }
 
@@ -93,9 +93,9 @@ pub struct SpoolMetrics {
     pub parked_events: Gauge,
     /// Accepted events that became unreadable when the file was damaged.
     pub lost_events: Gauge,
-    /// What counts against `spool.max_bytes`.
+    /// Bytes that count against `spool.max_bytes`.
     pub bytes: Gauge,
-    /// `spool.max_bytes`.
+    /// The setting `spool.max_bytes`.
     pub max_bytes: Gauge,
     /// Age of the oldest pending event, in seconds.
     pub oldest_age: Gauge,
@@ -117,7 +117,7 @@ pub struct Publishes {
     pub refused: Counter,
     /// The connection ended before the outcome was known.
     pub lost: Counter,
-    /// From acceptance to the confirm.
+    /// Time from acceptance to the confirm.
     pub delivery_lag: Seconds,
 }
 
@@ -258,7 +258,7 @@ impl Webhooks {
 }
 
 struct Events {
-    /// By event type.
+    /// Accepted events, by documented event type.
     documented: OnceLock<Vec<(&'static str, Counter)>>,
     other: Counter,
 }

@@ -9,9 +9,9 @@ use uuid::Uuid;
 
 use crate::event::{DOCUMENTED_TYPES, Envelope};
 
-/// The latest events; each takes about 300 bytes.
+/// Maximum number of events that are kept; each takes about 300 bytes.
 const LATEST_MAX: usize = 1000;
-/// Event types with a count of their own; the rest is counted together.
+/// Maximum number of event types with a count of their own; the rest is counted together.
 const TYPES_MAX: usize = 50;
 /// Longer texts are cut. Prism's ids have 36 characters, its types about 40.
 const TEXT_CHARS_MAX: usize = 100;
@@ -22,7 +22,7 @@ const SCANNER_CODES: [&str; 3] = ["not-found", "method-not-allowed", "source-not
 /// What happened recently. Cheap to add to; readers get copies.
 pub struct Recent {
     counts: Mutex<Counts>,
-    /// Oldest first.
+    /// The latest events, the oldest first.
     latest: Mutex<VecDeque<Arrival>>,
     /// Events that an operator removed last.
     removed: Mutex<VecDeque<Uuid>>,
@@ -31,11 +31,11 @@ pub struct Recent {
 /// Counts since the start of the process.
 #[derive(Clone, Default)]
 pub struct Counts {
-    /// By event type.
+    /// Accepted events, by event type.
     pub types: BTreeMap<String, Tally>,
-    /// Types beyond the limit, together.
+    /// Accepted events of all types beyond the limit.
     pub other_types: Tally,
-    /// By the `code` of the answer.
+    /// Refused requests, by the `code` of the answer.
     pub refused: BTreeMap<&'static str, u64>,
     pub last_refused: Option<(Timestamp, &'static str)>,
     pub last_accepted: Option<Timestamp>,
@@ -51,7 +51,7 @@ pub struct Arrival {
     pub seq: u64,
     pub id: Uuid,
     pub accepted_at: Timestamp,
-    /// `None`, as the fields below, for a signed body without an envelope.
+    /// The event type; `None`, like the fields below, for a signed body without an envelope.
     pub event_type: Option<Box<str>>,
     pub scan_id: Option<Box<str>>,
     pub prediction_id: Option<Box<str>>,

@@ -23,15 +23,15 @@ pub const TIMESTAMP_HEADER: &str = "prism-timestamp";
 /// The header that carries the signature.
 pub const SIGNATURE_HEADER: &str = "prism-signature";
 
-/// Enough for any rotation, and few enough to try each of them for every request.
+/// Maximum number of secrets: enough for any rotation, and few enough to try each of them for every request.
 pub const SECRETS_MAX: usize = 8;
 
 /// The section `[signature]`.
 #[derive(Debug)]
 pub struct Settings {
-    /// `false`: requests without a signature are accepted.
+    /// Whether requests without a signature are refused.
     pub required: bool,
-    /// At most [`SECRETS_MAX`]; any of them may match.
+    /// The secrets, of which any may match; at most [`SECRETS_MAX`].
     pub secrets: Vec<Secret>,
     /// The file that holds the secrets; it is reloaded when it changes.
     pub secrets_file: Option<PathBuf>,

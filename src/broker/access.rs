@@ -22,7 +22,7 @@ pub struct BrokerAccess {
 
 struct Credentials {
     urls: Vec<BrokerUrl>,
-    /// `None` if no URL uses TLS.
+    /// TLS settings for `amqps` URLs; `None` if no URL uses TLS.
     tls: Option<Arc<ClientConfig>>,
 }
 
@@ -59,7 +59,7 @@ impl BrokerAccess {
         self.credentials().urls.len()
     }
 
-    /// For a connection attempt, and for each round trip of its set-up.
+    /// Maximum time for a connection attempt, and for each round trip of its set-up.
     pub fn connect_timeout(&self) -> Duration {
         self.connect_timeout
     }

@@ -26,7 +26,7 @@ use super::reply::reply_code;
 use super::url::BrokerUrl;
 use crate::tls;
 
-/// For the reply to `connection.close`. A broker that blocks publishers does not send it.
+/// Maximum time for the reply to `connection.close`. A broker that blocks publishers does not send it.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Why a connection to the broker could not be opened.

@@ -15,7 +15,7 @@ use super::url::BrokerUrl;
 use crate::http_client::{HttpClient, Limits, NoAnswer, get, http_client};
 use crate::tls;
 
-/// A broker with ten thousand queues answers less.
+/// Limits for an answer. A broker with ten thousand queues answers less.
 const LIMITS: Limits = Limits { deadline: Duration::from_secs(10), bytes_max: 64 * 1024 * 1024 };
 
 /// Why the management API gave no answer.

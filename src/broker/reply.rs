@@ -4,7 +4,7 @@ use lapin::ErrorKind;
 use lapin::types::ShortString;
 use thiserror::Error;
 
-/// The most that AMQP allows for the name of an exchange or queue and for a routing key.
+/// Maximum length that AMQP allows for the name of an exchange or queue and for a routing key.
 pub(crate) const SHORT_STRING_BYTES_MAX: usize = 255;
 
 /// A name that AMQP cannot carry. An empty one in its place would be the default exchange, so this is an error.

@@ -11,7 +11,7 @@ use crate::tls::ClientFiles;
 /// Where the broker is and how to log in.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// At least one; tried in turn.
+    /// URLs of the broker's nodes, tried in turn; at least one.
     pub urls: Vec<BrokerUrl>,
     /// The file that holds the password of the URLs; it is reloaded when it changes.
     pub password_file: Option<PathBuf>,
@@ -19,8 +19,8 @@ pub struct Settings {
     pub tls: ClientFiles,
     /// The name that the broker's certificate must show; `None`: the host of the URL.
     pub server_name: Option<String>,
-    /// For name look-up, TCP, TLS and login together.
+    /// Maximum time for name look-up, TCP, TLS and login together.
     pub connect_timeout: Duration,
-    /// Of the management API; `None`: on the host of the URL, at RabbitMQ's default port.
+    /// URL of the management API; `None`: the host of the broker's URL, at RabbitMQ's default port.
     pub management_url: Option<Uri>,
 }

@@ -7,8 +7,8 @@ use lapin::uri::{AMQPScheme, AMQPUri, SASLMechanism};
 
 use crate::secret::Secret;
 
-/// RabbitMQ's default, in bytes. Without a value lapin takes the broker's, and allocates buffers of 64 frames: with 0,
-/// which means "no limit", until the memory is used up.
+/// Maximum size of a frame, in bytes: RabbitMQ's default. Without a value lapin takes the broker's, and allocates
+/// buffers of 64 frames: with 0, which means "no limit", until the memory is used up.
 const FRAME_MAX: u32 = 131_072;
 
 /// An `amqp://` or `amqps://` URI whose `Display` and `Debug` leave the password out.
@@ -16,7 +16,7 @@ const FRAME_MAX: u32 = 131_072;
 pub struct BrokerUrl(AMQPUri);
 
 impl BrokerUrl {
-    /// The error completes the sentence "the value ..." and does not quote it.
+    /// Parses a URL. The error completes the sentence "the value ..." and does not quote it.
     pub fn parse(text: &str) -> Result<Self, String> {
         let mut uri: AMQPUri =
             text.parse().map_err(|_| "is not a URL such as amqp://user:password@host:5672/%2f".to_owned())?;

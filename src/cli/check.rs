@@ -12,7 +12,7 @@ use crate::spool::{Inspector, SpoolState};
 use crate::text::chain;
 use crate::topology::{Comparison, Declare, Kind, Plan, compare};
 
-/// How long to wait for one reply of the broker.
+/// Maximum time for one reply of the broker.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[derive(clap::Args)]

@@ -17,10 +17,10 @@ use super::transfer::{TransferError, in_time};
 const PREFETCH: u16 = 500;
 const CONSUMER_TAG: &str = "prism-relay";
 
-/// A reply within this time comes from the queue itself, not from RabbitMQ's timeout.
+/// Maximum time of an immediate reply: a reply within it comes from the queue itself, not from RabbitMQ's timeout.
 const AT_ONCE: Duration = Duration::from_millis(200);
-/// Over a slow line no reply arrives within [`AT_ONCE`], so the attempts are limited. With RabbitMQ's timeout of 250 ms
-/// this many take two seconds.
+/// Maximum number of attempts to count a queue: over a slow line no reply arrives within [`AT_ONCE`], so the attempts
+/// are limited. With RabbitMQ's timeout of 250 ms this many take two seconds.
 const ATTEMPTS_MAX: u32 = 8;
 
 /// The only consumer of a channel.
@@ -29,7 +29,7 @@ pub(super) struct Consumer {
     deliveries: lapin::Consumer,
     /// The request to cancel the consumer, once it was made. It resolves to the error if the request fails.
     cancellation: Option<Pin<Box<dyn Future<Output = Option<lapin::Error>> + Send>>>,
-    /// How long to wait for a reply of the broker, or for a delivery that comes before the reply.
+    /// Maximum time for a reply of the broker, or for a delivery that comes before the reply.
     deadline: Duration,
     ended: bool,
 }

@@ -10,7 +10,7 @@ use crate::text::chain;
 /// EX_USAGE of sysexits.h. A service manager should not restart the program.
 pub(super) const EXIT_USAGE: u8 = 64;
 
-/// For the last line on standard error.
+/// Maximum time for printing the last line on standard error.
 const PRINT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Why a command failed, which decides the exit code. It does not implement `Error`, so that `?` converts every error

@@ -10,7 +10,8 @@ use super::http::{OpsResource, ops_url};
 use super::output::say;
 use crate::config::Config;
 
-/// Shorter than the timeouts of container engines, so that the command can print the reason.
+/// Maximum time for the relay's answer: less than the timeouts of container engines, so that the command can print the
+/// reason.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(3);
 
 #[derive(clap::Args)]

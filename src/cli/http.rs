@@ -15,7 +15,7 @@ use crate::secret::Secret;
 use crate::text::clean;
 use crate::tls;
 
-/// Far larger than any status.
+/// Maximum size of an answer, in bytes: far larger than any status.
 const ANSWER_BYTES_MAX: usize = 4 * 1024 * 1024;
 
 /// A resource of the operators' listener.

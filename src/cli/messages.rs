@@ -89,7 +89,7 @@ fn whole_number(value: &AMQPValue) -> Option<u64> {
     }
 }
 
-/// When the relay accepted the event. For messages of other publishers, their `timestamp` property.
+/// When the relay accepted the event; the property `timestamp` if another publisher sent the message.
 pub(super) fn time_of(properties: &BasicProperties) -> Option<Timestamp> {
     let accepted = header(properties, "prism-received-at").and_then(|text| text.parse().ok());
     accepted.or_else(|| Timestamp::from_second(i64::try_from((*properties.timestamp())?).ok()?).ok())
@@ -156,7 +156,7 @@ pub(super) fn fresh(old: &BasicProperties) -> BasicProperties {
     published_again(old, |name| PAST.contains(&name) || PAST_PREFIXES.iter().any(|prefix| name.starts_with(prefix)))
 }
 
-/// [`fresh`] properties with the header [`REPLAYED_AT`].
+/// Properties for a message published once more on purpose: those of [`fresh`], with the header [`REPLAYED_AT`].
 pub(super) fn replayed(old: &BasicProperties, now: Timestamp) -> BasicProperties {
     let new = fresh(old);
     let mut headers = new.headers().clone().unwrap_or_default();

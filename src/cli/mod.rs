@@ -29,7 +29,7 @@ use failure::{EXIT_USAGE, Failure};
 use crate::config::{Config, Purpose};
 use crate::{logging, relay};
 
-/// For example `0.1.0 (3f2a9c01b7de)`. build.rs provides the commit.
+/// The version with its commit, such as `0.1.0 (3f2a9c01b7de)`. build.rs provides the commit.
 const LONG_VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (", env!("PRISM_RELAY_COMMIT"), ")");
 
 /// A durable webhook-to-RabbitMQ relay for the Prism body-scan API.

@@ -51,7 +51,7 @@ pub struct Config {
 /// The section `[shutdown]`.
 #[derive(Debug)]
 pub struct Shutdown {
-    /// For open requests and deliveries after SIGTERM or SIGINT.
+    /// Maximum time for open requests and deliveries after SIGTERM or SIGINT.
     pub grace: Duration,
 }
 

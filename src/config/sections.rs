@@ -37,11 +37,11 @@ pub(super) const HOUR: Duration = Duration::from_secs(3600);
 const DAY: Duration = Duration::from_secs(24 * 3600);
 pub(super) const MILLISECOND: Duration = Duration::from_millis(1);
 
-/// RabbitMQ 4's own default for quorum queues.
+/// The default delivery limit: RabbitMQ 4's own for quorum queues.
 const DELIVERY_LIMIT: usize = 20;
-/// Below the limit of RabbitMQ, 2^32 milliseconds.
+/// Maximum time to live of a message, below RabbitMQ's limit of 2^32 milliseconds.
 const TTL_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
-/// Each step is a queue.
+/// Maximum number of retry delays. Each of them needs a queue.
 const RETRIES_MAX: usize = 16;
 const PARTITIONS_MAX: usize = 256;
 /// Room for the suffixes that the relay appends, such as `.retry.16`.

@@ -53,7 +53,7 @@ pub struct Parts {
     pub recent: Arc<Recent>,
     /// Records spans.
     pub traces: Arc<Traces>,
-    /// Counts.
+    /// Counts and measures webhooks.
     pub metrics: Arc<Metrics>,
 }
 
@@ -143,7 +143,7 @@ struct WebhookHandler {
     recent: Arc<Recent>,
     traces: Arc<Traces>,
     metrics: Arc<Metrics>,
-    /// In the order of [`Code::ALL`].
+    /// Counters of refusals, in the order of [`Code::ALL`].
     refused: [Counter; Code::ALL.len()],
     memory: Memory,
     draining: CancellationToken,

@@ -15,27 +15,27 @@ pub const HEALTH_PATH: &str = "/healthz";
 pub struct Settings {
     /// Where to listen; port 0 takes any free port.
     pub listen: SocketAddr,
-    /// Starts with `/`, and is not [`HEALTH_PATH`].
+    /// The path for webhooks. It starts with `/`, and is not [`HEALTH_PATH`].
     pub path: String,
-    /// Largest body, in bytes.
+    /// Maximum size of a body, in bytes.
     pub body_bytes_max: usize,
-    /// For all bodies together; at least `body_bytes_max`.
+    /// Maximum memory for all bodies together, in bytes; at least `body_bytes_max`.
     pub buffer_bytes_max: usize,
-    /// For a TLS handshake, and for a request head.
+    /// Maximum time for a TLS handshake, and for a request head.
     pub header_timeout: Duration,
-    /// For a whole body.
+    /// Maximum time for a whole body.
     pub body_timeout: Duration,
-    /// At least 1.
+    /// Maximum number of open connections; at least 1.
     pub connections_max: usize,
-    /// At least 1.
+    /// Maximum number of open connections from one source; at least 1.
     pub connections_per_source_max: usize,
-    /// Most header fields of a request.
+    /// Maximum number of header fields of a request.
     pub headers_max: usize,
-    /// Largest request head, in bytes.
+    /// Maximum size of a request head, in bytes.
     pub header_bytes_max: usize,
-    /// `None`: plain HTTP.
+    /// Certificate files of the listener; `None`: plain HTTP.
     pub tls: Option<ServerFiles>,
-    /// Empty: everyone.
+    /// Networks that may send; empty: every network.
     pub allowed_sources: Vec<IpNet>,
     /// Proxies whose `X-Forwarded-For` is believed.
     pub trusted_proxies: Vec<IpNet>,

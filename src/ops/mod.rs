@@ -53,10 +53,10 @@ const LIMITS: Limits = Limits {
 
 /// How often open consoles receive the status.
 const STATUS_EVERY: Duration = Duration::from_secs(1);
-/// Messages kept for a console that reads slowly; older ones are skipped.
+/// Maximum number of messages kept for a console that reads slowly; older ones are skipped.
 const FEED_CAPACITY: usize = 16;
 
-/// The log-in form holds one token.
+/// Maximum size of the log-in form, which holds one token.
 const LOGIN_BYTES_MAX: usize = 4096;
 const LOGIN_TIMEOUT: Duration = Duration::from_secs(10);
 

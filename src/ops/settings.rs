@@ -9,7 +9,7 @@ use crate::secret::Secret;
 #[derive(Debug)]
 pub struct Settings {
     pub listen: SocketAddr,
-    /// Opens the console and `/api`; `None`: they are open on loopback only.
+    /// The token for the console and `/api`; `None`: they are open on loopback only.
     pub token: Option<Secret>,
     /// The file that holds the token; it is reloaded when it changes.
     pub token_file: Option<PathBuf>,

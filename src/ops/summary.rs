@@ -65,9 +65,9 @@ pub(super) struct Facts {
     pub recent_refused: BTreeMap<&'static str, u64>,
 }
 
-/// From this share on the summary warns that the spool fills up.
+/// The used share of the spool from which on the summary warns that it fills up.
 const NEARLY_FULL: f64 = 0.8;
-/// From this age of the oldest pending event on, deliveries are behind.
+/// The age of the oldest pending event from which on deliveries are behind.
 const LATE: Duration = Duration::from_secs(30);
 /// An outage shorter than this is only a warning: a reconnect usually takes less.
 const BRIEF: Duration = Duration::from_secs(5);

@@ -28,7 +28,7 @@ pub(super) struct Flight {
 pub(super) struct Confirmed {
     pub seq: u64,
     pub id: Uuid,
-    /// From acceptance to the confirm.
+    /// Time from acceptance to the confirm.
     pub lag: Duration,
     pub span: PublishSpan,
 }
@@ -51,7 +51,7 @@ impl Flight {
         Self { id, body_bytes: event.body.len(), accepted_ms, published_at: Instant::now(), span }
     }
 
-    /// Confirmed now.
+    /// The event of this flight, confirmed now.
     pub(super) fn confirmed(self, seq: u64) -> Confirmed {
         let lag_ms = Timestamp::now().as_millisecond() - self.accepted_ms;
         // Zero if the clock was set back.

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use hdrhistogram::Histogram;
 
-/// Seven weeks. Longer lags count as this one.
+/// The longest lag that is recorded: seven weeks. Longer lags count as this one.
 const LAG_MAX_MS: u64 = 1 << 32;
 /// A quantile is at most one percent above the true value.
 const SIGNIFICANT_DIGITS: u8 = 2;

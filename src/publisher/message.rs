@@ -10,11 +10,12 @@ use crate::event::{Envelope, Event, INVALID_BODY, TraceContext};
 /// The publisher's name, for workers and for RabbitMQ's management pages.
 const APP_ID: &str = "prism-relay";
 const CONTENT_TYPE: &str = "application/json";
-/// AMQP 0-9-1: the message survives a restart of the broker.
+/// The delivery mode of AMQP 0-9-1 in which a message survives a restart of the broker.
 const PERSISTENT: u8 = 2;
 
-/// Longer values are left out of the headers, because the body has them as well. All headers travel in one frame, which
-/// lapin does not split and for which RabbitMQ 4.1 guarantees only 8192 bytes. There are at most nine headers.
+/// Maximum length of a value in a header. Longer values are left out, because the body has them as well. All headers
+/// travel in one frame, which lapin does not split and for which RabbitMQ 4.1 guarantees only 8192 bytes. There are at
+/// most nine headers.
 const HEADER_BYTES_MAX: usize = 512;
 
 /// The arguments of one `basic.publish`, apart from the exchange.

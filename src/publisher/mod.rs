@@ -132,7 +132,7 @@ impl Publisher {
         Ok(())
     }
 
-    /// Returns once `drain` is cancelled and nothing is pending, so that no connection is needed.
+    /// Returns once `drain` is cancelled and nothing is pending: then no connection is needed.
     async fn drained_before_connecting(&self, drain: &CancellationToken) {
         drain.cancelled().await;
         self.parts.spool.flush().await;

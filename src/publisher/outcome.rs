@@ -14,7 +14,7 @@ pub(super) enum PublishOutcome {
     Acked(Option<ReturnedMessage>),
     /// The broker rejected the message.
     Nacked(Option<ReturnedMessage>),
-    /// Unknown: the channel failed first.
+    /// The channel failed before the outcome was known.
     Failed(lapin::Error),
     /// The channel is not in confirm mode, which is a bug.
     NotConfirmed,
@@ -24,7 +24,7 @@ pub(super) enum PublishOutcome {
 /// event it was.
 #[derive(Debug)]
 pub(super) struct ReturnedMessage {
-    /// `None` if the message is not the relay's.
+    /// The event's id; `None` if the message is not the relay's.
     pub id: Option<Uuid>,
     pub reason: String,
 }

@@ -32,9 +32,9 @@ struct Suspect {
 /// Which event the broker refused.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Refusal {
-    /// One of several: events are published one by one from now on.
+    /// The broker refused one of several events: from now on they are published one by one.
     OneOfMany,
-    /// The only one in flight, for the first time: it gets another try.
+    /// The broker refused the only event in flight, for the first time: it gets another try.
     Suspect,
     /// The event that closed the channel repeatedly.
     Culprit(u64),

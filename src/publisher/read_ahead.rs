@@ -6,7 +6,7 @@ use tokio::task::JoinHandle;
 
 use crate::spool::{Batch, ReadError, Spool, Stored};
 
-/// Limit for the bodies in memory, read ahead and in flight. One event is always allowed, however large.
+/// Maximum bytes of bodies in memory, read ahead and in flight. One event is always allowed, however large.
 const BODY_BYTES_MAX: usize = 16 * 1024 * 1024;
 
 /// A cursor that moves through the spool from the oldest pending event.

@@ -75,9 +75,9 @@ pub(super) struct Session<'a> {
     completions: FuturesUnordered<PublishFuture>,
     /// Publishes without an outcome, by sequence number.
     flights: BTreeMap<u64, Flight>,
-    /// Confirmed since the last marker.
+    /// Events confirmed since the last marker.
     confirmed: Vec<Confirmed>,
-    /// Past their marker, but held back because of a return.
+    /// Confirmed events past their marker, held back because of a return.
     held: Vec<Confirmed>,
     /// Returned messages and the broker's reason, until the events are parked.
     returned: HashMap<Uuid, String>,

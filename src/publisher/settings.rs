@@ -7,9 +7,9 @@ use std::time::Duration;
 pub struct Settings {
     /// The exchange to publish to.
     pub exchange: String,
-    /// How many publishes may be unconfirmed; at least 1.
+    /// Maximum number of unconfirmed publishes; at least 1.
     pub window: usize,
-    /// At least the heartbeat interval, which is in the URLs.
+    /// Maximum time for a confirm; at least the heartbeat interval, which is in the URLs.
     pub confirm_timeout: Duration,
     /// The shortest delay before the next connection.
     pub reconnect_min: Duration,

@@ -16,7 +16,7 @@ const TIMELINE_MAX: usize = 100;
 /// How many confirmed events are kept.
 const CONFIRMS_MAX: usize = 1000;
 
-/// Written by the publisher, read by the operators' listener.
+/// The publisher's state: written by the publisher, read by the operators' listener.
 pub struct Status {
     state: Mutex<BrokerState>,
     timeline: Mutex<VecDeque<ConnectionEvent>>,
@@ -32,13 +32,13 @@ pub struct BrokerState {
     pub connected: bool,
     /// The broker's reason for blocking publishers (a memory or disk alarm).
     pub blocked: Option<String>,
-    /// Without the password.
+    /// The broker's URL without the password.
     pub url: Option<String>,
     /// Why there is no connection.
     pub error: Option<String>,
     /// When the connection was opened or lost, or when the broker last blocked or unblocked publishers.
     pub since: Timestamp,
-    /// Connections so far.
+    /// Number of connections made since the relay started.
     pub connects: u64,
 }
 

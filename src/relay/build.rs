@@ -45,7 +45,7 @@ pub(super) struct Built {
     pub is_handed_over: bool,
 }
 
-/// Cancelled to stop a part.
+/// The tokens that stop each part when they are cancelled.
 #[derive(Default)]
 pub(super) struct Stops {
     pub ingress: CancellationToken,

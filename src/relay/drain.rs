@@ -9,17 +9,17 @@ use super::error::{RelayError, Task};
 use super::tasks::Tasks;
 use crate::text::span;
 
-/// For the last commit, after the grace.
+/// Maximum time for the last commit, after the grace.
 const WRITER_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// For the last traces, after the last delivery.
+/// Maximum time for the last traces, after the last delivery.
 const TRACES_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// For deliveries and traces where the service manager holds the public socket: webhooks wait in it for the next relay,
-/// which can make the same deliveries.
+/// Maximum time for deliveries and traces if the service manager holds the public socket: webhooks wait in that socket
+/// for the next relay, which can make the same deliveries.
 const HANDOVER: Duration = Duration::from_secs(1);
 
-/// For open requests where the service manager holds the public socket. Prism sends a slower one again.
+/// Maximum time for open requests if the service manager holds the public socket. Prism sends a slower one again.
 const HANDOVER_REQUESTS: Duration = Duration::from_secs(2);
 
 impl Tasks {

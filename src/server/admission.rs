@@ -26,10 +26,12 @@ use ipnet::IpNet;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-/// Enough for a TLS handshake and a request from the other side of the world.
+/// Minimum age of a connection before it is evicted, if others can be: enough for a TLS handshake and a request from
+/// the other side of the world.
 const FAIR_CHANCE: Duration = Duration::from_secs(1);
 
-/// In normal traffic far fewer connections than one in eight are half-open.
+/// The half-open connections are many if at least one connection in this number is half-open. In normal traffic far
+/// fewer are.
 const MANY: usize = 8;
 
 /// A client with one IPv6 address usually has the whole /64 (RFC 6177).
@@ -39,7 +41,7 @@ const IPV6_SOURCE_BITS: u32 = 64;
 pub struct Admission {
     total_max: usize,
     source_max: usize,
-    /// Proxies: many senders share one address.
+    /// Networks of proxies, where many senders share one address.
     unlimited_sources: Vec<IpNet>,
     table: Mutex<Table>,
     left: Notify,
@@ -92,9 +94,9 @@ pub struct Place {
 /// How many connections are open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ConnectionCounts {
-    /// Before their first complete request head.
+    /// Connections before their first complete request head.
     pub half_open: usize,
-    /// Known or trusted.
+    /// Connections that are known or trusted.
     pub established: usize,
 }
 

@@ -32,7 +32,7 @@ const LAST_REQUEST: Duration = Duration::from_millis(500);
 
 /// How a connection ended.
 pub enum End {
-    /// Closed in good order by either side.
+    /// One side closed it in order.
     Closed,
     /// The peer or the network broke it off.
     Broken(String),
@@ -68,7 +68,7 @@ fn is_write_timeout(error: &hyper::Error) -> bool {
     cause.is_some_and(|cause| cause.kind() == io::ErrorKind::TimedOut)
 }
 
-/// HTTP/1.1 within limits.
+/// Speaks HTTP/1.1 within the limits of a listener.
 pub struct Protocol {
     builder: http1::Builder,
     header_timeout: Duration,
@@ -175,11 +175,11 @@ struct Activity(watch::Sender<Requests>);
 
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
 enum Requests {
-    /// None has arrived.
+    /// No request has arrived.
     #[default]
     None,
     InProgress,
-    /// All that have arrived are answered.
+    /// All requests that have arrived are answered.
     Answered,
 }
 

@@ -11,18 +11,18 @@ pub(super) type BodyError = Box<dyn Error + Send + Sync>;
 /// The limits of a listener.
 #[derive(Clone, Debug)]
 pub struct Limits {
-    /// Open connections in all.
+    /// Maximum number of open connections.
     pub connections_max: usize,
-    /// For one source: an IPv4 address or an IPv6 /64.
+    /// Maximum number of open connections from one source: an IPv4 address or an IPv6 /64.
     pub connections_per_source_max: usize,
-    /// Peers without a limit for their source: proxies.
+    /// Networks to which the limit per source does not apply: proxies.
     pub unlimited_sources: Vec<IpNet>,
-    /// For a TLS handshake, for a request head, and for a connection without a request.
+    /// Maximum time for a TLS handshake, for a request head, and for a connection without a request.
     pub header_timeout: Duration,
-    /// For a client that reads none of its answer.
+    /// Maximum time during which a client reads nothing of its answer.
     pub write_timeout: Duration,
-    /// Header fields of a request.
+    /// Maximum number of header fields of a request.
     pub headers_max: usize,
-    /// The size of a request head.
+    /// Maximum size of a request head, in bytes.
     pub header_bytes_max: usize,
 }

@@ -47,7 +47,7 @@ pub struct BindError {
 pub struct Peer {
     /// The peer's address.
     pub address: SocketAddr,
-    /// `None`: the connection is not one of a [`Server`].
+    /// The connection's place in the table; `None` if the connection is not one of a [`Server`].
     place: Option<Arc<Place>>,
 }
 
@@ -95,7 +95,7 @@ pub async fn listen(
 }
 
 impl Server {
-    /// `name` is that of the configuration section, for metrics and logs.
+    /// `name` is the name of the configuration section, for metrics and logs.
     pub fn new(
         listener: TcpListener,
         name: &'static str,

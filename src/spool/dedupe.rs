@@ -19,9 +19,9 @@ use crate::event::Event;
 /// The settings of the dedupe window.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// Zero: off.
+    /// How long an accepted body is remembered; zero: not at all.
     pub window: Duration,
-    /// Most requests to remember; the newest win.
+    /// Maximum number of requests to remember; the newest win.
     pub entries_max: usize,
 }
 
@@ -29,10 +29,12 @@ pub struct Settings {
 /// for its commit, and clocks are corrected by a little now and then.
 const MARGIN_MS: i64 = 60_000;
 
-/// Twice the largest `signature.tolerance`. Without a limit, a clock set back by years would keep entries for years.
+/// Maximum time for which a signature keeps an entry: twice the largest `signature.tolerance`. Without a limit, a clock
+/// set back by years would keep entries for years.
 const REPLAYABLE_MS_MAX: i64 = 2 * 24 * 3_600_000;
 
-/// Most entries to allocate room for at the start, and how many more a commit may add before the oldest are dropped.
+/// Maximum number of entries to allocate room for at the start, and how many more a commit may add before the oldest
+/// are dropped.
 const ROOM_MAX: usize = 200_000;
 const ROOM_BEYOND: usize = 2048;
 
@@ -50,9 +52,9 @@ type BodyKey = [u8; 16];
 pub(super) struct Window {
     length_ms: i64,
     entries_max: usize,
-    /// Times are milliseconds since then.
+    /// The instant from which the times of entries count, in milliseconds.
     origin: Instant,
-    /// Numbered one by one, the oldest first.
+    /// The entries, numbered one by one, the oldest first.
     entries: VecDeque<Entry>,
     /// The number of the oldest entry.
     first: u64,

@@ -77,7 +77,7 @@ pub(super) struct Reserve {
 /// Suffix of the reserve's file.
 pub(super) const RESERVE: &str = ".reserve";
 
-/// More than the log grows to before a checkpoint (4 MiB and one batch).
+/// Size of the reserve: more than the log grows to before a checkpoint (4 MiB and one batch).
 const RESERVE_BYTES: usize = 8 * 1024 * 1024;
 
 /// How often to try to get the reserve back while the disk is full.

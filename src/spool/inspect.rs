@@ -21,11 +21,11 @@ const PARKED: &str = "INDEXED BY parked WHERE parked_reason IS NOT NULL";
 pub enum SpoolState {
     /// There is no file. Holds its folder, or the nearest one above that exists.
     Absent(PathBuf),
-    /// It is being recovered, or will be at the next start.
+    /// The file is being recovered, or will be at the next start.
     Damaged,
-    /// No relay runs on it.
+    /// There is a spool, and no relay runs on it.
     Idle,
-    /// A relay runs on it.
+    /// There is a spool, and a relay runs on it.
     InUse,
 }
 
@@ -65,7 +65,7 @@ pub struct Entry {
 pub struct Verdict {
     /// The totals in the file.
     pub ledger: Ledger,
-    /// Empty if nothing is wrong.
+    /// What is wrong; empty if nothing is.
     pub problems: Vec<String>,
 }
 

@@ -4,26 +4,26 @@ use rusqlite::Error::FromSqlConversionFailure;
 use rusqlite::types::Type;
 use rusqlite::{Connection, Result, Row};
 
-/// `accepted = confirmed + pending + parked + removed`, always.
+/// The totals of a spool. They always satisfy `accepted = confirmed + pending + parked + removed`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Ledger {
     /// Events ever accepted; also the `seq` of the last one.
     pub accepted: u64,
-    /// Delivered: confirmed by the broker and routed to a queue.
+    /// Delivered events: confirmed by the broker and routed to a queue.
     pub confirmed: u64,
-    /// Waiting for their confirm.
+    /// Events that wait for their confirm.
     pub pending: u64,
-    /// Kept because the broker does not take them.
+    /// Events kept because the broker does not take them.
     pub parked: u64,
-    /// Removed by an operator, or unreadable after damage of the file.
+    /// Events removed by an operator, or unreadable after damage of the file.
     pub removed: u64,
     /// Re-sends answered with the first id; no part of the balance.
     pub duplicates: u64,
-    /// What pending and parked events count for in `spool.max_bytes`.
+    /// Bytes that pending and parked events count for in `spool.max_bytes`.
     pub bytes: u64,
 }
 
-/// How many events were deleted, and what they counted for.
+/// How many events were deleted, and how many bytes they counted for.
 pub(super) struct Deleted {
     pub pending: u64,
     pub parked: u64,

@@ -38,8 +38,8 @@ use writer::{Append, Command, Exit, Writer};
 use crate::event::Event;
 use crate::metrics::Metrics;
 
-/// Most appends that wait for the writer; further ones wait until there is room. With bodies of 256 KiB this is 256
-/// MiB.
+/// Maximum number of appends that wait for the writer; further ones wait until there is room. With bodies of 256 KiB
+/// this is 256 MiB.
 const INBOX_CAPACITY: usize = 1024;
 
 /// The spool as the other modules use it: cheap to clone.
@@ -157,7 +157,7 @@ impl Spool {
         self.reader.run(move |connection| reader::parked_due(connection, now_ms, retry_ms, limit)).await
     }
 
-    /// Those of these events that are still in the spool.
+    /// Finds out which of these events are still in the spool.
     pub async fn undelivered(&self, seqs: Vec<u64>) -> Result<Vec<Undelivered>, ReadError> {
         self.reader.run(move |connection| reader::undelivered(connection, &seqs)).await
     }
@@ -182,7 +182,7 @@ impl Spool {
         &self.status
     }
 
-    /// `spool.max_bytes`.
+    /// The setting `spool.max_bytes`.
     pub fn max_bytes(&self) -> u64 {
         self.max_bytes
     }

@@ -12,7 +12,7 @@ use super::error::ReadError;
 use super::types::{Batch, Stored, Undelivered};
 use crate::event::{Event, Fingerprint, TraceContext};
 
-/// Bodies read at a time, so that large ones do not fill the memory. At least one event is read.
+/// Maximum bytes of bodies read at a time, so that large ones do not fill the memory. At least one event is read.
 const READ_BYTES: usize = 4 * 1024 * 1024;
 
 /// The columns that [`stored`] reads, in its order.
@@ -75,7 +75,7 @@ pub(super) fn parked_due(connection: &Connection, now_ms: i64, retry_ms: i64, li
     batch(statement.query((now_ms.saturating_sub(retry_ms), now_ms, limit as i64))?, limit)
 }
 
-/// Those of these events that are still in the spool.
+/// Finds out which of these events are still in the spool.
 pub(super) fn undelivered(connection: &Connection, seqs: &[u64]) -> Result<Vec<Undelivered>> {
     let mut statement = connection.prepare_cached("SELECT parked_reason IS NOT NULL FROM event WHERE seq = ?1")?;
     let find = |seq: &u64| {
@@ -91,7 +91,7 @@ pub(super) fn oldest_pending_ms(connection: &Connection) -> Result<Option<i64>> 
     statement.query_row([], |row| row.get(0)).optional()
 }
 
-/// As many of the rows as fit into [`READ_BYTES`].
+/// Reads as many of the rows as fit into [`READ_BYTES`].
 fn batch(mut rows: rusqlite::Rows<'_>, limit: usize) -> Result<Batch> {
     let (mut events, mut bytes) = (Vec::new(), 0);
     while bytes < READ_BYTES

@@ -56,14 +56,14 @@ const SCHEMA: &str = "
     INSERT INTO ledger VALUES (1, 0, 0, 0, 0, 0, 0, 0, 0, 0);
 ";
 
-/// No number of an event or an entry can be higher.
+/// The highest number that an event or an entry can have.
 pub(super) const NUMBER_MAX: u64 = 1 << 48;
 
 /// The dedupe window as it is on disk.
 pub(super) struct SeenEntries {
-    /// The oldest first.
+    /// The entries, the oldest first.
     pub entries: Vec<EntryBytes>,
-    /// The number of the last one; 0 without any.
+    /// The number of the last entry; 0 if there is none.
     pub last: u64,
 }
 
@@ -235,7 +235,7 @@ impl Store {
         statement.execute([last]).map(|_| ())
     }
 
-    /// At least the newest `limit` entries of the dedupe window, the oldest first.
+    /// Reads at least the newest `limit` entries of the dedupe window, the oldest first.
     pub(super) fn seen(&self, limit: usize) -> Result<SeenEntries> {
         let mut statement = self.connection.prepare("SELECT last, entries FROM seen ORDER BY last DESC")?;
         let (mut entries, mut last) = (Vec::new(), 0);
@@ -263,7 +263,7 @@ impl Store {
         statement.query_row([seq], |row| Ok(Uuid::from_bytes(row.get(0)?))).optional()
     }
 
-    /// From the lowest to the highest number of the events.
+    /// The range from the lowest to the highest number of the events.
     pub(super) fn range(&self) -> Result<Option<RangeInclusive<u64>>> {
         self.connection.query_row("SELECT min(seq), max(seq) FROM event", [], |row| {
             let ends = row.get::<_, Option<u64>>(0)?.zip(row.get(1)?);

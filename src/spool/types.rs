@@ -4,11 +4,11 @@ use uuid::Uuid;
 
 use crate::event::Event;
 
-/// What an event counts for in `spool.max_bytes` in addition to its body: its row, its share of the dedupe window, and
-/// the space that SQLite leaves between rows.
+/// Bytes that an event counts for in `spool.max_bytes` in addition to its body: its row, its share of the dedupe
+/// window, and the space that SQLite leaves between rows.
 pub const EVENT_OVERHEAD_BYTES: u64 = 256;
 
-/// What an event with this body counts for in `spool.max_bytes`.
+/// Bytes that an event with this body counts for in `spool.max_bytes`.
 pub(super) fn cost(body: &[u8]) -> u64 {
     body.len() as u64 + EVENT_OVERHEAD_BYTES
 }
@@ -16,9 +16,9 @@ pub(super) fn cost(body: &[u8]) -> u64 {
 /// The answer to an accepted event: it is on disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Receipt {
-    /// Its number in the order of acceptance; for a re-send, the number of the first one.
+    /// The event's number in the order of acceptance; for a re-send, the number of the first one.
     pub seq: u64,
-    /// Its id; for a re-send, the id of the first one.
+    /// The event's id; for a re-send, the id of the first one.
     pub id: Uuid,
     /// Whether this is a re-send, which is not stored again.
     pub duplicate: bool,
@@ -36,9 +36,9 @@ pub struct Stored {
 /// Some of the requested events, in order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Batch {
-    /// In the order asked for.
+    /// The events, in the requested order.
     pub events: Vec<Stored>,
-    /// Whether there may be more behind them.
+    /// Whether the spool may hold more events behind these.
     pub more: bool,
 }
 

@@ -23,9 +23,10 @@ use crate::event::Event;
 use crate::log_limiter::LogLimiter;
 use crate::metrics::Metrics;
 
-/// Most commands in one transaction: enough to share the fsync, few enough that the first does not wait long.
+/// Maximum number of commands in one transaction: enough to share the fsync, few enough that the first does not wait
+/// long.
 const BATCH_MAX: usize = 1024;
-/// Most bytes of bodies in one transaction: a checkpoint of the log has to fit into the reserve.
+/// Maximum bytes of bodies in one transaction: a checkpoint of the log has to fit into the reserve.
 const BATCH_BYTES_MAX: usize = 2 * 1024 * 1024;
 
 /// How often to try the disk while it takes no writes, even if no webhook arrives.
@@ -34,7 +35,7 @@ const PROBE_EVERY: Duration = Duration::from_secs(1);
 pub(super) enum Command {
     Append(Append),
     Settle(Vec<Settlement>),
-    /// Answered after the commit.
+    /// A request to be answered after the next commit.
     Flush(oneshot::Sender<()>),
 }
 
@@ -109,7 +110,7 @@ pub(super) enum Exit {
 struct Transaction {
     ledger: Ledger,
     appended: u64,
-    /// For each append in turn; to be sent once the transaction is committed.
+    /// The answer to each append in turn, to be sent once the transaction is committed.
     answers: Vec<Result<Receipt, AppendError>>,
 }
 

@@ -291,7 +291,7 @@ impl Entity {
         }
     }
 
-    /// RabbitMQ's word for it: `exchange` or `queue`.
+    /// RabbitMQ's word for the kind of entity: `exchange` or `queue`.
     pub(crate) fn kind(&self) -> &'static str {
         match self {
             Self::Exchange(_) => "exchange",

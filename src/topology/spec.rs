@@ -33,13 +33,13 @@ pub struct QueueSpec {
     pub delivery_limit: u32,
     /// How long a rejected message waits before each further attempt; after the last one it becomes a dead letter.
     pub retry_delays: Vec<Duration>,
-    /// Implied by `partitions`.
+    /// Whether one worker at a time gets the messages. `partitions` implies it.
     pub single_active_consumer: bool,
-    /// At least two.
+    /// Number of partitions; at least two.
     pub partitions: Option<usize>,
-    /// The most messages in the queue, or in each partition; the relay keeps the others on disk.
+    /// Maximum number of messages in the queue, or in each partition; the relay keeps the others on disk.
     pub max_length: Option<usize>,
-    /// A message that no worker has taken by then becomes a dead letter.
+    /// How long a message may wait for a worker before it becomes a dead letter.
     pub ttl: Option<Duration>,
 }
 

@@ -27,7 +27,7 @@ use crate::event::{Event, TraceContext};
 use crate::log_limiter::LogLimiter;
 use crate::tls::ClientFiles;
 
-/// Spans that wait for the collector at most, of about 1 KiB each.
+/// Maximum number of spans that wait for the collector. Each takes about 1 KiB.
 const QUEUE_MAX: usize = 4096;
 const BATCH_MAX: usize = 512;
 /// How long a batch that is not full waits for more spans.
@@ -40,19 +40,19 @@ const PATH: &str = "/v1/traces";
 /// Starts spans and exports them; does nothing without `traces.endpoint`.
 pub struct Traces(Option<Pipeline>);
 
-/// From the tracer through the queue to the exporter.
+/// The way of a span from the tracer through the queue to the exporter.
 struct Pipeline {
     tracer: SdkTracer,
     exporter: SpanExporter,
     queue: mpsc::Sender<Item>,
-    /// Locked by [`Traces::export`] while it runs.
+    /// The queue of finished spans, locked by [`Traces::export`] while it runs.
     items: AsyncMutex<mpsc::Receiver<Item>>,
     log_limiter: LogLimiter,
 }
 
 enum Item {
     Span(Box<SpanData>),
-    /// Answered once all spans queued before it are exported.
+    /// A request to be answered once all spans queued before it are exported.
     Flush(oneshot::Sender<()>),
 }
 

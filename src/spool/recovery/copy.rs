@@ -9,7 +9,7 @@ use super::super::reader::{COLUMNS, stored_at_least};
 use super::super::store::{NUMBER_MAX, Store, lost};
 use super::super::types::{Stored, cost};
 
-/// Most failed look-ups of single numbers. Each takes a microsecond or two.
+/// Maximum number of failed look-ups of single numbers. Each takes a microsecond or two.
 const LOOKUPS_MAX: u64 = 3_000_000;
 
 /// Without totals, search this many sequence numbers on either side of the range found.
@@ -18,7 +18,7 @@ const MARGIN: u64 = 200_000;
 /// Numbers further than this beyond the known total were made up by the damage.
 const AHEAD_MAX: u64 = 1_000_000;
 
-/// Bodies copied between two commits, so that the log of the new file stays small.
+/// Maximum bytes of bodies copied between two commits, so that the log of the new file stays small.
 const COMMIT_BYTES: u64 = 16 * 1024 * 1024;
 
 /// What was copied.
@@ -83,7 +83,7 @@ pub(super) fn copy(old: Option<&Connection>, store: &mut Store) -> Result<Saved>
 
 struct Copier<'a> {
     store: &'a mut Store,
-    /// No event can have a higher number.
+    /// The highest number that an event can have.
     highest: u64,
     /// Counts the copied events: pending, parked and bytes.
     ledger: Ledger,
