@@ -102,9 +102,14 @@ impl Reserve {
         was_held && fs::remove_file(&self.path).is_ok()
     }
 
+    /// Whether [`Self::is_held`] would try to allocate the space again.
+    pub(super) fn is_due(&self) -> bool {
+        !self.held && self.tried.elapsed() >= RESERVE_EVERY
+    }
+
     /// Whether the space is allocated. Tries to allocate it again when the last try is long enough ago.
     pub(super) fn is_held(&mut self) -> bool {
-        if !self.held && self.tried.elapsed() >= RESERVE_EVERY {
+        if self.is_due() {
             self.tried = Instant::now();
             self.held = self.allocate().is_ok();
         }

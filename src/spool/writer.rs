@@ -332,6 +332,12 @@ impl Writer {
         if self.gone || (self.failure.is_some() && !self.resume()) {
             return false;
         }
+        let ledger = self.status.ledger();
+        // After a backlog the file may have all the space in its free pages, and the reserve would never fit again.
+        if ledger.pending + ledger.parked == 0 && self.store.reserve().is_due() {
+            // If it fails, the disk is as full as before.
+            let _ = self.store.shrink();
+        }
         let held = self.store.reserve().is_held();
         if held != self.status.set_writable(held) {
             match held {
