@@ -153,8 +153,8 @@ impl Store {
         if busy { Err(rusqlite::Error::ExecuteReturnedResults) } else { Ok(()) }
     }
 
-    /// Gives the free pages of the file back to the disk. Takes as much memory as the file has contents, so it is for an
-    /// empty spool.
+    /// Gives the free pages of the file back to the disk. Takes as much memory as the file has contents, so it is for
+    /// an empty spool.
     pub(super) fn shrink(&mut self) -> Result<()> {
         self.set_synced(true)?;
         self.connection.execute_batch("PRAGMA temp_store = MEMORY; VACUUM")?;
