@@ -5,11 +5,13 @@ set -euo pipefail
 
 usage() {
   cat <<'EOF'
-Usage: ./tests/run.sh [--rabbitmq-4] [ARGUMENTS FOR CARGO TEST]
+Usage: ./tests/run.sh [--rabbitmq-4 | --rabbitmq-newest] [ARGUMENTS FOR CARGO TEST]
 
-  --rabbitmq-4  run the suite against Debian 13's RabbitMQ 4 in place of the system's, in a tree that debootstrap
-                makes once in ~/.cache/prism-relay/trixie (needs Debian and root; takes a few minutes)
-  -h, --help    this text
+  --rabbitmq-4       run the suite against Debian 13's RabbitMQ 4.0 in place of the system's, in a tree that debootstrap
+                     makes once in ~/.cache/prism-relay/trixie (needs Debian and root; takes a few minutes)
+  --rabbitmq-newest  the same with the RabbitMQ of Debian unstable, in ~/.cache/prism-relay/sid; delete the folder to
+                     get a newer one
+  -h, --help         this text
 
 For example: ./tests/run.sh --test suite restart
 EOF
@@ -22,7 +24,11 @@ main() {
     -h | --help) usage && exit 0 ;;
     --rabbitmq-4)
       shift
-      need_trixie
+      need_tree trixie
+      ;;
+    --rabbitmq-newest)
+      shift
+      need_tree sid
       ;;
     *) need_rabbitmq ;;
   esac
@@ -123,31 +129,35 @@ as_root() {
   if [[ $EUID == 0 ]]; then "$@"; else sudo "$@"; fi
 }
 
-need_trixie() {
-  local tree=${XDG_CACHE_HOME:-$HOME/.cache}/prism-relay/trixie mirror
-  export PRISM_TEST_RABBITMQ_ROOT=$tree
+# Runs RabbitMQ in a tree of a Debian release, which debootstrap makes once. Prints the version.
+need_tree() {
+  local release=$1 tree=${XDG_CACHE_HOME:-$HOME/.cache}/prism-relay/$1
   # The tree gets its name only when it is complete.
-  if [[ -d $tree ]]; then return; fi
+  if [[ ! -d $tree ]]; then make_tree "$release" "$tree"; fi
+  export PRISM_TEST_RABBITMQ_ROOT=$tree
+  echo "The suite runs on RabbitMQ $(dpkg-query --admindir="$tree/var/lib/dpkg" -W -f '${source:Upstream-Version}' rabbitmq-server), in $tree."
+}
 
+make_tree() {
+  local release=$1 tree=$2 mirror
   if [[ $EUID != 0 ]] || ! command -v apt-get >/dev/null; then
-    echo '--rabbitmq-4 makes a Debian 13 tree and runs RabbitMQ in it with chroot. It needs Debian or a derivative, and root.' >&2
+    echo "This makes a tree of Debian $release and runs RabbitMQ in it with chroot. It needs Debian or a derivative, and root." >&2
     exit 1
   fi
-  if ! command -v debootstrap >/dev/null; then
-    echo 'Installing debootstrap ...'
-    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends debootstrap; } >/dev/null
-  fi
+  command -v debootstrap >/dev/null || need_package debootstrap /usr/sbin/debootstrap
 
-  echo "Making a Debian 13 tree with RabbitMQ 4 in $tree (once, a few minutes) ..."
+  echo "Making a tree of Debian $release with RabbitMQ in $tree (once, a few minutes) ..."
   rm -rf "$tree.partial" && mkdir -p "$tree.partial"
   # The mirror of this system's packages, or debootstrap's default if apt names none.
   # shellcheck disable=SC2016 # apt expands it
   mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Component: main' 'Origin: Debian' 2>/dev/null | grep -v security | head -n 1 || true)
-  debootstrap --variant=minbase --include=rabbitmq-server trixie "$tree.partial" ${mirror:+"$mirror"} >"$tree.log" 2>&1 || {
+  debootstrap --variant=minbase --include=rabbitmq-server "$release" "$tree.partial" ${mirror:+"$mirror"} >"$tree.log" 2>&1 || {
     tail -n 15 "$tree.log" >&2
     echo "debootstrap failed; the whole log is in $tree.log" >&2
     exit 1
   }
+  # A node is named n1@localhost. A tree of sid has no package that writes this line.
+  grep -qs localhost "$tree.partial/etc/hosts" || echo '127.0.0.1 localhost' >>"$tree.partial/etc/hosts"
   mv "$tree.partial" "$tree"
 }
 
