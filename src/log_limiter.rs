@@ -2,6 +2,7 @@
 //! fill the disk. Pure except for a lock; takes `now`.
 
 use std::collections::HashMap;
+use std::num::NonZeroU64;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -14,8 +15,9 @@ const LINE_EVERY: Duration = Duration::from_secs(60);
 pub(crate) struct LogLimiter(Mutex<HashMap<&'static str, (Instant, u64)>>);
 
 impl LogLimiter {
-    /// `Some` if a line of this kind may be logged now, with the number of lines suppressed before it.
-    pub(crate) fn due(&self, kind: &'static str, now: Instant) -> Option<u64> {
+    /// `Some` if a line of this kind may be logged now, with the number of lines suppressed before it. A log line
+    /// leaves out the field of a `None`.
+    pub(crate) fn due(&self, kind: &'static str, now: Instant) -> Option<Option<NonZeroU64>> {
         let mut kinds = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         match kinds.get_mut(kind) {
             Some((logged_at, suppressed)) if now.saturating_duration_since(*logged_at) < LINE_EVERY => {
@@ -24,11 +26,11 @@ impl LogLimiter {
             }
             Some((logged_at, suppressed)) => {
                 *logged_at = now;
-                Some(std::mem::take(suppressed))
+                Some(NonZeroU64::new(std::mem::take(suppressed)))
             }
             None => {
                 kinds.insert(kind, (now, 0));
-                Some(0)
+                Some(None)
             }
         }
     }
@@ -41,9 +43,9 @@ mod tests {
     #[test]
     fn each_kind_is_logged_once_a_minute() {
         let (limiter, start) = (LogLimiter::default(), Instant::now());
-        assert_eq!(limiter.due("a", start), Some(0));
-        assert_eq!(limiter.due("b", start), Some(0));
+        assert_eq!(limiter.due("a", start), Some(None));
+        assert_eq!(limiter.due("b", start), Some(None));
         assert_eq!(limiter.due("a", start + LINE_EVERY / 2), None);
-        assert_eq!(limiter.due("a", start + LINE_EVERY), Some(1));
+        assert_eq!(limiter.due("a", start + LINE_EVERY), Some(NonZeroU64::new(1)));
     }
 }

@@ -1,5 +1,5 @@
-//! Small conversions to text: an error with its causes, hex digits, a duration in words, and text that is safe to
-//! print.
+//! Small conversions to text: an error with its causes, hex digits, a duration in words, a number in groups, and text
+//! that is safe to print.
 
 use std::error::Error;
 use std::time::Duration;
@@ -44,9 +44,47 @@ pub(crate) fn span(duration: Duration) -> String {
     }
 }
 
+/// [`span`] with fractions of short durations, for logs: `192 ms`, `1.9 s`, `3 min 50 s`.
+pub(crate) fn rounded(duration: Duration) -> String {
+    match duration.as_millis() {
+        milliseconds @ 0..1000 => format!("{milliseconds} ms"),
+        milliseconds @ 1000..10_000 => format!("{:.1} s", milliseconds as f64 / 1000.0),
+        _ => span(duration),
+    }
+}
+
+/// A number with its digits in groups of three: `1,758`.
+pub(crate) fn grouped(number: u64) -> String {
+    match number / 1000 {
+        0 => number.to_string(),
+        thousands => format!("{},{:03}", grouped(thousands), number % 1000),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn durations_in_logs_have_no_more_digits_than_they_need() {
+        for (microseconds, text) in [
+            (0, "0 ms"),
+            (191_771, "191 ms"),
+            (1_549_999, "1.5 s"),
+            (9_999_000, "10.0 s"),
+            (15_000_000, "15 s"),
+            (90_500_000, "1 min 30 s"),
+        ] {
+            assert_eq!(rounded(Duration::from_micros(microseconds)), text);
+        }
+    }
+
+    #[test]
+    fn long_numbers_are_grouped() {
+        for (number, text) in [(0, "0"), (999, "999"), (1758, "1,758"), (1_000_000, "1,000,000"), (12_003, "12,003")] {
+            assert_eq!(grouped(number), text);
+        }
+    }
 
     #[test]
     fn a_span_has_at_most_two_units() {

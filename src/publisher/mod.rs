@@ -36,7 +36,7 @@ use crate::backoff::Backoff;
 use crate::broker::{BrokerAccess, BrokerConnection, reply_text};
 use crate::metrics::Metrics;
 use crate::spool::Spool;
-use crate::text::chain;
+use crate::text::{chain, rounded};
 use crate::topology::{self, Declare, Plan};
 use crate::traces::Traces;
 use pacing::Pacing;
@@ -93,13 +93,13 @@ impl Publisher {
                 warned[index].clear();
             }
             let delay = backoff.next(fastrand::f64());
-            let text = chain(&error);
+            let (text, wait) = (chain(&error), rounded(delay));
             // The same error is logged once, not at each try. The session has logged a refused message already.
             if text == warned[index] || matches!(error, PublisherError::Poison(_)) {
-                debug!(%url, error = %text, ?delay, "still not delivering");
+                debug!(%url, error = %text, delay = wait, "still not delivering");
             } else {
                 let pending = self.parts.spool.status().ledger().pending;
-                warn!(%url, error = %text, ?delay, pending, "not delivering; events are kept on disk");
+                warn!(%url, error = %text, delay = wait, pending, "not delivering; events are kept on disk");
                 warned[index].clone_from(&text);
             }
             self.parts.status.on_disconnected(text);

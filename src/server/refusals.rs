@@ -1,6 +1,7 @@
 //! Connections that were refused or closed early: counted by reason, and logged once a minute for each reason.
 
 use std::net::SocketAddr;
+use std::num::NonZeroU64;
 use std::time::Instant;
 
 use metrics::Counter;
@@ -65,7 +66,7 @@ impl Refusals {
     }
 
     /// The number of unlogged errors of `accept` before this one, if this one is to be logged.
-    pub(super) fn accept_error_due(&self) -> Option<u64> {
+    pub(super) fn accept_error_due(&self) -> Option<Option<NonZeroU64>> {
         self.log_limiter.due("accept", Instant::now())
     }
 }

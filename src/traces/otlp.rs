@@ -2,6 +2,7 @@
 //! collector cannot take are dropped and logged. Deliveries never wait for the collector.
 
 use std::collections::HashMap;
+use std::num::NonZeroU64;
 use std::time::{Duration, Instant};
 
 use hyper_rustls::HttpsConnectorBuilder;
@@ -81,7 +82,7 @@ impl SpanProcessor for Enqueue {
             && self.queue.try_send(Item::Span(Box::new(span))).is_err()
             && let Some(unreported) = self.log_limiter.due("dropped", Instant::now())
         {
-            let dropped = unreported + 1;
+            let dropped = unreported.map_or(0, NonZeroU64::get) + 1;
             warn!(dropped, "dropped spans: the collector at traces.endpoint is too slow");
         }
     }
