@@ -125,12 +125,14 @@ async fn buttons_retry_one_parked_event_and_remove_another() {
     relay.eventually_parked(1).await;
 
     browser.click(&button("remove", &two)).await;
-    browser.write("#ask-typed", "wrong").await;
+    // Ids of the same minute begin with the same characters.
+    assert_eq!(one[..8], two[..8]);
+    browser.write("#ask-typed", &two[..8]).await;
     browser.click("#ask-go").await;
     browser.shows("#ask-mistake", "Nothing was removed").await;
     assert_eq!(relay.spool().await.parked, 1);
     browser.run("document.querySelector('#ask-typed').value = ''").await;
-    browser.write("#ask-typed", &two[..8]).await;
+    browser.write("#ask-typed", &two[28..]).await;
     browser.click("#ask-go").await;
     relay.eventually_parked(0).await;
     browser.shows("#summary-text", "Nothing is waiting; the last event was delivered").await;

@@ -742,7 +742,7 @@ function ask(action, event) {
   $("ask-facts").replaceChildren(...fact("Event", mono(event.id)), ...fact("Type", event.type ?? "none"),
     ...fact("Subject", mono(event.subject ?? "none")), ...fact("Reason", event.reason));
   $("ask-proof").hidden = action !== "remove";
-  say($("ask-prefix"), event.id.slice(0, 8));
+  say($("ask-end"), event.id.slice(-8));
   $("ask-typed").value = "";
   say($("ask-mistake"), "");
   Object.assign($("ask-go"), { textContent: go, className: style, disabled: false });
@@ -754,8 +754,8 @@ function ask(action, event) {
 async function act(submit) {
   submit.preventDefault();
   const { action, event } = asked;
-  if (action === "remove" && $("ask-typed").value.trim().toLowerCase() !== event.id.slice(0, 8).toLowerCase()) {
-    say($("ask-mistake"), `That is not ${event.id.slice(0, 8)}. Nothing was removed.`);
+  if (action === "remove" && $("ask-typed").value.trim().toLowerCase() !== event.id.slice(-8).toLowerCase()) {
+    say($("ask-mistake"), `That is not ${event.id.slice(-8)}. Nothing was removed.`);
     return $("ask-typed").focus();
   }
   Object.assign($("ask-go"), { textContent: ACTIONS[action].busy, disabled: true });
