@@ -40,11 +40,7 @@ pub enum Format {
 /// Installs the subscriber for the whole process. Dropping the guard writes the lines that wait, for about a second at
 /// most.
 pub(crate) fn init(settings: &Settings) -> WorkerGuard {
-    let json = match settings.format {
-        Format::Auto => !std::io::stderr().is_terminal(),
-        Format::Pretty => false,
-        Format::Json => true,
-    };
+    let json = is_json(settings.format);
     let (writer, guard) =
         NonBlockingBuilder::default().lossy(true).buffered_lines_limit(LINES_MAX).finish(std::io::stderr());
     let _ = DROPPED.set(writer.error_counter());
@@ -61,6 +57,15 @@ pub(crate) fn init(settings: &Settings) -> WorkerGuard {
         error!(place, reason = panic_reason(panic.payload()), "panicked");
     }));
     guard
+}
+
+/// Whether the lines of a log in this format are JSON.
+pub(crate) fn is_json(format: Format) -> bool {
+    match format {
+        Format::Auto => !std::io::stderr().is_terminal(),
+        Format::Pretty => false,
+        Format::Json => true,
+    }
 }
 
 /// Lines that were dropped since the start, because standard error was not read.

@@ -10,11 +10,12 @@ use lapin::options::{BasicCancelOptions, BasicConsumeOptions, BasicQosOptions, Q
 use lapin::types::{FieldTable, ShortString};
 use tokio::time::{Instant, timeout};
 
+use super::pace;
 use super::transfer::{TransferError, in_time};
 
 /// Maximum unacknowledged deliveries. Must be larger than a batch of a transfer, because a batch is acknowledged only
 /// when it is full.
-const PREFETCH: u16 = 500;
+const PREFETCH_MAX: u16 = 500;
 const CONSUMER_TAG: &str = "prism-relay";
 
 /// Maximum time of an immediate reply: a reply within it comes from the queue itself, not from RabbitMQ's timeout.
@@ -35,15 +36,17 @@ pub(super) struct Consumer {
 }
 
 impl Consumer {
+    /// `rate`: messages per second, for the number of messages that are read ahead.
     pub(super) async fn open(
         channel: &Channel,
         queue: &ShortString,
         arguments: FieldTable,
+        rate: Option<f64>,
         deadline: Duration,
     ) -> Result<Self, TransferError> {
         let opening = async {
             // A stream delivers nothing to a consumer without a prefetch.
-            channel.basic_qos(PREFETCH, BasicQosOptions::default()).await?;
+            channel.basic_qos(pace::read_ahead(rate, PREFETCH_MAX), BasicQosOptions::default()).await?;
             let options = BasicConsumeOptions::default();
             channel.basic_consume(queue.clone(), CONSUMER_TAG.into(), options, arguments).await
         };

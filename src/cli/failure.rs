@@ -5,6 +5,9 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
+use jiff::Timestamp;
+use serde_json::json;
+
 use crate::text::chain;
 
 /// EX_USAGE of sysexits.h. A service manager should not restart the program.
@@ -24,6 +27,8 @@ pub(super) enum Failure {
     Other(anyhow::Error),
     /// The command has already printed why.
     Reported,
+    /// The last line of a log whose lines are JSON.
+    Logged(Box<Self>),
 }
 
 impl<E: Into<anyhow::Error>> From<E> for Failure {
@@ -33,16 +38,48 @@ impl<E: Into<anyhow::Error>> From<E> for Failure {
 }
 
 impl Failure {
+    /// Marks the end of a relay, whose log is JSON or not.
+    pub(super) fn logged_if(self, json: bool) -> Self {
+        if json { Self::Logged(Box::new(self)) } else { self }
+    }
+
     /// Prints the error with its causes in one line.
     pub(super) fn report(self) -> ExitCode {
-        let (text, code) = match self {
-            Self::Usage(text) => (text, ExitCode::from(EXIT_USAGE)),
-            Self::Config(error) => (chain(error.as_ref()), ExitCode::from(EXIT_USAGE)),
-            Self::Other(error) => (chain(error.as_ref()), ExitCode::FAILURE),
-            Self::Reported => return ExitCode::FAILURE,
-        };
-        print_within_limit(format!("prism-relay: {text}"));
-        code
+        let code = self.code();
+        if let Some(line) = self.line() {
+            print_within_limit(line);
+        }
+        ExitCode::from(code)
+    }
+
+    fn code(&self) -> u8 {
+        match self {
+            Self::Usage(_) | Self::Config(_) => EXIT_USAGE,
+            Self::Other(_) | Self::Reported => 1,
+            Self::Logged(failure) => failure.code(),
+        }
+    }
+
+    fn line(self) -> Option<String> {
+        match self {
+            Self::Logged(failure) => {
+                let (timestamp, error) = (format!("{:.6}", Timestamp::now()), failure.text()?);
+                let (level, message, target) = ("ERROR", "the relay ends", env!("CARGO_CRATE_NAME"));
+                let line = json!({ "timestamp": timestamp, "level": level, "message": message, "error": error,
+                                   "target": target });
+                Some(line.to_string())
+            }
+            failure => Some(format!("prism-relay: {}", failure.text()?)),
+        }
+    }
+
+    fn text(self) -> Option<String> {
+        match self {
+            Self::Usage(text) => Some(text),
+            Self::Config(error) | Self::Other(error) => Some(chain(error.as_ref())),
+            Self::Reported => None,
+            Self::Logged(failure) => failure.text(),
+        }
     }
 }
 

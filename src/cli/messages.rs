@@ -1,6 +1,6 @@
 //! Messages of the broker: how commands print, select and republish them. Bodies are never printed.
 
-use std::io::{self, Write};
+use std::io;
 
 use anyhow::Context;
 use jiff::Timestamp;
@@ -9,6 +9,7 @@ use lapin::message::Delivery;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use serde::Serialize;
 
+use super::output::write;
 use crate::broker::{SHORT_STRING_BYTES_MAX, short_string};
 use crate::text::clean;
 
@@ -18,9 +19,31 @@ pub(super) const REPLAYED_AT: &str = "prism-replayed-at";
 /// Header: the original routing key of a message that was published directly to a queue, under the queue's name.
 const ORIGINAL_KEY: &str = "prism-original-key";
 
-/// Headers about the history of a message on the broker. A new publish has none of them.
-const PAST: [&str; 4] = ["x-death", "x-delivery-count", "x-stream-offset", ORIGINAL_KEY];
-const PAST_PREFIXES: [&str; 2] = ["x-first-death-", "x-last-death-"];
+/// Headers that a broker writes about the history of a message, in any version up to RabbitMQ 4.3, and those of its
+/// plugins for federation and shovels. A new publish has none of them.
+const PAST: [&str; 8] = [
+    "x-death",
+    "x-delivery-count",
+    "x-acquired-count",
+    "x-stream-offset",
+    "x-received-from",
+    "x-shovelled",
+    "x-shovelled-timestamp",
+    ORIGINAL_KEY,
+];
+const PAST_PREFIXES: [&str; 3] = ["x-first-death-", "x-last-death-", "x-opt-"];
+
+/// Headers with which a quorum queue counts how often it delivered a message. A copy in the same queue starts at 0.
+const COUNTS: [&str; 2] = ["x-delivery-count", "x-acquired-count"];
+
+/// How a message is printed.
+#[derive(Clone, Copy)]
+pub(super) enum Format {
+    /// A line of text.
+    Text,
+    /// A JSON object in one line.
+    Json,
+}
 
 /// The printed fields of an event.
 #[derive(Serialize)]
@@ -36,8 +59,8 @@ struct Line<'a> {
     death: Option<String>,
 }
 
-/// Prints a message as a line of text, or as a JSON object.
-pub(super) fn print(delivery: &Delivery, json: bool) -> io::Result<()> {
+/// Prints a message.
+pub(super) fn print(delivery: &Delivery, format: Format) -> io::Result<()> {
     let properties = &delivery.properties;
     let header = |name: &str| header(properties, name).unwrap_or_default();
     let (time, subject, state) = (header("prism-received-at"), header("prism-subject"), header("prism-state"));
@@ -52,16 +75,15 @@ pub(super) fn print(delivery: &Delivery, json: bool) -> io::Result<()> {
         redelivered: delivery.redelivered,
         death: death(properties),
     };
-    let mut out = io::stdout().lock();
-    if json {
-        serde_json::to_writer(&mut out, &line)?;
-        writeln!(out)?;
-    } else {
-        let (time, key, subject) = (clean(line.time), clean(line.key), clean(line.subject));
-        let death = line.death.map(|death| format!("  {}", clean(&death))).unwrap_or_default();
-        writeln!(out, "{time}  {key:<42}  {subject:<47}  {:<10}  {}{death}", clean(line.state), clean(line.id))?;
-    }
-    out.flush()
+    let text = match format {
+        Format::Json => serde_json::to_string(&line)?,
+        Format::Text => {
+            let (time, key, subject) = (clean(line.time), clean(line.key), clean(line.subject));
+            let death = line.death.map(|death| format!("  {}", clean(&death))).unwrap_or_default();
+            format!("{time}  {key:<42}  {subject:<47}  {:<10}  {}{death}", clean(line.state), clean(line.id))
+        }
+    };
+    write(format!("{text}\n").as_bytes())
 }
 
 /// The value of a text header.
@@ -166,7 +188,7 @@ pub(super) fn replayed(old: &BasicProperties, now: Timestamp) -> BasicProperties
 
 /// Properties for a copy of a message in the same queue. The delivery count of the copy starts at 0.
 pub(super) fn put_back(old: &BasicProperties) -> BasicProperties {
-    published_again(old, |name| name == "x-delivery-count")
+    published_again(old, |name| COUNTS.contains(&name))
 }
 
 /// Properties for a message that is published directly to a queue.

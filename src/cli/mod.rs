@@ -3,12 +3,15 @@
 mod check;
 mod connect;
 mod consumer;
+mod curl;
 mod failure;
 mod health;
 mod http;
+mod interrupt;
 mod manual;
 mod messages;
 mod output;
+mod pace;
 mod redrive;
 mod replay;
 mod send;
@@ -17,8 +20,9 @@ mod tail;
 mod top;
 mod topology;
 mod transfer;
+mod verify;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context;
@@ -65,6 +69,8 @@ enum Command {
     Redrive(redrive::Options),
     /// Publish events of the archive again, selected by time and routing key.
     Replay(replay::Options),
+    /// Explain how the relay answers a captured request, for example with 401.
+    Verify(verify::Options),
     /// Inspect the spool, also while the relay runs.
     #[command(subcommand)]
     Spool(spool::Action),
@@ -78,16 +84,24 @@ enum Command {
 
 /// Runs the command that the arguments of the process name.
 pub fn run() -> ExitCode {
-    let arguments = match Arguments::try_parse() {
-        Ok(arguments) => arguments,
-        Err(error) => {
-            // clap returns --help and --version as errors, too.
-            let wrong = error.use_stderr();
+    let outcome = match Arguments::try_parse() {
+        Ok(arguments) => execute(arguments),
+        Err(error) if error.use_stderr() => {
             let _ = error.print();
-            return if wrong { ExitCode::from(EXIT_USAGE) } else { ExitCode::SUCCESS };
+            return ExitCode::from(EXIT_USAGE);
+        }
+        // clap returns --help and --version as errors, too.
+        Err(help) => {
+            let _ = output::note(help.print());
+            Ok(())
         }
     };
-    match execute(arguments) {
+    let outcome = match outcome {
+        // What a command reports on standard output may be lost.
+        Ok(()) | Err(Failure::Reported) => output::written().map_err(Failure::from).and(outcome),
+        failed => failed,
+    };
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => failure.report(),
     }
@@ -101,34 +115,46 @@ fn execute(arguments: Arguments) -> Result<(), Failure> {
     };
     let environment = environment()?;
     let file = arguments.config.as_deref();
-    let config = Config::load(file, environment, purpose).map_err(|error| Failure::Config(error.into()))?;
+    let config = Config::load(file, environment, purpose).map_err(|error| {
+        let json = matches!(command, Command::Serve) && logging::is_json(error.log_format());
+        Failure::Config(error.into()).logged_if(json)
+    })?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start threads")?;
-    let outcome = runtime.block_on(async {
-        match command {
-            Command::Serve => {
-                // Dropped at the end of this arm, before a fatal error is printed.
-                let _log = logging::init(&config.log);
-                relay::serve(config).await.map_err(|error| match error.is_misconfiguration() {
-                    true => Failure::Config(error.into()),
-                    false => Failure::Other(error.into()),
-                })
-            }
-            Command::Check(options) => check::run(&config, file, options).await,
-            Command::Send(options) => send::run(&config, options).await,
-            Command::Tail(options) => Ok(tail::run(&config, options).await?),
-            Command::Top(options) => top::run(&config, options).await,
-            Command::Topology(action) => topology::run(&config, file, action).await,
-            Command::Redrive(options) => redrive::run(&config, options).await,
-            Command::Replay(options) => replay::run(&config, options).await,
-            Command::Spool(action) => spool::run(&config, action),
-            Command::Health(options) => health::run(&config, options).await,
-            Command::Man(options) => Ok(manual::man(Arguments::command(), options)?),
-            Command::Completions { shell } => Ok(manual::completions(Arguments::command(), shell)?),
-        }
-    });
+    let outcome = runtime.block_on(perform(command, config, file));
     // Do not wait for threads that hang in a name look-up or on a failing disk: the work is done.
     runtime.shutdown_background();
     outcome
+}
+
+async fn perform(command: Command, config: Config, file: Option<&Path>) -> Result<(), Failure> {
+    match command {
+        Command::Serve => serve(config).await,
+        Command::Check(options) => check::run(&config, file, options).await,
+        Command::Send(options) => send::run(&config, options).await,
+        Command::Tail(options) => Ok(tail::run(&config, options).await?),
+        Command::Top(options) => top::run(&config, options).await,
+        Command::Topology(action) => topology::run(&config, file, action).await,
+        Command::Redrive(options) => redrive::run(&config, options).await,
+        Command::Replay(options) => replay::run(&config, options).await,
+        Command::Spool(action) => spool::run(&config, action),
+        Command::Verify(options) => verify::run(&config, &options),
+        Command::Health(options) => health::run(&config, options).await,
+        Command::Man(options) => Ok(manual::man(Arguments::command(), options)?),
+        Command::Completions { shell } => Ok(manual::completions(Arguments::command(), shell)?),
+    }
+}
+
+async fn serve(config: Config) -> Result<(), Failure> {
+    let json = logging::is_json(config.log.format);
+    // Dropped at the end, before a fatal error is printed.
+    let _log = logging::init(&config.log);
+    relay::serve(config).await.map_err(|error| {
+        match error.is_misconfiguration() {
+            true => Failure::Config(error.into()),
+            false => Failure::Other(error.into()),
+        }
+        .logged_if(json)
+    })
 }
 
 /// The variables of the relay. A value that is not UTF-8 is an error.

@@ -1,9 +1,19 @@
-//! Output of the commands: text on standard output, and progress bars.
+//! Output of the commands: text on standard output, and progress on standard error.
+//!
+//! The first failed write is remembered. [`written`] returns it at the end, so that no command ends with 0 when its
+//! output was lost.
 
-use std::io::{self, Write};
+use std::io::{self, ErrorKind, IsTerminal, Write};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::anyhow;
 use indicatif::{ProgressBar, ProgressStyle};
+
+/// How often progress is printed where standard error is not a terminal.
+const PROGRESS_EVERY: Duration = Duration::from_secs(10);
+
+static FAILED: OnceLock<String> = OnceLock::new();
 
 /// Lines for standard output, printed together.
 #[derive(Default)]
@@ -20,23 +30,75 @@ impl Printed {
     }
 }
 
-/// Writes to standard output. A reader that stops early (`| head`) is not an error.
+/// Writes to standard output, with an error that says so. A reader that stops early (`| head`) is not an error.
 pub(super) fn out(bytes: &[u8]) -> anyhow::Result<()> {
-    let mut stdout = io::stdout().lock();
-    match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        written => written.context("cannot print"),
+    match write(bytes) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(lost(&error)),
+        _ => Ok(()),
     }
 }
 
-/// Prints a line immediately. `println!` would panic when the reader has exited (`| head`).
-pub(super) fn say(line: &str) {
-    let _ = writeln!(io::stdout().lock(), "{line}");
+/// Writes to standard output at once.
+pub(super) fn write(bytes: &[u8]) -> io::Result<()> {
+    let mut stdout = io::stdout().lock();
+    note(stdout.write_all(bytes).and_then(|()| stdout.flush()))
 }
 
-/// A progress bar on standard error, drawn only if that is a terminal.
-pub(super) fn progress_bar(count: u64, what: &str) -> ProgressBar {
-    let template = format!("{{bar:40}} {{pos}}/{{len}} {what}, {{per_sec}}, {{eta}} left");
-    let style = ProgressStyle::with_template(&template).unwrap_or_else(|_| ProgressStyle::default_bar());
-    ProgressBar::new(count).with_style(style)
+/// Prints a line at once. `println!` would panic when the reader has exited (`| head`).
+pub(super) fn say(line: &str) {
+    let _ = write(format!("{line}\n").as_bytes());
+}
+
+/// Remembers the first error of standard output.
+pub(super) fn note(written: io::Result<()>) -> io::Result<()> {
+    if let Err(error) = &written
+        && error.kind() != ErrorKind::BrokenPipe
+    {
+        let _ = FAILED.set(error.to_string());
+    }
+    written
+}
+
+/// An error if any output of this process was lost.
+pub(super) fn written() -> anyhow::Result<()> {
+    FAILED.get().map_or(Ok(()), |error| Err(lost(error)))
+}
+
+fn lost(error: &impl ToString) -> anyhow::Error {
+    anyhow!("cannot print to standard output: {}", error.to_string())
+}
+
+/// How far a command is, on standard error: a bar on a terminal, elsewhere a line from time to time.
+pub(super) struct Progress {
+    bar: ProgressBar,
+    what: &'static str,
+    printed_at: Option<Instant>,
+}
+
+impl Progress {
+    pub(super) fn new(count: u64, what: &'static str) -> Self {
+        let template = format!("{{bar:40}} {{pos}}/{{len}} {what}, {{per_sec}}, {{eta}} left");
+        let style = ProgressStyle::with_template(&template).unwrap_or_else(|_| ProgressStyle::default_bar());
+        let printed_at = (!io::stderr().is_terminal()).then(Instant::now);
+        Self { bar: ProgressBar::new(count).with_style(style), what, printed_at }
+    }
+
+    pub(super) fn set(&mut self, done: u64) {
+        self.bar.set_position(done);
+        if let Some(printed_at) = &mut self.printed_at
+            && printed_at.elapsed() >= PROGRESS_EVERY
+        {
+            *printed_at = Instant::now();
+            let _ = writeln!(io::stderr(), "{done} of {} {}", self.bar.length().unwrap_or(done), self.what);
+        }
+    }
+
+    /// Prints with the bar out of the way.
+    pub(super) fn aside<T>(&self, print: impl FnOnce() -> T) -> T {
+        self.bar.suspend(print)
+    }
+
+    pub(super) fn finish(&self) {
+        self.bar.finish_and_clear();
+    }
 }

@@ -1,9 +1,7 @@
 //! `redrive`: publishes dead letters or other messages again. A message is acknowledged only after the broker has
 //! confirmed its copy, so an interrupted run loses nothing.
 
-use std::io;
 use std::num::NonZeroU64;
-use std::pin::Pin;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -16,12 +14,16 @@ use lapin::types::{FieldTable, ShortString};
 use super::connect::connect;
 use super::consumer::{Consumer, count};
 use super::failure::Failure;
-use super::messages::{first_key, fresh, header, matches, number, original_key, print, put_back, queue_name, time_of};
-use super::output::{progress_bar, say};
+use super::interrupt::Interrupt;
+use super::messages::{
+    Format, first_key, fresh, header, matches, number, original_key, print, put_back, queue_name, time_of,
+};
+use super::output::{Progress, say};
+use super::pace::{Pace, rate};
 use super::transfer::{Destination, Outgoing, Transfer, TransferError, in_time, while_connected};
 use crate::broker::BrokerConnection;
 use crate::config::Config;
-use crate::topology::DEAD;
+use crate::topology::{DEAD, Plan};
 
 /// RabbitMQ 4 drops a message that was returned 20 times if its queue has no other limit and no dead-letter exchange.
 /// After this many returns a copy replaces the message, and the count of the copy starts at 0.
@@ -52,34 +54,61 @@ pub(super) struct Options {
     /// Stop after this many events
     #[arg(long)]
     count: Option<NonZeroU64>,
+    /// Events per second [default: as fast as the broker takes them]
+    #[arg(long, value_parser = rate)]
+    rate: Option<f64>,
     /// Only print what would be moved (often returned messages are replaced with copies)
     #[arg(long)]
     dry_run: bool,
 }
 
 pub(super) async fn run(config: &Config, options: Options) -> Result<(), Failure> {
-    if options.to.as_ref() == Some(&options.from) {
+    let to = Destination::new(config, options.to.clone())?;
+    check_usage(config, &options, &to)?;
+    let broker = connect(config, "prism-relay redrive").await?;
+    let deadline = config.publisher.confirm_timeout;
+    let transfer = Transfer::open(&broker, deadline, options.rate).await?;
+    let (total, printed, left) = (None, 0, 0);
+    let mut redrive =
+        Redrive { options: &options, to: &to, broker: &broker, deadline, transfer, copies: None, total, printed, left };
+    let outcome = while_connected(&broker, redrive.run()).await;
+    let (moved, left, total) = (redrive.moved(), redrive.left, redrive.total);
+    broker.close().await;
+    // Without a total the queue was not opened, which the error explains.
+    if let Some(total) = total {
+        say(&summary(&options, &to, moved, left, total));
+    }
+    Ok(outcome?)
+}
+
+fn check_usage(config: &Config, options: &Options, to: &Destination) -> Result<(), Failure> {
+    let from = options.from.as_str();
+    if matches!(to, Destination::Queue(to) if *to == options.from) {
         return Err(Failure::Usage("--from and --to are the same queue".to_owned()));
     }
-    let from = options.from.as_str();
     if config.topology.archive.as_ref().is_some_and(|archive| archive.name == from) {
         return Err(Failure::Usage(format!("{from} is a stream: use replay")));
     }
-    let to = Destination::new(config, options.to.clone())?;
-    let broker = connect(config, "prism-relay redrive").await?;
-    let deadline = config.publisher.confirm_timeout;
-    let transfer = Transfer::open(&broker, deadline).await?;
-    let mut redrive =
-        Redrive { options: &options, to: &to, broker: &broker, deadline, transfer, copies: None, printed: 0, left: 0 };
-    let outcome = while_connected(&broker, redrive.run()).await;
-    let (moved, left) = (redrive.moved(), redrive.left);
-    broker.close().await;
-    if options.dry_run {
-        say(&format!("{moved} of {} in {from} would be moved to {to}", moved + left));
-    } else {
-        say(&format!("{moved} moved from {from} to {to}, {left} did not match"));
+    let plan = Plan::new(&config.topology, &config.publisher.exchange);
+    match plan.configured_queue(from) {
+        Some(queue) if queue != from && options.to.is_none() => Err(Failure::Usage(format!(
+            "{from} holds messages of {queue} alone: add --to {queue}; without it, every queue that is bound for them \
+             would get them again"
+        ))),
+        _ => Ok(()),
     }
-    Ok(outcome?)
+}
+
+fn summary(options: &Options, to: &Destination, moved: u64, left: u64, total: u64) -> String {
+    let from = &options.from;
+    if options.dry_run {
+        return format!("{moved} of {total} in {from} would be moved to {to}");
+    }
+    let text = format!("{moved} moved from {from} to {to}, {left} did not match");
+    match total.saturating_sub(moved + left) {
+        0 => text,
+        rest => format!("{text}, {rest} not looked at"),
+    }
 }
 
 /// One run and its counts.
@@ -93,6 +122,8 @@ struct Redrive<'a> {
     /// Publishes the copies that replace messages in their own queue, which do not count as moved. Opened for the first
     /// copy, because a user may be allowed few channels.
     copies: Option<Transfer>,
+    /// Messages in the queue at the start; `None` before the queue was opened.
+    total: Option<u64>,
     /// Messages that a dry run would move.
     printed: u64,
     /// Messages that do not match the options.
@@ -106,10 +137,11 @@ impl Redrive<'_> {
 
     async fn run(&mut self) -> anyhow::Result<()> {
         let options = self.options;
-        let mut reader = QueueReader::open(self.broker, &options.from, options.takes_all(), self.deadline).await?;
+        let mut reader = QueueReader::open(self.broker, options, self.deadline).await?;
+        self.total = Some(reader.left);
         let most = options.count.map_or(reader.left, |count| count.get().min(reader.left));
-        let (progress, now) = (progress_bar(most, "messages"), Timestamp::now());
-        let mut chosen = 0;
+        let (mut progress, now) = (Progress::new(most, "messages"), Timestamp::now());
+        let (mut pace, mut chosen) = (Pace::new(options.rate), 0);
         while options.count.is_none_or(|count| chosen < count.get())
             && let Some(delivery) = reader.next().await?
         {
@@ -122,16 +154,17 @@ impl Redrive<'_> {
             if !wanted {
                 self.left += 1;
             } else if options.dry_run {
-                print(&delivery, false).context("cannot print")?;
+                progress.aside(|| print(&delivery, Format::Text)).context("cannot print")?;
                 self.printed += 1;
             } else {
+                reader.interrupt.or(pace.tick()).await?;
                 let (key, properties) = (original_key(&delivery)?, fresh(&delivery.properties));
                 self.transfer.add(Outgoing { to: self.to.clone(), key, properties, delivery }).await?;
             }
-            progress.set_position(self.moved());
+            progress.set(self.moved());
         }
         self.transfer.flush().await?;
-        progress.finish_and_clear();
+        progress.finish();
         Ok(reader.close().await?)
     }
 
@@ -142,7 +175,7 @@ impl Redrive<'_> {
         let (key, properties) = (original_key(&delivery)?, put_back(&delivery.properties));
         let copies = match &mut self.copies {
             Some(copies) => copies,
-            none => none.insert(Transfer::open(self.broker, self.deadline).await?),
+            none => none.insert(Transfer::open(self.broker, self.deadline, None).await?),
         };
         copies.add(Outgoing { to, key, properties, delivery }).await?;
         copies.flush().await?;
@@ -162,7 +195,7 @@ struct QueueReader<'a> {
     left: u64,
     /// Maximum time for a reply of the broker.
     deadline: Duration,
-    interrupt: Pin<Box<dyn Future<Output = io::Result<()>> + Send>>,
+    interrupt: Interrupt,
 }
 
 /// How messages are read.
@@ -174,24 +207,27 @@ enum Source {
 }
 
 impl<'a> QueueReader<'a> {
-    /// Opens the queue for reading. `whole`: every message will be moved.
+    /// Opens the queue of the options for reading.
     async fn open(
         broker: &'a BrokerConnection,
-        queue: &'a ShortString,
-        whole: bool,
+        options: &'a Options,
         deadline: Duration,
     ) -> Result<Self, TransferError> {
+        let (queue, rate) = (&options.from, options.rate);
         let opening = async {
             let channel = broker.connection.create_channel().await?;
             let left = count(&channel, queue).await?;
             Ok((channel, u64::from(left)))
         };
         let (channel, left) = in_time(deadline, opening).await?;
-        let source = match whole && left > 0 {
-            true => Source::Consume(Box::new(Consumer::open(&channel, queue, FieldTable::default(), deadline).await?)),
+        let source = match options.takes_all() && left > 0 {
+            true => {
+                let arguments = FieldTable::default();
+                Source::Consume(Box::new(Consumer::open(&channel, queue, arguments, rate, deadline).await?))
+            }
             false => Source::Get,
         };
-        Ok(Self { broker, channel, queue, source, left, deadline, interrupt: Box::pin(tokio::signal::ctrl_c()) })
+        Ok(Self { broker, channel, queue, source, left, deadline, interrupt: Interrupt::listen()? })
     }
 
     /// Returns the next message; `None` at the end, or if another process took the rest.
@@ -208,11 +244,7 @@ impl<'a> QueueReader<'a> {
                 Source::Consume(consumer) => consumer.next(QUIET).await,
             }
         };
-        let read = tokio::select! {
-            biased;
-            _ = &mut self.interrupt => return Err(TransferError::Interrupted),
-            read = reading => read?,
-        };
+        let read = self.interrupt.or(reading).await??;
         self.left -= u64::from(read.is_some());
         Ok(read)
     }

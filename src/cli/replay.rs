@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use jiff::{SignedDuration, Timestamp};
 use lapin::Channel;
 use lapin::message::Delivery;
@@ -13,12 +13,13 @@ use tokio::time::Instant;
 use super::connect::connect;
 use super::consumer::{Consumer, count};
 use super::failure::Failure;
-use super::messages::{REPLAYED_AT, header, matches, number, print, queue_name, replayed, time_of};
-use super::output::{progress_bar, say};
+use super::interrupt::Interrupt;
+use super::messages::{Format, REPLAYED_AT, header, matches, number, print, queue_name, replayed, time_of};
+use super::output::{Progress, say};
+use super::pace::{Pace, rate};
 use super::transfer::{Destination, Outgoing, Transfer, TransferError, in_time, while_connected};
 use crate::broker::{BrokerConnection, short_string};
 use crate::config::Config;
-use crate::topology::ARCHIVE;
 
 /// A stream does not report its end. After this long without a delivery its last part has been read.
 const LAST_PART: Duration = Duration::from_secs(2);
@@ -45,6 +46,12 @@ pub(super) struct Options {
     /// Stream to read [default: topology.archive.name]
     #[arg(long, value_name = "STREAM", value_parser = queue_name)]
     from: Option<ShortString>,
+    /// Start at this offset of the stream, which an interrupted run prints
+    #[arg(long, value_name = "NUMBER")]
+    offset: Option<u64>,
+    /// Events per second [default: as fast as the broker takes them]
+    #[arg(long, value_parser = rate)]
+    rate: Option<f64>,
     /// Only print what would be published
     #[arg(long)]
     dry_run: bool,
@@ -60,20 +67,34 @@ fn when(text: &str) -> Result<Timestamp, String> {
 }
 
 pub(super) async fn run(config: &Config, options: Options) -> Result<(), Failure> {
-    let name = config.topology.archive.as_ref().map_or(ARCHIVE, |archive| &archive.name);
-    let from = options.from.clone().map_or_else(|| short_string(name), Ok)?;
+    let from = match (&options.from, &config.topology.archive) {
+        (Some(from), _) => from.clone(),
+        (None, Some(archive)) => short_string(&archive.name)?,
+        (None, None) => {
+            let hint = "there is no archive to replay: the configuration has no topology.archive. With one, the relay \
+                        keeps the events that it delivers from then on. --from reads a stream of an earlier \
+                        configuration";
+            return Err(Failure::Usage(hint.to_owned()));
+        }
+    };
     let to = Destination::new(config, options.to.clone())?;
     let broker = connect(config, "prism-relay replay").await?;
     let deadline = config.publisher.confirm_timeout;
-    let transfer = Transfer::open(&broker, deadline).await?;
+    let transfer = Transfer::open(&broker, deadline, options.rate).await?;
+    let (printed, resume) = (0, None);
     let mut replay =
-        Replay { options: &options, from: &from, to: &to, broker: &broker, deadline, transfer, printed: 0 };
+        Replay { options: &options, from: &from, to: &to, broker: &broker, deadline, transfer, printed, resume };
     let outcome = while_connected(&broker, replay.run()).await;
-    let published = replay.printed + replay.transfer.moved();
+    let (published, resume) = (replay.printed + replay.transfer.moved(), replay.resume);
     broker.close().await;
     let verb = if options.dry_run { "would be published" } else { "published" };
-    say(&format!("{published} events of {from} {verb} to {to}"));
-    Ok(outcome?)
+    if outcome.is_ok() || published > 0 {
+        say(&format!("{published} events of {from} {verb} to {to}"));
+    }
+    match (outcome, resume) {
+        (Err(error), Some(offset)) => Err(anyhow!("{error:#}; with --offset {offset} it goes on from there").into()),
+        (outcome, _) => Ok(outcome?),
+    }
 }
 
 /// One run and its counts.
@@ -87,59 +108,78 @@ struct Replay<'a> {
     transfer: Transfer,
     /// Events that a dry run would publish.
     printed: u64,
+    /// The offset behind which nothing is published yet.
+    resume: Option<u64>,
 }
 
 impl Replay<'_> {
     async fn run(&mut self) -> anyhow::Result<()> {
         let now = Timestamp::now();
         let Some(end) = self.find_end(now).await? else { return Ok(()) };
-        let since = self.options.since;
-        let start = since.checked_sub(CLOCKS_DIFFER).unwrap_or(Timestamp::UNIX_EPOCH).as_second();
-        let start = AMQPValue::Timestamp(u64::try_from(start).unwrap_or(0));
+        let Options { since, offset, rate, .. } = *self.options;
         let channel = in_time(self.deadline, self.broker.connection.create_channel()).await?;
-        let mut consumer = self.read(&channel, start).await?;
-        let mut interrupt = Box::pin(tokio::signal::ctrl_c());
+        let mut consumer = self.read(&channel, self.start()).await?;
+        let (mut interrupt, mut pace) = (Interrupt::listen()?, Pace::new(rate));
         let (mut progress, mut reached) = (None, None);
-        let may_be_empty = end.accepted < since;
+        let may_be_empty = end.accepted < since || offset.is_some_and(|offset| offset > end.offset);
         while reached.is_none_or(|reached| reached < end.offset) {
             let patience = if reached.is_none() && may_be_empty { FIRST } else { self.deadline };
-            let next = tokio::select! {
-                biased;
-                _ = &mut interrupt => bail!("interrupted"),
-                next = consumer.next(patience) => next?,
-            };
-            let delivery = match (next, reached) {
+            let delivery = match (interrupt.or(consumer.next(patience)).await??, reached) {
                 (Some(delivery), _) => delivery,
                 (None, None) if may_be_empty => break,
                 (None, _) => bail!("the stream stopped delivering before its end at offset {}", end.offset),
             };
             let offset = offset_of(&delivery)?;
+            let (first, progress) = progress
+                .get_or_insert_with(|| (offset, Progress::new((end.offset + 1).saturating_sub(offset), "messages")));
+            if self.is_wanted(&delivery) {
+                interrupt.or(pace.tick()).await?;
+                self.publish(delivery, now, progress).await?;
+            } else {
+                // The broker delivers more messages only after these are acknowledged.
+                in_time(self.deadline, delivery.acker.ack(BasicAckOptions::default())).await?;
+            }
+            if self.transfer.is_flushed() {
+                self.resume = Some(offset + 1);
+            }
             reached = Some(offset);
-            progress.get_or_insert_with(|| progress_bar((end.offset + 1).saturating_sub(offset), "messages")).inc(1);
-            self.handle(delivery, now).await?;
+            progress.set(offset + 1 - *first);
         }
         self.transfer.flush().await?;
-        if let Some(bar) = progress {
-            bar.finish_and_clear();
+        if let Some((_, progress)) = progress {
+            progress.finish();
         }
         Ok(())
     }
 
-    /// Publishes or prints an event that matches the options, and skips any other message.
-    async fn handle(&mut self, delivery: Delivery, now: Timestamp) -> anyhow::Result<()> {
-        let Options { since, until, key, dry_run, .. } = self.options;
-        let wanted = (*since..until.unwrap_or(Timestamp::MAX)).contains(&accepted(&delivery))
+    /// Where to start reading: at the offset of the options, or somewhat before their time.
+    fn start(&self) -> AMQPValue {
+        let Options { since, offset, .. } = self.options;
+        match offset.map(i64::try_from) {
+            Some(Ok(offset)) => AMQPValue::LongLongInt(offset),
+            Some(Err(_)) => AMQPValue::LongLongInt(i64::MAX),
+            None => {
+                let start = since.checked_sub(CLOCKS_DIFFER).unwrap_or(Timestamp::UNIX_EPOCH).as_second();
+                AMQPValue::Timestamp(u64::try_from(start).unwrap_or(0))
+            }
+        }
+    }
+
+    fn is_wanted(&self, delivery: &Delivery) -> bool {
+        let Options { since, until, key, .. } = self.options;
+        (*since..until.unwrap_or(Timestamp::MAX)).contains(&accepted(delivery))
             && matches(key, delivery.routing_key.as_str())
-            && header(&delivery.properties, REPLAYED_AT).is_none();
-        if wanted && !dry_run {
+            && header(&delivery.properties, REPLAYED_AT).is_none()
+    }
+
+    /// Publishes an event, or prints it if this is a dry run.
+    async fn publish(&mut self, delivery: Delivery, now: Timestamp, progress: &Progress) -> anyhow::Result<()> {
+        if !self.options.dry_run {
             let (key, properties) = (delivery.routing_key.clone(), replayed(&delivery.properties, now));
             return Ok(self.transfer.add(Outgoing { to: self.to.clone(), key, properties, delivery }).await?);
         }
-        if wanted {
-            print(&delivery, false).context("cannot print")?;
-            self.printed += 1;
-        }
-        // The broker delivers more messages only after these are acknowledged.
+        progress.aside(|| print(&delivery, Format::Text)).context("cannot print")?;
+        self.printed += 1;
         in_time(self.deadline, delivery.acker.ack(BasicAckOptions::default())).await?;
         Ok(())
     }
@@ -148,7 +188,7 @@ impl Replay<'_> {
     async fn read(&self, channel: &Channel, offset: AMQPValue) -> Result<Consumer, TransferError> {
         let mut arguments = FieldTable::default();
         arguments.insert("x-stream-offset".into(), offset);
-        Consumer::open(channel, self.from, arguments, self.deadline).await
+        Consumer::open(channel, self.from, arguments, self.options.rate, self.deadline).await
     }
 
     /// Finds the current end of the stream; `None` if it is empty. The length that AMQP reports is seconds old, so this

@@ -12,7 +12,7 @@ use hdrhistogram::Histogram;
 use http_body_util::{BodyExt, Full};
 use hyper::{Request, StatusCode, Uri};
 use jiff::Timestamp;
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, timeout};
@@ -20,7 +20,8 @@ use uuid::Uuid;
 
 use super::failure::Failure;
 use super::http::listener_url;
-use super::output::{progress_bar, say};
+use super::output::{Progress, say};
+use super::pace::rate;
 use crate::config::Config;
 use crate::event::DOCUMENTED_TYPES;
 use crate::http_client::{HttpClient, http_client};
@@ -69,13 +70,9 @@ pub(super) struct Options {
     /// Give up an event after its first failure, unlike Prism
     #[arg(long)]
     no_retry: bool,
-}
-
-fn rate(text: &str) -> Result<f64, String> {
-    match text.parse() {
-        Ok(rate) if (0.001..=1_000_000.0).contains(&rate) => Ok(rate),
-        _ => Err("must be a number of events per second, from 0.001 to 1000000".to_owned()),
-    }
+    /// Print the summary as one JSON object
+    #[arg(long)]
+    json: bool,
 }
 
 /// What all events share.
@@ -98,6 +95,7 @@ pub(super) async fn run(config: &Config, options: Options) -> Result<(), Failure
     let secret = match (options.unsigned, config.signature.secrets.first()) {
         (true, _) => None,
         (false, Some(secret)) => Some(secret.clone()),
+        (false, None) if !config.signature.required => None,
         (false, None) => {
             let hint = "there is no secret to sign with: set signature.secrets, or send with --unsigned";
             return Err(Failure::Usage(hint.to_owned()));
@@ -115,6 +113,11 @@ pub(super) async fn run(config: &Config, options: Options) -> Result<(), Failure
     let fixed_body = fixed_body.map(Bytes::from);
     let count = options.count.map_or(if fixed_body.is_some() { 1 } else { types.len() as u64 }, NonZeroU64::get);
 
+    let secrets = config.signature.secrets.len();
+    let signed = if secret.is_some() { format!("signed with secret 1 of {secrets}") } else { "unsigned".to_owned() };
+    if !options.json {
+        say(&format!("posting {count} event{} to {url}, {signed}", if count == 1 { "" } else { "s" }));
+    }
     let retries: &[Duration] = if options.no_retry { &[] } else { &RETRIES };
     let sender = Arc::new(Sender { client, url, secret, retries });
     let body = |index: u64| match &fixed_body {
@@ -123,7 +126,8 @@ pub(super) async fn run(config: &Config, options: Options) -> Result<(), Failure
     };
     let started = Instant::now();
     let fates = send_all(&sender, count, options.rate, options.concurrency.get(), body).await;
-    say(&summary(&fates, started.elapsed()));
+    let summary = Summary::new(&fates, started.elapsed());
+    say(&if options.json { summary.json(&sender).to_string() } else { summary.text() });
     if fates.iter().any(|fate| fate.latency.is_none()) { Err(Failure::Reported) } else { Ok(()) }
 }
 
@@ -155,7 +159,7 @@ async fn send_all(
     concurrency: usize,
     body: impl Fn(u64) -> Bytes,
 ) -> Vec<Fate> {
-    let progress = progress_bar(count, "events");
+    let mut progress = Progress::new(count, "events");
     let places = Arc::new(Semaphore::new(concurrency));
     let mut pace = rate.map(|rate| tokio::time::interval(Duration::from_secs_f64(1.0 / rate)));
     if let Some(pace) = &mut pace {
@@ -168,19 +172,22 @@ async fn send_all(
             pace.tick().await;
         }
         let place = Arc::clone(&places).acquire_owned().await;
-        let (sender, body, progress) = (Arc::clone(sender), body(index), progress.clone());
+        let (sender, body) = (Arc::clone(sender), body(index));
         in_flight.spawn(async move {
             let fate = sender.send(body).await;
             drop(place);
-            progress.inc(1);
             fate
         });
         while let Some(Ok(fate)) = in_flight.try_join_next() {
             fates.push(fate);
+            progress.set(fates.len() as u64);
         }
     }
-    fates.extend(in_flight.join_all().await);
-    progress.finish_and_clear();
+    while let Some(Ok(fate)) = in_flight.join_next().await {
+        fates.push(fate);
+        progress.set(fates.len() as u64);
+    }
+    progress.finish();
     fates
 }
 
@@ -243,44 +250,85 @@ fn payload(event_type: &str, index: u64) -> Bytes {
     Bytes::from(json!({ "eventType": event_type, "payload": payload }).to_string())
 }
 
-fn summary(fates: &[Fate], elapsed: Duration) -> String {
-    let mut outcomes: BTreeMap<String, usize> = BTreeMap::new();
-    for outcome in fates.iter().flat_map(|fate| &fate.tries) {
-        let name = match outcome {
-            Ok(status) => format!("answered {}", status.as_u16()),
-            Err(reason) => reason.clone(),
-        };
-        *outcomes.entry(name).or_default() += 1;
-    }
-    let mut latencies = Histogram::<u64>::new_with_max(LATENCY_MAX_US, SIGNIFICANT_DIGITS)
-        .expect("both constants are within the histogram's limits");
-    for latency in fates.iter().filter_map(|fate| fate.latency) {
-        latencies.saturating_record(u64::try_from(latency.as_micros()).unwrap_or(u64::MAX));
-    }
-    let requests: usize = outcomes.values().sum();
-    let accepted = latencies.len();
-    let given_up = fates.len() as u64 - accepted;
-    let rate = fates.len() as f64 / elapsed.as_secs_f64().max(0.001);
+/// What became of all events.
+struct Summary {
+    events: u64,
+    accepted: u64,
+    /// Requests by their outcome.
+    outcomes: BTreeMap<String, u64>,
+    elapsed: Duration,
+    /// Times to the 2xx, in microseconds.
+    latencies: Histogram<u64>,
+}
 
-    let mut text = format!("{:<28} {:>9}", "events", fates.len());
-    let mut line = |name: &str, value: String| {
-        let _ = write!(text, "\n{name:<28} {value:>9}");
-    };
-    line("accepted", accepted.to_string());
-    line("given up", given_up.to_string());
-    line("requests", requests.to_string());
-    for (name, count) in &outcomes {
-        line(&format!("  {name}"), count.to_string());
-    }
-    line("seconds", format!("{:.1}", elapsed.as_secs_f64()));
-    line("events per second", format!("{rate:.0}"));
-    if accepted > 0 {
-        for (name, share) in [("p50", 0.5), ("p99", 0.99), ("max", 1.0)] {
-            let microseconds = latencies.value_at_quantile(share);
-            line(&format!("time to the 2xx, {name} (ms)"), format!("{:.1}", microseconds as f64 / 1000.0));
+impl Summary {
+    fn new(fates: &[Fate], elapsed: Duration) -> Self {
+        let mut outcomes: BTreeMap<String, u64> = BTreeMap::new();
+        for outcome in fates.iter().flat_map(|fate| &fate.tries) {
+            let name = match outcome {
+                Ok(status) => format!("answered {}", status.as_u16()),
+                Err(reason) => reason.clone(),
+            };
+            *outcomes.entry(name).or_default() += 1;
         }
+        let mut latencies = Histogram::<u64>::new_with_max(LATENCY_MAX_US, SIGNIFICANT_DIGITS)
+            .expect("both constants are within the histogram's limits");
+        for latency in fates.iter().filter_map(|fate| fate.latency) {
+            latencies.saturating_record(u64::try_from(latency.as_micros()).unwrap_or(u64::MAX));
+        }
+        Self { events: fates.len() as u64, accepted: latencies.len(), outcomes, elapsed, latencies }
     }
-    text
+
+    fn requests(&self) -> u64 {
+        self.outcomes.values().sum()
+    }
+
+    fn rate(&self) -> f64 {
+        self.events as f64 / self.elapsed.as_secs_f64().max(0.001)
+    }
+
+    /// Times to the 2xx in milliseconds; none without a 2xx.
+    fn quantiles(&self) -> impl Iterator<Item = (&'static str, f64)> {
+        let known = if self.accepted > 0 { [("p50", 0.5), ("p99", 0.99), ("max", 1.0)].as_slice() } else { &[] };
+        known.iter().map(|(name, share)| (*name, self.latencies.value_at_quantile(*share) as f64 / 1000.0))
+    }
+
+    fn text(&self) -> String {
+        let mut text = String::new();
+        let mut line = |name: &str, value: String| {
+            let _ = writeln!(text, "{name:<28} {value:>9}");
+        };
+        line("events", self.events.to_string());
+        line("accepted", self.accepted.to_string());
+        line("given up", (self.events - self.accepted).to_string());
+        line("requests", self.requests().to_string());
+        for (name, count) in &self.outcomes {
+            line(&format!("  {name}"), count.to_string());
+        }
+        line("seconds", format!("{:.1}", self.elapsed.as_secs_f64()));
+        if self.accepted > 0 {
+            line("events per second", format!("{:.0}", self.rate()));
+        }
+        for (name, milliseconds) in self.quantiles() {
+            line(&format!("time to the 2xx, {name} (ms)"), format!("{milliseconds:.1}"));
+        }
+        text.trim_end().to_owned()
+    }
+
+    fn json(&self, sender: &Sender) -> Value {
+        let latencies: BTreeMap<_, _> = self.quantiles().collect();
+        json!({
+            "url": sender.url.to_string(),
+            "signed": sender.secret.is_some(),
+            "events": self.events,
+            "accepted": self.accepted,
+            "given_up": self.events - self.accepted,
+            "requests": self.requests(),
+            "outcomes": self.outcomes,
+            "seconds": self.elapsed.as_secs_f64(),
+            "latency_ms": latencies,
+        })
+    }
 }
 
 #[cfg(test)]

@@ -5,12 +5,15 @@ use std::num::NonZeroU64;
 
 use anyhow::{Context, anyhow};
 use futures_util::StreamExt;
+use lapin::message::Delivery;
 use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions, QueueBindOptions, QueueDeclareOptions};
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{Channel, Consumer};
 
 use super::connect::connect;
-use super::messages::{matches, print, queue_name};
+use super::curl;
+use super::messages::{Format, matches, print, queue_name};
+use super::output::write;
 use crate::broker::{BrokerConnection, reply_text, short_string};
 use crate::config::Config;
 use crate::topology::UNROUTED;
@@ -28,6 +31,9 @@ pub(super) struct Options {
     /// Print one JSON object per line
     #[arg(long)]
     json: bool,
+    /// Print shell commands that post the events with curl, signed with $PRISM_SECRET; userToken is hidden
+    #[arg(long, conflicts_with = "json")]
+    as_curl: bool,
     /// Stop after this many events
     #[arg(long)]
     count: Option<NonZeroU64>,
@@ -57,7 +63,7 @@ async fn print_events(config: &Config, options: &Options, broker: &BrokerConnect
     while left != Some(0) {
         let delivery = deliveries.next().await.context("the connection to the broker was lost")?.map_err(refused)?;
         if matches(&options.pattern, delivery.routing_key.as_str()) {
-            match print(&delivery, options.json) {
+            match print_one(config, options, &delivery) {
                 // The reader of the pipe has exited.
                 Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
                 printed => printed.context("cannot print")?,
@@ -69,6 +75,14 @@ async fn print_events(config: &Config, options: &Options, broker: &BrokerConnect
         }
     }
     Ok(())
+}
+
+fn print_one(config: &Config, options: &Options, delivery: &Delivery) -> io::Result<()> {
+    if options.as_curl {
+        let command = curl::command(config, &delivery.data).unwrap_or_else(|error| format!("# {error}"));
+        return write(format!("{command}\n\n").as_bytes());
+    }
+    print(delivery, if options.json { Format::Json } else { Format::Text })
 }
 
 fn refused(error: lapin::Error) -> anyhow::Error {

@@ -10,6 +10,7 @@ use thiserror::Error;
 use tokio::time::{sleep, timeout};
 
 use super::messages::with_original_key;
+use super::pace;
 use crate::broker::{BrokerConnection, NameTooLong, reply_code, reply_text, short_string};
 use crate::config::Config;
 
@@ -35,8 +36,10 @@ pub(super) enum TransferError {
          consumer; stop it and run this again"
     )]
     NotDelivered { from: ShortString, left: u32 },
-    #[error("interrupted; unconfirmed messages stay where they are")]
+    #[error("interrupted; unconfirmed messages stay where they are: run this again")]
     Interrupted,
+    #[error("cannot listen for Ctrl-C: {0}")]
+    Signal(std::io::Error),
 }
 
 impl From<lapin::Error> for TransferError {
@@ -84,9 +87,13 @@ pub(super) enum Destination {
 }
 
 impl Destination {
-    /// Chooses `queue` if given, otherwise the exchange of the configuration.
+    /// Chooses `queue` if given, otherwise the exchange of the configuration. A queue with partitions is an exchange,
+    /// which chooses the partition by the subject.
     pub(super) fn new(config: &Config, queue: Option<ShortString>) -> Result<Self, NameTooLong> {
+        let is_partitioned =
+            |name: &str| config.topology.queues.iter().any(|queue| queue.name == name && queue.partitions.is_some());
         match queue {
+            Some(queue) if is_partitioned(queue.as_str()) => Ok(Self::Exchange(queue)),
             Some(queue) => Ok(Self::Queue(queue)),
             None => Ok(Self::Exchange(short_string(&config.publisher.exchange)?)),
         }
@@ -140,20 +147,26 @@ pub(super) struct Transfer {
     channel: Channel,
     deadline: Duration,
     batch: Vec<Outgoing>,
+    batch_max: usize,
     bytes: usize,
     moved: u64,
 }
 
 impl Transfer {
-    /// Opens a channel in confirm mode.
-    pub(super) async fn open(broker: &BrokerConnection, deadline: Duration) -> Result<Self, TransferError> {
+    /// Opens a channel in confirm mode. `rate`: messages per second, for the size of the batches.
+    pub(super) async fn open(
+        broker: &BrokerConnection,
+        deadline: Duration,
+        rate: Option<f64>,
+    ) -> Result<Self, TransferError> {
         let opening = async {
             let channel = broker.connection.create_channel().await?;
             channel.confirm_select(ConfirmSelectOptions::default()).await?;
             Ok(channel)
         };
         let channel = in_time(deadline, opening).await?;
-        Ok(Self { channel, deadline, batch: Vec::new(), bytes: 0, moved: 0 })
+        let batch_max = pace::batch(rate, BATCH_MAX);
+        Ok(Self { channel, deadline, batch: Vec::new(), batch_max, bytes: 0, moved: 0 })
     }
 
     /// The number of messages that were confirmed and acknowledged. It is right after an error, too.
@@ -161,11 +174,16 @@ impl Transfer {
         self.moved
     }
 
+    /// Whether every message that was added is confirmed.
+    pub(super) fn is_flushed(&self) -> bool {
+        self.batch.is_empty()
+    }
+
     /// Adds a message to the batch, and moves the batch if it is full.
     pub(super) async fn add(&mut self, message: Outgoing) -> Result<(), TransferError> {
         self.bytes += message.delivery.data.len();
         self.batch.push(message);
-        if self.batch.len() < BATCH_MAX && self.bytes < BATCH_BYTES_MAX {
+        if self.batch.len() < self.batch_max && self.bytes < BATCH_BYTES_MAX {
             return Ok(());
         }
         self.flush().await

@@ -60,9 +60,15 @@ pub struct Shutdown {
 #[error("{}", self.list())]
 pub struct ConfigError {
     mistakes: Vec<String>,
+    log_format: logging::Format,
 }
 
 impl ConfigError {
+    /// The format of the log, if the configuration names one that can be read.
+    pub fn log_format(&self) -> logging::Format {
+        self.log_format
+    }
+
     fn list(&self) -> String {
         let count = match self.mistakes.len() {
             1 => "a mistake".to_owned(),
@@ -79,7 +85,8 @@ impl Config {
         environment: impl IntoIterator<Item = (String, String)>,
         purpose: Purpose,
     ) -> Result<Self, ConfigError> {
-        let mut raw = Raw::merge(file, environment).map_err(|mistake| ConfigError { mistakes: vec![mistake] })?;
+        let mut raw = Raw::merge(file, environment)
+            .map_err(|mistake| ConfigError { mistakes: vec![mistake], log_format: logging::Format::Auto })?;
         // In the order of the file, in which mistakes are listed.
         let http = sections::http(&mut raw, purpose);
         let signature = sections::signature(&mut raw, purpose);
@@ -94,7 +101,7 @@ impl Config {
         let config = Self { http, signature, spool, dedupe, broker, publisher, topology, ops, log, traces, shutdown };
         match raw.finish() {
             mistakes if mistakes.is_empty() => Ok(config),
-            mistakes => Err(ConfigError { mistakes }),
+            mistakes => Err(ConfigError { mistakes, log_format: config.log.format }),
         }
     }
 }

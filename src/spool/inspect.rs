@@ -125,6 +125,22 @@ impl Inspector {
         Ok(self.connection.query_row(&sql, [id.as_bytes()], entry).optional()?)
     }
 
+    /// When the oldest parked event was accepted, in milliseconds since 1970.
+    pub fn oldest_parked_ms(&self) -> Result<Option<i64>, ReadError> {
+        let sql = format!("SELECT min(accepted_ms) FROM event {PARKED}");
+        Ok(self.connection.query_row(&sql, [], |row| row.get(0))?)
+    }
+
+    /// The ids that begin or end with these lower-case hex digits, at most `limit` of them.
+    pub fn matching(&self, digits: &str, limit: u32) -> Result<Vec<Uuid>, ReadError> {
+        let sql = "SELECT id FROM event
+                   WHERE substr(lower(hex(id)), 1, length(?1)) = ?1 OR substr(lower(hex(id)), -length(?1)) = ?1
+                   ORDER BY seq LIMIT ?2";
+        let mut statement = self.connection.prepare(sql)?;
+        let ids = statement.query_map((digits, limit), |row| Ok(Uuid::from_bytes(row.get(0)?)))?;
+        Ok(ids.collect::<Result<_>>()?)
+    }
+
     /// Reads everything: checks the structure of the file, each body against its fingerprint, and the ledger against
     /// the events.
     pub fn verify(&mut self) -> Result<Verdict, ReadError> {
@@ -178,6 +194,11 @@ impl Inspector {
     pub fn retry(&mut self, seq: u64) -> Result<bool, ChangeError> {
         let sql = "UPDATE event SET tried_ms = 0 WHERE seq = ?1 AND parked_reason IS NOT NULL";
         Ok(self.connection.execute(sql, [seq])? > 0)
+    }
+
+    /// Makes the relay retry all parked events in its next round. Returns their number.
+    pub fn retry_all(&mut self) -> Result<usize, ChangeError> {
+        Ok(self.connection.execute("UPDATE event SET tried_ms = 0 WHERE parked_reason IS NOT NULL", [])?)
     }
 
     /// Removes an event for good. Returns whether it was there.

@@ -232,8 +232,10 @@ impl Comparison<'_> {
             .map(|there| {
                 let count = there.messages.map_or("an unknown number of".to_owned(), |count| count.to_string());
                 let what = format!("is left over, with {count} messages; delete it when it has none");
-                let redrive = Remedy::Command(self.commands.redrive(&there.name));
-                Difference::new(Kind::Surplus, format!("queue {}", there.name), what, redrive)
+                // Through the exchange, every other queue that is bound for these events would get them again.
+                let owner = self.plan.configured_queue(&there.name).unwrap_or(&there.name);
+                let redrive = format!("{} --to {}", self.commands.redrive(&there.name), quote(owner));
+                Difference::new(Kind::Surplus, format!("queue {}", there.name), what, Remedy::Command(redrive))
             })
             .collect()
     }
@@ -529,13 +531,14 @@ mod tests {
             case(
                 partitioned,
                 |live| add(live, "queues", queue_json("q.3", json!({}))),
-                "queue q.3: is left over, with 5 messages; delete it when it has none | prism-relay redrive --from q.3",
+                "queue q.3: is left over, with 5 messages; delete it when it has none | prism-relay redrive \
+                 --from q.3 --to q",
             ),
             case(
                 ladder,
                 |live| add(live, "queues", queue_json("q.retry.2", json!({}))),
                 "queue q.retry.2: is left over, with 5 messages; delete it when it has none | prism-relay redrive \
-                 --from q.retry.2",
+                 --from q.retry.2 --to q",
             ),
         ]);
     }

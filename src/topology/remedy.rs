@@ -94,20 +94,18 @@ impl Commands {
     /// `configured`: a queue of the configuration, which may be several on the broker.
     fn new_name(&self, plan: &Plan, configured: &str) -> String {
         let relay = &self.relay;
-        let (old, rest) = if plan.has_queue(configured) {
-            (configured.to_owned(), format!("or move them: {} --to NEW", self.redrive(configured)))
-        } else {
-            let partition = format!("{configured}.1");
-            let redrive = self.redrive(&partition);
-            (partition, format!("or publish them again, to every queue bound for them: {redrive}, and so on"))
+        let (old, rest) = match plan.has_queue(configured) {
+            true => (configured.to_owned(), ""),
+            false => (format!("{configured}.1"), ", and so on"),
         };
+        let redrive = self.redrive(&old);
         format!(
             "a queue cannot be changed: give {configured} a new name in topology.queues, and then\n\
              1. create the new queue: {relay} topology declare; then restart the relay, which keeps the old \
              configuration until then\n\
              2. unbind the old one: {relay} topology diff prints the command\n\
              3. move the workers to the new queue\n\
-             4. let workers finish the messages in the old queue, {rest}\n\
+             4. let workers finish the messages in the old queue, or move them: {redrive} --to NEW{rest}\n\
              5. delete the old queue, with its retry queues and partitions, when they hold no messages: {}",
             self.delete_queue(&old)
         )

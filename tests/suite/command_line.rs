@@ -1,9 +1,13 @@
 //! The commands: their output and their exit codes.
 
+use std::process::Stdio;
+
 use serde_json::json;
 
+use crate::harness::http::sign;
+use crate::harness::samples::of_scan;
 use crate::harness::setup::NO_BROKER;
-use crate::harness::{Node, Relay, Setup, Vhost, Wire, eventually};
+use crate::harness::{Node, Relay, SECRET, Setup, Vhost, Wire, eventually};
 
 #[tokio::test]
 async fn wrong_usage_and_configuration_end_with_64() {
@@ -120,6 +124,8 @@ async fn send_sends_webhooks_as_prism_does_and_prints_a_summary() {
     assert_eq!(six.code, Some(0), "{}{}", six.stdout, six.stderr);
     vhost.messages("prism.scan", 3).await;
     vhost.messages("prism.future_me", 3).await;
+    let first = format!("posting 6 events to {}, signed with secret 1 of 1", relay.url());
+    assert_eq!(six.stdout.lines().next(), Some(first.as_str()));
     let summary: Vec<Vec<&str>> = six.stdout.lines().map(|line| line.split_whitespace().collect()).collect();
     for line in [&["events", "6"][..], &["accepted", "6"], &["given", "up", "0"], &["answered", "200", "6"]] {
         assert!(summary.iter().any(|found| found == line), "{line:?} is missing in {}", six.stdout);
@@ -136,8 +142,22 @@ async fn send_sends_webhooks_as_prism_does_and_prints_a_summary() {
     vhost.messages("prism.unrouted", 25).await;
 
     let body = relay.setup().file("body", b"\xff as it is");
-    let fixed = ["send", "--url", relay.url(), "--body", body.to_str().unwrap()];
-    assert_eq!(relay.run(&fixed).await.code, Some(0));
+    let fixed = ["send", "--url", relay.url(), "--body", body.to_str().unwrap(), "--json"];
+    let fixed = relay.run(&fixed).await;
+    assert_eq!(fixed.code, Some(0), "{fixed:?}");
+    let summary: serde_json::Value = serde_json::from_str(&fixed.stdout).unwrap();
+    for (key, expected) in [
+        ("url", json!(relay.url())),
+        ("signed", json!(true)),
+        ("events", json!(1)),
+        ("accepted", json!(1)),
+        ("given_up", json!(0)),
+        ("requests", json!(1)),
+        ("outcomes", json!({"answered 200": 1})),
+    ] {
+        assert_eq!(summary[key], expected, "{key} in {summary}");
+    }
+    assert!(["p50", "p99", "max"].iter().all(|name| summary["latency_ms"][name].is_f64()), "{summary}");
     assert_eq!(vhost.messages("prism.unrouted", 1).await[0].body, b"\xff as it is");
 }
 
@@ -163,10 +183,75 @@ async fn send_retries_as_prism_does_and_gives_up() {
         "{}",
         refused.stdout
     );
+    let first = format!("posting 6 events to {}, unsigned", relay.url());
+    assert_eq!(refused.stdout.lines().next(), Some(first.as_str()));
+    assert!(!refused.stdout.contains("p50") && !refused.stdout.contains("per second"), "{}", refused.stdout);
 
     let no_secret = Setup::without_broker().set("signature.secrets", json!([])).run(&["send", "--url", &url]).await;
     assert_eq!(no_secret.code, Some(64));
     assert!(no_secret.stderr.contains("--unsigned"), "{}", no_secret.stderr);
+    let unsigned = Setup::without_broker().set("signature.secrets", json!([])).set("signature.required", false);
+    let unsigned = unsigned.start().await;
+    let sent = unsigned.run(&["send", "--url", unsigned.url(), "--count", "1"]).await;
+    assert_eq!(sent.code, Some(0), "{sent:?}");
+    assert!(sent.stdout.starts_with(&format!("posting 1 event to {}, unsigned\n", unsigned.url())), "{sent:?}");
+}
+
+#[tokio::test]
+async fn verify_explains_the_answer_to_a_captured_request() {
+    let relay = Setup::without_broker().start().await;
+    let (timestamp, body) = (jiff::Timestamp::now().to_string(), br#"{"eventType":"scan.a","payload":{"scanId":"1"}}"#);
+    let signature = sign(SECRET, &timestamp, body);
+    let headers =
+        relay.setup().file("headers", format!("Prism-Timestamp: {timestamp}\r\nPrism-Signature: {signature}\r\n"));
+    let verify = async |body: &[u8], more: &[&str]| {
+        let body = relay.setup().file("body", body);
+        let files = ["verify", "--headers", headers.to_str().unwrap(), "--body", body.to_str().unwrap()];
+        relay.run(&[&files[..], more].concat()).await
+    };
+    let answer = async |body: &[u8]| {
+        let headers = [("prism-timestamp", timestamp.as_str()), ("prism-signature", signature.as_str())];
+        relay.post_with(&headers, body.to_vec()).await.status
+    };
+    let good = verify(body, &[]).await;
+    assert_eq!((good.code, answer(body).await), (Some(0), 200), "{good:?}");
+    assert!(
+        good.stdout.contains("matches secret 1 of 1") && good.stdout.ends_with("the relay answers 200"),
+        "{good:?}"
+    );
+    let changed = [&body[..], b"\n"].concat();
+    let bad = verify(&changed, &[]).await;
+    assert_eq!((bad.code, answer(&changed).await), (Some(1), 401), "{bad:?}");
+    assert!(bad.stdout.contains("a line end was added at its end") && !bad.stdout.contains(SECRET), "{bad:?}");
+    let late = verify(body, &["--at", "2100-01-01T00:00:00Z"]).await;
+    assert!(late.code == Some(1) && late.stdout.ends_with("the relay answers 401 stale-timestamp"), "{late:?}");
+    let missing = relay.run(&["verify", "--headers", "nothing", "--body", "nothing"]).await;
+    assert!(missing.code == Some(64) && missing.stderr.contains("cannot read nothing"), "{missing:?}");
+}
+
+/// Log collectors read standard error line by line as JSON.
+#[tokio::test]
+async fn the_last_line_of_a_relay_that_fails_has_the_format_of_its_log() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let at = |format: &str| Setup::without_broker().set("http.listen", address.as_str()).set("log.format", format);
+    let wrong = |format: &str| Setup::without_broker().set("http.listen", "here").set("log.format", format);
+    for (setup, code, expected) in [
+        (at("json"), 1, "cannot listen on"),
+        (wrong("json"), 64, "http.listen: \"here\""),
+        (wrong("auto"), 64, "http.listen"),
+    ] {
+        let ended = setup.run(&["serve"]).await;
+        assert_eq!(ended.code, Some(code), "{ended:?}");
+        let last: serde_json::Value = serde_json::from_str(ended.stderr.lines().last().unwrap()).unwrap();
+        assert_eq!((&last["level"], &last["message"]), (&json!("ERROR"), &json!("the relay ends")), "{last}");
+        assert!(last["error"].as_str().unwrap().contains(expected), "{last}");
+        assert!(last["timestamp"].as_str().unwrap().parse::<jiff::Timestamp>().is_ok(), "{last}");
+    }
+    for setup in [at("pretty"), wrong("pretty")] {
+        let ended = setup.run(&["serve"]).await;
+        assert!(ended.stderr.contains("\nprism-relay: ") || ended.stderr.starts_with("prism-relay: "), "{ended:?}");
+    }
 }
 
 #[tokio::test]
@@ -277,15 +362,60 @@ async fn check_offline_needs_no_broker() {
     assert_eq!(setup.run(&["check"]).await.code, Some(1));
 }
 
-#[test]
-fn a_result_that_cannot_be_written_is_an_error() {
-    let setup = Setup::without_broker();
-    let file = setup.file("relay.toml", setup.toml());
-    for arguments in [["topology", "show"].as_slice(), &["topology", "export"], &["man"], &["completions", "bash"]] {
+/// The disk is full, or the log driver is gone: a script must not go on as if it had the answer.
+#[tokio::test]
+async fn output_that_cannot_be_written_is_an_error_of_every_command() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let relay = Setup::new(&vhost.url()).set("topology.archive", json!({ "max_age": "1d" })).start().await;
+    for number in 0..3 {
+        relay.post(of_scan(number, "scan.processing.started")).await.expect(200);
+        vhost.reject("prism.scan").await;
+    }
+    relay.eventually_nothing_pending().await;
+    let parked = Setup::without_broker().start().await;
+    let id = parked.post(of_scan(1, "scan.processing.started")).await.id();
+    let (headers, body) = (relay.setup().file("headers", ""), relay.setup().file("body", ""));
+    let (url, ops) = (relay.url(), relay.ops());
+    let [headers, body] = [&headers, &body].map(|path| path.to_str().unwrap());
+    for (relay, arguments) in [
+        (&relay, &["--help"][..]),
+        (&relay, &["--version"]),
+        (&relay, &["send", "--help"]),
+        (&relay, &["check", "--offline"]),
+        (&relay, &["check"]),
+        (&relay, &["send", "--url", url, "--count", "1"]),
+        (&relay, &["send", "--url", url, "--count", "1", "--json"]),
+        (&relay, &["tail", "--queue", "prism.dead", "--count", "1"]),
+        (&relay, &["tail", "--queue", "prism.dead", "--count", "1", "--json"]),
+        (&relay, &["top", "--once", "--url", ops]),
+        (&relay, &["topology", "show"]),
+        (&relay, &["topology", "declare"]),
+        (&relay, &["topology", "diff"]),
+        (&relay, &["topology", "export"]),
+        (&relay, &["redrive", "--dry-run"]),
+        (&relay, &["redrive"]),
+        (&relay, &["replay", "--since", "1h"]),
+        (&relay, &["verify", "--headers", headers, "--body", body]),
+        (&parked, &["spool", "stats"]),
+        (&parked, &["spool", "list"]),
+        (&parked, &["spool", "list", "--json"]),
+        (&parked, &["spool", "show", &id]),
+        (&parked, &["spool", "show", "--as-curl", &id]),
+        (&parked, &["spool", "verify"]),
+        (&parked, &["spool", "retry", "--all-parked"]),
+        (&parked, &["spool", "remove", "--yes", "--pending", &id]),
+        (&relay, &["health", "--url", ops]),
+        (&relay, &["man"]),
+        (&relay, &["completions", "bash"]),
+    ] {
         let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
         let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_prism-relay"));
-        let ended = command.arg("--config").arg(&file).args(arguments).stdout(full).output().unwrap();
+        command.arg("--config").arg(relay.folder().join("relay.toml")).args(arguments).stdin(Stdio::null());
+        let ended = tokio::task::spawn_blocking(move || command.stdout(full).output().unwrap()).await.unwrap();
         let error = String::from_utf8_lossy(&ended.stderr);
-        assert!(ended.status.code() == Some(1) && error.contains("cannot print"), "{arguments:?}: {ended:?}");
+        assert_eq!(ended.status.code(), Some(1), "{arguments:?}: {error}");
+        assert!(error.contains("cannot print") && error.contains("No space left"), "{arguments:?}: {error}");
     }
+    let shown = parked.run(&["spool", "show", &id]).await;
+    assert_eq!(shown.code, Some(0), "an event is removed only after it was shown: {shown:?}");
 }

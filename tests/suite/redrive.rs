@@ -132,7 +132,94 @@ async fn messages_go_to_one_queue_if_it_exists() {
     ] {
         let ended = relay.run(&arguments).await;
         assert!(ended.code == expected.0 && ended.stderr.contains(expected.1), "{ended:?}");
+        assert_eq!(ended.stdout, "", "there is nothing to sum up");
     }
+}
+
+#[tokio::test]
+async fn the_summary_counts_the_whole_queue() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let relay = with_dead_letters(&vhost, 6).await;
+    for (arguments, expected) in [
+        (vec!["--dry-run", "--count", "1"], "1 of 6 in prism.dead would be moved to prism.events"),
+        (
+            vec!["--dry-run", "--type", "#.failed", "--count", "1"],
+            "1 of 6 in prism.dead would be moved to prism.events",
+        ),
+        (vec!["--type", "#.failed"], "3 moved from prism.dead to prism.events, 3 did not match"),
+        (vec!["--count", "1"], "1 moved from prism.dead to prism.events, 0 did not match, 2 not looked at"),
+    ] {
+        let done = relay.run(&[vec!["redrive"], arguments].concat()).await;
+        assert_eq!((done.code, done.stdout.lines().last()), (Some(0), Some(expected)), "{done:?}");
+    }
+}
+
+/// At this rate the first message goes at once, and the second one after a quarter of an hour.
+const SLOW: &str = "0.001";
+
+#[tokio::test]
+async fn a_redrive_with_a_rate_is_interrupted_and_run_again() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let relay = with_dead_letters(&vhost, 4).await;
+    for (signal, left) in [("INT", 3), ("TERM", 2)] {
+        let mut running = relay.setup().launch(&["redrive", "--rate", SLOW]);
+        vhost.eventually_depth("prism.scan", 4 - left).await;
+        running.signal(signal);
+        let ended = running.wait().await;
+        let expected = format!("1 moved from prism.dead to prism.events, 0 did not match, {left} not looked at");
+        assert_eq!((ended.code, ended.stdout), (Some(1), expected), "{}", ended.stderr);
+        assert!(ended.stderr.contains("interrupted") && ended.stderr.contains("run this again"), "{}", ended.stderr);
+        vhost.eventually_depth("prism.dead", left).await;
+    }
+    let done = relay.run(&["redrive", "--rate", "1000"]).await;
+    assert!(done.code == Some(0) && done.stdout.starts_with("2 moved"), "{done:?}");
+    let ids: BTreeSet<_> = vhost.messages("prism.scan", 4).await.iter().map(Delivery::id).collect();
+    assert_eq!(ids.len(), 4, "none is moved twice");
+    vhost.assert_empty("prism.scan").await;
+}
+
+/// Retry queues and partitions belong to one queue. Through the exchange, others would get the messages again.
+#[tokio::test]
+async fn messages_of_a_retry_queue_go_to_their_own_queue() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let queues = json!([{ "name": "prism.scan", "bindings": ["scan.#"], "retry_delays": ["1h"] }]);
+    let relay = Setup::new(&vhost.url()).set("topology.queues", queues).start().await;
+    relay.eventually_connected().await;
+    vhost.create_queue("mine", json!({})).await;
+    vhost.bind("prism.events", "mine", "scan.#").await;
+    relay.post(scan(1)).await.expect(200);
+    let first = vhost.messages("mine", 1).await.remove(0);
+    vhost.reject("prism.scan").await;
+    vhost.eventually_depth("prism.scan.retry.1", 1).await;
+    let from = ["redrive", "--from", "prism.scan.retry.1"];
+    let refused = relay.run(&from).await;
+    assert!(refused.code == Some(64) && refused.stderr.contains("add --to prism.scan"), "{refused:?}");
+    let moved = relay.run(&[&from[..], &["--to", "prism.scan"]].concat()).await;
+    assert!(moved.code == Some(0) && moved.stdout.starts_with("1 moved"), "{moved:?}");
+    assert_eq!(vhost.messages("prism.scan", 1).await[0].header("prism-original-key"), first.routing_key);
+    vhost.assert_empty("mine").await;
+}
+
+#[tokio::test]
+async fn messages_for_a_queue_with_partitions_go_to_the_partition_of_their_subject() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let queues = json!([{ "name": "prism.scan", "bindings": ["scan.#"], "partitions": 2 }]);
+    let relay = Setup::new(&vhost.url()).set("topology.queues", queues).start().await;
+    relay.post(scan(1)).await.expect(200);
+    let partition = eventually("the event in a partition", async || {
+        for partition in ["prism.scan.1", "prism.scan.2"] {
+            if vhost.depth(partition).await == 1 {
+                return Ok(partition);
+            }
+        }
+        Err("in none")
+    })
+    .await;
+    vhost.reject(partition).await;
+    vhost.eventually_depth("prism.dead", 1).await;
+    let moved = relay.run(&["redrive", "--to", "prism.scan"]).await;
+    assert!(moved.code == Some(0) && moved.stdout.starts_with("1 moved"), "{moved:?}");
+    assert_eq!(vhost.messages(partition, 1).await[0].routing_key, "scan.processing.started");
 }
 
 /// RabbitMQ reports a queue as empty if its leader does not answer within 250 ms.
@@ -239,6 +326,50 @@ async fn an_interrupted_redrive_loses_nothing() {
     .await;
     vhost.assert_empty("prism.dead").await;
     connection.close(200, "done".into()).await.unwrap();
+}
+
+/// Every way to die and to come back leaves headers in a message: rejections, a worker that dies, reads for a dry run,
+/// an expiry, and the offset of a stream. None of them may reach a worker as a part of the new message.
+#[tokio::test]
+async fn no_header_of_a_broker_is_left_after_redrive_and_replay() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let queues = json!([{ "name": "prism.scan", "bindings": ["scan.#"], "retry_delays": ["50ms"] }]);
+    let relay = with_archive(&vhost).set("topology.queues", queues).start().await;
+    relay.post(scan(1)).await.expect(200);
+    vhost.eventually_depth("prism.scan", 1).await;
+    vhost.take_and_drop("prism.scan").await;
+    for _ in 0..2 {
+        vhost.reject("prism.scan").await;
+    }
+    vhost.eventually_depth("prism.dead", 1).await;
+    for _ in 0..2 {
+        assert!(relay.run(&["redrive", "--dry-run"]).await.stdout.contains("1 of 1"));
+        vhost.eventually_depth("prism.dead", 1).await;
+    }
+    // A classic queue adds no header to what it delivers.
+    for name in ["redriven", "replayed"] {
+        vhost.create_queue(name, json!({ "x-queue-type": "classic" })).await;
+    }
+    let redrive = ["redrive", "--to", "redriven"];
+    let replay = ["replay", "--since", "1h", "--to", "replayed"];
+    for (command, queue, added) in
+        [(&redrive[..], "redriven", vec![]), (&replay[..], "replayed", vec!["prism-replayed-at"])]
+    {
+        let done = relay.run(command).await;
+        assert_eq!(done.code, Some(0), "{done:?}");
+        let message = vhost.messages(queue, 1).await.remove(0);
+        let names: BTreeSet<_> = message.headers.keys().map(String::as_str).collect();
+        let own = [
+            "prism-fingerprint",
+            "prism-received-at",
+            "prism-scan-id",
+            "prism-state",
+            "prism-subject",
+            "prism-verified",
+            "prism-original-key",
+        ];
+        assert_eq!(names, own.into_iter().chain(added).collect(), "{command:?}");
+    }
 }
 
 fn with_archive(vhost: &Vhost) -> Setup {
@@ -380,5 +511,37 @@ async fn replay_obeys_since_and_until_and_ends_on_an_empty_archive() {
     ] {
         let ended = relay.run(&arguments).await;
         assert!(ended.code == expected.0 && ended.stderr.contains(expected.1), "{ended:?}");
+        assert_eq!(ended.stdout, "", "there is nothing to sum up");
     }
+    let none = Setup::new(&vhost.url()).run(&["replay", "--since", "1h"]).await;
+    assert!(none.code == Some(64) && none.stderr.contains("the configuration has no topology.archive"), "{none:?}");
+}
+
+#[tokio::test]
+async fn a_replay_with_a_rate_is_interrupted_and_goes_on_where_it_stopped() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let relay = with_archive(&vhost).start().await;
+    for number in 0..3 {
+        relay.post(scan(number)).await.expect(200);
+    }
+    let archived: Vec<_> = vhost.messages("prism.scan", 3).await.iter().map(Delivery::id).collect();
+    let replay = ["replay", "--since", "1h"];
+    let mut running = relay.setup().launch(&[&replay[..], &["--rate", SLOW]].concat());
+    let first = vhost.messages("prism.scan", 1).await.remove(0);
+    running.signal("INT");
+    let ended = running.wait().await;
+    assert_eq!((ended.code, &*ended.stdout), (Some(1), "1 events of prism.archive published to prism.events"));
+    let offset = ended
+        .stderr
+        .split("--offset ")
+        .nth(1)
+        .and_then(|rest| rest.split(' ').next())
+        .unwrap_or_else(|| panic!("{ended:?}"));
+    assert_eq!(first.id(), archived[0]);
+    let rest = relay.run(&[&replay[..], &["--offset", offset]].concat()).await;
+    assert!(rest.code == Some(0) && rest.stdout.starts_with("2 events"), "{rest:?}");
+    let rest: Vec<_> = vhost.messages("prism.scan", 2).await.iter().map(Delivery::id).collect();
+    assert_eq!(rest, archived[1..]);
+    let nothing = relay.run(&[&replay[..], &["--offset", "1000000"]].concat()).await;
+    assert!(nothing.code == Some(0) && nothing.stdout.starts_with("0 events"), "{nothing:?}");
 }
