@@ -1,6 +1,6 @@
 //! `tail`: prints events as they are published, without taking them from workers.
 
-use std::io;
+use std::io::{self, Write};
 use std::num::NonZeroU64;
 
 use anyhow::{Context, anyhow};
@@ -59,6 +59,8 @@ async fn print_events(config: &Config, options: &Options, broker: &BrokerConnect
         Some(queue) => work(&channel, queue).await.map_err(refused)?,
         None => listen(config, &channel).await?,
     };
+    // Scripts wait for this line: the queue gets only events that are published from now on.
+    let _ = writeln!(io::stderr().lock(), "waiting for events; Ctrl-C ends this command");
     let mut left = options.count.map(NonZeroU64::get);
     while left != Some(0) {
         let delivery = deliveries.next().await.context("the connection to the broker was lost")?.map_err(refused)?;
