@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 /// Events are allocated on one thread and freed on another, which is slow with the system's allocator: see
 /// benches/relay.
+#[cfg(feature = "jemalloc")]
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 

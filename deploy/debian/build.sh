@@ -9,7 +9,8 @@ unset CARGO_TARGET_DIR CARGO_BUILD_TARGET
 relay=target/release/prism-relay
 assets=target/debian-assets
 
-cargo build --release --locked --features otlp
+# Not stripped: cargo-deb moves the debug information into a package of its own.
+CARGO_PROFILE_RELEASE_STRIP=none cargo build --release --locked --features otlp
 if [[ $(target/tools/bin/cargo-deb --version 2>/dev/null) != *3.8.0 ]]; then
   cargo install --quiet --locked --root target/tools --version 3.8.0 cargo-deb
 fi
@@ -19,7 +20,6 @@ rm -rf "$assets" && mkdir -p "$assets/man"
 for shell in bash zsh fish; do "$relay" completions "$shell" >"$assets/prism-relay.$shell"; done
 
 rm -f target/debian/prism-relay*deb
-# The debug information of the release profile goes into a package of its own.
 target/tools/bin/cargo-deb deb --quiet --no-build --locked --dbgsym >/dev/null
 package=$(echo "$PWD"/target/debian/prism-relay_*.deb)
 echo "$package"
