@@ -1,21 +1,26 @@
 #!/usr/bin/env bash
-# Runs prism-relay from a clone: finds or starts a broker, builds and starts the relay, sends the six sample events, and
-# shows them coming out of their queues. Then it runs until Ctrl-C, which stops everything that it started.
+# Runs prism-relay from a clone: starts a RabbitMQ, builds and starts the relay, sends the six sample events, and shows
+# them pass through. Then it runs until Ctrl-C, which stops everything that it started.
 #
 # Needs bash 3.2 and the basic tools of a system, but not curl, ps or timeout, which macOS or slim images lack.
 set -euo pipefail
 
 usage() {
   cat <<'EOF'
-Usage: ./deploy/quickstart.sh [--once] [--broker URL] [--install]
+Usage: ./deploy/quickstart.sh [--once] [--unsigned] [--broker URL]
+       ./deploy/quickstart.sh --install | --clean
 
-Runs prism-relay on this machine, and shows the six sample events coming out of RabbitMQ.
-Uses the first RabbitMQ that is available: one that answers on 127.0.0.1:5672, a container (docker or
-podman), or a private node from the system's package. Writes only to .quickstart/ and target/.
+Runs prism-relay on this machine, and shows six sample events pass through it to RabbitMQ. RabbitMQ is a
+container (docker or podman), or else a private node of the system's package. Listens on 127.0.0.1 only.
+Writes to .quickstart/ and target/. Installs missing system packages: RabbitMQ, a C compiler and make.
 
-  --once        stop after the demonstration; exit 0 only if all six events came out
-  --broker URL  use this RabbitMQ (amqp://user:password@host:5672/%2f) instead of looking for one
-  --install     only install missing system packages: RabbitMQ (its service is not started), a C compiler and make
+  --once        stop after the six events; exit 0 only if all of them came through
+  --unsigned    accept webhooks without a signature, for a Prism account that has no secret
+  --broker URL  use this RabbitMQ (amqp://user:password@host:5672/vhost) in place of starting one. The relay
+                declares prism.* exchanges and queues there and publishes the six events: give it a virtual
+                host of its own
+  --install     only install missing system packages. RabbitMQ's service is not started
+  --clean       remove .quickstart/ and the build, and say how to remove the installed packages
   -h, --help    this text
 EOF
 }
@@ -23,20 +28,27 @@ EOF
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 state=$root/.quickstart
 config=$state/relay.toml
-relay=$root/target/release/prism-relay
+relay=$state/prism-relay # runs the binary with the addresses of this run
+binary=$root/target/debug/prism-relay
 image=rabbitmq:4-management
 
 # --------------------------------------------------------------------------------------------------------- main
 
 main() {
-  local once='' install='' broker_given=''
+  local once='' install='' clean=''
+  unsigned='' broker_given=''
   while (($#)); do
     case $1 in
       --once) once=yes ;;
+      --unsigned) unsigned=yes ;;
       --install) install=yes ;;
-      --broker) broker_given=${2:?--broker needs a URL} && shift ;;
+      --clean) clean=yes ;;
+      --broker)
+        if [[ ! ${2-} ]]; then wrong_usage '--broker needs a URL'; fi
+        broker_given=$2 && shift
+        ;;
       -h | --help) usage && exit 0 ;;
-      *) usage >&2 && exit 64 ;;
+      *) wrong_usage "unknown option: $1" ;;
     esac
     shift
   done
@@ -45,67 +57,106 @@ main() {
   trap 'exit 129' HUP
   trap 'exit 130' INT
   trap 'exit 143' TERM
+  if [[ $clean ]]; then
+    clean_up
+    exit 0
+  fi
   (umask 077 && mkdir -p "$state")
 
   if [[ $install ]]; then
     need_compiler
-    rabbitmq_bin >/dev/null || install_packages rabbitmq
+    if [[ ! $missing ]]; then command -v make >/dev/null || missing=compiler; fi # for jemalloc, which tests need
+    need_rabbitmq
+    if [[ $missing ]]; then manager >/dev/null; fi
+    install_missing
     exit 0
   fi
 
   refuse_a_second_run
   printf '\n%sprism-relay quickstart%s\n\n' "$bold" "$plain"
-  need_rust
-  find_broker "$broker_given" # a broker that it starts boots during the build
+  look_around
+  say_plan
+  install_missing
+  start_broker # it boots during the build
   build_relay
   wait_for_broker
-  configure
+  write_config
+  write_wrapper
   start_relay
   send_and_show_events
   if [[ $once ]]; then
     stop_everything
-    printf '\nAll six events came out of their queues.\n'
+    printf '\nAll six events came through.\n'
     exit 0
   fi
   print_next_steps
   stay_up
 }
 
+wrong_usage() {
+  printf '%s\n\n' "$1" >&2
+  usage >&2
+  exit 64
+}
+
+# Finds out what is there and what is missing, before anything is changed. Sets broker_way and missing.
+look_around() {
+  local candidate
+  need_rust
+  need_compiler
+  broker_way=node
+  for candidate in docker podman; do
+    # The client may be installed without a running daemon, so ask the daemon.
+    if [[ $broker_way == node ]] && command -v "$candidate" >/dev/null && "$candidate" info >/dev/null 2>&1; then
+      broker_way=container container_engine=$candidate
+    fi
+  done
+  if [[ $broker_given ]]; then broker_way=given; fi
+  if [[ $broker_way == node ]]; then need_rabbitmq; fi
+  if [[ $missing ]]; then manager >/dev/null; fi
+}
+
+say_plan() {
+  echo 'This does the following, without a question:'
+  if [[ $missing ]]; then
+    printf '  install   %s\n' "$(packages)"
+    printf '            (to remove: %s)\n' "$(removal)"
+  fi
+  printf '  build     the relay into target/: at first about two minutes on two cores and 0.8 GB, later seconds\n'
+  case $broker_way in
+    container) printf '  start     RabbitMQ in a container (%s, %s; pulled once)\n' "$container_engine" "$image" ;;
+    node) printf '  start     a private RabbitMQ node, on 127.0.0.1\n' ;;
+    given) printf '  declare   prism.* exchanges and queues on your RabbitMQ, and publish six sample events\n' ;;
+  esac
+  printf '  start     the relay, on 127.0.0.1\n'
+  printf '  write     .quickstart/: configuration, logs, data\n'
+  printf 'Ctrl-C stops everything that it started. To remove everything: %s --clean\n\n' "$0"
+}
+
 # --------------------------------------------------------------------------------------------------- the broker
 
-# Sets broker_url, broker_is (a description to print), and broker_shared if the broker may have other users.
-find_broker() {
-  broker_url='' broker_is='' broker_shared='' broker_port='' broker_pid='' broker_ui=''
-  if [[ $1 ]]; then
-    broker_url=$1 broker_is='the RabbitMQ given with --broker' broker_shared=yes
-  elif speaks_amqp 5672 && accepts_guest 5672; then
-    broker_is='the RabbitMQ that was found on 127.0.0.1:5672' broker_shared=yes broker_port=5672
-  else
-    speaks_amqp 5672 && note 'The RabbitMQ on 127.0.0.1:5672 refuses guest:guest; to use it: --broker URL'
-    start_container || start_private_node
-  fi
-  if [[ ! $broker_url ]]; then broker_url="amqp://guest:guest@127.0.0.1:$broker_port/%2f"; fi
+# Sets broker_url, and broker_is (a description to print).
+start_broker() {
+  rm -f "$state/rabbitmqctl"
+  case $broker_way in
+    given) broker_url=$broker_given broker_is='the RabbitMQ given with --broker' ;;
+    container) start_container || start_private_node ;;
+    node) start_private_node ;;
+  esac
+  if [[ $broker_way != given ]]; then broker_url="amqp://guest:guest@127.0.0.1:$broker_port/%2f"; fi
 }
 
 wait_for_broker() {
-  if [[ $broker_pid || $container ]]; then
+  if [[ $broker_way != given ]]; then
     await 'RabbitMQ boots' 120 "$broker_pid" "$state/broker.log" accepts_guest "$broker_port" ||
       fail 'RabbitMQ did not start.' "$state/broker.log" "If its data is damaged, delete $state/broker and run this again."
   fi
   done_with RabbitMQ "$broker_is"
 }
 
-# A broker answers the protocol header with Connection.Start, a method frame: the bytes 1, 0, 0, ... Other servers on
-# this port, and a broker that hangs, do not. `read` stops at the first NUL.
-speaks_amqp() (
-  exec 3<>"/dev/tcp/127.0.0.1/$1" || exit 1
-  printf 'AMQP\0\0\011\001' >&3
-  IFS= read -r -t 3 -d '' frame <&3
-  [[ $frame == $'\001' ]]
-) 2>/dev/null
-
 # Logs in as guest:guest: reads Connection.Start to its end (the locales, then the octet 0xCE) and answers Start-Ok. The
 # broker accepts the login with another method frame (Tune), or refuses it by closing the connection.
+# shellcheck disable=SC2317 # await calls it
 accepts_guest() (
   LC_ALL=C
   exec 3<>"/dev/tcp/127.0.0.1/$1" || exit 1
@@ -117,29 +168,22 @@ accepts_guest() (
 ) 2>/dev/null
 
 start_container() {
-  local candidate engine=''
-  for candidate in docker podman; do
-    # The client may be installed without a running daemon, so ask the daemon.
-    if command -v "$candidate" >/dev/null && "$candidate" info >/dev/null 2>&1; then engine=$candidate && break; fi
-  done
-  if [[ ! $engine ]]; then return 1; fi
-
-  if ! "$engine" image inspect "$image" >/dev/null 2>&1; then
-    run_job "$engine pulls $image" "$state/broker.log" "$engine" pull "$image" || {
-      note "$engine could not pull $image (see $state/broker.log); trying the system's package."
+  if ! "$container_engine" image inspect "$image" >/dev/null 2>&1; then
+    run_job "$container_engine pulls $image" "$state/broker.log" "$container_engine" pull "$image" || {
+      note "$container_engine could not pull $image (see $state/broker.log); trying the system's package."
       return 1
     }
   fi
   broker_port=$(free_port 5673)
   local ui_port && ui_port=$(free_port 15673)
-  container=$("$engine" run --detach --rm \
+  container=$("$container_engine" run --detach --rm \
     --publish "127.0.0.1:$broker_port:5672" --publish "127.0.0.1:$ui_port:15672" "$image" 2>"$state/broker.log") || {
     container=''
-    note "$engine could not run $image (see $state/broker.log); trying the system's package."
+    note "$container_engine could not run $image (see $state/broker.log); trying the system's package."
     return 1
   }
-  container_engine=$engine
-  remember container "$engine" "$container"
+  remember container "$container_engine" "$container"
+  write_script rabbitmqctl "$container_engine" exec "$container" rabbitmqctl
   broker_is="a container of $image, on 127.0.0.1:$broker_port" broker_ui="http://127.0.0.1:$ui_port"
 }
 
@@ -147,7 +191,8 @@ start_container() {
 # the paths below keep it from reading /etc/rabbitmq or the caller's RABBITMQ_ variables.
 start_private_node() {
   local bin home=$state/broker epmd_port dist_port ui_port epmd
-  rabbitmq_bin >/dev/null || install_packages rabbitmq
+  # Missing here only if a container could not be started.
+  rabbitmq_bin >/dev/null || install_package rabbitmq
   bin=$(rabbitmq_bin) || fail 'RabbitMQ is installed, but not where this script looks for it.' '' 'Start it by hand, and run this again with --broker URL.'
   epmd=$(command -v epmd || ls /usr/lib*/erlang/bin/epmd 2>/dev/null) || fail "Erlang's epmd is missing." '' 'Install Erlang (Debian: erlang-base) and run this again.'
   broker_port=$(free_port 5673) ui_port=$(free_port 15673) dist_port=$(free_port 25673) epmd_port=$(free_port 4370)
@@ -175,6 +220,7 @@ start_private_node() {
   epmd_pid=$job
   start_job "$state/broker.log" "${node_env[@]}" "$bin/rabbitmq-server"
   broker_pid=$job
+  write_script rabbitmqctl "${node_env[@]}" "$bin/rabbitmqctl"
   broker_is="a private node of the system's package, on 127.0.0.1:$broker_port" broker_ui="http://127.0.0.1:$ui_port"
 }
 
@@ -191,45 +237,100 @@ rabbitmq_bin() {
 # ------------------------------------------------------------------------------------------------- requirements
 
 need_rust() {
-  command -v cargo >/dev/null || fail 'cargo is missing: the relay is built from its source.' '' 'Install Rust with rustup, and run this again.'
-  need_compiler
-}
-
-# Rust needs a C compiler to link. SQLite and jemalloc are built with the compiler and make.
-need_compiler() {
-  { command -v cc && command -v make; } >/dev/null || install_packages compiler
-}
-
-# install_packages rabbitmq|compiler
-install_packages() {
-  local what=$1 command
-  if command -v apt-get >/dev/null; then
-    command=$(apt_command "$what")
-  elif command -v dnf >/dev/null; then
-    command="dnf install -y $(pick "$what" rabbitmq-server 'gcc make')"
-  elif command -v apk >/dev/null; then
-    command="apk add $(pick "$what" rabbitmq-server 'gcc make musl-dev')"
-  elif command -v pacman >/dev/null; then
-    command="pacman -S --noconfirm --needed $(pick "$what" rabbitmq 'gcc make')"
-  elif command -v brew >/dev/null; then
-    command=$(pick "$what" 'brew install rabbitmq' 'xcode-select --install')
-  else
-    fail "$what is missing, and this script knows no package manager of this system." '' "Install it by hand (or start a container engine), and run this again."
+  local needed found
+  needed=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$root/Cargo.toml")
+  if ! command -v cargo >/dev/null || ! command -v rustc >/dev/null; then
+    fail "Rust is missing. The relay is built from its source, which needs Rust $needed or later." '' \
+      'Install it from https://rustup.rs, and run this again.'
   fi
+  found=$(cd "$root" && rustc --version | cut -d' ' -f2)
+  at_least "$found" "$needed" ||
+    fail "Rust $found is too old. The relay needs $needed or later." '' 'With rustup: rustup update stable'
+}
+
+# at_least 1.93.0 1.89: compares major and minor version.
+at_least() {
+  local found_minor=${1#*.} needed_minor=${2#*.}
+  ((${1%%.*} > ${2%%.*} || (${1%%.*} == ${2%%.*} && ${found_minor%%.*} >= ${needed_minor%%.*})))
+}
+
+# Rust needs a C compiler to link, and SQLite is built with it.
+need_compiler() {
+  command -v cc >/dev/null || missing="$missing compiler"
+}
+
+need_rabbitmq() {
+  rabbitmq_bin >/dev/null || missing="$missing rabbitmq"
+}
+
+# Fails, in the shell of its caller, if there is no package manager.
+manager() {
+  local candidate
+  for candidate in apt-get dnf apk pacman brew; do
+    if command -v "$candidate" >/dev/null; then echo "$candidate" && return; fi
+  done
+  fail "Missing, and this script knows no package manager of this system:$missing" '' \
+    'Install it by hand (for RabbitMQ you can also start docker or podman), and run this again.'
+}
+
+# The names of the packages of what is missing.
+packages() {
+  local what manager names=''
+  manager=$(manager)
+  for what in $missing; do
+    case $manager/$what in
+      apt-get/compiler) names="$names gcc libc6-dev make" ;;
+      apk/compiler) names="$names gcc make musl-dev" ;;
+      brew/compiler) names="$names xcode-select" ;;
+      */compiler) names="$names gcc make" ;;
+      apt-get/rabbitmq | dnf/rabbitmq | apk/rabbitmq) names="$names rabbitmq-server" ;;
+      */rabbitmq) names="$names rabbitmq" ;;
+    esac
+  done
+  echo "${names# }"
+}
+
+removal() {
+  case $(manager) in
+    apt-get) echo "sudo apt-get purge --autoremove $(packages)" ;;
+    dnf) echo "sudo dnf remove $(packages)" ;;
+    apk) echo "sudo apk del $(packages)" ;;
+    pacman) echo "sudo pacman -Rs $(packages)" ;;
+    brew) echo "brew uninstall $(packages)" ;;
+  esac
+}
+
+install_missing() {
+  local what
+  for what in $missing; do install_package "$what"; done
+}
+
+# install_package rabbitmq|compiler
+install_package() {
+  local missing=$1 manager command names
+  manager=$(manager)
+  names=$(packages)
+  case $manager/$1 in
+    apt-get/*) command=$(apt_command "$1") ;;
+    dnf/*) command="dnf install -y $names" ;;
+    apk/*) command="apk add $names" ;;
+    pacman/*) command="pacman -S --noconfirm --needed $names" ;;
+    brew/compiler) command='xcode-select --install' ;;
+    brew/*) command="brew install $names" ;;
+  esac
 
   local -a as_root=()
-  if [[ $EUID != 0 && $command != brew* && $command != xcode* ]]; then
-    command -v sudo >/dev/null || fail "Installing the $what package needs root, and there is no sudo." '' "As root: $0 --install"
-    note "Installing the $what package with sudo."
+  if [[ $EUID != 0 && $manager != brew ]]; then
+    command -v sudo >/dev/null || fail "Installing $names needs root, and there is no sudo." '' "As root: $0 --install"
+    note "Installing $names with sudo."
     sudo -v || fail 'sudo refused.' '' "As root: $0 --install"
     as_root=(sudo -n)
   fi
-  run_to_its_end "Installing $what" "$state/install.log" ${as_root[@]+"${as_root[@]}"} sh -c "$command" ||
-    fail "The $what package could not be installed." "$state/install.log" 'Install it by hand, and run this again.'
-  done_with Installed "the system's package of $what"
+  run_to_its_end "Installing $names" "$state/install.log" ${as_root[@]+"${as_root[@]}"} sh -c "$command" ||
+    fail "Could not install $names." "$state/install.log" 'Install it by hand, and run this again.'
+  removal >>"$state/installed"
+  done_with Installed "$names"
 }
-
-pick() { if [[ $1 == rabbitmq ]]; then echo "$2"; else echo "$3"; fi; }
 
 # Debian starts the services that it installs, now and at each boot, and this RabbitMQ would listen on every address. A
 # policy-rc.d that exits with 101 keeps both init systems from starting services (RUNLEVEL=1 does not hold back epmd's
@@ -259,77 +360,70 @@ EOF
 
 build_relay() {
   cd "$root"
-  # CARGO_TARGET_DIR would put the binary where the commands printed below do not look.
-  run_job 'Building prism-relay (minutes at first, then seconds)' "$state/build.log" \
-    env -u CARGO_TARGET_DIR -u CARGO_BUILD_TARGET cargo build --release --locked ||
+  # The profile is that of the tests, so that they build less afterwards; without jemalloc, which takes longer than all
+  # other crates together. CARGO_TARGET_DIR would put the binary where the commands printed below do not look. The
+  # progress bar in the log has the numbers that are shown.
+  run_job 'Building the relay' "$state/build.log" env -u CARGO_TARGET_DIR -u CARGO_BUILD_TARGET \
+    CARGO_TERM_PROGRESS_WHEN=always CARGO_TERM_PROGRESS_WIDTH=100 \
+    cargo build --locked --no-default-features --bin prism-relay ||
     fail 'The build failed.' "$state/build.log" 'If a crate could not be fetched, check the network and run this again.'
-  done_with Built target/release/prism-relay
+  done_with Built "${binary#"$root"/}"
 }
 
-# Rewrites the file at each run, because ports and broker may differ. Keeps the line of the secrets: the generated
-# secret of the first run, and secrets that were added by hand.
+# Written once and never changed again, because people edit it.
 write_config() {
-  local secrets prefix=$1 ladder='' management=''
-  # On a private broker, retry queues show what happens to rejected messages: deploy/workers/README.md.
-  if [[ ! $broker_shared ]]; then ladder=', retry_delays = ["5s", "10s"]' management="management_url = \"$broker_ui\""; fi
-  secrets=$(sed -n '/^secrets = /p' "$config" 2>/dev/null || true)
-  if [[ ! $secrets ]]; then secrets="secrets = [\"whsec_$(random_hex 32)\"]"; fi
-  scan_queue=$prefix.scan future_me_queue=$prefix.future_me
-
+  if [[ -e $config ]]; then return; fi
   (umask 077 && cat >"$config.new") <<EOF
-# deploy/quickstart.sh rewrites this file at each run. It keeps only the line of the secrets.
-[http]
-listen = "127.0.0.1:$http_port"
+# The quickstart wrote this file and never changes it again: edit it as you like, then start the quickstart again.
+# http.listen, ops.listen, spool.path and broker.urls come from the quickstart, in the environment.
 
 [signature]
-$secrets
-
-[spool]
-path = "$state/spool.db"
-
-[broker]
-urls = ["$broker_url"]
-exchange = "$prefix.events"
-$management
+# The secret of your Prism account goes here, in place of this random one.
+secrets = ["whsec_$(random_hex 32)"]
 
 [topology]
 queues = [
-  { name = "$scan_queue", bindings = ["scan.#"]$ladder },
-  { name = "$future_me_queue", bindings = ["body_shape_prediction.#"] },
+  # A message that a worker rejects comes back after 5 s, then after 10 s, and then goes to prism.dead.
+  { name = "prism.scan", bindings = ["scan.#"], retry_delays = ["5s", "10s"] },
+  { name = "prism.future_me", bindings = ["body_shape_prediction.#"] },
 ]
-
-[ops]
-listen = "127.0.0.1:$ops_port"
 EOF
   mv "$config.new" "$config"
 }
 
-# On a shared broker, prism.scan and prism.future_me may hold events of another relay, which the demonstration would
-# consume. A separate vhost would need an administrator, so if these queues exist, the exchange and the queues get other
-# names. Later runs keep these names. prism.unrouted and prism.dead have fixed names: they are declared, but not
-# consumed.
-configure() {
-  local prefix=prism found
+# .quickstart/prism-relay: the relay and its commands, with the addresses of this run.
+write_wrapper() {
   http_port=$(free_port 8080) ops_port=$(free_port 9090)
-  write_config "$prefix"
-  if [[ ! $broker_shared ]]; then return; fi
-  if [[ -s $state/prefix ]]; then
-    prefix=$(<"$state/prefix")
-  else
-    found=$("$relay" --config "$config" check 2>&1 || true)
-    if ! grep -q 'queue prism.scan .* does not exist yet' <<<"$found"; then prefix=prism.quickstart; fi
-  fi
-  echo "$prefix" >"$state/prefix"
-  write_config "$prefix"
+  local -a settings=("PRISM_RELAY__HTTP__LISTEN=127.0.0.1:$http_port" "PRISM_RELAY__OPS__LISTEN=127.0.0.1:$ops_port"
+    "PRISM_RELAY__SPOOL__PATH=$state/spool.db" "PRISM_RELAY__BROKER__URLS=$broker_url")
+  if [[ $broker_ui ]]; then settings+=("PRISM_RELAY__BROKER__MANAGEMENT_URL=$broker_ui"); fi
+  if [[ $unsigned ]]; then settings+=(PRISM_RELAY__SIGNATURE__REQUIRED=false); fi
+  write_script prism-relay env "${settings[@]}" "$binary" --config "$config"
+}
+
+# write_script NAME COMMAND...: a script in .quickstart/ that runs the command with further arguments.
+write_script() {
+  local name=$1 && shift
+  (
+    umask 077
+    {
+      printf '#!/usr/bin/env bash\n# Written by deploy/quickstart.sh at each run.\nexec'
+      printf ' %q' "$@"
+      # shellcheck disable=SC2016 # the script expands it
+      echo ' "$@"'
+    } >"$state/$name.new"
+    chmod 700 "$state/$name.new"
+    mv "$state/$name.new" "$state/$name"
+  )
 }
 
 start_relay() {
-  start_job "$state/relay.log" "$relay" --config "$config" serve
+  start_job "$state/relay.log" "$relay" serve
   relay_pid=$job
   await 'The relay starts' 30 "$relay_pid" "$state/relay.log" is_ready ||
-    fail 'The relay did not become ready.' "$state/relay.log" "To find the problem: $relay --config $config check"
+    fail 'The relay did not become ready.' "$state/relay.log" "To find the problem: $relay check"
   await 'The relay connects' 30 "$relay_pid" "$state/relay.log" is_connected ||
-    fail 'The relay cannot reach RabbitMQ.' "$state/relay.log" "To find the problem: $relay --config $config check"
+    fail 'The relay cannot reach RabbitMQ.' "$state/relay.log" "To find the problem: $relay check"
   done_with Relay "http://127.0.0.1:$http_port, connected to RabbitMQ"
 }
 
@@ -347,82 +441,62 @@ http_get() (
 
 # ---------------------------------------------------------------------------------------------- the sample events
 
+# Watches with `tail`, which takes nothing from a queue, until an event of each type has passed.
 send_and_show_events() {
-  sent_since_ms=$(($(date +%s) * 1000))
-  printf '\n%sSending one webhook of each type, signed as Prism signs%s\n' "$bold" "$plain"
-  "$relay" --config "$config" send --concurrency 1 || fail 'Not every webhook was accepted.' "$state/relay.log" ''
-  show_queue "$scan_queue" scan
-  show_queue "$future_me_queue" body_shape_prediction
-}
-
-# Consumes until a new event of each of the family's three types has come out. Counting lines would also count
-# duplicates (delivery is at least once) and events that an earlier run left in the queue. An id is a UUIDv7: its first
-# twelve digits are the time in milliseconds.
-show_queue() {
-  local queue=$1 family=$2 line='' older=0 phase deadline=$((SECONDS + 30))
-  local id_pattern='.*([0-9a-f]{8})-([0-9a-f]{4})-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}'
-  local wanted=" $family.processing.started $family.processing.succeeded $family.processing.failed "
-  printf '\n%sComing out of %s%s\n' "$bold" "$queue" "$plain"
+  local line='' type types='' wanted deadline=$((SECONDS + 60))
+  for type in scan body_shape_prediction; do
+    types="$types $type.processing.started $type.processing.succeeded $type.processing.failed"
+  done
+  wanted="$types "
   rm -f "$state/tail" && mkfifo -m 600 "$state/tail"
-  start_job "$state/tail" "$relay" --config "$config" tail --queue "$queue"
+  start_job "$state/tail" "$relay" tail
   tail_pid=$job
   exec 4<"$state/tail"
+  until [[ $line == waiting\ for\ events* ]]; do
+    IFS= read -r -t 30 line <&4 || fail 'Cannot watch the events.' "$state/relay.log" "$line"
+  done
+  printf '\n%sPosting one webhook of each type, as Prism does%s\n' "$bold" "$plain"
+  "$relay" send --concurrency 1 ${unsigned:+--unsigned} || fail 'Not every webhook was accepted.' "$state/relay.log" ''
+  printf '\n%sPublished to RabbitMQ%s\n' "$bold" "$plain"
   while [[ $wanted == *[a-z]* ]]; do
     if ((SECONDS >= deadline)) || ! IFS= read -r -t 30 line <&4; then
-      fail "These did not come out of $queue within 30 s:$wanted" "$state/relay.log" "$line
-To find the problem: $relay --config $config check"
-    fi
-    if [[ ! $line =~ $id_pattern ]]; then continue; fi
-    if ((16#${BASH_REMATCH[1]}${BASH_REMATCH[2]} < sent_since_ms)); then
-      older=$((older + 1))
-      continue
+      fail "These were not published:$wanted" "$state/relay.log" "To find the problem: $relay check"
     fi
     printf '  %s\n' "$line"
-    for phase in started succeeded failed; do
-      if [[ " $line " == *" $family.processing.$phase "* ]]; then wanted=${wanted/ $family.processing.$phase / }; fi
+    for type in $types; do
+      if [[ " $line " == *" $type "* ]]; then wanted=${wanted/ $type / }; fi
     done
   done
-  sleep 0.3 # tail acknowledges an event after it prints the line
   exec 4<&-
   stop_process "$tail_pid" 5 && tail_pid=''
-  if ((older)); then note "  ($older older events were in the queue, left by an earlier run; they are consumed as well)"; fi
 }
 
 print_next_steps() {
-  local here=''
+  local here='' worker_url=$broker_url
   if [[ $start_dir != "$root" ]]; then here=$root/; fi
-  local url=http://127.0.0.1:$http_port/webhooks/prism cli="${here}target/release/prism-relay --config ${here}.quickstart/relay.toml"
-  local worker_url=$broker_url
-  if [[ $worker_url != amqp://guest:guest@* ]]; then worker_url='the URL that you gave with --broker'; fi
+  if [[ $broker_way == given ]]; then worker_url='the URL that you gave with --broker'; fi
+  printf '\n%sConsole%s   http://127.0.0.1:%s/\n' "$bold" "$plain" "$ops_port"
   cat <<EOF
 
-${bold}It runs.${plain} Ctrl-C stops the relay$([[ $broker_shared ]] || echo ' and its RabbitMQ').
-
-${bold}Give Prism this URL${plain}, made public by your own HTTPS proxy or tunnel:
-  $url
-Prism signs with the secret of your account: put it into "secrets" in ${here}.quickstart/relay.toml, and start again.
-
-${bold}Send a signed test event${plain}
-  body='{"eventType":"scan.processing.succeeded","payload":{"scanId":"test-'"\$RANDOM"'","state":"READY"}}'
-  now=\$(date -u +%Y-%m-%dT%H:%M:%SZ)
-  secret=\$(sed -n 's/^secrets = \["\([^"]*\)".*/\1/p' ${here}.quickstart/relay.toml)
-  curl -i $url -H 'content-type: application/json' -H "prism-timestamp: \$now" -H "prism-signature: \$(printf '%s.%s' "\$now" "\$body" | openssl dgst -sha256 -hmac "\$secret" -r | cut -d' ' -f1)" --data-binary "\$body"
-
-${bold}Subscribe workers${plain} to a queue; they share its events
-  $worker_url
-  $scan_queue      scan.#
-  $future_me_queue body_shape_prediction.#  (Future Me)
-Example workers: deploy/workers/README.md
-Watch events without taking them from a queue:
-  $cli tail 'scan.#'
-
-${bold}Status and logs${plain}
-  http://127.0.0.1:$ops_port/api/status (and /readyz, /livez, /metrics)$(
-    [[ ! $broker_ui ]] || printf '\n  %s/ RabbitMQ (guest, guest)' "$broker_ui"
-  )
-  ${here}.quickstart/relay.log
-
+${bold}Prism${plain}     has to reach http://127.0.0.1:$http_port/webhooks/prism. Give that a public HTTPS address by a tunnel, for example
+          cloudflared tunnel --url http://127.0.0.1:$http_port
+          and enter the address, with /webhooks/prism behind it, in your Prism account.
 EOF
+  if [[ $unsigned ]]; then
+    printf '          Webhooks are accepted without a signature: any client that knows the address can post.\n'
+  else
+    printf "          Prism signs with your account's secret: write it to %s.quickstart/relay.toml, and start again.\n" "$here"
+    printf '          If your account has no secret: %s --unsigned\n' "$0"
+  fi
+  printf '\n%sYour own event%s: README.md, "Send your own event"\n' "$bold" "$plain"
+  printf '%sWorkers%s: deploy/workers/README.md, with AMQP_URL=%s\n' "$bold" "$plain" "$worker_url"
+  printf '%sWatch events%s: %s.quickstart/prism-relay tail\n' "$bold" "$plain" "$here"
+  if [[ -x $state/rabbitmqctl ]]; then
+    printf '%sQueue lengths%s: %s.quickstart/rabbitmqctl list_queues name messages\n' "$bold" "$plain" "$here"
+  fi
+  printf '%sLog%s: %s.quickstart/relay.log\n' "$bold" "$plain" "$here"
+  printf '\n%sCtrl-C%s stops everything that this started. %s%s --clean%s then removes everything.\n\n' \
+    "$bold" "$plain" "$bold" "$0" "$plain"
 }
 
 stay_up() {
@@ -431,9 +505,24 @@ stay_up() {
   fail 'The relay has stopped.' "$state/relay.log" ''
 }
 
+# Removes what the quickstart wrote. Packages stay, because other programs may use them by now.
+clean_up() {
+  local installed=''
+  if [[ -d $state ]]; then
+    refuse_a_second_run
+    if [[ -s $state/installed ]]; then installed=$(sort -u "$state/installed"); fi
+    owns_state=''
+    rm -rf "$state"
+  fi
+  rm -rf "${binary%/*}"
+  echo "Removed .quickstart/ and $(cd "$root" && echo "target/${binary#"$root"/target/}" | cut -d/ -f1,2)/."
+  if [[ $installed ]]; then printf 'To remove the packages that the quickstart installed:\n%s\n' "$installed"; fi
+}
+
 # ------------------------------------------------------------------------------------------------------ processes
 
-job='' relay_pid='' tail_pid='' broker_pid='' epmd_pid='' container='' container_engine='' build_pid='' stopping=''
+job='' relay_pid='' tail_pid='' build_pid='' stopping='' missing=''
+broker_way='' broker_url='' broker_is='' broker_port='' broker_ui='' broker_pid='' epmd_pid='' container='' container_engine=''
 start_dir=$PWD
 
 # start_job LOG COMMAND...: starts the command in its own session and sets job to its pid, which is also its process
@@ -567,12 +656,24 @@ show_progress() {
   done
 }
 
+# The last line of a log. Of cargo's progress bar: "145 of 230", and at the end what is waited for.
+last_words() {
+  local last count
+  last=$(tail -c 1000 "$1" 2>/dev/null | tr '\r' '\n' | tr -d '\033' | grep '[^ ]' | tail -n 1 || true)
+  count=$(sed -n 's/^ *Building .*\] *\([0-9]*\)\/\([0-9]*\).*/\1 of \2/p' <<<"$last")
+  case $last in
+    *Building*': prism-relay'*) echo "$count: the relay itself, about 20 s" ;;
+    *Building*) echo "$count" ;;
+    *) echo "$last" ;;
+  esac
+}
+
 # Draws a progress line: the title, the seconds, and the last line of the log. Without a terminal, prints a line at the
 # start and every 15 s.
 ticks=0 titled=''
 draw() {
   local last
-  last=$(tail -n 1 "$2" 2>/dev/null | tr -d '\r\033' | cut -c 1-60)
+  last=$(last_words "$2" | cut -c 1-60)
   if [[ $titled != "$1" ]]; then titled=$1 ticks=0 title_since=$SECONDS; fi
   if [[ -t 1 ]]; then
     local spinner='|/-+'
