@@ -36,6 +36,8 @@ main() {
   need_package faketime /usr/lib/*/faketime/libfaketime.so.1 /usr/lib/faketime/libfaketime.so.1
   need_package chromium /usr/bin/chromium
   need_package chromium-driver /usr/bin/chromedriver
+  need_package curl /usr/bin/curl
+  need_package openssl /usr/bin/openssl
   need_package python3-pika /usr/lib/python3/dist-packages/pika
   need_node
   need_promtool

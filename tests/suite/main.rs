@@ -14,6 +14,7 @@ mod command_line;
 mod console;
 mod discretion;
 mod disk;
+mod docs;
 mod durability;
 mod framing;
 mod handover;

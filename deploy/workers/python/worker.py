@@ -10,8 +10,12 @@ import sys
 import time
 from pathlib import Path
 
-import pika
-from pika.exceptions import AMQPError
+try:
+    import pika
+    from pika.exceptions import AMQPError
+except ImportError:
+    sys.exit(f"{sys.executable} has no pika. Make an environment that has it, and run this worker with its python:\n"
+             "  python3 -m venv venv && venv/bin/pip install -r deploy/workers/python/requirements.txt")
 
 URL = os.environ.get("AMQP_URL", "amqp://guest:guest@127.0.0.1:5672/%2f")
 QUEUE = os.environ.get("QUEUE", "prism.scan")
