@@ -8,7 +8,7 @@ use super::output::say;
 use super::topology;
 use crate::broker::{BrokerAccess, BrokerConnection, BrokerUrl};
 use crate::config::Config;
-use crate::spool::{Inspector, SpoolState};
+use crate::spool::{FileSystem, Inspector, SpoolState, check_mount};
 use crate::text::chain;
 use crate::topology::{Comparison, Declare, Kind, Plan, compare};
 
@@ -91,6 +91,12 @@ fn check_signature(config: &Config, table: &Table) {
 
 fn check_spool(config: &Config, table: &mut Table) {
     let path = config.spool.path.display();
+    if let Err(error) = check_mount(&config.spool.path) {
+        return table.wrong("spool", &chain(&error));
+    }
+    if let Some(warning) = FileSystem::of(&config.spool.path).warning() {
+        table.ok("spool", warning);
+    }
     let state = SpoolState::of(&config.spool.path);
     if state == SpoolState::Damaged {
         return table.ok("spool", &format!("{path} is damaged: the relay recovers it when it starts"));

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -29,13 +30,15 @@ use crate::traces::Traces;
 /// File descriptors for everything but connections to the public listener: operators, broker, spool, libraries.
 const OTHER_DESCRIPTORS: u64 = 512;
 
+/// Maximum time for closing the spool when the relay cannot start.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+
 /// The parts of a relay, ready to run.
 pub(super) struct Built {
     pub ingress: Ingress,
     pub publisher: Publisher,
     pub ops: Ops,
     pub spool: Spool,
-    pub spool_writer: WriterEnd,
     pub watched: Vec<Watched>,
     pub tls: Option<Arc<tls::Server>>,
     pub traces: Arc<Traces>,
@@ -54,10 +57,21 @@ pub(super) struct Stops {
 
 /// Builds the parts and reports to log and service manager that webhooks are accepted: from here on the kernel queues
 /// connections, and a 200 is only a matter of time.
-pub(super) async fn build(config: Config) -> Result<Built, RelayError> {
+pub(super) async fn build(config: Config) -> Result<(Built, WriterEnd), RelayError> {
     raise_descriptor_limit(config.http.connections_max);
     let metrics = Arc::new(Metrics::new());
     let (spool, spool_writer) = open_spool(&config, Arc::clone(&metrics)).await?;
+    match assemble(config, spool, metrics).await {
+        Ok(built) => Ok((built, spool_writer)),
+        Err(error) => {
+            // The spool is not used any more, so its writer closes the file as after a stop.
+            let _ = tokio::time::timeout(CLOSE_TIMEOUT, spool_writer).await;
+            Err(error)
+        }
+    }
+}
+
+async fn assemble(config: Config, spool: Spool, metrics: Arc<Metrics>) -> Result<Built, RelayError> {
     let sockets = service_manager::listeners()?;
     let is_handed_over = sockets.http.is_some();
     let listener = server::listen(config.http.listen, "http.listen", sockets.http).await?;
@@ -107,7 +121,7 @@ pub(super) async fn build(config: Config) -> Result<Built, RelayError> {
     let ops = Ops::new(ops_listener, auth, sources);
     announcement.log(spool.status().ledger().pending);
     service_manager::ready();
-    Ok(Built { ingress, publisher, ops, spool, spool_writer, watched, tls, traces, metrics, stops, is_handed_over })
+    Ok(Built { ingress, publisher, ops, spool, watched, tls, traces, metrics, stops, is_handed_over })
 }
 
 /// Opens the spool on a thread that may block: a large file may need recovery, and the disk may not answer. A signal

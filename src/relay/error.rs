@@ -33,9 +33,10 @@ pub(crate) enum RelayError {
 }
 
 impl RelayError {
-    /// Whether the service manager's units have to change before another start can succeed.
+    /// Whether something outside of the relay has to change before another start can succeed: the service manager's
+    /// units, or a mount.
     pub(crate) fn is_misconfiguration(&self) -> bool {
-        matches!(self, Self::SocketActivation(_))
+        matches!(self, Self::SocketActivation(_)) || matches!(self, Self::Spool(error) if error.is_misconfiguration())
     }
 }
 

@@ -21,14 +21,14 @@ pub(crate) async fn serve(config: Config) -> Result<(), RelayError> {
     // Without a handler SIGHUP would end the process; with one it asks for a reload of the secrets.
     let hangup = signal(SignalKind::hangup()).map_err(RelayError::Signals)?;
     let grace = config.shutdown.grace;
-    let built = tokio::select! {
+    let (built, spool_writer) = tokio::select! {
         built = build::build(config) => built?,
         () = signals.received() => {
             info!("stopped before the start was complete");
             return Ok(());
         }
     };
-    let mut tasks = built.run(hangup);
+    let mut tasks = built.run(hangup, spool_writer);
     tokio::select! {
         () = signals.received() => {}
         error = tasks.failure() => return Err(error),

@@ -46,8 +46,8 @@ pub(super) struct Tasks {
 impl Built {
     /// Spawns the tasks. `hangup` asks for a reload of secrets and certificates.
     #[expect(clippy::disallowed_methods, reason = "this is the owner of the tasks")]
-    pub(super) fn run(self, hangup: Signal) -> Tasks {
-        let Self { ingress, publisher, ops, spool, spool_writer, watched, tls, traces, metrics, stops, .. } = self;
+    pub(super) fn run(self, hangup: Signal, spool_writer: WriterEnd) -> Tasks {
+        let Self { ingress, publisher, ops, spool, watched, tls, traces, metrics, stops, .. } = self;
         let (exported, status) = (Arc::clone(&traces), Arc::clone(spool.status()));
         Tasks {
             ingress: tokio::spawn(ingress.run()),

@@ -14,7 +14,7 @@ use jiff::Timestamp;
 use uuid::Uuid;
 
 use super::types::Receipt;
-use crate::event::Event;
+use crate::event::{Event, Fingerprint};
 
 /// The settings of the dedupe window.
 #[derive(Clone, Debug)]
@@ -117,6 +117,22 @@ impl Entry {
     }
 }
 
+/// The entry of an event whose signature is not known.
+pub(super) fn entry_of_event(seq: u64, fingerprint: &Fingerprint, id: Uuid, accepted_ms: i64) -> EntryBytes {
+    let body = piece(&fingerprint.0, 0);
+    Entry { seq, body, id, accepted_at: 0, replayable_until_ms: None, expires_at: 0 }.to_bytes(accepted_ms)
+}
+
+/// The number of the event that an entry is about.
+pub(super) fn seq_of(entry: &EntryBytes) -> u64 {
+    u64::from_be_bytes(piece(entry, 0))
+}
+
+/// When the event of an entry was accepted, in milliseconds since 1970.
+pub(super) fn accepted_ms_of(entry: &EntryBytes) -> i64 {
+    i64::from_be_bytes(piece(entry, 40))
+}
+
 impl Window {
     pub(super) fn new(settings: &Settings) -> Self {
         // Memory counts only once it is used; growing step by step would take half as much again for a while.
@@ -142,9 +158,9 @@ impl Window {
     pub(super) fn load(&mut self, entries: &[EntryBytes], last: u64, now: Now) {
         self.first = last + 1 - entries.len() as u64;
         for bytes in entries {
-            let age = i64::max(0, now.wall_ms.saturating_sub(i64::from_be_bytes(piece(bytes, 40))));
+            let age = i64::max(0, now.wall_ms.saturating_sub(accepted_ms_of(bytes)));
             let entry = Entry {
-                seq: u64::from_be_bytes(piece(bytes, 0)),
+                seq: seq_of(bytes),
                 body: piece(bytes, 8),
                 id: Uuid::from_bytes(piece(bytes, 24)),
                 accepted_at: self.at(now.monotonic).saturating_sub(age),
@@ -296,7 +312,6 @@ mod tests {
     use bytes::Bytes;
 
     use super::*;
-    use crate::event::Fingerprint;
 
     const SECOND: Duration = Duration::from_secs(1);
 

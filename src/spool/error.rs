@@ -11,8 +11,17 @@ use thiserror::Error;
 pub enum OpenError {
     #[error("cannot create or open {path}")]
     Io { path: PathBuf, source: std::io::Error },
-    #[error("{path} is in use by another relay (process {pid}); each relay needs a spool.path of its own")]
-    Locked { path: PathBuf, pid: String },
+    #[error("{path} is in use by another relay{}; each relay needs a spool.path of its own", process(*.pid))]
+    Locked { path: PathBuf, pid: Option<u32> },
+    #[error(
+        "{path} is mounted without its folder, so its write-ahead log would be lost with {folder}: \
+         mount the folder, not the file"
+    )]
+    Mounted { path: PathBuf, folder: PathBuf },
+    #[error("cannot create or open the files next to {path}: its folder has to be writable for the relay")]
+    Companions { path: PathBuf, source: rusqlite::Error },
+    #[error("a relay uses {path} under another name (a hard link): set spool.path to that name")]
+    OtherName { path: PathBuf },
     #[error("{path} is damaged; the relay recovers it when it starts: try again afterwards")]
     Damaged { path: PathBuf },
     #[error("{path} cannot be used as a spool")]
@@ -28,6 +37,18 @@ pub enum OpenError {
          deliver its events with that one, then move the file away"
     )]
     Older { path: PathBuf, found: i64, known: i64 },
+}
+
+impl OpenError {
+    /// Whether something outside of the relay has to change before another start can succeed.
+    pub fn is_misconfiguration(&self) -> bool {
+        matches!(self, Self::Mounted { .. })
+    }
+}
+
+/// In parentheses, after the relay that it belongs to.
+fn process(pid: Option<u32>) -> String {
+    pid.map(|pid| format!(" (process {pid})")).unwrap_or_default()
 }
 
 /// The event was not accepted, and will not appear later.
@@ -60,6 +81,11 @@ impl ReadError {
 #[derive(Debug, Error)]
 #[error("cannot change the spool")]
 pub struct ChangeError(#[from] rusqlite::Error);
+
+/// Whether there may be no room. SQLite reports an exhausted quota as a disk error.
+pub(super) fn may_lack_space(cause: &rusqlite::Error) -> bool {
+    matches!(cause.sqlite_error_code(), Some(ErrorCode::DiskFull | ErrorCode::SystemIoFailure))
+}
 
 /// Whether SQLite reports damage of the file, as opposed to a disk that is full or away.
 pub(super) fn is_damage(error: &rusqlite::Error) -> bool {

@@ -6,8 +6,9 @@ use rusqlite::{Connection, OpenFlags, OptionalExtension, Result, Row, Transactio
 use uuid::Uuid;
 
 use super::error::{ChangeError, OpenError, ReadError};
-use super::files::Lock;
+use super::files::{self, Lock};
 use super::ledger::Ledger;
+use super::mounts::check_mount;
 use super::reader::{self, COLUMNS, open_read_only, stored};
 use super::recovery;
 use super::store;
@@ -32,6 +33,7 @@ pub enum SpoolState {
 impl SpoolState {
     /// Looks without changing anything.
     pub fn of(path: &Path) -> Self {
+        let path = &files::resolve(path).unwrap_or(path.to_owned());
         if recovery::is_due(path) {
             return Self::Damaged;
         }
@@ -39,8 +41,7 @@ impl SpoolState {
             let folder = path.ancestors().skip(1).find(|folder| folder.is_dir()).unwrap_or(Path::new("."));
             return Self::Absent(folder.to_owned());
         }
-        let held = std::fs::File::open(Lock::path(path)).is_ok_and(|lock| lock.try_lock_shared().is_err());
-        if held { Self::InUse } else { Self::Idle }
+        if Lock::is_held(path) { Self::InUse } else { Self::Idle }
     }
 }
 
@@ -78,19 +79,25 @@ impl Inspector {
     /// Opens an existing spool for [`Self::remove`] and [`Self::retry`].
     pub fn open_for_change(path: &Path) -> Result<Self, OpenError> {
         // The events may be being copied right now.
-        if recovery::is_due(path) {
+        if SpoolState::of(path) == SpoolState::Damaged {
             return Err(OpenError::Damaged { path: path.to_owned() });
         }
         Self::with(path, |path| {
             let connection = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
             connection.busy_timeout(store::BUSY_TIMEOUT)?;
-            // A removal has to survive a power loss, as an acceptance does.
-            connection.execute_batch("PRAGMA synchronous = FULL")?;
+            // A removal has to survive a power loss, as an acceptance does. The log belongs to the relay.
+            connection.execute_batch("PRAGMA synchronous = FULL; PRAGMA wal_autocheckpoint = 0")?;
             Ok(connection)
         })
     }
 
     fn with(path: &Path, open: impl Fn(&Path) -> Result<Connection>) -> Result<Self, OpenError> {
+        let path = &files::resolve(path).map_err(|source| OpenError::Io { path: path.to_owned(), source })?;
+        // Such a file has a log elsewhere: reading it would show old events, and changing it would damage it.
+        check_mount(path)?;
+        if Lock::is_held(path) && files::has_another_name(path) && !files::sibling(path, "-wal").exists() {
+            return Err(OpenError::OtherName { path: path.clone() });
+        }
         let sqlite = |source| OpenError::Sqlite { path: path.to_owned(), source };
         let connection = open(path).map_err(sqlite)?;
         store::check_format(&connection, path)?;

@@ -9,6 +9,8 @@ mod error;
 mod files;
 mod inspect;
 mod ledger;
+mod log_mark;
+mod mounts;
 mod reader;
 mod recovery;
 mod settings;
@@ -23,11 +25,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use jiff::Timestamp;
 use tokio::sync::{Notify, mpsc, oneshot};
+use tracing::warn;
 
 pub use error::{AppendError, ChangeError, OpenError, ReadError};
 use files::Lock;
 pub use inspect::{Entry, Inspector, SpoolState, Verdict};
 pub use ledger::Ledger;
+pub use mounts::{FileSystem, check_mount};
 use reader::Reader;
 pub use settings::{Durability, Settings};
 pub use status::SpoolStatus;
@@ -64,28 +68,36 @@ impl Spool {
         dedupe: &dedupe::Settings,
         metrics: Arc<Metrics>,
     ) -> Result<(Self, WriterEnd), OpenError> {
-        let path = settings.path.as_path();
-        let lock = Lock::take(path)?;
+        let path =
+            &files::resolve(&settings.path).map_err(|source| OpenError::Io { path: settings.path.clone(), source })?;
+        check_mount(path)?;
+        let mut lock = Lock::take(path, recovery::COMPLETE).map_err(|error| name_owner(error, path))?;
+        warn_of_file_system(path);
         // This reads all that the relay needs of the file, so it may find damage that opening it did not.
-        let prepare = |store: Store| {
+        let prepare = |mut store: Store| {
             let status = Arc::new(SpoolStatus::new(store.ledger_of_events()?, store.lost()?));
+            match store.begin_session() {
+                Err(cause) if error::is_damage(&cause) => return Err(cause),
+                // A disk that takes no writes now may take them later. Until then a lost log would not be noticed.
+                Ok(()) | Err(_) => {}
+            }
             let reader = Reader::open(path)?;
             let (committed, metrics) = (Arc::new(Notify::new()), Arc::clone(&metrics));
             let writer =
                 Writer::new(store, settings.max_bytes, dedupe, Arc::clone(&status), Arc::clone(&committed), metrics)?;
             Ok((status, reader, committed, writer))
         };
-        let prepared = match prepare(recovery::open(path, settings.durability, &lock)?) {
+        let prepared = match prepare(recovery::open(path, settings.durability, &mut lock)?) {
             Err(cause) if error::is_damage(&cause) => {
-                prepare(recovery::recover(path, settings.durability, &cause.to_string())?)
+                prepare(recovery::recover(path, settings.durability, &cause.to_string(), &mut lock)?)
             }
             prepared => prepared,
         };
         let (status, reader, committed, writer) =
             prepared.map_err(|source| OpenError::Sqlite { path: path.to_owned(), source })?;
         let (inbox, commands) = mpsc::channel(INBOX_CAPACITY);
-        let end = spawn_writer(writer, commands, lock, path)?;
-        let (closed, path) = (Arc::new(AtomicBool::new(false)), Arc::from(path));
+        let end = spawn_writer(writer, commands, reader.clone(), lock, path)?;
+        let (closed, path) = (Arc::new(AtomicBool::new(false)), Arc::from(path.as_path()));
         Ok((Self { inbox, reader, status, committed, closed, path, max_bytes: settings.max_bytes }, end))
     }
 
@@ -189,8 +201,9 @@ impl Spool {
 }
 
 fn spawn_writer(
-    writer: Writer,
+    mut writer: Writer,
     commands: mpsc::Receiver<Command>,
+    reader: Reader,
     lock: Lock,
     path: &Path,
 ) -> Result<WriterEnd, OpenError> {
@@ -199,7 +212,10 @@ fn spawn_writer(
     let thread = std::thread::Builder::new().name("spool-writer".to_owned());
     let spawned = thread.spawn(move || match writer.run(commands, &runtime) {
         Exit::Closed => {
-            lock.release();
+            // The last connection that is closed has to be one that can write.
+            reader.close();
+            writer.close();
+            drop(lock);
             // The receiver is gone if the process exits.
             let _ = ended.send(());
         }
@@ -208,6 +224,22 @@ fn spawn_writer(
     });
     spawned.map_err(|source| OpenError::Io { path: path.to_owned(), source })?;
     Ok(end)
+}
+
+/// Adds the process that has the spool to the error, if the file tells.
+fn name_owner(error: OpenError, path: &Path) -> OpenError {
+    match error {
+        OpenError::Locked { path: locked, .. } => {
+            OpenError::Locked { path: locked, pid: log_mark::pid(path).unwrap_or(None) }
+        }
+        error => error,
+    }
+}
+
+fn warn_of_file_system(path: &Path) {
+    if let Some(warning) = FileSystem::of(path).warning() {
+        warn!(path = %path.display(), "{warning}");
+    }
 }
 
 #[cfg(test)]

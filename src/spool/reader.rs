@@ -20,7 +20,8 @@ pub(super) const COLUMNS: &str = "seq, id, accepted_ms, authentic, traceparent, 
 
 #[derive(Clone)]
 pub(super) struct Reader {
-    connection: Arc<Mutex<Connection>>,
+    /// `None` once it is closed.
+    connection: Arc<Mutex<Option<Connection>>>,
 }
 
 impl Reader {
@@ -28,7 +29,7 @@ impl Reader {
         let connection = open_read_only(path)?;
         // SQLite opens the file at the first query. From then on it stays readable, even if its folder is deleted.
         oldest_pending_ms(&connection)?;
-        Ok(Self { connection: Arc::new(Mutex::new(connection)) })
+        Ok(Self { connection: Arc::new(Mutex::new(Some(connection))) })
     }
 
     /// Runs `query` on a thread that may block.
@@ -40,16 +41,25 @@ impl Reader {
         let connection = Arc::clone(&self.connection);
         let answer = tokio::task::spawn_blocking(move || {
             // A query that panicked changed nothing that the next one depends on.
-            query(&connection.lock().unwrap_or_else(PoisonError::into_inner))
+            connection.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(query)
         });
         match answer.await {
-            Ok(result) => Ok(result?),
+            Ok(Some(result)) => Ok(result?),
+            // The caller of this future has a `Spool`, and the reader is closed when none is left.
+            Ok(None) => std::future::pending().await,
             Err(ended) => match ended.try_into_panic() {
                 Ok(panic) => std::panic::resume_unwind(panic),
                 // The runtime is shutting down and drops this future as well.
                 Err(_) => std::future::pending().await,
             },
         }
+    }
+}
+
+impl Reader {
+    /// Closes the connection, after the query that runs on it.
+    pub(super) fn close(&self) {
+        *self.connection.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 }
 

@@ -4,21 +4,20 @@ use std::ops::RangeInclusive;
 use std::path::Path;
 use std::time::Duration;
 
-use rusqlite::{Connection, OptionalExtension, Result};
+use rusqlite::{Connection, ErrorCode, OptionalExtension, Result};
 use uuid::Uuid;
 
-use super::dedupe::EntryBytes;
+use super::dedupe::{self, EntryBytes};
 use super::error::OpenError;
-use super::files::{self, FileIdentity, Reserve};
+use super::files::{self, APPLICATION_ID, FileIdentity, Reserve};
 use super::ledger::{Deleted, Ledger, wrong_totals};
+use super::log_mark::{self, LogMark};
 use super::settings::Durability;
 use super::types::EVENT_OVERHEAD_BYTES;
-use crate::event::Event;
+use crate::event::{Event, Fingerprint};
 
-/// "PRLY", by which `file` and other programs recognise a spool.
-const APPLICATION_ID: i64 = 0x5052_4c59;
 /// The version of the schema below, raised with each change of it.
-const FORMAT: i64 = 3;
+const FORMAT: i64 = 4;
 
 /// How long to wait for another process that has locked the file, such as an operator's `sqlite3`.
 pub(super) const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
@@ -84,7 +83,11 @@ impl Store {
         files::create_private(path).map_err(|source| OpenError::Io { path: path.to_owned(), source })?;
         let connection = Connection::open(path).map_err(sqlite)?;
         connection.busy_timeout(BUSY_TIMEOUT).map_err(sqlite)?;
-        let empty = pragma(&connection, "schema_version").map_err(sqlite)? == 0;
+        let first_read = pragma(&connection, "schema_version").map_err(|source| match source.sqlite_error_code() {
+            Some(ErrorCode::CannotOpen) => OpenError::Companions { path: path.to_owned(), source },
+            _ => sqlite(source),
+        });
+        let empty = first_read? == 0;
         if !empty {
             check_format(&connection, path)?;
         }
@@ -145,9 +148,46 @@ impl Store {
         if self.connection.is_autocommit() { Ok(()) } else { self.run("ROLLBACK") }
     }
 
+    /// What the file says about its log. Before the log is written, that is what a file without a log says.
+    pub(super) fn log_mark(&self) -> Result<LogMark> {
+        LogMark::read(&self.connection)
+    }
+
+    /// Marks the file, in the file itself and not only in its log, as the spool of this process.
+    pub(super) fn begin_session(&mut self) -> Result<()> {
+        self.mark(LogMark::Before)?;
+        self.set_synced(true)?;
+        // Does not wait for processes that read the file.
+        let copied = self.connection.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |_| Ok(()));
+        copied.and_then(|()| self.mark(LogMark::Within))
+    }
+
+    /// Copies the whole log into the file, truncates it, and marks the file as complete. Fails if another process
+    /// reads the file for longer than `patience`.
+    pub(super) fn end_session(&mut self, patience: Duration) -> Result<()> {
+        self.connection.busy_timeout(patience)?;
+        self.mark(LogMark::Complete)?;
+        self.truncate_log()
+    }
+
+    fn mark(&mut self, mark: LogMark) -> Result<()> {
+        self.begin(false)?;
+        let marked = mark.write(&self.connection).and_then(|()| self.commit());
+        marked.or_else(|error| self.rollback().and(Err(error)))
+    }
+
     /// Copies the write-ahead log into the file, syncs the file, and truncates the log. Fails with
     /// `ExecuteReturnedResults` if another process reads the file.
     pub(super) fn restart_log(&mut self) -> Result<()> {
+        // Without room on the disk the log has to be copied all the same. Then a lost log is not noticed.
+        let _ = self.mark(LogMark::Before);
+        let truncated = self.truncate_log();
+        let _ = self.mark(LogMark::Within);
+        truncated
+    }
+
+    /// As [`Self::restart_log`], for a log that is not used any more.
+    pub(super) fn truncate_log(&mut self) -> Result<()> {
         self.set_synced(true)?;
         let busy: bool = self.connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get(0))?;
         if busy { Err(rusqlite::Error::ExecuteReturnedResults) } else { Ok(()) }
@@ -164,6 +204,14 @@ impl Store {
     /// Accepted events that could not be read after the file was damaged; the removed ones include them.
     pub(super) fn lost(&self) -> Result<u64> {
         lost(&self.connection)
+    }
+
+    /// Counts an event that no one can name as accepted and lost.
+    pub(super) fn count_one_as_lost(&mut self) -> Result<()> {
+        self.begin(true)?;
+        let sql = "UPDATE ledger SET accepted = accepted + 1, removed = removed + 1, lost = lost + 1";
+        let counted = self.run(sql).and_then(|()| self.commit());
+        counted.or_else(|error| self.rollback().and(Err(error)))
     }
 
     pub(super) fn set_lost(&self, lost: u64) -> Result<()> {
@@ -265,6 +313,17 @@ impl Store {
         Ok(SeenEntries { entries, last })
     }
 
+    /// Entries of the dedupe window for the newest `limit` events.
+    pub(super) fn entries_of_events(&self, limit: usize) -> Result<Vec<EntryBytes>> {
+        let sql = "SELECT seq, fingerprint, id, accepted_ms FROM event ORDER BY seq DESC LIMIT ?1";
+        let mut statement = self.connection.prepare(sql)?;
+        let entries = statement.query_map([limit as i64], |row| {
+            let (fingerprint, id) = (Fingerprint(row.get(1)?), Uuid::from_bytes(row.get(2)?));
+            Ok(dedupe::entry_of_event(row.get(0)?, &fingerprint, id, row.get(3)?))
+        })?;
+        entries.collect()
+    }
+
     /// The id of the event with this number.
     pub(super) fn id(&self, seq: u64) -> Result<Option<Uuid>> {
         let mut statement = self.connection.prepare_cached("SELECT id FROM event WHERE seq = ?1")?;
@@ -335,8 +394,9 @@ pub(super) fn lost(connection: &Connection) -> Result<u64> {
 
 fn create(connection: &Connection) -> Result<()> {
     connection.execute_batch(&format!(
-        "BEGIN IMMEDIATE; {SCHEMA}
-         PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {FORMAT}; COMMIT;"
+        "BEGIN IMMEDIATE; {SCHEMA} {}
+         PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {FORMAT}; COMMIT;",
+        log_mark::SCHEMA
     ))
 }
 
@@ -355,7 +415,7 @@ pub(super) fn delete(connection: &Connection, first: u64, last: u64) -> Result<D
 /// Whether this is a spool, and one that this relay understands.
 pub(super) fn check_format(connection: &Connection, path: &Path) -> Result<(), OpenError> {
     let sqlite = |source| OpenError::Sqlite { path: path.to_owned(), source };
-    if pragma(connection, "application_id").map_err(sqlite)? != APPLICATION_ID {
+    if pragma(connection, "application_id").map_err(sqlite)? != i64::from(APPLICATION_ID) {
         return Err(OpenError::Foreign { path: path.to_owned() });
     }
     match pragma(connection, "user_version").map_err(sqlite)? {

@@ -14,7 +14,7 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use tracing::{error, info, warn};
 
 use super::dedupe::{self, Now, Purged, Window};
-use super::error::{AppendError, is_damage};
+use super::error::{AppendError, is_damage, may_lack_space};
 use super::ledger::Ledger;
 use super::status::SpoolStatus;
 use super::store::Store;
@@ -28,6 +28,9 @@ use crate::metrics::Metrics;
 const BATCH_MAX: usize = 1024;
 /// Maximum bytes of bodies in one transaction: a checkpoint of the log has to fit into the reserve.
 const BATCH_BYTES_MAX: usize = 2 * 1024 * 1024;
+
+/// How long a stop waits for processes that read the file. The relay waits a second for its writer.
+const CLOSE_PATIENCE: Duration = Duration::from_millis(800);
 
 /// How often to try the disk while it takes no writes, even if no webhook arrives.
 const PROBE_EVERY: Duration = Duration::from_secs(1);
@@ -145,7 +148,7 @@ impl Writer {
 
     /// Runs until every sender of commands is gone, the files are gone and their events delivered, or the file is
     /// damaged.
-    pub(super) fn run(mut self, mut commands: mpsc::Receiver<Command>, runtime: &Handle) -> Exit {
+    pub(super) fn run(&mut self, mut commands: mpsc::Receiver<Command>, runtime: &Handle) -> Exit {
         while !self.damaged {
             let first = if self.status.writable() {
                 commands.blocking_recv()
@@ -173,6 +176,17 @@ impl Writer {
             }
         }
         Exit::Damaged
+    }
+
+    /// Leaves everything in the file itself: its log is gone afterwards, unless another process has it open.
+    pub(super) fn close(mut self) {
+        if let Err(error) = self.store.end_session(CLOSE_PATIENCE) {
+            warn!(
+                %error,
+                "could not copy the write-ahead log of the spool into spool.db: keep both files together. Another \
+                 process reads the spool (a backup, sqlite3), or the disk is failing. Accepted events are safe"
+            );
+        }
     }
 
     /// Does work during which the disk may stall.
@@ -406,11 +420,6 @@ impl Writer {
             error!(error = %cause, "the spool cannot be written: answering webhooks 503 until it can");
         }
     }
-}
-
-/// SQLite reports an exhausted quota as a disk error.
-fn may_lack_space(cause: &rusqlite::Error) -> bool {
-    matches!(cause.sqlite_error_code(), Some(ErrorCode::DiskFull | ErrorCode::SystemIoFailure))
 }
 
 fn settle(store: &Store, ledger: &mut Ledger, settlements: &[Settlement]) -> Result<()> {

@@ -4,45 +4,14 @@
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use serde_json::{Value, json};
 
+use crate::harness::disk::SmallDisk;
 use crate::harness::{Node, Relay, Setup, Vhost, Wire, eventually};
 
 fn scan(number: usize) -> String {
     json!({"eventType": "scan.a", "payload": {"scanId": number.to_string(), "filler": "x".repeat(1000)}}).to_string()
-}
-
-/// A small file system in a folder, unmounted on drop.
-struct SmallDisk(PathBuf);
-
-impl SmallDisk {
-    fn mount(folder: &Path, size: &str) -> Self {
-        let path = folder.join("disk");
-        fs::create_dir(&path).unwrap();
-        run("mount", &["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs", path.to_str().unwrap()]);
-        Self(path)
-    }
-
-    fn remount(&self, options: &str) {
-        run("mount", &["-o", &format!("remount,{options}"), self.0.to_str().unwrap()]);
-    }
-
-    fn spool(&self) -> String {
-        self.0.join("spool.db").to_str().unwrap().to_owned()
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
-    }
-}
-
-fn run(program: &str, arguments: &[&str]) {
-    let output = Command::new(program).args(arguments).output().unwrap_or_else(|error| panic!("{program}: {error}"));
-    assert!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
 /// Sends until the relay refuses. Returns the accepted ids, and the refusal.
@@ -111,13 +80,12 @@ async fn a_relay_that_was_stopped_starts_on_a_full_disk() {
     let id = relay.post(scan(0)).await.id();
     relay.sigterm();
     assert_eq!(relay.wait().await.code, Some(0));
-    let filler = disk.0.join("filler");
-    let _ = fs::write(&filler, vec![0; 64 << 20]);
+    disk.fill(0);
     relay.start_again().await;
     // Delivering needs no new space.
     wire.accept();
     assert_eq!(vhost.messages("prism.scan", 1).await[0].id(), id);
-    fs::remove_file(&filler).unwrap();
+    disk.free();
     relay.eventually_accepts(scan(1)).await;
 }
 
@@ -128,11 +96,10 @@ async fn no_room_and_a_read_only_disk_at_the_start_are_reported() {
     let mut relay = setup.set("spool.path", disk.spool()).start().await;
     let id = relay.post(scan(0)).await.id();
     // No page can be added.
-    let filler = disk.0.join("filler");
-    let _ = fs::write(&filler, vec![0; 64 << 20]);
+    disk.fill(0);
     let (_, refusal) = fill(&relay, 1).await;
     assert_eq!(refusal["code"], "spool-unavailable");
-    fs::remove_file(&filler).unwrap();
+    disk.free();
     relay.eventually_accepts(scan(1_000_000)).await;
     // At the start, a read-only disk is a clear error.
     relay.sigterm();
@@ -225,7 +192,8 @@ async fn a_truncated_file_gives_back_what_is_left_of_it() {
     let (relay, ids, vhost, mut wire) = after(200, |path| {
         checkpoint(path);
         let file = fs::OpenOptions::new().write(true).open(path).unwrap();
-        file.set_len(file.metadata().unwrap().len() / 2).unwrap();
+        // Half a page would be half an event, which is saved and parked.
+        file.set_len(file.metadata().unwrap().len() / 2 / 4096 * 4096).unwrap();
     })
     .await;
     assert_recovered(&relay, &ids, &vhost, &mut wire).await;
@@ -253,6 +221,8 @@ async fn a_file_with_a_destroyed_head_is_set_aside() {
 #[tokio::test]
 async fn damage_in_the_middle_is_found_by_the_publisher_and_recovered_at_the_next_start() {
     let (mut relay, ids, vhost, mut wire) = after(400, |path| {
+        // Only pages of events are left, which are not read at the start.
+        rusqlite::Connection::open(path).unwrap().execute_batch("DELETE FROM seen; VACUUM").unwrap();
         checkpoint(path);
         let length = fs::metadata(path).unwrap().len();
         overwrite(path, length / 2, 20_000);
@@ -336,7 +306,7 @@ async fn a_disk_without_room_for_recovery_loses_nothing() {
     let mut relay = setup.set("spool.path", disk.spool()).start().await;
     relay.post(scan(0)).await.expect(200);
     relay.kill9().await;
-    let path = disk.0.join("spool.db");
+    let path = disk.path().join("spool.db");
     insert_events(&path, 50_000);
     fs::write(sibling(&path, ".recover"), "").unwrap();
     for _ in 0..2 {
@@ -409,8 +379,30 @@ async fn a_lost_log_is_reported() {
         let _ = fs::remove_file(sibling(path, "-shm"));
     })
     .await;
-    relay.eventually_logs("the write-ahead log of the spool is gone").await;
+    let line = relay.eventually_logs("the write-ahead log of the spool is gone").await;
+    assert_eq!(line["last"], 0, "{line}");
+    relay.eventually_metric("prism_relay_spool_lost_events", &[], 1.0).await;
+    assert_eq!(relay.run(&["spool", "verify"]).await.code, Some(0));
     relay.post(scan(1_000_000)).await.expect(200);
+}
+
+/// After a stop the file has everything. What was accepted after the next start was only in the log.
+#[tokio::test]
+async fn a_lost_log_costs_what_came_after_the_start() {
+    let mut relay = Setup::without_broker().start().await;
+    for number in 0..5 {
+        relay.post(scan(number)).await.expect(200);
+    }
+    relay.sigterm();
+    relay.wait().await;
+    relay.start_again().await;
+    relay.post(scan(5)).await.expect(200);
+    relay.kill9().await;
+    fs::remove_file(sibling(&relay.setup().spool(), "-wal")).unwrap();
+    relay.start_again().await;
+    assert_eq!(relay.eventually_logs("the write-ahead log of the spool is gone").await["last"], 5);
+    let spool = relay.spool().await;
+    assert_eq!((spool.pending, spool.lost), (5, 1));
 }
 
 #[tokio::test]

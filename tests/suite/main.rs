@@ -33,6 +33,7 @@ mod replicas;
 mod secrets;
 mod soak;
 mod spool_commands;
+mod spool_files;
 mod statuses;
 mod tls;
 mod topology;

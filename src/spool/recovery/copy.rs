@@ -1,9 +1,11 @@
 //! Copies the readable events of a damaged spool into a new one. Knows nothing of files.
 
+use std::collections::{BTreeMap, HashSet};
 use std::ops::RangeInclusive;
 
 use rusqlite::{Connection, ErrorCode, Result, Row};
 
+use super::super::dedupe::{self, EntryBytes};
 use super::super::ledger::Ledger;
 use super::super::reader::{COLUMNS, stored_at_least};
 use super::super::store::{NUMBER_MAX, Store, lost};
@@ -20,6 +22,12 @@ const AHEAD_MAX: u64 = 1_000_000;
 
 /// Maximum bytes of bodies copied between two commits, so that the log of the new file stays small.
 const COMMIT_BYTES: u64 = 16 * 1024 * 1024;
+
+/// Maximum number of entries of the dedupe window that are copied; the newest win. They take 56 MB of memory.
+const ENTRIES_MAX: usize = 1_000_000;
+
+/// Entries in a row of the new file: as many as a full commit of the relay has.
+const ENTRIES_IN_A_ROW: usize = 1024;
 
 /// What was copied.
 pub(super) struct Saved {
@@ -58,7 +66,7 @@ pub(super) fn copy(old: Option<&Connection>, store: &mut Store) -> Result<Saved>
     if let Some(old) = old {
         copier.copy_from(old, known.map(|known| known.accepted))?;
     }
-    let Copier { ledger: copied, damage, .. } = copier;
+    let Copier { store, ledger: copied, damage, .. } = copier;
     let (oldest, highest) = (store.oldest_pending()?, store.highest()?);
     let (events, mut ledger) = (copied.pending + copied.parked, known.unwrap_or_default());
     if known.is_none() {
@@ -77,8 +85,77 @@ pub(super) fn copy(old: Option<&Connection>, store: &mut Store) -> Result<Saved>
     let lost_before = old.map_or(Ok(None), |old| readable(lost(old)))?.unwrap_or(0).min(removed_before);
     let unreadable = ledger.removed.saturating_sub(removed_before);
     store.set_lost(lost_before + unreadable)?;
+    let lost = highest_missing(store, ledger.accepted, unreadable)?;
+    let window_complete = copy_window(old, store, &lost)?;
     store.commit()?;
-    Ok(Saved { events, unreadable, totals_known: known.is_some(), damage: damage || known.is_none() })
+    Ok(Saved {
+        events,
+        unreadable,
+        totals_known: known.is_some(),
+        damage: damage || known.is_none() || !window_complete,
+    })
+}
+
+/// The ranges of the `count` highest numbers up to `accepted` that no event has, in ascending order. Events leave the
+/// spool in about the order of their numbers, so these are the unreadable ones, and lower ones were delivered.
+fn highest_missing(store: &Store, accepted: u64, count: u64) -> Result<Vec<RangeInclusive<u64>>> {
+    let (mut missing, mut left) = (Vec::new(), count);
+    for gap in store.gaps(1..=accepted)?.into_iter().rev() {
+        if left == 0 {
+            break;
+        }
+        let (first, last) = gap.into_inner();
+        let first = first.max(last.saturating_sub(left - 1));
+        left -= last - first + 1;
+        missing.push(first..=last);
+    }
+    missing.reverse();
+    Ok(missing)
+}
+
+/// Copies the readable entries of the dedupe window, so that re-sends are still recognised. A saved event whose entry
+/// is lost gets a new one, without the time of its signature. The entries of `lost` events are left out, so that a
+/// re-send brings the event back. Returns whether all entries were readable.
+fn copy_window(old: Option<&Connection>, store: &Store, lost: &[RangeInclusive<u64>]) -> Result<bool> {
+    let is_lost =
+        |seq: u64| lost.get(lost.partition_point(|range| *range.end() < seq)).is_some_and(|range| range.contains(&seq));
+    let mut rows = BTreeMap::new();
+    let mut complete = true;
+    if let Some(old) = old {
+        complete = copy_entries(old, "SELECT last, entries FROM seen ORDER BY last", &mut rows)?;
+        if !complete {
+            copy_entries(old, "SELECT last, entries FROM seen ORDER BY last DESC", &mut rows)?;
+        }
+    }
+    let mut entries: Vec<EntryBytes> = rows.into_values().flatten().collect();
+    let known: HashSet<u64> = entries.iter().map(dedupe::seq_of).collect();
+    let of_events = store.entries_of_events(ENTRIES_MAX)?;
+    entries.extend(of_events.into_iter().filter(|entry| !known.contains(&dedupe::seq_of(entry))));
+    entries.retain(|entry| !is_lost(dedupe::seq_of(entry)));
+    // Of two entries with the same body the window takes the later one.
+    entries.sort_by_key(dedupe::accepted_ms_of);
+    let (newest, mut last) = (&entries[entries.len().saturating_sub(ENTRIES_MAX)..], 0);
+    for row in newest.chunks(ENTRIES_IN_A_ROW) {
+        last += row.len() as u64;
+        store.remember(last, row)?;
+    }
+    Ok(complete)
+}
+
+/// Copies rows of the dedupe window until one is unreadable. Returns whether all were readable.
+fn copy_entries(old: &Connection, sql: &str, rows: &mut BTreeMap<u64, Vec<EntryBytes>>) -> Result<bool> {
+    let Some(mut statement) = readable(old.prepare(sql))? else { return Ok(false) };
+    let (mut found, mut complete) = (statement.query([])?, true);
+    while let Some(row) = readable(found.next())? {
+        let Some(row) = row else { return Ok(complete) };
+        match (row.get(0), row.get_ref(1)?.as_blob().map(<[u8]>::as_chunks)) {
+            // Copied on the way from the other end.
+            (Ok(last), _) if rows.contains_key(&last) => break,
+            (Ok(last), Ok((entries, []))) => _ = rows.insert(last, entries.to_vec()),
+            _ => complete = false,
+        }
+    }
+    Ok(false)
 }
 
 struct Copier<'a> {

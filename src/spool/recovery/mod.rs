@@ -15,8 +15,9 @@ use rusqlite::{Connection, ErrorCode, Result};
 use tracing::{error, warn};
 
 use self::copy::{Saved, copy, readable};
-use super::error::{OpenError, is_damage};
-use super::files::{Lock, RESERVE, sibling, sync_folder};
+use super::error::{OpenError, is_damage, may_lack_space};
+use super::files::{Lock, RESERVE, create_private, sibling, sync_folder, unless_missing};
+use super::log_mark::LogMark;
 use super::reader::open_read_only;
 use super::settings::Durability;
 use super::store::Store;
@@ -29,7 +30,7 @@ const REQUESTED: &str = ".recover";
 const COPYING: &str = ".recovering";
 
 /// Suffix of the new file when it is complete and synced, and about to take the place of the damaged one.
-const COMPLETE: &str = ".recovered";
+pub(super) const COMPLETE: &str = ".recovered";
 
 /// Suffixes of the files that make up an SQLite database.
 const FILES: [&str; 3] = ["", "-wal", "-shm"];
@@ -45,8 +46,8 @@ const BLOCK_BYTES: u64 = 4096;
 
 /// Asks the next start to recover the spool.
 pub(super) fn request(path: &Path) {
-    match fs::write(sibling(path, REQUESTED), b"") {
-        Ok(()) => warn!("the spool is damaged: the next start recovers it"),
+    match create_private(&sibling(path, REQUESTED)) {
+        Ok(_) => warn!("the spool is damaged: the next start recovers it"),
         Err(error) => warn!(%error, "the spool is damaged, and its file cannot be marked for recovery"),
     }
 }
@@ -58,56 +59,81 @@ pub(super) fn is_due(path: &Path) -> bool {
 
 /// Opens the spool, and recovers it first if it is damaged. A damaged file that no relay has used before is an error:
 /// it may be something else.
-pub(super) fn open(path: &Path, durability: Durability, lock: &Lock) -> Result<Store, OpenError> {
+pub(super) fn open(path: &Path, durability: Durability, lock: &mut Lock) -> Result<Store, OpenError> {
     let io = |source| OpenError::Io { path: path.to_owned(), source };
-    let is_complete = sibling(path, COMPLETE).try_exists().map_err(io)?;
-    if is_complete {
+    if sibling(path, COMPLETE).try_exists().map_err(io)? {
+        lock.move_to(path, COMPLETE)?;
         let aside = replace(path).map_err(io)?;
         warn!(
             path = %path.display(),
             aside = %aside.display(),
             "finished the recovery that the last start began; the damaged file is kept"
         );
-    } else if lock.crashed() {
-        report_missing_files(path);
+    } else if lock.is_new() && sibling(path, RESERVE).exists() && !is_emptied(path) {
+        error!(
+            path = %path.display(),
+            "the spool is gone: events that were pending in it are lost, unless it was moved away on purpose"
+        );
     }
     let cause = if sibling(path, REQUESTED).exists() {
         "damage was found while the relay ran".to_owned()
     } else if is_emptied(path) {
         "the file is empty, but its write-ahead log is not".to_owned()
     } else {
-        match Store::open(path, durability) {
+        let has_log = sibling(path, "-wal").exists();
+        match open_store(path, durability) {
             // A schema that makes SQL invalid is damage as well, if a relay has used the file before.
             Err(OpenError::Sqlite { source, .. })
                 if lock.is_old() && (is_damage(&source) || source.sqlite_error_code() == Some(ErrorCode::Unknown)) =>
             {
                 source.to_string()
             }
-            outcome => return outcome,
+            Ok(mut store) => {
+                if !has_log {
+                    report_lost_log(path, &mut store);
+                }
+                return Ok(store);
+            }
+            Err(error) => return Err(error),
         }
     };
-    recover(path, durability, &cause)
+    recover(path, durability, &cause, lock)
 }
 
-/// SQLite creates the log when it opens the database and removes it only when it closes it.
-fn report_missing_files(path: &Path) {
-    if sibling(path, "-wal").exists() {
-        return;
+/// Opens the file. On a full disk the reserve makes room for the index of the log: a relay that starts can deliver, and
+/// that makes room for the rest.
+fn open_store(path: &Path, durability: Durability) -> Result<Store, OpenError> {
+    match Store::open(path, durability) {
+        Err(OpenError::Sqlite { source, .. })
+            if may_lack_space(&source) && fs::remove_file(sibling(path, RESERVE)).is_ok() =>
+        {
+            warn!(error = %source, "the disk may be full: freed the reserve of the spool to start");
+            Store::open(path, durability)
+        }
+        outcome => outcome,
     }
-    if length(path) > 0 {
-        error!(
-            path = %path.display(),
-            "the write-ahead log of the spool is gone: events accepted shortly before the last stop may be lost"
-        );
-    } else {
-        error!(path = %path.display(), "the spool is gone: events that were pending at the last stop are lost");
-    }
+}
+
+/// Reports a lost write-ahead log: the file says that later commits are in the log, and there is no log. Counts one
+/// event as lost, so that metrics and alerts show it.
+fn report_lost_log(path: &Path, store: &mut Store) {
+    // Damage is found by those who read more.
+    let (Ok(LogMark::Before), Ok(ledger)) = (store.log_mark(), store.ledger()) else { return };
+    // Without room on the disk only the log tells.
+    let _ = store.count_one_as_lost();
+    error!(
+        path = %path.display(),
+        last = ledger.accepted,
+        "the write-ahead log of the spool is gone: events accepted after the one with the number `last` may be lost, \
+         and earlier ones may be delivered again. Keep spool.db and spool.db-wal together: mount their folder, not \
+         the file"
+    );
 }
 
 /// Copies all readable events into a new file, puts it in the place of the damaged one, and opens it. Needs as much
 /// disk space as the events take. On an error either the damaged file is unchanged, or the new one is complete and the
 /// next start continues.
-pub(super) fn recover(path: &Path, durability: Durability, cause: &str) -> Result<Store, OpenError> {
+pub(super) fn recover(path: &Path, durability: Durability, cause: &str, lock: &mut Lock) -> Result<Store, OpenError> {
     let io = |source| OpenError::Io { path: path.to_owned(), source };
     error!(path = %path.display(), cause, "the spool is damaged: copying all readable events into a new file");
     remove(&sibling(path, RESERVE)).map_err(io)?;
@@ -115,6 +141,7 @@ pub(super) fn recover(path: &Path, durability: Durability, cause: &str) -> Resul
         // To free the space. If this fails, the next start does it.
         let _ = discard_copy(path);
     })?;
+    lock.move_to(path, COPYING)?;
     let aside = fs::rename(sibling(path, COPYING), sibling(path, COMPLETE))
         .and_then(|()| sync_folder(path))
         .and_then(|()| replace(path))
@@ -162,7 +189,7 @@ fn copy_once(path: &Path, durability: Durability) -> Result<Saved, OpenError> {
     store.reserve().give_up();
     let old = open_damaged(path)?;
     let saved = copy(old.as_ref(), &mut store).map_err(sqlite)?;
-    store.restart_log().map_err(sqlite)?;
+    store.truncate_log().map_err(sqlite)?;
     drop(store);
     if let Ok(old) = fs::metadata(path) {
         // The owner differs only if root runs this; any other user may not change it and need not.
@@ -250,12 +277,5 @@ fn length(path: &Path) -> u64 {
 }
 
 fn remove(path: &Path) -> io::Result<()> {
-    unless_missing(fs::remove_file(path))
-}
-
-fn unless_missing(outcome: io::Result<()>) -> io::Result<()> {
-    match outcome {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        outcome => outcome,
-    }
+    unless_missing(fs::remove_file(path)).map(|_| ())
 }

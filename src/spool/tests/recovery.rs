@@ -21,7 +21,7 @@ async fn left_by_a_kill(count: usize) -> (TempDir, PathBuf) {
         }
         opened.spool.append(event(number.to_string()), None).await.unwrap();
     }
-    for ending in ["", "-wal", ".lock"] {
+    for ending in ["", "-wal"] {
         std::fs::copy(sibling(&path, ending), sibling(&after, ending)).unwrap();
     }
     opened.close().await;
@@ -201,6 +201,52 @@ async fn everything_that_is_readable_is_saved() {
     assert_eq!((ledger.pending, opened.spool.status().lost()), (readable, 2000 - readable));
     opened.close().await;
     assert_eq!(Inspector::open(&path).unwrap().verify().unwrap().problems, [""; 0]);
+}
+
+/// What the next relay answers when these bodies are sent again: how many are recognised, and how many were saved.
+async fn sent_again(path: &Path, bodies: std::ops::Range<u64>) -> (u64, u64) {
+    let opened = Opened::open(path, u64::MAX, WINDOW);
+    let saved = opened.spool.status().ledger().pending;
+    let mut recognised = 0;
+    for body in bodies {
+        let receipt = opened.spool.append(event(body.to_string()), None).await.unwrap();
+        recognised += u64::from(receipt.duplicate);
+    }
+    opened.close().await;
+    (recognised, saved)
+}
+
+/// Sent again, an event that was saved or delivered is recognised. One that was lost is taken again.
+#[tokio::test]
+async fn the_dedupe_window_is_recovered() {
+    let (_folder, path) = left_by_a_kill(300).await;
+    recovery::request(&path);
+    assert_eq!(sent_again(&path, 0..300).await, (300, 300));
+
+    // Half of the events are delivered, and a page of the others is destroyed.
+    let (_folder, path) = left_by_a_kill(1000).await;
+    let opened = Opened::open(&path, u64::MAX, WINDOW);
+    opened.spool.settle((1..=500).map(Settlement::Confirmed).collect()).await;
+    opened.close().await;
+    let (mut bytes, page) = table_of_events(&path);
+    let middle = child_in(&bytes, page, 2);
+    bytes[middle..middle + 4096].fill(0xa5);
+    std::fs::write(&path, bytes).unwrap();
+    recovery::request(&path);
+    let (recognised, saved) = sent_again(&path, 0..1000).await;
+    assert!((400..500).contains(&saved), "{saved}");
+    assert_eq!(recognised, 500 + saved);
+}
+
+/// What was destroyed of the window is made of the events.
+#[tokio::test]
+async fn saved_events_are_recognised_without_their_entries() {
+    for damage in ["DELETE FROM seen", "UPDATE seen SET entries = x'00' WHERE last % 2 = 0", "DROP TABLE seen"] {
+        let (_folder, path) = left_by_a_kill(300).await;
+        rusqlite::Connection::open(&path).unwrap().execute_batch(damage).unwrap();
+        recovery::request(&path);
+        assert_eq!(sent_again(&path, 0..300).await, (300, 300), "{damage}");
+    }
 }
 
 /// After millions of deliveries and without totals, nothing shows where the numbers begin.

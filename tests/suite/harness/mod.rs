@@ -19,6 +19,7 @@ pub mod background;
 pub mod browser;
 pub mod certificates;
 pub mod cluster;
+pub mod disk;
 pub mod eventually;
 pub mod http;
 pub mod leash;
