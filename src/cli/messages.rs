@@ -12,6 +12,7 @@ use serde::Serialize;
 use super::output::write;
 use crate::broker::{SHORT_STRING_BYTES_MAX, short_string};
 use crate::text::clean;
+pub(super) use crate::topology::matches;
 
 /// Header: when `replay` published the message. Such messages are not replayed again.
 pub(super) const REPLAYED_AT: &str = "prism-replayed-at";
@@ -226,42 +227,5 @@ pub(super) fn queue_name(text: &str) -> Result<ShortString, String> {
     match short_string(text) {
         Ok(name) if !text.is_empty() => Ok(name),
         _ => Err(format!("must be a name of 1 to {SHORT_STRING_BYTES_MAX} bytes")),
-    }
-}
-
-/// Whether a topic exchange would route this key to a binding with this pattern.
-pub(super) fn matches(pattern: &str, key: &str) -> bool {
-    fn words(pattern: &[&str], key: &[&str]) -> bool {
-        match (pattern.split_first(), key.split_first()) {
-            (None, None) => true,
-            (Some((&"#", rest)), _) => words(rest, key) || (!key.is_empty() && words(pattern, &key[1..])),
-            (Some((&"*", pattern)), Some((_, key))) => words(pattern, key),
-            (Some((wanted, pattern)), Some((word, key))) => wanted == word && words(pattern, key),
-            (None, Some(_)) | (Some(_), None) => false,
-        }
-    }
-    words(&pattern.split('.').collect::<Vec<_>>(), &key.split('.').collect::<Vec<_>>())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::matches;
-
-    #[test]
-    fn patterns_match_as_in_a_topic_exchange() {
-        for (pattern, key, expected) in [
-            ("#", "scan.processing.started", true),
-            ("#", "", true),
-            ("scan.#", "scan", true),
-            ("scan.#", "scan.processing.started", true),
-            ("scan.*", "scan.processing", true),
-            ("scan.*", "scan.processing.started", false),
-            ("*.processing.*", "scan.processing.started", true),
-            ("#.started", "scan.processing.started", true),
-            ("scan.#", "body_shape_prediction.processing.started", false),
-            ("scan.processing", "scan.processing.started", false),
-        ] {
-            assert_eq!(matches(pattern, key), expected, "{pattern} {key}");
-        }
     }
 }

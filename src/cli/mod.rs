@@ -12,6 +12,7 @@ mod manual;
 mod messages;
 mod output;
 mod pace;
+mod pattern;
 mod redrive;
 mod replay;
 mod send;

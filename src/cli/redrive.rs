@@ -20,6 +20,7 @@ use super::messages::{
 };
 use super::output::{Progress, say};
 use super::pace::{Pace, rate};
+use super::pattern::{note_on_pattern, topic_pattern};
 use super::transfer::{Destination, Outgoing, Transfer, TransferError, in_time, while_connected};
 use crate::broker::BrokerConnection;
 use crate::config::Config;
@@ -40,7 +41,7 @@ pub(super) struct Options {
     #[arg(long, value_name = "QUEUE", value_parser = queue_name)]
     to: Option<ShortString>,
     /// Only event types that match this topic pattern (*: one word, #: any number)
-    #[arg(long = "type", value_name = "PATTERN")]
+    #[arg(long = "type", value_name = "PATTERN", value_parser = topic_pattern)]
     pattern: Option<String>,
     /// Only events of this subject, such as scan:7f2ec6e0-b06d-42b1-b2a1-fff59a458490
     #[arg(long)]
@@ -65,6 +66,9 @@ pub(super) struct Options {
 pub(super) async fn run(config: &Config, options: Options) -> Result<(), Failure> {
     let to = Destination::new(config, options.to.clone())?;
     check_usage(config, &options, &to)?;
+    if let Some(pattern) = &options.pattern {
+        note_on_pattern(pattern);
+    }
     let broker = connect(config, "prism-relay redrive").await?;
     let deadline = config.publisher.confirm_timeout;
     let transfer = Transfer::open(&broker, deadline, options.rate).await?;

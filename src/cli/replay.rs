@@ -17,6 +17,7 @@ use super::interrupt::Interrupt;
 use super::messages::{Format, REPLAYED_AT, header, matches, number, print, queue_name, replayed, time_of};
 use super::output::{Progress, say};
 use super::pace::{Pace, rate};
+use super::pattern::{note_on_pattern, topic_pattern};
 use super::transfer::{Destination, Outgoing, Transfer, TransferError, in_time, while_connected};
 use crate::broker::{BrokerConnection, short_string};
 use crate::config::Config;
@@ -38,7 +39,7 @@ pub(super) struct Options {
     #[arg(long, value_name = "WHEN", value_parser = when)]
     until: Option<Timestamp>,
     /// Only routing keys that match this topic pattern (*: one word, #: any number)
-    #[arg(long, value_name = "PATTERN", default_value = "#")]
+    #[arg(long, value_name = "PATTERN", default_value = "#", value_parser = topic_pattern)]
     key: String,
     /// Publish to this queue only [default: to the exchange]
     #[arg(long, value_name = "QUEUE", value_parser = queue_name)]
@@ -78,6 +79,7 @@ pub(super) async fn run(config: &Config, options: Options) -> Result<(), Failure
         }
     };
     let to = Destination::new(config, options.to.clone())?;
+    note_on_pattern(&options.key);
     let broker = connect(config, "prism-relay replay").await?;
     let deadline = config.publisher.confirm_timeout;
     let transfer = Transfer::open(&broker, deadline, options.rate).await?;

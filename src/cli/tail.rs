@@ -14,6 +14,7 @@ use super::connect::connect;
 use super::curl;
 use super::messages::{Format, matches, print, queue_name};
 use super::output::write;
+use super::pattern::{note_on_pattern, topic_pattern};
 use crate::broker::{BrokerConnection, reply_text, short_string};
 use crate::config::Config;
 use crate::topology::UNROUTED;
@@ -26,7 +27,7 @@ const PREFETCH: u16 = 100;
 #[derive(clap::Args)]
 pub(super) struct Options {
     /// Only routing keys that match this topic pattern (*: one word, #: any number)
-    #[arg(default_value = "#")]
+    #[arg(default_value = "#", value_parser = topic_pattern)]
     pattern: String,
     /// Print one JSON object per line
     #[arg(long)]
@@ -43,6 +44,7 @@ pub(super) struct Options {
 }
 
 pub(super) async fn run(config: &Config, options: Options) -> anyhow::Result<()> {
+    note_on_pattern(&options.pattern);
     let broker = connect(config, "prism-relay tail").await?;
     let printed = tokio::select! {
         printed = print_events(config, &options, &broker) => printed,
