@@ -171,6 +171,8 @@ impl<'a> Envelope<'a> {
     /// last value, as in JavaScript; a payload of another shape, or a field that is not a string, is passed over.
     pub fn parse(body: &'a [u8]) -> Result<Self, NotAnEnvelope> {
         let text = std::str::from_utf8(body).map_err(|_| NotAnEnvelope::Encoding)?;
+        // RFC 8259, section 8.1: a reader may ignore a byte order mark. It stays in the body.
+        let text = text.strip_prefix('\u{feff}').unwrap_or(text);
         let (mut event_type, mut payload) = (None, None);
         let outcome = for_each_member(text, |name, value| match name {
             "eventType" => event_type = Some(value),
@@ -286,6 +288,7 @@ mod tests {
     #[test]
     fn unusual_but_valid_json_is_read() {
         assert_eq!(event_type(" {\n\"eventType\" :\t\"a\" } "), "a");
+        assert_eq!(event_type("\u{feff}{\"eventType\":\"a\"}"), "a");
         assert_eq!(event_type(r#"{"eventType":"a","eventType":"b"}"#), "b");
         assert_eq!(event_type(r#"{"event\u0054ype":"scan\u002estarted"}"#), "scan.started");
         assert_eq!(event_type(r#"{"eventType":"a","payload":{"n":1e999999,"m":123456789012345678901234567890}}"#), "a");
@@ -310,6 +313,10 @@ mod tests {
             (b"", "Json"),
             (b"{", "Json"),
             (b"[1,", "Json"),
+            (b"\xef\xbb\xbf", "Json"),
+            (b"\xef\xbb\xbf\xef\xbb\xbf{}", "Json"),
+            (b"{\"eventType\":\"a\"}\xef\xbb\xbf", "Json"),
+            (b"\xef\xbb\xbf[]", "EventType"),
             (b"{\"eventType\":\"a\"} x", "Json"),
             (b"{\"eventType\":\"a\",}", "Json"),
             (b"{\"eventType\":\"\\ud800\"}", "EventType"),
