@@ -18,12 +18,16 @@ pub struct BrokerUrl(AMQPUri);
 impl BrokerUrl {
     /// Parses a URL. The error completes the sentence "the value ..." and does not quote it.
     pub fn parse(text: &str) -> Result<Self, String> {
+        if let Some(fault) = raw_character(text) {
+            return Err(fault);
+        }
         let mut uri: AMQPUri =
             text.parse().map_err(|_| "is not a URL such as amqp://user:password@host:5672/%2f".to_owned())?;
         if uri.vhost.is_empty() {
             return Err("ends with `/`, which names the virtual host \"\"; write /%2f for the default one".to_owned());
         }
-        if uri.vhost.contains('/') && uri.vhost != "/" {
+        // A slash that is percent-encoded belongs to the name of the virtual host.
+        if path(text).matches('/').count() > 1 {
             return Err(
                 "has more than one `/` after the host; percent-encode those in the virtual host as %2f".to_owned()
             );
@@ -77,6 +81,31 @@ impl BrokerUrl {
     pub fn vhost(&self) -> &str {
         &self.0.vhost
     }
+}
+
+/// Finds a character in user or password that ends the part of the URL that it stands in. The URL would be read with
+/// another host and without the password.
+fn raw_character(url: &str) -> Option<String> {
+    let advice = |character: char| {
+        let escape = format!("%{:02x}", u32::from(character));
+        Some(format!(
+            "has a raw `{character}` in the user or the password; percent-encode it as {escape}, or set broker.password"
+        ))
+    };
+    let Some((_, rest)) = url.split_once("://") else {
+        // The second part of a list that was separated at a comma.
+        return if url.contains('@') { advice(',') } else { None };
+    };
+    let end = rest.find(['/', '?', '#'])?;
+    let (authority, rest) = rest.split_at(end);
+    (!authority.contains('@') && rest.contains('@')).then(|| rest.chars().next().and_then(advice)).flatten()
+}
+
+/// The part between host and query.
+fn path(url: &str) -> &str {
+    let rest = url.split_once("://").map_or("", |(_, rest)| rest);
+    let rest = rest.split(['?', '#']).next().unwrap_or_default();
+    rest.find('/').map_or("", |start| &rest[start..])
 }
 
 fn ipv6_literal(url: &str) -> Option<&str> {
@@ -138,6 +167,43 @@ mod tests {
         let url = BrokerUrl::parse("amqp://a:b@[::1]:5673/v").unwrap();
         assert_eq!((url.host(), url.port(), url.vhost()), ("::1", 5673, "v"));
         assert_eq!(url.to_string(), "amqp://a@[::1]:5673/v");
+    }
+
+    #[test]
+    fn a_virtual_host_may_have_encoded_slashes() {
+        for (url, vhost) in [
+            ("amqp://broker/%2Fprod", "/prod"),
+            ("amqp://broker/%2f%2fa%2fb", "//a/b"),
+            ("amqp://broker/prod%2feu?heartbeat=5", "prod/eu"),
+            ("amqp://broker/%2f", "/"),
+        ] {
+            let parsed = BrokerUrl::parse(url).unwrap();
+            assert_eq!(parsed.vhost(), vhost, "{url}");
+            assert_eq!(BrokerUrl::parse(&parsed.to_string()).unwrap().vhost(), vhost, "{parsed}");
+        }
+        for url in ["amqp://broker/a/b", "amqp://broker//prod", "amqp://broker/%2f/prod"] {
+            assert!(BrokerUrl::parse(url).unwrap_err().contains("more than one `/`"), "{url}");
+        }
+    }
+
+    #[test]
+    fn a_raw_character_in_a_password_is_named_with_its_escape() {
+        for (url, escape) in [
+            ("amqp://me:hunter#2@broker/v", "`#` in the user or the password; percent-encode it as %23"),
+            ("amqp://me:hunter/2@broker/v", "`/` in the user or the password; percent-encode it as %2f"),
+            ("amqp://me:hunter?2@broker/v", "`?` in the user or the password; percent-encode it as %3f"),
+            ("amqp://m/e:hunter2@broker", "`/` in the user or the password; percent-encode it as %2f"),
+            ("amqp://me:12/34@broker:5672/%2f", "`/` in the user or the password; percent-encode it as %2f"),
+            ("2@broker/v", "`,` in the user or the password; percent-encode it as %2c"),
+        ] {
+            let fault = BrokerUrl::parse(url).unwrap_err();
+            assert!(fault.contains(escape) && fault.contains("or set broker.password"), "{url}: {fault}");
+            assert!(!fault.contains("hunter") && !fault.contains("34"), "{fault}");
+        }
+        let url = BrokerUrl::parse("amqp://me:a%23%2f%3f%2cb@broker/v").unwrap();
+        assert_eq!((url.expose().authority.userinfo.password.as_str(), url.host()), ("a#/?,b", "broker"));
+        let url = BrokerUrl::parse("amqp://me:p@ss@broker/v").unwrap();
+        assert_eq!((url.expose().authority.userinfo.password.as_str(), url.host()), ("p@ss", "broker"));
     }
 
     #[test]
