@@ -33,6 +33,7 @@ mod logging;
 mod log_limiter;
 pub mod traces;
 mod tls;
+mod first_bytes;
 mod http_client;
 mod reload;
 pub mod secret;

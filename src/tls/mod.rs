@@ -3,18 +3,25 @@
 //!
 //! rustls with ring as its only crypto provider: TLS 1.2 and 1.3. No error quotes the contents of a file.
 
+mod certificate;
+mod error;
+mod explain;
+mod pem;
+
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock, PoisonError, RwLock};
 
 use jiff::Timestamp;
 use rustls::crypto::CryptoProvider;
-use rustls::pki_types::pem::{self, PemObject};
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
-use rustls::server::WebPkiClientVerifier;
+use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::server::{VerifierBuilderError, WebPkiClientVerifier};
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
-use thiserror::Error;
 use tokio_rustls::rustls;
-use x509_cert::der::Decode;
+
+use certificate::Parsed;
+pub(crate) use error::TlsError;
+pub(crate) use explain::{Peer, explain};
+use pem::{certificates, private_key};
 
 static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| Arc::new(rustls::crypto::ring::default_provider()));
 
@@ -40,32 +47,15 @@ pub struct ClientFiles {
     pub identity: Option<(PathBuf, PathBuf)>,
 }
 
-/// Why certificates cannot be used. Each error names the file.
-#[derive(Debug, Error)]
-pub enum TlsError {
-    #[error("cannot read {}: {source}", path.display())]
-    Read { path: PathBuf, source: std::io::Error },
-    #[error("{} contains no {what} in PEM format", path.display())]
-    Empty { path: PathBuf, what: &'static str },
-    #[error("{} is broken: {reason}", path.display())]
-    Broken { path: PathBuf, reason: String },
-    #[error("{} expired on {at:.0}", path.display())]
-    Expired { path: PathBuf, at: Timestamp },
-    #[error("{} is not valid before {at:.0}", path.display())]
-    NotYetValid { path: PathBuf, at: Timestamp },
-    #[error("certificate {} and private key {} do not match: {source}", certificate.display(), private_key.display())]
-    Mismatch { certificate: PathBuf, private_key: PathBuf, source: rustls::Error },
-    #[error("the system has no readable certificate authorities")]
-    NoSystemAuthorities,
-    #[error("TLS cannot be set up: {0}")]
-    Rustls(#[from] rustls::Error),
-}
-
 /// The TLS settings of a listener, with the expiry of its certificate.
 #[derive(Clone)]
 pub struct Identity {
     pub config: Arc<ServerConfig>,
     pub expires_at: Timestamp,
+    /// Number of certificates in the chain.
+    length: usize,
+    /// The issuer that the chain ends with, if neither the file nor the system has its certificate.
+    pub unknown_issuer: Option<String>,
 }
 
 /// An [`Identity`] that can be replaced at run time. Open connections keep theirs; new ones get the new one.
@@ -80,9 +70,18 @@ impl Server {
         Ok(Self { files, identity })
     }
 
-    /// Reloads the files. After an error the previous identity stays in use.
+    /// Reloads the files. After an error the previous identity stays in use: also if the new chain may have lost an
+    /// intermediate certificate, because clients that know only the root would then fail.
     pub fn reload(&self) -> Result<(), TlsError> {
         let identity = self.files.load(Timestamp::now())?;
+        let previous = self.identity();
+        if let Some(issuer) = &identity.unknown_issuer
+            && identity.length < previous.length
+            && previous.unknown_issuer.as_ref() != Some(issuer)
+        {
+            let (path, issuer) = (self.files.certificate.clone(), issuer.clone());
+            return Err(TlsError::Shorter { path, count: identity.length, previous: previous.length, issuer });
+        }
         *self.identity.write().unwrap_or_else(PoisonError::into_inner) = identity;
         Ok(())
     }
@@ -101,13 +100,16 @@ impl ServerFiles {
     /// it.
     pub fn load(&self, now: Timestamp) -> Result<Identity, TlsError> {
         let chain = certificates(&self.certificate)?;
-        let (valid_from, expires_at) = validity(&chain[0], &self.certificate)?;
+        let own = Parsed::new(&chain[0], &self.certificate)?;
+        let (valid_from, expires_at) = own.validity()?;
         if expires_at <= now {
             return Err(TlsError::Expired { path: self.certificate.clone(), at: expires_at });
         }
         if valid_from > now {
             return Err(TlsError::NotYetValid { path: self.certificate.clone(), at: valid_from });
         }
+        own.check_kind()?;
+        let (length, unknown_issuer) = (chain.len(), unknown_issuer(&chain, &self.certificate));
         let builder =
             ServerConfig::builder_with_provider(Arc::clone(&PROVIDER)).with_safe_default_protocol_versions()?;
         let builder = match &self.client_ca {
@@ -115,14 +117,15 @@ impl ServerFiles {
             Some(ca) => {
                 let roots = Arc::new(authorities(ca)?);
                 let verifier = WebPkiClientVerifier::builder_with_provider(roots, Arc::clone(&PROVIDER)).build();
-                builder.with_client_cert_verifier(verifier.map_err(|error| broken(ca, error))?)
+                let unusable = |error: VerifierBuilderError| TlsError::unusable(ca, format!("is broken: {error}"));
+                builder.with_client_cert_verifier(verifier.map_err(unusable)?)
             }
         };
         let mut config = builder
             .with_single_cert(chain, private_key(&self.private_key)?)
-            .map_err(|source| mismatch(&self.certificate, &self.private_key, source))?;
+            .map_err(|error| mismatch(&self.certificate, &self.private_key, &error))?;
         config.alpn_protocols = vec![SERVER_PROTOCOL.to_vec()];
-        Ok(Identity { config: Arc::new(config), expires_at })
+        Ok(Identity { config: Arc::new(config), expires_at, length, unknown_issuer })
     }
 
     pub fn paths(&self) -> Vec<PathBuf> {
@@ -147,7 +150,7 @@ impl ClientFiles {
             None => builder.with_no_client_auth(),
             Some((certificate, key)) => builder
                 .with_client_auth_cert(certificates(certificate)?, private_key(key)?)
-                .map_err(|source| mismatch(certificate, key, source))?,
+                .map_err(|error| mismatch(certificate, key, &error))?,
         };
         Ok(Arc::new(config))
     }
@@ -177,38 +180,16 @@ pub(crate) fn server_name(host: &str) -> Option<ServerName<'static>> {
     ServerName::try_from(host.to_owned()).ok()
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, TlsError> {
-    std::fs::read(path).map_err(|source| TlsError::Read { path: path.to_owned(), source })
-}
-
-fn broken(path: &Path, reason: impl ToString) -> TlsError {
-    TlsError::Broken { path: path.to_owned(), reason: reason.to_string() }
-}
-
-fn mismatch(certificate: &Path, private_key: &Path, source: rustls::Error) -> TlsError {
-    TlsError::Mismatch { certificate: certificate.to_owned(), private_key: private_key.to_owned(), source }
-}
-
-/// Reads one or more certificates.
-fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
-    let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&read(path)?).collect();
-    match certificates.map_err(|error| pem_error(path, &error))? {
-        none if none.is_empty() => Err(TlsError::Empty { path: path.to_owned(), what: "certificate" }),
-        certificates => Ok(certificates),
-    }
-}
-
-fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsError> {
-    PrivateKeyDer::from_pem_slice(&read(path)?).map_err(|error| match error {
-        pem::Error::NoItemsFound => TlsError::Empty { path: path.to_owned(), what: "private key" },
-        error => pem_error(path, &error),
-    })
+fn mismatch(certificate: &Path, private_key: &Path, error: &rustls::Error) -> TlsError {
+    let (certificate, private_key) = (certificate.to_owned(), private_key.to_owned());
+    TlsError::Mismatch { certificate, private_key, reason: explain(error, Peer::Client) }
 }
 
 fn authorities(path: &Path) -> Result<RootCertStore, TlsError> {
     let mut roots = RootCertStore::empty();
     for certificate in certificates(path)? {
-        roots.add(certificate).map_err(|error| broken(path, error))?;
+        let unusable = |error| TlsError::unusable(path, format!("is broken: {}", explain(&error, Peer::Server)));
+        roots.add(certificate).map_err(unusable)?;
     }
     Ok(roots)
 }
@@ -220,24 +201,16 @@ fn system_authorities() -> Result<RootCertStore, TlsError> {
     if roots.is_empty() { Err(TlsError::NoSystemAuthorities) } else { Ok(roots) }
 }
 
-/// The first and the last instant at which a certificate is valid.
-fn validity(certificate: &CertificateDer<'_>, path: &Path) -> Result<(Timestamp, Timestamp), TlsError> {
-    let parsed = x509_cert::Certificate::from_der(certificate).map_err(|error| broken(path, error))?;
-    let validity = parsed.tbs_certificate().validity();
-    let at = |time: x509_cert::time::Time| {
-        let seconds = i64::try_from(time.to_unix_duration().as_secs()).unwrap_or(i64::MAX);
-        Timestamp::from_second(seconds).map_err(|error| broken(path, error))
-    };
-    Ok((at(validity.not_before)?, at(validity.not_after)?))
+/// The issuer that a chain ends with, if clients may not know it: neither the last certificate itself, nor one of the
+/// system's authorities.
+fn unknown_issuer(chain: &[CertificateDer<'_>], path: &Path) -> Option<String> {
+    let last = Parsed::new(chain.last()?, path).ok()?;
+    let is_issuer =
+        |known: &CertificateDer<'_>| Parsed::new(known, path).is_ok_and(|known| known.subject() == last.issuer());
+    let is_known =
+        last.subject() == last.issuer() || rustls_native_certs::load_native_certs().certs.iter().any(is_issuer);
+    (!is_known).then(|| last.issuer().to_string())
 }
 
-/// Describes a PEM error without the parser's text, which quotes the file: that may be a private key on a single line.
-fn pem_error(path: &Path, error: &pem::Error) -> TlsError {
-    let reason = match error {
-        pem::Error::MissingSectionEnd { .. } => "a section has no end; the file may have lost its line breaks",
-        pem::Error::IllegalSectionStart { .. } => "the first line of a section cannot be read",
-        pem::Error::Base64Decode(_) => "a section is not base64",
-        _ => "it is not a PEM file",
-    };
-    broken(path, reason)
-}
+#[cfg(test)]
+mod tests;
