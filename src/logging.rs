@@ -4,8 +4,10 @@
 //! otherwise stop every task that logs: here lines are dropped and counted.
 
 use std::any::Any;
+use std::fmt;
 use std::io::IsTerminal;
-use std::sync::OnceLock;
+use std::str::FromStr;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use tracing::error;
 use tracing::level_filters::LevelFilter;
@@ -14,18 +16,125 @@ use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGua
 use tracing_subscriber::filter::{FilterExt, Targets, filter_fn};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
-use tracing_subscriber::{Layer, fmt, registry};
+use tracing_subscriber::{Layer, Registry, registry, reload};
 
 /// Maximum number of lines that wait to be written. Each has some 300 bytes.
 const LINES_MAX: usize = 8192;
 
 static DROPPED: OnceLock<ErrorCounter> = OnceLock::new();
 
+/// The filter in use, which can be replaced.
+static CONTROL: OnceLock<Control> = OnceLock::new();
+
+/// The level of targets that a filter does not name.
+const DEFAULT_LEVEL: &str = "info";
+
+const LEVELS: [(&str, LevelFilter); 6] = [
+    ("off", LevelFilter::OFF),
+    ("error", LevelFilter::ERROR),
+    ("warn", LevelFilter::WARN),
+    ("info", LevelFilter::INFO),
+    ("debug", LevelFilter::DEBUG),
+    ("trace", LevelFilter::TRACE),
+];
+
+/// What other programs call these levels.
+const OTHER_NAMES: [(&str, &str); 12] = [
+    ("all", "trace"),
+    ("crit", "error"),
+    ("critical", "error"),
+    ("err", "error"),
+    ("fatal", "error"),
+    ("information", "info"),
+    ("none", "off"),
+    ("normal", "info"),
+    ("notice", "info"),
+    ("quiet", "error"),
+    ("silent", "off"),
+    ("verbose", "debug"),
+];
+
+/// How similar a word must be to a level to be suggested as a typing error (Jaro-Winkler, 0 to 1).
+const SIMILARITY_MIN: f64 = 0.8;
+
 /// The section `[log]`.
 #[derive(Debug)]
 pub struct Settings {
     pub format: Format,
-    pub filter: Targets,
+    pub filter: Filter,
+}
+
+/// Which lines are logged: a level, and levels of single targets.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Filter {
+    text: String,
+    targets: Targets,
+}
+
+struct Control {
+    handle: reload::Handle<Targets, Registry>,
+    text: Mutex<String>,
+}
+
+impl Default for Filter {
+    fn default() -> Self {
+        let targets = Targets::new().with_default(LevelFilter::INFO);
+        Self { text: DEFAULT_LEVEL.to_owned(), targets }
+    }
+}
+
+impl fmt::Display for Filter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+/// Reads `LEVEL` and `TARGET=LEVEL`, separated by commas. The error completes the sentence "the filter ...".
+///
+/// A bare word must be a level: the library would read any other one as a target, and log nothing else, errors
+/// included. For the same reason targets that are not named keep the default level.
+impl FromStr for Filter {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (mut rest, mut targets) = (None, Vec::new());
+        for word in text.split(',').map(str::trim).filter(|word| !word.is_empty()) {
+            match word.split_once('=') {
+                Some((name, level)) => targets.push((target(name.trim())?, level_named(level.trim())?)),
+                None if rest.is_some() => return Err(format!("has a second level, {word:?}, for all targets")),
+                None => rest = Some(level_named(word)?),
+            }
+        }
+        if rest.is_none() && targets.is_empty() {
+            return Ok(Self::default());
+        }
+        let default = rest.unwrap_or(LevelFilter::INFO);
+        Ok(Self { text: text.trim().to_owned(), targets: Targets::new().with_default(default).with_targets(targets) })
+    }
+}
+
+fn level_named(word: &str) -> Result<LevelFilter, String> {
+    let name = word.to_ascii_lowercase();
+    if let Some((_, level)) = LEVELS.iter().find(|(level, _)| *level == name) {
+        return Ok(*level);
+    }
+    let similarity = |level: &str| strsim::jaro_winkler(level, &name);
+    let similar = || {
+        let nearest = LEVELS.iter().map(|(level, _)| *level).max_by(|a, b| similarity(a).total_cmp(&similarity(b)));
+        nearest.filter(|nearest| similarity(nearest) >= SIMILARITY_MIN)
+    };
+    let meant = OTHER_NAMES.iter().find(|(other, _)| *other == name).map(|(_, level)| *level).or_else(similar);
+    let advice = match meant {
+        Some(level) => format!("; did you mean {level}?"),
+        None if target(word).is_ok() => format!("; for a single target write {word}=debug"),
+        None => String::new(),
+    };
+    Err(format!("has the word {word:?}, which is not a level (off, error, warn, info, debug, trace){advice}"))
+}
+
+fn target(name: &str) -> Result<&str, String> {
+    let is_target = !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || "_:-.".contains(c));
+    is_target.then_some(name).ok_or_else(|| format!("has {name:?} in front of a level, which is not a target"))
 }
 
 /// How log lines are written.
@@ -44,14 +153,15 @@ pub(crate) fn init(settings: &Settings) -> WorkerGuard {
     let (writer, guard) =
         NonBlockingBuilder::default().lossy(true).buffered_lines_limit(LINES_MAX).finish(std::io::stderr());
     let _ = DROPPED.set(writer.error_counter());
-    let base = fmt::layer().with_writer(writer);
+    let base = tracing_subscriber::fmt::layer().with_writer(writer);
     let layer = if json {
         base.json().flatten_event(true).with_current_span(false).with_span_list(false).boxed()
     } else {
         base.with_target(false).with_ansi(std::io::stderr().is_terminal()).boxed()
     };
-    let filter = quiet(settings.filter.clone()).and(filter_fn(is_discreet));
-    let _ = registry().with(layer.with_filter(filter)).try_init();
+    let (filter, handle) = reload::Layer::new(quiet(settings.filter.targets.clone()));
+    let _ = CONTROL.set(Control { handle, text: Mutex::new(settings.filter.to_string()) });
+    let _ = registry().with(layer.with_filter(filter.and(filter_fn(is_discreet)))).try_init();
     std::panic::set_hook(Box::new(|panic| {
         let place = panic.location().map(ToString::to_string);
         error!(place, reason = panic_reason(panic.payload()), "panicked");
@@ -66,6 +176,21 @@ pub(crate) fn is_json(format: Format) -> bool {
         Format::Pretty => false,
         Format::Json => true,
     }
+}
+
+/// Replaces the filter. Returns the previous one, if it was another.
+pub(crate) fn set_filter(filter: &Filter) -> Option<String> {
+    let control = CONTROL.get()?;
+    let mut text = control.text.lock().unwrap_or_else(PoisonError::into_inner);
+    // The only error is that the subscriber is gone, at the end of the process.
+    let _ = control.handle.reload(quiet(filter.targets.clone()));
+    let previous = std::mem::replace(&mut *text, filter.to_string());
+    (previous != *text).then_some(previous)
+}
+
+/// The filter in use, as it was written.
+pub(crate) fn filter() -> String {
+    CONTROL.get().map(|control| control.text.lock().unwrap_or_else(PoisonError::into_inner).clone()).unwrap_or_default()
 }
 
 /// Lines that were dropped since the start, because standard error was not read.
@@ -96,6 +221,56 @@ fn is_discreet(metadata: &Metadata<'_>) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_bare_word_is_a_level_and_targets_that_are_not_named_keep_the_default() {
+        use tracing_subscriber::filter::LevelFilter as L;
+        let level = |filter: &str, target: &str| {
+            let filter: Filter = filter.parse().unwrap();
+            let is_enabled =
+                |level: &L| level.into_level().is_none_or(|level| filter.targets.would_enable(target, &level));
+            LEVELS.iter().map(|(_, level)| *level).filter(is_enabled).max().unwrap()
+        };
+        for (filter, target, expected) in [
+            ("", "prism_relay", L::INFO),
+            (" , ", "prism_relay", L::INFO),
+            ("info", "lapin", L::INFO),
+            ("WARN", "prism_relay", L::WARN),
+            ("off", "prism_relay", L::OFF),
+            ("prism_relay=debug", "prism_relay::ops", L::DEBUG),
+            ("prism_relay=debug", "hyper", L::INFO),
+            ("prism_relays=debug", "prism_relay", L::INFO),
+            ("error, prism_relay::publisher = trace", "prism_relay::publisher", L::TRACE),
+            ("error,prism_relay::publisher=trace", "prism_relay::spool", L::ERROR),
+        ] {
+            assert_eq!(level(filter, target), expected, "{filter:?} for {target}");
+        }
+        assert_eq!("".parse::<Filter>().unwrap().to_string(), "info");
+        assert_eq!(" info,lapin=debug ".parse::<Filter>().unwrap().to_string(), "info,lapin=debug");
+    }
+
+    #[test]
+    fn a_word_that_is_not_a_level_is_a_mistake_with_a_suggestion() {
+        for (filter, expected) in [
+            (
+                "warning",
+                "has the word \"warning\", which is not a level (off, error, warn, info, debug, trace); did \
+                         you mean warn?",
+            ),
+            ("verbose", "did you mean debug?"),
+            ("eror", "did you mean error?"),
+            ("info,lapin=verbose", "has the word \"verbose\""),
+            ("lapin", "for a single target write lapin=debug"),
+            ("2", "for a single target write 2=debug"),
+            ("info,debug", "has a second level, \"debug\", for all targets"),
+            ("=debug", "has \"\" in front of a level, which is not a target"),
+            ("a=b=c", "has the word \"b=c\""),
+            ("[span]=debug", "has \"[span]\" in front of a level"),
+        ] {
+            let mistake = filter.parse::<Filter>().unwrap_err();
+            assert!(mistake.contains(expected), "{filter:?}: {mistake}");
+        }
+    }
 
     #[test]
     #[expect(clippy::string_slice, reason = "it is the panic that is wanted")]

@@ -75,8 +75,13 @@ impl Watched {
     }
 }
 
-/// Polls the files and reloads them on SIGHUP. Never returns, unless a poll panics.
-pub(crate) async fn run(mut watched: Vec<Watched>, mut hangup: Signal, metrics: Arc<Metrics>) {
+/// Polls the files, and reloads them on SIGHUP, after `on_hangup`. Never returns, unless a poll panics.
+pub(crate) async fn run(
+    mut watched: Vec<Watched>,
+    mut hangup: Signal,
+    metrics: Arc<Metrics>,
+    on_hangup: impl Fn() + Send,
+) {
     watched.iter_mut().for_each(Watched::catch_up);
     let mut polls = tokio::time::interval(POLL_EVERY);
     loop {
@@ -84,6 +89,9 @@ pub(crate) async fn run(mut watched: Vec<Watched>, mut hangup: Signal, metrics: 
             _ = polls.tick() => false,
             _ = hangup.recv() => true,
         };
+        if asked {
+            on_hangup();
+        }
         if asked && watched.is_empty() {
             info!("SIGHUP: no secret or certificate comes from a file, so there is nothing to reload");
         }

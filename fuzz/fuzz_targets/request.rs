@@ -54,6 +54,7 @@ impl Relay {
             connections_per_source_max: 1,
             unlimited_sources: Vec::new(),
             header_timeout: Duration::from_secs(1),
+            idle_timeout: Duration::from_secs(1),
             write_timeout: Duration::from_secs(1),
             headers_max: 16,
             header_bytes_max: 8192,

@@ -1,13 +1,16 @@
 //! The errors of commands, and their exit codes.
 
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
+use anyhow::anyhow;
 use jiff::Timestamp;
 use serde_json::json;
 
+use crate::config::described;
 use crate::text::chain;
 
 /// EX_USAGE of sysexits.h. A service manager should not restart the program.
@@ -41,6 +44,18 @@ impl Failure {
     /// Marks the end of a relay, whose log is JSON or not.
     pub(super) fn logged_if(self, json: bool) -> Self {
         if json { Self::Logged(Box::new(self)) } else { self }
+    }
+
+    /// Adds which configuration was read: the reason may be that it was not the one that was meant.
+    pub(super) fn with_configuration(self, file: Option<&Path>) -> Self {
+        let read = described(file);
+        match self {
+            Self::Usage(text) => Self::Usage(format!("{text} ({read})")),
+            Self::Other(error) => Self::Other(anyhow!("{} ({read})", chain(error.as_ref()))),
+            Self::Logged(failure) => Self::Logged(Box::new(failure.with_configuration(file))),
+            // The error of a configuration says so itself.
+            failure @ (Self::Config(_) | Self::Reported) => failure,
+        }
     }
 
     /// Prints the error with its causes in one line.

@@ -3,15 +3,19 @@
 //! [`Config::load`] merges the layers (in `raw`), reads every key, and reports all mistakes at once, each with its
 //! key. No other module reads the configuration file or the environment.
 
+mod note;
 mod raw;
 mod secrets;
 mod sections;
+mod show;
 
 use std::path::Path;
 use std::time::Duration;
 
 use thiserror::Error;
 
+use note::Findings;
+pub use note::Note;
 pub use raw::DEFAULT_TOML;
 use raw::Raw;
 pub use secrets::{password_in, read_secret, secrets_in, token_in};
@@ -46,6 +50,8 @@ pub struct Config {
     pub traces: traces::Settings,
     /// How the relay stops.
     pub shutdown: Shutdown,
+    /// What an operator may not have meant. `serve` logs it, `check` shows it.
+    pub notes: Vec<Note>,
 }
 
 /// The section `[shutdown]`.
@@ -59,7 +65,10 @@ pub struct Shutdown {
 #[derive(Debug, Error)]
 #[error("{}", self.list())]
 pub struct ConfigError {
+    /// Which configuration it is, as in [`described`].
+    read_from: String,
     mistakes: Vec<String>,
+    notes: Vec<Note>,
     log_format: logging::Format,
 }
 
@@ -74,7 +83,17 @@ impl ConfigError {
             1 => "a mistake".to_owned(),
             count => format!("{count} mistakes"),
         };
-        format!("the configuration has {count}:\n  {}", self.mistakes.join("\n  "))
+        let hints = self.notes.iter().map(|Note { key, text }| format!("\n  hint: {key}: {text}"));
+        let (mistakes, hints) = (self.mistakes.join("\n  "), hints.collect::<String>());
+        format!("the configuration has {count} ({}):\n  {mistakes}{hints}", self.read_from)
+    }
+}
+
+/// Names the configuration that was read, for errors.
+pub fn described(file: Option<&Path>) -> String {
+    match file {
+        Some(file) => format!("configuration file: {}", file.display()),
+        None => "no configuration file, only defaults and environment".to_owned(),
     }
 }
 
@@ -85,24 +104,57 @@ impl Config {
         environment: impl IntoIterator<Item = (String, String)>,
         purpose: Purpose,
     ) -> Result<Self, ConfigError> {
-        let mut raw = Raw::merge(file, environment)
-            .map_err(|mistake| ConfigError { mistakes: vec![mistake], log_format: logging::Format::Auto })?;
-        // In the order of the file, in which mistakes are listed.
-        let http = sections::http(&mut raw, purpose);
-        let signature = sections::signature(&mut raw, purpose);
-        let spool = sections::spool(&mut raw);
-        let dedupe = sections::dedupe(&mut raw);
-        let (broker, publisher) = sections::broker(&mut raw);
-        let topology = sections::topology(&mut raw, &publisher.exchange);
-        let ops = sections::ops(&mut raw);
-        let log = sections::log(&mut raw);
-        let traces = sections::traces(&mut raw);
-        let shutdown = Shutdown { grace: raw.duration("shutdown.grace", MILLISECOND..=HOUR) };
-        let config = Self { http, signature, spool, dedupe, broker, publisher, topology, ops, log, traces, shutdown };
-        match raw.finish() {
-            mistakes if mistakes.is_empty() => Ok(config),
-            mistakes => Err(ConfigError { mistakes, log_format: config.log.format }),
+        read(file, environment, purpose).map(|(config, _)| config)
+    }
+}
+
+/// The configuration as TOML: each key with its value and where it was set. Secrets are replaced by `***`.
+pub fn shown(
+    file: Option<&Path>,
+    environment: impl IntoIterator<Item = (String, String)>,
+) -> Result<String, ConfigError> {
+    read(file, environment, Purpose::Client).map(|(_, raw)| show::toml(&raw.settings()))
+}
+
+fn read(
+    file: Option<&Path>,
+    environment: impl IntoIterator<Item = (String, String)>,
+    purpose: Purpose,
+) -> Result<(Config, Raw), ConfigError> {
+    let error =
+        |mistakes, notes, log_format| ConfigError { read_from: described(file), mistakes, notes, log_format };
+    let mut raw = Raw::merge(file, environment)
+        .map_err(|mistake| error(vec![mistake], Vec::new(), logging::Format::Auto))?;
+    // In the order of the file, in which mistakes are listed.
+    let http = sections::http(&mut raw, purpose);
+    let signature = sections::signature(&mut raw, purpose);
+    let spool = sections::spool(&mut raw);
+    let dedupe = sections::dedupe(&mut raw);
+    let (broker, publisher) = sections::broker(&mut raw);
+    let topology = sections::topology(&mut raw, &publisher.exchange);
+    let ops = sections::ops(&mut raw);
+    let log = sections::log(&mut raw);
+    let traces = sections::traces(&mut raw);
+    let shutdown = Shutdown { grace: raw.duration("shutdown.grace", MILLISECOND..=HOUR) };
+    match raw.finish() {
+        Findings { mistakes, notes } if mistakes.is_empty() => {
+            let config = Config {
+                http,
+                signature,
+                spool,
+                dedupe,
+                broker,
+                publisher,
+                topology,
+                ops,
+                log,
+                traces,
+                shutdown,
+                notes,
+            };
+            Ok((config, raw))
         }
+        Findings { mistakes, notes } => Err(error(mistakes, notes, log.format)),
     }
 }
 

@@ -9,16 +9,16 @@ use ipnet::IpNet;
 use jiff::Timestamp;
 
 use super::raw::Raw;
-use super::secrets::{password_in, secrets_in, token_in};
+use super::secrets::{is_invisible, listed_secrets, password, password_in, secrets_in, token, token_in};
 use crate::broker::{self, BrokerUrl, SHORT_STRING_BYTES_MAX};
 use crate::ingress::{self, HEALTH_PATH};
 use crate::logging::{self, Format};
-use crate::secret::Secret;
-use crate::signature::{self, SECRETS_MAX};
+use crate::signature;
 use crate::spool::{self, Durability, dedupe};
 use crate::text::chain;
-use crate::tls::{self, ClientFiles, ServerFiles};
+use crate::tls::{self, ClientFiles, Identity, ServerFiles};
 use crate::topology::{ARCHIVE, ArchiveSpec, DEAD, Declare, Plan, QueueSpec, Spec, UNROUTED};
+use crate::topology::{check_pattern, pattern_advice};
 use crate::{ops, publisher, traces};
 
 /// What the configuration is loaded for.
@@ -59,6 +59,7 @@ pub(super) fn http(raw: &mut Raw, purpose: Purpose) -> ingress::Settings {
         body_bytes_max: body_bytes_max as usize,
         buffer_bytes_max: buffer_bytes_max as usize,
         header_timeout: raw.duration("http.header_timeout", MILLISECOND..=HOUR),
+        idle_timeout: raw.duration("http.idle_timeout", MILLISECOND..=HOUR),
         body_timeout: raw.duration("http.body_timeout", MILLISECOND..=HOUR),
         connections_max: raw.number("http.connections_max", 1..=1_000_000),
         connections_per_source_max: raw.number("http.connections_per_source_max", 1..=1_000_000),
@@ -73,24 +74,35 @@ pub(super) fn http(raw: &mut Raw, purpose: Purpose) -> ingress::Settings {
 
 pub(super) fn signature(raw: &mut Raw, purpose: Purpose) -> signature::Settings {
     let required = raw.one_of("signature.required", &[("true", true), ("false", false)]);
-    let mut secrets = raw.secrets("signature.secrets", |text| Ok(Secret::new(text)));
+    let texts = raw.secrets("signature.secrets");
+    let mut secrets = Vec::new();
+    if !texts.is_empty() {
+        listed_secrets(&texts)
+            .map(|listed| secrets = listed)
+            .unwrap_or_else(|fault| raw.mistake_in_value("signature.secrets", fault));
+    }
     let file = raw.file("signature.secrets_file", secrets_in);
     let secrets_file = file.map(|(path, from_file)| {
-        if !secrets.is_empty() {
+        if !texts.is_empty() {
             raw.mistake("signature.secrets_file", "is set together with signature.secrets; set one of them");
         }
         secrets = from_file;
         path
     });
-    if secrets.len() > SECRETS_MAX {
-        raw.mistake("signature.secrets", format_args!("holds {} secrets; {SECRETS_MAX} are allowed", secrets.len()));
-    }
-    if required && secrets.is_empty() && purpose == Purpose::Serve {
+    let is_wrong = ["signature.secrets", "signature.secrets_file"].iter().any(|key| raw.has_mistake(key));
+    if required && secrets.is_empty() && !is_wrong && purpose == Purpose::Serve {
         raw.mistake(
             "signature.secrets",
             "is empty, so no webhook could be accepted; set it (or signature.secrets_file) to the secret of the \
              Prism account, or set signature.required to false if the account does not sign",
         );
+    }
+    if !required {
+        raw.note("signature.required", "is false: any client that knows the address can post events");
+        if secrets.is_empty() && !is_wrong {
+            let text = "is empty: signatures are not checked, not even where they are present";
+            raw.note("signature.secrets", text);
+        }
     }
     signature::Settings {
         required,
@@ -101,27 +113,35 @@ pub(super) fn signature(raw: &mut Raw, purpose: Purpose) -> signature::Settings 
 }
 
 pub(super) fn spool(raw: &mut Raw) -> spool::Settings {
-    let path = |text: &str| if text.is_empty() { Err("is empty".to_owned()) } else { Ok(PathBuf::from(text)) };
+    let durability = raw.one_of("spool.durability", &[("disk", Durability::Disk), ("process", Durability::Process)]);
+    if durability == Durability::Process {
+        raw.note("spool.durability", "is \"process\": a power loss can take back events that were answered 200");
+    }
     spool::Settings {
         path: raw.read("spool.path", path).unwrap_or_default(),
         max_bytes: raw.bytes("spool.max_bytes", 1..=u64::from(u32::MAX) * KIB),
-        durability: raw.one_of("spool.durability", &[("disk", Durability::Disk), ("process", Durability::Process)]),
+        durability,
     }
 }
 
 pub(super) fn dedupe(raw: &mut Raw) -> dedupe::Settings {
+    let window = raw.optional_duration("dedupe.window", Duration::ZERO..=DAY);
+    if window.is_some_and(|window| window.is_zero()) {
+        let text = "is 0s: a webhook that is sent again, or captured and replayed, is published again";
+        raw.note("dedupe.window", text);
+    }
     dedupe::Settings {
-        window: raw.duration("dedupe.window", Duration::ZERO..=DAY),
+        window: window.unwrap_or_default(),
         entries_max: raw.number("dedupe.entries_max", 1..=10_000_000),
     }
 }
 
 pub(super) fn broker(raw: &mut Raw) -> (broker::Settings, publisher::Settings) {
-    let mut urls = raw.secrets("broker.urls", BrokerUrl::parse);
+    let mut urls = raw.urls("broker.urls", broker_url);
     if urls.is_empty() && !raw.has_mistake("broker.urls") {
         raw.mistake("broker.urls", "names no broker");
     }
-    let password = raw.secret("broker.password", |text| Ok(Secret::new(text)));
+    let password = raw.secret("broker.password", password);
     let from_file = raw.file("broker.password_file", password_in);
     if password.is_some() && from_file.is_some() {
         raw.mistake("broker.password_file", "is set together with broker.password; set one of them");
@@ -165,7 +185,7 @@ pub(super) fn broker(raw: &mut Raw) -> (broker::Settings, publisher::Settings) {
         tls,
         server_name,
         connect_timeout: raw.duration("broker.connect_timeout", MILLISECOND..=HOUR),
-        management_url: raw.secret("broker.management_url", management_url),
+        management_url: raw.url("broker.management_url", management_url),
     };
     (broker, publisher)
 }
@@ -188,7 +208,7 @@ fn queue(raw: &mut Raw, key: &str) -> QueueSpec {
     let queue = QueueSpec {
         name: raw.read(&at("name"), |text| derivable_name(text).map(|()| text.to_owned())).unwrap_or_default(),
         bindings: raw.list(&at("bindings"), |text| match text.len() {
-            0..=SHORT_STRING_BYTES_MAX => Ok(text.to_owned()),
+            0..=SHORT_STRING_BYTES_MAX => check_pattern(text).map(|()| text.to_owned()),
             _ => Err("is longer than 255 bytes".to_owned()),
         }),
         delivery_limit: raw.optional_number(&at("delivery_limit"), 1..=1_000_000).unwrap_or(DELIVERY_LIMIT) as u32,
@@ -203,6 +223,11 @@ fn queue(raw: &mut Raw, key: &str) -> QueueSpec {
     }
     if queue.bindings.is_empty() && !raw.has_mistake(&at("bindings")) {
         raw.mistake(&at("bindings"), "takes a list of at least one topic pattern, such as [\"scan.#\"]");
+    }
+    for binding in &queue.bindings {
+        if let Some(advice) = pattern_advice(binding) {
+            raw.note(&at("bindings"), format_args!("{binding:?} {advice}"));
+        }
     }
     if queue.retry_delays.len() > RETRIES_MAX {
         raw.mistake(&at("retry_delays"), format_args!("has more than {RETRIES_MAX} steps"));
@@ -221,7 +246,7 @@ fn archive(raw: &mut Raw) -> Option<ArchiveSpec> {
 }
 
 pub(super) fn ops(raw: &mut Raw) -> ops::Settings {
-    let token = raw.secret("ops.token", token_in);
+    let token = raw.secret("ops.token", token);
     let from_file = raw.file("ops.token_file", token_in);
     if token.is_some() && from_file.is_some() {
         raw.mistake("ops.token_file", "is set together with ops.token; set one of them");
@@ -235,10 +260,9 @@ pub(super) fn ops(raw: &mut Raw) -> ops::Settings {
 
 pub(super) fn log(raw: &mut Raw) -> logging::Settings {
     let formats = [("auto", Format::Auto), ("pretty", Format::Pretty), ("json", Format::Json)];
-    let filter = |text: &str| text.parse().map_err(|_| "is not a filter such as info or info,lapin=debug".to_owned());
     logging::Settings {
         format: raw.one_of("log.format", &formats),
-        filter: raw.read("log.filter", filter).unwrap_or_default(),
+        filter: raw.read("log.filter", str::parse).unwrap_or_default(),
     }
 }
 
@@ -263,7 +287,7 @@ pub(super) fn traces(raw: &mut Raw) -> traces::Settings {
         _ => Err("is not a number from 0 to 1".to_owned()),
     };
     traces::Settings {
-        endpoint: raw.secret("traces.endpoint", endpoint),
+        endpoint: raw.url("traces.endpoint", endpoint),
         sample_ratio: raw.read("traces.sample_ratio", ratio).unwrap_or_default(),
     }
 }
@@ -271,7 +295,6 @@ pub(super) fn traces(raw: &mut Raw) -> traces::Settings {
 /// Loads the files once, so that an unusable file is one of the mistakes. Commands other than `serve` and `check` do
 /// not need them, and may lack the permission to read them.
 fn server_files(raw: &mut Raw, purpose: Purpose) -> Option<ServerFiles> {
-    let path = |text: &str| Ok(PathBuf::from(text));
     let certificate = raw.read("http.tls.certificate", path);
     let private_key = raw.read("http.tls.private_key", path);
     let client_ca = raw.read("http.tls.client_ca", path);
@@ -281,16 +304,23 @@ fn server_files(raw: &mut Raw, purpose: Purpose) -> Option<ServerFiles> {
         (None, _) => return missing(raw, "http.tls.certificate"),
         (_, None) => return missing(raw, "http.tls.private_key"),
     };
-    if purpose == Purpose::Serve
-        && let Err(error) = files.load(Timestamp::now())
-    {
-        raw.mistake("http.tls", chain(&error));
+    if purpose == Purpose::Serve {
+        match files.load(Timestamp::now()) {
+            Err(error) => raw.mistake("http.tls", chain(&error)),
+            Ok(Identity { unknown_issuer: Some(issuer), .. }) => raw.note(
+                "http.tls.certificate",
+                format_args!(
+                    "ends with an unknown issuer, {issuer}, whose certificate neither the file nor this system has: \
+                     clients that know only the root fail if an intermediate certificate is missing"
+                ),
+            ),
+            Ok(_) => {}
+        }
     }
     Some(files)
 }
 
 fn client_files(raw: &mut Raw, urls: &[BrokerUrl]) -> (ClientFiles, Option<String>) {
-    let path = |text: &str| Ok(PathBuf::from(text));
     let ca = raw.read("broker.tls.ca", path);
     let certificate = raw.read("broker.tls.certificate", path);
     let private_key = raw.read("broker.tls.private_key", path);
@@ -332,6 +362,24 @@ fn management_url(text: &str) -> Result<Uri, String> {
     }
 }
 
+fn broker_url(text: &str) -> Result<BrokerUrl, String> {
+    let url = BrokerUrl::parse(text)?;
+    // The whole value is one line; a control character comes from `%0A`, of a password that was encoded with its line end.
+    match url.expose().authority.userinfo.password.contains(is_invisible) {
+        true => Err("contains a control character or an invisible character in its password, such as %0A".to_owned()),
+        false => Ok(url),
+    }
+}
+
+/// Reads the path of a file. Blanks at the ends would silently name another file.
+fn path(text: &str) -> Result<PathBuf, String> {
+    match text {
+        "" => Err("is empty".to_owned()),
+        text if text.trim() != text => Err("begins or ends with a blank".to_owned()),
+        text => Ok(PathBuf::from(text)),
+    }
+}
+
 /// Placeholder for an address that could not be read. It is never used, because the mistake is in the list.
 const UNSPECIFIED: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED), 0);
 
@@ -352,12 +400,24 @@ fn unmapped(network: IpNet) -> IpNet {
     address.zip(bits).and_then(|(address, bits)| IpNet::new(address.into(), bits).ok()).unwrap_or(network)
 }
 
+/// Reads the path of webhooks. It must be written as it stands in the request line (RFC 3986, section 3.3), or no
+/// request would match it.
 fn webhook_path(text: &str) -> Result<String, String> {
-    if !text.starts_with('/') || text.contains(['?', '#', ' ']) {
+    if !text.starts_with('/') || text.contains(['?', '#']) {
         return Err("is not a path such as /webhooks/prism".to_owned());
     }
     if text == HEALTH_PATH {
         return Err("is reserved: load balancers ask for the relay's health there".to_owned());
+    }
+    if let Some(c) = text.chars().find(|c| !c.is_ascii_alphanumeric() && !"/-._~!$&'()*+,;=:@%".contains(*c)) {
+        return Err(format!("contains {c:?}, which a client percent-encodes, so no request would match; write it so"));
+    }
+    let is_escape = |rest: &str| rest.len() >= 2 && rest.bytes().take(2).all(|byte| byte.is_ascii_hexdigit());
+    if !text.split('%').skip(1).all(is_escape) {
+        return Err("contains a % that two hex digits do not follow; write %25 for the character itself".to_owned());
+    }
+    if text.split('/').any(|segment| segment == "." || segment == "..") {
+        return Err("contains a segment . or .., which clients remove, so no request would match".to_owned());
     }
     Ok(text.to_owned())
 }
@@ -379,6 +439,7 @@ fn derivable_name(name: &str) -> Result<(), String> {
 fn own_name(name: &str) -> Result<(), String> {
     match name {
         "" => Err("is empty".to_owned()),
+        _ if name.trim() != name => Err("begins or ends with a blank".to_owned()),
         _ if name.len() > SHORT_STRING_BYTES_MAX => Err("is longer than 255 bytes".to_owned()),
         _ if name.starts_with("amq.") => Err("begins with amq., which RabbitMQ reserves".to_owned()),
         DEAD | UNROUTED => Err("is a name that the relay uses for its own queues".to_owned()),

@@ -56,10 +56,10 @@ fn the_defaults_are_those_of_the_contract() {
 fn the_example_differs_from_valid_only_by_the_files_that_it_names() {
     let error = load(EXAMPLE, &[], Purpose::Serve).unwrap_err();
     let lines: Vec<_> = error.lines().skip(1).map(|line| line.trim().split(':').next().unwrap()).collect();
-    assert_eq!(lines, ["signature.secrets_file", "signature.secrets", "broker.password_file"], "{error}");
+    assert_eq!(lines, ["signature.secrets_file", "broker.password_file"], "{error}");
 
     let secrets = tempfile::NamedTempFile::new().unwrap();
-    std::fs::write(secrets.path(), "whsec_new\nwhsec_old\n").unwrap();
+    std::fs::write(secrets.path(), "whsec_new_0123456789\nwhsec_old_0123456789\n").unwrap();
     let password = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(password.path(), "hunter2\n").unwrap();
     let twins = [
@@ -70,15 +70,15 @@ fn the_example_differs_from_valid_only_by_the_files_that_it_names() {
     assert_eq!(config.broker.urls[0].expose().authority.userinfo.password, "hunter2");
     assert_eq!(config.broker.urls.len(), 3);
     let secrets: Vec<_> = config.signature.secrets.iter().map(Secret::expose).collect();
-    assert_eq!(secrets, ["whsec_new", "whsec_old"]);
+    assert_eq!(secrets, ["whsec_new_0123456789", "whsec_old_0123456789"]);
 }
 
 #[test]
 fn the_environment_wins_over_the_file_and_the_file_over_the_defaults() {
-    let toml = "[http]\npath = \"/file\"\nlisten = \"127.0.0.1:1\"\n[signature]\nsecrets = [\"a\"]\n";
+    let toml = "[http]\npath = \"/file\"\nlisten = \"127.0.0.1:1\"\n[signature]\nsecrets = [\"0123456789abcdef\"]\n";
     let environment = [
         ("PRISM_RELAY__HTTP__LISTEN", "127.0.0.1:2"),
-        ("PRISM_RELAY__SIGNATURE__SECRETS", "0123, b"),
+        ("PRISM_RELAY__SIGNATURE__SECRETS", "0123456789012345, whsec_0123456789"),
         ("PRISM_RELAY__HTTP__ALLOWED_SOURCES", "203.0.113.0/24,2001:db8::1,::ffff:198.51.100.0/120"),
         ("PRISM_RELAY__HTTP__CONNECTIONS_MAX", "7"),
         ("PRISM_RELAY__SIGNATURE__REQUIRED", "false"),
@@ -88,7 +88,7 @@ fn the_environment_wins_over_the_file_and_the_file_over_the_defaults() {
     let config = load(toml, &environment, Purpose::Serve).unwrap();
     assert_eq!((config.http.path.as_str(), config.http.listen.port()), ("/file", 2));
     let secrets: Vec<_> = config.signature.secrets.iter().map(Secret::expose).collect();
-    assert_eq!(secrets, ["0123", "b"], "a secret of digits stays as it is");
+    assert_eq!(secrets, ["0123456789012345", "whsec_0123456789"], "a secret of digits stays as it is");
     assert_eq!(
         config.http.allowed_sources.iter().map(ToString::to_string).collect::<Vec<_>>(),
         ["203.0.113.0/24", "2001:db8::1/128", "198.51.100.0/24"]
@@ -130,7 +130,7 @@ fn all_mistakes_come_in_one_message_each_with_its_key() {
     ";
     let text = mistakes(toml, &[("PRISM_RELAY__OPS__LISTEN", "9090")]);
     for expected in [
-        "the configuration has 18 mistakes:",
+        "the configuration has 18 mistakes (configuration file: FILE):",
         "http.listen: \"nowhere\" is not an IP address with a port, such as 127.0.0.1:8080 (set in FILE)",
         "http.path: \"webhooks\" is not a path such as /webhooks/prism",
         "http.body_bytes_max: \"much\" is not a size such as 64KiB or 1GiB",
@@ -146,7 +146,7 @@ fn all_mistakes_come_in_one_message_each_with_its_key() {
         "topology.queues[1].bindings: takes a list of at least one topic pattern",
         "topology.queues[1].binding: unknown key",
         "ops.listen: \"9090\" is not an IP address with a port, such as 127.0.0.1:8080 (set in the environment)",
-        "log.filter: \"a=b=c\" is not a filter",
+        "log.filter: \"a=b=c\" has the word \"b=c\", which is not a level",
         "shutdown.grace: \"5\" is not a duration such as 500ms, 10s or 2m",
         "sigature.required: unknown key; did you mean signature.required?",
     ] {
@@ -178,7 +178,8 @@ fn no_mistake_quotes_a_secret() {
         assert!(!text.contains(hush), "{text}");
     }
     let config =
-        load("[signature]\nsecrets = [\"hunter2\"]\n[broker]\npassword = \"hunter2\"", &[], Purpose::Serve).unwrap();
+        load("[signature]\nsecrets = [\"hunter2_0123456789\"]\n[broker]\npassword = \"hunter2\"", &[], Purpose::Serve)
+            .unwrap();
     assert!(!format!("{config:?}").contains(hush));
 }
 
@@ -193,10 +194,10 @@ fn broken_or_missing_files_are_told_with_their_place() {
 #[test]
 fn a_value_and_its_file_twin_exclude_each_other() {
     let secrets = tempfile::NamedTempFile::new().unwrap();
-    std::fs::write(secrets.path(), "hunter2").unwrap();
+    std::fs::write(secrets.path(), "hunter2_0123456789").unwrap();
     let path = secrets.path().to_str().unwrap();
     let toml = format!(
-        "[signature]\nsecrets = [\"a\"]\nsecrets_file = \"{path}\"\n\
+        "[signature]\nsecrets = [\"0123456789abcdef\"]\nsecrets_file = \"{path}\"\n\
          [broker]\npassword = \"b\"\npassword_file = \"{path}\""
     );
     let text = mistakes(&toml, &[]);
@@ -235,7 +236,7 @@ fn what_belongs_together_in_tls_is_asked_for_together() {
     // Commands other than serve and check may lack the permission to read its key.
     let tls = "[http]\ntls = { certificate = \"/nowhere/a\", private_key = \"/nowhere/b\" }";
     assert!(load(tls, &[], Purpose::Client).is_ok());
-    let text = load(tls, &[("PRISM_RELAY__SIGNATURE__SECRETS", "s")], Purpose::Serve).unwrap_err();
+    let text = load(tls, &[("PRISM_RELAY__SIGNATURE__SECRETS", "whsec_0123456789")], Purpose::Serve).unwrap_err();
     assert!(text.contains("http.tls: cannot read /nowhere/a: No such file"), "{text}");
 }
 
@@ -256,7 +257,8 @@ fn queues_and_the_archive_are_read_and_bounded() {
         ]
         archive = { max_age = "7d" }
     "##;
-    let topology = load(toml, &[("PRISM_RELAY__SIGNATURE__SECRETS", "s")], Purpose::Serve).unwrap().topology;
+    let topology =
+        load(toml, &[("PRISM_RELAY__SIGNATURE__SECRETS", "whsec_0123456789")], Purpose::Serve).unwrap().topology;
     let [q, r] = &topology.queues[..] else { panic!("{topology:?}") };
     assert_eq!((q.delivery_limit, q.partitions, q.ttl), (3, Some(4), Some(HOUR)));
     assert_eq!(q.retry_delays, [SECOND, 120 * SECOND]);

@@ -128,6 +128,7 @@ fn limits(http: &Settings) -> Limits {
         connections_per_source_max: http.connections_per_source_max,
         unlimited_sources: http.trusted_proxies.clone(),
         header_timeout: http.header_timeout,
+        idle_timeout: http.idle_timeout,
         write_timeout: http.header_timeout,
         headers_max: http.headers_max,
         header_bytes_max: http.header_bytes_max,

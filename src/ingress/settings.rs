@@ -23,6 +23,8 @@ pub struct Settings {
     pub buffer_bytes_max: usize,
     /// Maximum time for a TLS handshake, and for a request head.
     pub header_timeout: Duration,
+    /// Maximum time between two requests of a connection.
+    pub idle_timeout: Duration,
     /// Maximum time for a whole body.
     pub body_timeout: Duration,
     /// Maximum number of open connections; at least 1.

@@ -20,7 +20,7 @@ use http_body_util::{BodyExt, Either, Limited};
 use hyper::body::Incoming;
 use hyper::header::{ACCEPT, HeaderValue, SET_COOKIE};
 use hyper::{Method, Request, Response, StatusCode};
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::broadcast;
 use tokio::time::{MissedTickBehavior, interval, timeout};
@@ -29,6 +29,7 @@ use tracing::{error, info, warn};
 use uuid::Uuid;
 
 use crate::log_limiter::LogLimiter;
+use crate::logging::{self, Filter};
 use crate::metrics;
 use crate::server::{Limits, Peer, Server};
 use crate::text::chain;
@@ -46,6 +47,7 @@ const LIMITS: Limits = Limits {
     connections_per_source_max: 256,
     unlimited_sources: Vec::new(),
     header_timeout: Duration::from_secs(10),
+    idle_timeout: Duration::from_secs(75),
     write_timeout: Duration::from_secs(120),
     headers_max: 64,
     header_bytes_max: 16 * 1024,
@@ -56,9 +58,9 @@ const STATUS_EVERY: Duration = Duration::from_secs(1);
 /// Maximum number of messages kept for a console that reads slowly; older ones are skipped.
 const FEED_CAPACITY: usize = 16;
 
-/// Maximum size of the log-in form, which holds one token.
-const LOGIN_BYTES_MAX: usize = 4096;
-const LOGIN_TIMEOUT: Duration = Duration::from_secs(10);
+/// Maximum size of a request's body: the log-in form holds one token.
+const BODY_BYTES_MAX: usize = 4096;
+const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The operators' listener: bound, but not serving yet.
 pub(crate) struct Ops {
@@ -133,6 +135,7 @@ impl OpsHandler {
             (true, "/readyz") => self.view.health().answer().map(Either::Left),
             (true, "/metrics") => self.metrics(&request).await,
             (true, "/login") => console::login(),
+            (false, "/api/log-filter") => self.change_log_filter(request).await,
             (false, "/login") if request.method() == Method::POST => self.log_in(request, peer).await,
             (true, "/") => match self.auth.may_read(request.headers()) {
                 Ok(()) => console::page(self.auth.action_token()),
@@ -188,6 +191,7 @@ impl OpsHandler {
             }
             "/api/parked" => json(StatusCode::OK, &self.view.parked().await?),
             "/api/stream" => self.stream().await,
+            "/api/log-filter" => json(StatusCode::OK, &json!({ "filter": logging::filter() })),
             _ => not_found(),
         })
     }
@@ -232,10 +236,31 @@ impl OpsHandler {
         event_stream(first.chain(rest))
     }
 
+    /// `PUT /api/log-filter`: the body is the filter, as plain text, as a JSON string, or as `{"filter": "..."}`.
+    async fn change_log_filter(&self, request: Request<Incoming>) -> Response<Answer> {
+        if request.method() != Method::PUT {
+            return method_not_allowed("GET, HEAD, PUT");
+        }
+        if let Err(denied) = self.auth.may_act(request.headers()) {
+            return deny(denied);
+        }
+        let Some(body) = small_body(request).await else {
+            return problem(StatusCode::BAD_REQUEST, "the filter could not be read");
+        };
+        match filter_in(&body) {
+            Ok(filter) => {
+                let previous = logging::set_filter(&filter);
+                warn!(previous, %filter, "log filter changed by an operator, until SIGHUP or a restart");
+                json(StatusCode::OK, &json!({ "filter": filter.to_string() }))
+            }
+            Err(what) => problem(StatusCode::BAD_REQUEST, &format!("the filter {what}")),
+        }
+    }
+
     async fn log_in(&self, request: Request<Incoming>, peer: SocketAddr) -> Response<Answer> {
-        let body = timeout(LOGIN_TIMEOUT, Limited::new(request.into_body(), LOGIN_BYTES_MAX).collect()).await;
-        let Ok(Ok(body)) = body else { return problem(StatusCode::BAD_REQUEST, "the log-in form could not be read") };
-        let body = body.to_bytes();
+        let Some(body) = small_body(request).await else {
+            return problem(StatusCode::BAD_REQUEST, "the log-in form could not be read");
+        };
         let token = form_urlencoded::parse(&body).find(|(name, _)| name == "token");
         let cookie = token.and_then(|(_, token)| self.auth.log_in(&token));
         match cookie.map(HeaderValue::try_from) {
@@ -252,6 +277,22 @@ impl OpsHandler {
             }
         }
     }
+}
+
+/// The body of a form or a command.
+async fn small_body(request: Request<Incoming>) -> Option<Bytes> {
+    let body = timeout(BODY_TIMEOUT, Limited::new(request.into_body(), BODY_BYTES_MAX).collect()).await;
+    Some(body.ok()?.ok()?.to_bytes())
+}
+
+fn filter_in(body: &[u8]) -> Result<Filter, String> {
+    let text = match serde_json::from_slice(body) {
+        Ok(Value::String(text)) => Some(text),
+        Ok(Value::Object(fields)) => fields.get("filter").and_then(Value::as_str).map(str::to_owned),
+        // Not JSON, such as `info,lapin=debug`.
+        Ok(_) | Err(_) => std::str::from_utf8(body).ok().map(str::to_owned),
+    };
+    text.ok_or_else(|| "is not text".to_owned())?.parse()
 }
 
 fn deny(denied: Denied) -> Response<Answer> {

@@ -37,6 +37,8 @@ pub(super) struct Report {
     pub secrets: Vec<SecretReport>,
     /// The public listener's certificate, if it has TLS.
     pub certificate: Option<CertificateReport>,
+    /// The filter of the log that is in use.
+    pub log_filter: String,
 }
 
 /// Answers of the public listener since the process started.

@@ -15,6 +15,7 @@ use super::report::{
 };
 use super::summary::Facts;
 use crate::health::Health;
+use crate::logging;
 use crate::metrics::Metrics;
 use crate::publisher::{BrokerState, Status};
 use crate::recent::{Arrival, Counts, Recent};
@@ -122,6 +123,7 @@ impl View {
             types: TypeReport::list(&counts),
             secrets: SecretReport::list(&counts, self.sources.verifier.secrets()),
             certificate: self.certificate(now),
+            log_filter: logging::filter(),
         }
     }
 

@@ -10,9 +10,10 @@ use tracing::{info, warn};
 
 use super::error::RelayError;
 use crate::broker::{BrokerAccess, BrokerUrl};
-use crate::config::{self, Config};
+use crate::config::{self, Config, Note};
 use crate::health::Health;
 use crate::ingress::{self, Ingress};
+use crate::logging::Filter;
 use crate::metrics::Metrics;
 use crate::ops::{self, Ops, OpsAuth};
 use crate::publisher::Publisher;
@@ -22,7 +23,7 @@ use crate::secret::Secret;
 use crate::server;
 use crate::service_manager;
 use crate::signature::Verifier;
-use crate::spool::{Durability, Spool, WriterEnd};
+use crate::spool::{Spool, WriterEnd};
 use crate::text::chain;
 use crate::tls;
 use crate::traces::Traces;
@@ -40,6 +41,8 @@ pub(super) struct Built {
     pub ops: Ops,
     pub spool: Spool,
     pub watched: Vec<Watched>,
+    /// The filter of the log that SIGHUP returns to.
+    pub log_filter: Filter,
     pub tls: Option<Arc<tls::Server>>,
     pub traces: Arc<Traces>,
     pub metrics: Arc<Metrics>,
@@ -81,7 +84,7 @@ async fn assemble(config: Config, spool: Spool, metrics: Arc<Metrics>) -> Result
 
     let announcement = Announcement::new(&config, &listener, &ops_listener)?;
 
-    let Config { http, signature, broker, publisher, topology, ops, traces, .. } = config;
+    let Config { http, signature, broker, publisher, topology, ops, traces, log, .. } = config;
     let verifier = Arc::new(Verifier::new(&signature.secrets, signature.required, signature.tolerance));
     let tls = http.tls.clone().map(tls::Server::load).transpose()?.map(Arc::new);
     let access = Arc::new(BrokerAccess::new(&broker)?);
@@ -121,7 +124,20 @@ async fn assemble(config: Config, spool: Spool, metrics: Arc<Metrics>) -> Result
     let ops = Ops::new(ops_listener, auth, sources);
     announcement.log(spool.status().ledger().pending);
     service_manager::ready();
-    Ok(Built { ingress, publisher, ops, spool, watched, tls, traces, metrics, stops, is_handed_over })
+    let log_filter = log.filter;
+    Ok(Built {
+        ingress,
+        publisher,
+        ops,
+        spool,
+        watched,
+        log_filter,
+        tls,
+        traces,
+        metrics,
+        stops,
+        is_handed_over,
+    })
 }
 
 /// Opens the spool on a thread that may block: a large file may need recovery, and the disk may not answer. A signal
@@ -225,20 +241,12 @@ fn raise_descriptor_limit(connections_max: usize) {
     }
 }
 
+/// Logs what `check` shows as notes.
 fn warn_of_weak_settings(config: &Config, ops_is_private: bool) {
-    if !config.signature.required {
-        warn!("signature.required is false: any client that knows the address can post events");
-        if config.signature.secrets.is_empty() {
-            warn!("no secret is configured: signatures are not checked, not even where they are present");
-        }
+    for Note { key, text } in &config.notes {
+        warn!(key, note = text, "check this setting: it is valid, but may not be what you mean");
     }
     if !ops_is_private && config.ops.token.is_none() {
         warn!("ops.listen is not on loopback and ops.token is not set: the console and /api are closed");
-    }
-    if config.dedupe.window.is_zero() {
-        warn!("dedupe.window is 0s: a webhook that is sent again, or captured and replayed, is published again");
-    }
-    if config.spool.durability == Durability::Process {
-        warn!("spool.durability is \"process\": a power loss can take back events that were answered 200");
     }
 }

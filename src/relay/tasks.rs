@@ -49,11 +49,17 @@ impl Built {
     pub(super) fn run(self, hangup: Signal, spool_writer: WriterEnd) -> Tasks {
         let Self { ingress, publisher, ops, spool, watched, tls, traces, metrics, stops, .. } = self;
         let (exported, status) = (Arc::clone(&traces), Arc::clone(spool.status()));
+        let log_filter = self.log_filter;
+        let reset_log_filter = move || {
+            if let Some(previous) = logging::set_filter(&log_filter) {
+                info!(previous, filter = %log_filter, "SIGHUP: the log filter is the configured one again");
+            }
+        };
         Tasks {
             ingress: tokio::spawn(ingress.run()),
             publisher: tokio::spawn(publisher.run(stops.publisher.clone())),
             ops: tokio::spawn(ops.run(CancellationToken::new())),
-            reload: tokio::spawn(reload::run(watched, hangup, Arc::clone(&metrics))),
+            reload: tokio::spawn(reload::run(watched, hangup, Arc::clone(&metrics), reset_log_filter)),
             upkeep: tokio::spawn(async move {
                 tokio::join!(upkeep(metrics, tls, status), service_manager::watchdog(), exported.export());
             }),

@@ -17,8 +17,10 @@ pub struct Limits {
     pub connections_per_source_max: usize,
     /// Networks to which the limit per source does not apply: proxies.
     pub unlimited_sources: Vec<IpNet>,
-    /// Maximum time for a TLS handshake, for a request head, and for a connection without a request.
+    /// Maximum time for a TLS handshake, for the first request head, and for a later one from its first byte.
     pub header_timeout: Duration,
+    /// Maximum time between two requests of a connection; at least `header_timeout`.
+    pub idle_timeout: Duration,
     /// Maximum time during which a client reads nothing of its answer.
     pub write_timeout: Duration,
     /// Maximum number of header fields of a request.

@@ -176,7 +176,7 @@ async fn each_situation_shows_in_summary_and_answers() {
     browser.open("about:blank").await;
     drop(relay);
 
-    let relay = Setup::new(&vhost.url()).set("signature.secrets", json!(["whsec_another"])).start().await;
+    let relay = Setup::new(&vhost.url()).set("signature.secrets", json!(["whsec_another_0123456789"])).start().await;
     relay.eventually_connected().await;
     open(&browser, &relay).await;
     for number in 0..20 {

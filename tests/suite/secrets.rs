@@ -26,37 +26,40 @@ fn verified(position: &str) -> [(&str, &str); 1] {
 #[tokio::test]
 async fn the_signature_secret_is_rotated_without_a_restart() {
     let setup = Setup::without_broker().unset("signature.secrets");
-    let file = setup.file("secrets", "whsec_one\n");
+    let file = setup.file("secrets", "whsec_one_0123456789\n");
     let mut relay = setup.set("signature.secrets_file", file.to_str().unwrap()).start().await;
     let metric = "prism_relay_signature_verified_total";
-    assert_eq!((status(&relay, "whsec_one").await, status(&relay, "whsec_two").await), (200, 401));
+    assert_eq!(
+        (status(&relay, "whsec_one_0123456789").await, status(&relay, "whsec_two_0123456789").await),
+        (200, 401)
+    );
     assert_eq!(relay.metric(metric, &verified("1")).await, 1.0);
 
     // Both secrets, then only the new one; the relay notices each change by itself.
-    relay.setup().file("secrets", "whsec_two\nwhsec_one\n");
-    eventually_status(&relay, "whsec_two", 200).await;
-    assert_eq!(status(&relay, "whsec_one").await, 200);
+    relay.setup().file("secrets", "whsec_two_0123456789\nwhsec_one_0123456789\n");
+    eventually_status(&relay, "whsec_two_0123456789", 200).await;
+    assert_eq!(status(&relay, "whsec_one_0123456789").await, 200);
     assert_eq!(relay.metric(metric, &verified("2")).await, 1.0, "the old secret still works");
-    relay.setup().file("secrets", "whsec_two\n");
-    eventually_status(&relay, "whsec_one", 401).await;
+    relay.setup().file("secrets", "whsec_two_0123456789\n");
+    eventually_status(&relay, "whsec_one_0123456789", 401).await;
 
     // An unusable file changes nothing.
     for (bad, expected) in [(b"\n".as_slice(), "holds no secret"), (b"whsec_\xff", "is not UTF-8")] {
         relay.setup().file("secrets", bad);
         let line = relay.eventually_logs(expected).await;
         assert_eq!(line["key"], "signature.secrets_file", "{line}");
-        assert_eq!(status(&relay, "whsec_two").await, 200);
+        assert_eq!(status(&relay, "whsec_two_0123456789").await, 200);
     }
     std::fs::remove_file(&file).unwrap();
     relay.eventually_logs("cannot be read: No such file").await;
-    assert_eq!(status(&relay, "whsec_two").await, 200);
+    assert_eq!(status(&relay, "whsec_two_0123456789").await, 200);
 
     // SIGHUP reloads at once.
-    relay.setup().file("secrets", "whsec_three\n");
+    relay.setup().file("secrets", "whsec_three_0123456789\n");
     relay.signal("HUP");
-    eventually_status(&relay, "whsec_three", 200).await;
+    eventually_status(&relay, "whsec_three_0123456789", 200).await;
     assert_eq!(relay.metric("prism_relay_reloads_total", &[("outcome", "failed")]).await, 3.0);
-    for secret in ["whsec_one", "whsec_two", "whsec_three", "whsec_\u{fffd}"] {
+    for secret in ["whsec_one_0123456789", "whsec_two_0123456789", "whsec_three_0123456789", "whsec_X\u{fffd}"] {
         assert!(!relay.log_text().contains(secret), "{secret} in the log");
     }
 }

@@ -40,7 +40,7 @@ async fn ok_carries_the_id_and_a_re_send_carries_the_first_one() {
 
 #[tokio::test]
 async fn signatures_are_required_and_checked() {
-    let relay = Setup::without_broker().set("signature.secrets", json!([SECRET, "whsec_old"])).start().await;
+    let relay = Setup::without_broker().set("signature.secrets", json!([SECRET, "whsec_old_0123456789"])).start().await;
     let now = now();
     assert_problem(&relay.post_with(&[], EVENT).await, 401, "missing-signature");
     assert_problem(&relay.post_with(&[("prism-timestamp", &now)], EVENT).await, 401, "missing-signature");
@@ -51,7 +51,7 @@ async fn signatures_are_required_and_checked() {
     assert_problem(&post_signed_at(&relay, &minutes(-6), SECRET).await, 401, "stale-timestamp");
     assert_problem(&post_signed_at(&relay, &minutes(6), SECRET).await, 401, "stale-timestamp");
     post_signed_at(&relay, &minutes(-4), SECRET).await.expect(200);
-    post_signed_at(&relay, &minutes(4), "whsec_old").await.expect(200);
+    post_signed_at(&relay, &minutes(4), "whsec_old_0123456789").await.expect(200);
     let refused =
         relay.metric("prism_relay_webhooks_total", &[("outcome", "refused"), ("reason", "missing-signature")]);
     assert_eq!(refused.await, 3.0);

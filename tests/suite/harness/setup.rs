@@ -14,7 +14,7 @@ use super::relay::Relay;
 use super::scratch::Scratch;
 
 /// The secret that the relay knows and [`Relay::post`] signs with.
-pub const SECRET: &str = "whsec_test";
+pub const SECRET: &str = "whsec_test_0123456789";
 
 /// The URL of a broker that does not exist: nothing listens on this port.
 pub const NO_BROKER: &str = "amqp://guest:guest@127.0.0.1:1/%2f";
