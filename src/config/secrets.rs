@@ -9,6 +9,7 @@
 //! - In a file, lines that begin with `#` are comments, and empty lines are skipped.
 
 use std::collections::HashMap;
+use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
@@ -58,7 +59,10 @@ pub(super) fn token(text: &str) -> Result<Secret, String> {
 
 /// Reads a file that holds a secret. The error completes the sentence "the file ...", and does not quote it.
 pub fn read_secret<T>(path: &Path, parse: impl Fn(&str) -> Result<T, String>) -> Result<T, String> {
-    let bytes = std::fs::read(path).map_err(|error| format!("cannot be read{}: {error}", by_user()))?;
+    let bytes = std::fs::read(path).map_err(|error| match error.kind() {
+        ErrorKind::PermissionDenied => format!("cannot be read{}: {error}", by_user()),
+        _ => format!("cannot be read: {error}"),
+    })?;
     match std::str::from_utf8(&bytes) {
         Ok(text) => parse(text),
         Err(_) if bytes.starts_with(b"\xff\xfe") || bytes.starts_with(b"\xfe\xff") => {

@@ -364,7 +364,7 @@ fn management_url(text: &str) -> Result<Uri, String> {
 
 fn broker_url(text: &str) -> Result<BrokerUrl, String> {
     let url = BrokerUrl::parse(text)?;
-    // The whole value is one line; a control character comes from `%0A`, of a password that was encoded with its line end.
+    // A password that was encoded together with its line end has `%0A`.
     match url.expose().authority.userinfo.password.contains(is_invisible) {
         true => Err("contains a control character or an invisible character in its password, such as %0A".to_owned()),
         false => Ok(url),

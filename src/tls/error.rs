@@ -23,8 +23,8 @@ pub enum TlsError {
     #[error("certificate {} and private key {} do not match: {reason}", certificate.display(), private_key.display())]
     Mismatch { certificate: PathBuf, private_key: PathBuf, reason: String },
     #[error(
-        "{} has {count} certificates where the one in use has {previous}, and ends with an unknown issuer, {issuer}: the \
-         file may have lost an intermediate certificate; if it is right, restart the relay",
+        "{} has {count} certificates where the one in use has {previous}, and ends with an unknown issuer, {issuer}: \
+         the file may have lost an intermediate certificate; if it is right, restart the relay",
         path.display()
     )]
     Shorter { path: PathBuf, count: usize, previous: usize, issuer: String },

@@ -146,7 +146,8 @@ async fn slow_senders_are_cut_off() {
     slow_body.write(head).await.unwrap();
     let answer = String::from_utf8(slow_body.read_until(|bytes| bytes.ends_with(b"}")).await).unwrap();
     assert!(answer.starts_with("HTTP/1.1 408 ") && answer.contains("request-timeout"), "{answer}");
-    let relay = Setup::without_broker().set("http.header_timeout", "300ms").start().await;
+    let relay =
+        Setup::without_broker().set("http.header_timeout", "300ms").set("http.idle_timeout", "300ms").start().await;
     // Neither half a head nor silence keeps a connection open.
     for start in ["POST /webhooks", ""] {
         let mut raw = Raw::connect(relay.address()).await;
