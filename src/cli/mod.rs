@@ -205,13 +205,14 @@ async fn serve(loader: &Loader) -> Result<(), Failure> {
 fn default_file(environment: &[(String, String)]) -> Option<PathBuf> {
     let named = environment.iter().find(|(name, value)| name == FILE_VARIABLE && !value.is_empty());
     named.map(|(_, value)| PathBuf::from(value)).or_else(|| {
-        // An error other than "not found" is one of the configuration: the file is meant, and cannot be read.
+        // Any other error is one of the configuration: the file is meant, and cannot be read.
         let is_absent = Path::new(USUAL_FILE).symlink_metadata().is_err_and(|error| error.kind() == NotFound);
         (!is_absent).then(|| PathBuf::from(USUAL_FILE))
     })
 }
 
-/// The variables of the relay, and those that only look like its own, which are reported. A value that is not UTF-8 is an error.
+/// The variables of the relay, and those that only look like its own, which are reported. A value that is not UTF-8 is an
+/// error.
 #[expect(clippy::disallowed_methods, reason = "the one place that reads the environment")]
 fn environment() -> Result<Vec<(String, String)>, Failure> {
     let named = std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value)));

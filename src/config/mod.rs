@@ -121,10 +121,9 @@ fn read(
     environment: impl IntoIterator<Item = (String, String)>,
     purpose: Purpose,
 ) -> Result<(Config, Raw), ConfigError> {
-    let error =
-        |mistakes, notes, log_format| ConfigError { read_from: described(file), mistakes, notes, log_format };
-    let mut raw = Raw::merge(file, environment)
-        .map_err(|mistake| error(vec![mistake], Vec::new(), logging::Format::Auto))?;
+    let error = |mistakes, notes, log_format| ConfigError { read_from: described(file), mistakes, notes, log_format };
+    let mut raw =
+        Raw::merge(file, environment).map_err(|mistake| error(vec![mistake], Vec::new(), logging::Format::Auto))?;
     // In the order of the file, in which mistakes are listed.
     let http = sections::http(&mut raw, purpose);
     let signature = sections::signature(&mut raw, purpose);
