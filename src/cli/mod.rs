@@ -5,6 +5,7 @@ mod config;
 mod connect;
 mod consumer;
 mod curl;
+mod delayed;
 mod failure;
 mod health;
 mod http;

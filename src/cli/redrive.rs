@@ -1,6 +1,7 @@
 //! `redrive`: publishes dead letters or other messages again. A message is acknowledged only after the broker has
 //! confirmed its copy, so an interrupted run loses nothing.
 
+use std::io::{self, Write};
 use std::num::NonZeroU64;
 use std::time::Duration;
 
@@ -13,6 +14,7 @@ use lapin::types::{FieldTable, ShortString};
 
 use super::connect::connect;
 use super::consumer::{Consumer, count};
+use super::delayed;
 use super::failure::Failure;
 use super::interrupt::Interrupt;
 use super::messages::{
@@ -77,7 +79,14 @@ pub(super) async fn run(config: &Config, options: Options) -> Result<(), Failure
         Redrive { options: &options, to: &to, broker: &broker, deadline, transfer, copies: None, total, printed, left };
     let outcome = while_connected(&broker, redrive.run()).await;
     let (moved, left, total) = (redrive.moved(), redrive.left, redrive.total);
+    let url = broker.url.clone();
     broker.close().await;
+    // These runs put messages back, or met a queue whose messages may have been put back.
+    if (options.dry_run || left > 0 || total == Some(0))
+        && let Some(note) = delayed::note(config, &url, options.from.as_str()).await
+    {
+        let _ = writeln!(io::stderr().lock(), "{note}");
+    }
     // Without a total the queue was not opened, which the error explains.
     if let Some(total) = total {
         say(&summary(&options, &to, moved, left, total));

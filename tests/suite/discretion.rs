@@ -72,6 +72,7 @@ async fn commands_and_errors_of_the_broker_quote_no_secret() {
         &["spool", "list"],
         &["spool", "list", "--json"],
         &["spool", "show", &id],
+        &["spool", "show", "--as-curl", &id],
         &["spool", "verify"],
         &["check"],
         &["send", "--url", relay.url(), "--count", "3"],
@@ -97,7 +98,7 @@ async fn commands_and_errors_of_the_broker_quote_no_secret() {
     }
     eventually("the parked event to be listed", async || {
         let listed = relay.run(&["spool", "list"]).await;
-        if listed.stdout.contains(&id) { Ok(()) } else { Err(listed.stdout) }
+        if listed.stdout.contains(&id[28..]) { Ok(()) } else { Err(listed.stdout) }
     })
     .await;
 }

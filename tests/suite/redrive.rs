@@ -81,7 +81,9 @@ async fn only_selected_dead_letters_move() {
         assert_eq!(came, expected);
         vhost.eventually_depth("prism.dead", left).await;
     }
-    assert_eq!(keys(&vhost.messages("prism.dead", 1).await), ["scan.processing.failed"]);
+    // A message that was read as often as this one may be a copy, whose routing key is the name of the queue.
+    let left = vhost.messages("prism.dead", 1).await.remove(0);
+    assert_eq!(left.properties.kind().as_ref().map(ToString::to_string), Some("scan.processing.failed".to_owned()));
 }
 
 #[tokio::test]
@@ -326,6 +328,40 @@ async fn an_interrupted_redrive_loses_nothing() {
     .await;
     vhost.assert_empty("prism.dead").await;
     connection.close(200, "done".into()).await.unwrap();
+}
+
+/// RabbitMQ 4.3 can hold back what was put back. Earlier versions know no such policy.
+#[tokio::test]
+async fn messages_that_the_broker_holds_back_after_a_dry_run_are_mentioned_and_moved_later() {
+    let node = Node::shared().await;
+    let vhost = Vhost::new(node).await;
+    let api = format!("http://127.0.0.1:{}", node.management().port);
+    let relay = Setup::new(&vhost.url()).set("broker.management_url", api).start().await;
+    relay.post(scan(1)).await.expect(200);
+    vhost.reject("prism.scan").await;
+    vhost.eventually_depth("prism.dead", 1).await;
+    let delays = node.version().await >= vec![4, 3];
+    if delays {
+        let policy = json!({ "delayed-retry-type": "all", "delayed-retry-min": 4000, "delayed-retry-max": 4000 });
+        vhost.set_policy("delay", "^prism.dead$", policy).await;
+        eventually("the policy to reach the queue", async || {
+            let queue = vhost.queue("prism.dead").await.unwrap();
+            if queue["policy"] == "delay" { Ok(()) } else { Err(queue) }
+        })
+        .await;
+    }
+    let dry = relay.run(&["redrive", "--dry-run"]).await;
+    assert!(dry.stdout.contains("1 of 1 in prism.dead would be moved"), "{dry:?}");
+    assert_eq!(dry.stderr.contains("are invisible for 4 s"), delays, "{dry:?}");
+    let next = relay.run(&["redrive"]).await;
+    assert_eq!(next.stdout.starts_with("0 moved"), delays, "{next:?}");
+    assert_eq!(next.stderr.contains("are invisible for 4 s"), delays, "{next:?}");
+    eventually("the message to be moved", async || {
+        relay.run(&["redrive"]).await;
+        if vhost.depth("prism.scan").await == 1 { Ok(()) } else { Err("not yet") }
+    })
+    .await;
+    vhost.assert_empty("prism.dead").await;
 }
 
 /// Every way to die and to come back leaves headers in a message: rejections, a worker that dies, reads for a dry run,

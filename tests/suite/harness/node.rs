@@ -149,6 +149,13 @@ impl Node {
         self.management
     }
 
+    /// RabbitMQ's version, such as `[4, 3, 6]`.
+    pub async fn version(&self) -> Vec<u32> {
+        let overview = self.management.find("overview").await.expect("an overview");
+        let version = overview["rabbitmq_version"].as_str().expect("a version");
+        version.split('.').map(|part| part.parse().expect("a number")).collect()
+    }
+
     /// The folder with its data and logs.
     pub fn folder(&self) -> &Path {
         self.folder.path()
