@@ -14,15 +14,21 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use crate::harness::disk::SmallDisk;
 use crate::harness::eventually::poll;
 use crate::harness::{Node, Setup, Vhost, Wire, ports};
 use book::Book;
 use faults::Stage;
 
-/// Within this time the seed draws a kill of the broker, full queues, lost confirms, a deleted exchange, a cut
-/// connection, and kills and a stop of the relay.
+/// Within this time the seed draws kills of the relay, also at its start, a kill of the broker, lost confirms, a cut
+/// connection, a memory alarm, a process that reads the spool, a backlog that fills the disk, and stops, also on a full
+/// disk.
 const SHORT: Duration = Duration::from_secs(20);
-const SHORT_SEED: u64 = 334;
+const SHORT_SEED: u64 = 466_438;
+
+/// Size of the spool's disk, far less than `spool.max_bytes`. A process that reads the spool for some seconds makes the
+/// log as large.
+const DISK: &str = "48m";
 
 const PROGRESS_EVERY: Duration = Duration::from_secs(10);
 
@@ -35,7 +41,9 @@ async fn nothing_acknowledged_is_lost() {
     let node = Node::start().await;
     let vhost = Vhost::new(&node).await;
     let wire = Wire::new(vhost.address());
-    let relay = setup(&vhost, &wire).start().await;
+    let setup = setup(&vhost, &wire);
+    let disk = SmallDisk::mount(setup.folder(), DISK);
+    let relay = setup.set("spool.path", disk.spool()).start().await;
 
     let book = Arc::new(Book::new());
     let (sender, senders) = watch::channel(relay.sender());
@@ -45,7 +53,7 @@ async fn nothing_acknowledged_is_lost() {
     let traffic = traffic::start(seed, &book, &senders, &stop);
     let progress = tokio::spawn(print_progress(Arc::clone(&book)));
 
-    let mut stage = Stage { node, vhost, wire, relay, book: Arc::clone(&book), sender, consuming };
+    let mut stage = Stage { node, vhost, wire, relay, disk, book: Arc::clone(&book), sender, consuming };
     stage.make_faults(seed, length).await;
     stop.cancel();
     let stuck = join(traffic).await;

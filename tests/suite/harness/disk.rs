@@ -40,9 +40,14 @@ impl SmallDisk {
         file.set_len(file.metadata().unwrap().len().saturating_sub(left)).unwrap();
     }
 
-    /// Removes the file of [`Self::fill`].
+    /// Removes the file of [`Self::fill`], if there is one.
     pub fn free(&self) {
-        fs::remove_file(self.filler()).unwrap();
+        let _ = fs::remove_file(self.filler());
+    }
+
+    /// Whether the file of [`Self::fill`] is there.
+    pub fn is_filled(&self) -> bool {
+        self.filler().exists()
     }
 
     fn filler(&self) -> PathBuf {

@@ -41,16 +41,22 @@ impl Relay {
 
     pub(super) async fn from_setup(setup: Setup) -> Self {
         let mut program = setup.launch(&["serve"]);
-        let (url, ops) = ready(&mut program).await;
+        let (url, ops) = ready(&mut program).await.unwrap_or_else(|ended| panic!("the relay ended: {ended:?}"));
         Self { program, url, ops, client: Client::http1(), setup }
     }
 
     /// Starts it again after its end, with the same folder and spool, on new ports.
     pub async fn start_again(&mut self) {
+        self.try_start_again().await.unwrap_or_else(|ended| panic!("the relay ended: {ended:?}"));
+    }
+
+    /// As [`Self::start_again`], for a relay that may end because it cannot start.
+    pub async fn try_start_again(&mut self) -> Result<(), Ended> {
         assert!(self.program.exited().is_some(), "the relay still runs");
         assert_discreet("the log", &self.log_text());
         self.program = self.setup.launch(&["serve"]);
-        (self.url, self.ops) = ready(&mut self.program).await;
+        (self.url, self.ops) = ready(&mut self.program).await?;
+        Ok(())
     }
 
     /// Drains it with SIGTERM and starts it again.
@@ -295,19 +301,19 @@ impl Sender {
 }
 
 /// Waits for the line with the addresses, `(url, ops)`.
-async fn ready(program: &mut Program) -> (String, String) {
+async fn ready(program: &mut Program) -> Result<(String, String), Ended> {
     let line = eventually("the relay to accept webhooks", async || {
+        let has_ended = program.exited().is_some();
         let lines = program.stderr();
-        let ready = lines.iter().cloned().map(parse).find(|line| line["message"] == READY);
-        match (ready, program.exited()) {
-            (Some(line), _) => Ok(line),
-            (None, Some(status)) => panic!("the relay ended with {status}:\n{}", program.wait().await.stderr),
-            (None, None) => Err(lines.join("\n")),
+        match lines.iter().cloned().map(parse).find(|line| line["message"] == READY) {
+            None if !has_ended => Err(lines.join("\n")),
+            ready => Ok(ready),
         }
     })
     .await;
+    let Some(line) = line else { return Err(program.wait().await) };
     let field = |name: &str| line[name].as_str().unwrap_or_else(|| panic!("no {name} in {line}")).to_owned();
-    (field("url"), field("ops"))
+    Ok((field("url"), field("ops")))
 }
 
 fn parse(line: String) -> Value {

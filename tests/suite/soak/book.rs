@@ -13,6 +13,9 @@ use super::traffic::SUBJECTS;
 /// For this long after a queue limit was removed, RabbitMQ may still reject a publish.
 const NACKS_LINGER: Duration = Duration::from_secs(2);
 
+/// For this long after the end of a fault of the disk, webhooks may still be refused: promise 11 says seconds.
+const REFUSALS_LINGER: Duration = Duration::from_secs(5);
+
 /// Maximum violations that are printed at once. More would hide the first ones.
 const SHOWN_MAX: u64 = 50;
 
@@ -30,7 +33,12 @@ pub enum Reply {
         duplicate: bool,
         after: Duration,
     },
-    Refused(u16),
+    Refused {
+        status: u16,
+        /// The `code` of the answer.
+        code: String,
+        sent_at: Instant,
+    },
     /// The connection was refused or broken, so it is unknown whether the relay took the event.
     None,
 }
@@ -49,13 +57,16 @@ struct Pages {
     faults: BTreeMap<&'static str, u64>,
     /// When each fault began, for the report of a failure.
     history: Vec<(Duration, &'static str)>,
-    rejections: Rejections,
+    /// Whether RabbitMQ may reject publishes.
+    rejections: Phase,
+    /// Whether the relay may refuse webhooks because of its disk.
+    refusals: Phase,
     totals: Totals,
 }
 
-/// Whether RabbitMQ may reject publishes.
+/// When something may happen.
 #[derive(Default)]
-enum Rejections {
+enum Phase {
     #[default]
     Never,
     Now,
@@ -67,7 +78,10 @@ struct Totals {
     requests: u64,
     acknowledged: u64,
     resends: u64,
-    refused: BTreeMap<u16, u64>,
+    refused: BTreeMap<(u16, String), u64>,
+    /// Refused although the cause had been gone for [`REFUSALS_LINGER`].
+    refused_without_cause: u64,
+    failed_starts: u64,
     unanswered: u64,
     slowest: Duration,
     deliveries: u64,
@@ -82,7 +96,7 @@ struct Totals {
     different_ids: u64,
     wrong_resends: u64,
     accepted_refusals: u64,
-    /// All violations, including the four above.
+    /// All violations, including those above.
     found: u64,
 }
 
@@ -117,7 +131,7 @@ impl Book {
     /// Returns whether the event is now acknowledged.
     pub fn answered(&self, key: Key, reply: Reply) -> bool {
         let mut pages = self.pages();
-        let Pages { events, totals, .. } = &mut *pages;
+        let Pages { events, totals, refusals, .. } = &mut *pages;
         let entry = &mut events[key.subject][key.number];
         let mut complaints = Vec::new();
         let acknowledged = match reply {
@@ -140,8 +154,12 @@ impl Book {
                 complaints.extend(entry.check_id(key, id, totals));
                 true
             }
-            Reply::Refused(status) => {
-                *totals.refused.entry(status).or_default() += 1;
+            Reply::Refused { status, code, sent_at } => {
+                if code.starts_with("spool-") && !refusals.may_have_hit(sent_at) {
+                    totals.refused_without_cause += 1;
+                    complaints.push(format!("{key:?}: refused without a cause: {code}"));
+                }
+                *totals.refused.entry((status, code)).or_default() += 1;
                 false
             }
             Reply::None => {
@@ -202,13 +220,28 @@ impl Book {
     }
 
     pub fn nacks_begin(&self) {
-        self.pages().rejections = Rejections::Now;
+        self.pages().rejections = Phase::Now;
     }
 
     pub fn nacks_end(&self, some: bool) {
         let mut pages = self.pages();
         pages.totals.phases_with_nacks += u64::from(some);
-        pages.rejections = Rejections::Until(Instant::now() + NACKS_LINGER);
+        pages.rejections = Phase::Until(Instant::now() + NACKS_LINGER);
+    }
+
+    /// The disk has a fault, because of which the relay may refuse webhooks.
+    pub fn disk_fails(&self) {
+        self.pages().refusals = Phase::Now;
+    }
+
+    /// The cause is gone.
+    pub fn disk_works(&self) {
+        self.pages().refusals = Phase::Until(Instant::now() + REFUSALS_LINGER);
+    }
+
+    /// The relay could not start on a full disk.
+    pub fn start_failed(&self) {
+        self.pages().totals.failed_starts += 1;
     }
 
     /// Records the violation of a promise, and prints it with the latest faults.
@@ -274,9 +307,10 @@ impl Book {
         row("phases in which publishes were rejected (nack seen)", &totals.phases_with_nacks);
         row("requests sent", &totals.requests);
         row("  without an answer", &totals.unanswered);
-        for (status, count) in &totals.refused {
-            row(&format!("  answered {status}"), count);
+        for ((status, code), count) in &totals.refused {
+            row(&format!("  answered {status} {code}"), count);
         }
+        row("starts that failed on a full disk", &totals.failed_starts);
         row("  slowest 200 (ms)", &totals.slowest.as_millis());
         row("events acknowledged", &totals.acknowledged);
         row("re-sends of acknowledged events, recognised", &(totals.resends - totals.wrong_resends));
@@ -295,6 +329,7 @@ impl Book {
         row("DIFFERENT IDS FOR ONE EVENT", &totals.different_ids);
         row("RE-SENDS ACCEPTED AS NEW", &totals.wrong_resends);
         row("REFUSED BUT ACCEPTED", &totals.accepted_refusals);
+        row("REFUSED 5 S AFTER THE CAUSE WAS GONE", &totals.refused_without_cause);
         rows.iter().fold(String::new(), |mut table, (name, value)| {
             let _ = writeln!(table, "  {name:<58} {value:>16}");
             table
@@ -347,8 +382,8 @@ impl Entry {
     }
 }
 
-impl Rejections {
-    /// Whether RabbitMQ may have rejected an event that was first sent at this time.
+impl Phase {
+    /// Whether it may have hit what was sent at this time.
     fn may_have_hit(&self, sent_at: Instant) -> bool {
         match self {
             Self::Never => false,

@@ -10,7 +10,8 @@ use tokio::sync::watch;
 
 use super::book::Book;
 use super::pace;
-use super::spool::SpoolLedger;
+use super::spool::{SpoolLedger, StayingReader};
+use crate::harness::disk::SmallDisk;
 use crate::harness::management::encode;
 use crate::harness::program::Ended;
 use crate::harness::relay::Sender;
@@ -28,6 +29,11 @@ const HOLD: std::ops::Range<u64> = 100..5000;
 const INFANCY: u64 = 80;
 /// Length limit of a full queue. Without workers it is reached at once, and RabbitMQ rejects publishes.
 const QUEUE_LIMIT: u32 = 20;
+/// Room that a full disk leaves for a backlog: about a second of traffic.
+const BACKLOG_BYTES: u64 = 1 << 20;
+/// Starts on a full disk before the disk gets room again, and the pause between two of them.
+const START_TRIES: u32 = 5;
+const START_PAUSE: Duration = Duration::from_millis(200);
 /// Values of `broker.window`. With the smallest, a backlog still shrinks under the traffic.
 const WINDOWS: [u32; 5] = [4, 20, 100, 500, 1000];
 
@@ -46,10 +52,17 @@ enum Fault {
     ExchangeDeleted,
     MemoryAlarm,
     QueueFull,
+    /// A process reads the spool and does not stop, so that its log cannot begin again.
+    ReaderStays,
+    DiskFull,
+    /// The broker does not answer, and the disk is too small for the backlog.
+    BacklogFillsDisk,
+    RelayStoppedOnFullDisk,
 }
 
-/// Relative frequencies. With these, half an hour has about 200 kills of the relay and 30 of the broker.
-const WEIGHTS: [(Fault, u32); 13] = [
+/// Relative frequencies. With these, half an hour has about 150 kills of the relay, 30 of the broker and 80 faults of
+/// the disk.
+const WEIGHTS: [(Fault, u32); 17] = [
     (Fault::RelayKilled, 24),
     (Fault::RelayKilledAtStart, 6),
     (Fault::RelayStopped, 8),
@@ -63,6 +76,10 @@ const WEIGHTS: [(Fault, u32); 13] = [
     (Fault::ExchangeDeleted, 6),
     (Fault::MemoryAlarm, 3),
     (Fault::QueueFull, 4),
+    (Fault::ReaderStays, 6),
+    (Fault::DiskFull, 4),
+    (Fault::BacklogFillsDisk, 5),
+    (Fault::RelayStoppedOnFullDisk, 5),
 ];
 
 impl Fault {
@@ -81,6 +98,10 @@ impl Fault {
             Self::ExchangeDeleted => "exchange deleted",
             Self::MemoryAlarm => "memory alarm",
             Self::QueueFull => "queues full (nacks)",
+            Self::ReaderStays => "a process reads the spool and stays",
+            Self::DiskFull => "disk full",
+            Self::BacklogFillsDisk => "a backlog fills the disk",
+            Self::RelayStoppedOnFullDisk => "relay stopped on a full disk",
         }
     }
 }
@@ -126,6 +147,8 @@ fn draw_fault(rng: &mut Rng) -> Fault {
 pub struct Stage {
     // Dropped in this order: the relay before the wire and the broker.
     pub relay: Relay,
+    /// The disk of the spool. It is smaller than `spool.max_bytes`.
+    pub disk: SmallDisk,
     pub wire: Wire,
     pub vhost: Vhost,
     pub node: Node,
@@ -157,7 +180,7 @@ impl Stage {
     }
 
     pub fn spool_ledger(&self) -> SpoolLedger {
-        SpoolLedger::read(&self.relay.setup().spool()).expect("a spool that can be read")
+        SpoolLedger::read(self.disk.spool().as_ref()).expect("a spool that can be read")
     }
 
     async fn make(&mut self, step: &Step) {
@@ -199,7 +222,45 @@ impl Stage {
                 self.node.memory_alarm(false).await;
             }
             Fault::QueueFull => self.fill_queues(step).await,
+            Fault::ReaderStays => {
+                self.book.disk_fails();
+                let reader = StayingReader::start(self.disk.spool().as_ref()).expect("a spool that can be read");
+                self.hold(step).await;
+                drop(reader);
+                self.book.disk_works();
+            }
+            Fault::DiskFull => {
+                self.book.disk_fails();
+                self.disk.fill(0);
+                self.hold(step).await;
+                self.free_disk();
+            }
+            Fault::BacklogFillsDisk => self.fill_disk_with_backlog(step).await,
+            Fault::RelayStoppedOnFullDisk => {
+                self.book.disk_fails();
+                self.disk.fill(0);
+                pace(step.hold / 2).await;
+                self.restart_relay().await;
+                pace(step.hold / 2).await;
+                self.free_disk();
+            }
         }
+    }
+
+    /// When the broker answers again, the relay delivers, although there is still no room but what that frees.
+    async fn fill_disk_with_backlog(&mut self, step: &Step) {
+        self.book.disk_fails();
+        self.wire.stall();
+        self.disk.fill(BACKLOG_BYTES);
+        self.hold(step).await;
+        self.wire.flow();
+        pace(step.hold / 2).await;
+        self.free_disk();
+    }
+
+    fn free_disk(&self) {
+        self.disk.free();
+        self.book.disk_works();
     }
 
     /// Lets a fault last.
@@ -214,7 +275,21 @@ impl Stage {
     async fn kill_relay(&mut self) {
         let ended = self.relay.kill9().await;
         self.record_kill(&ended);
-        self.relay.start_again().await;
+        self.start_relay().await;
+    }
+
+    /// Starts the relay after its end. On a full disk it may need several tries, as a service manager makes them, and
+    /// the disk gets room if they do not help.
+    async fn start_relay(&mut self) {
+        for tries in 1.. {
+            let Err(ended) = self.relay.try_start_again().await else { break };
+            assert!(self.disk.is_filled(), "the relay does not start: {ended:?}");
+            self.book.start_failed();
+            if tries == START_TRIES {
+                self.disk.free();
+            }
+            pace(START_PAUSE).await;
+        }
         self.announce();
     }
 
@@ -226,8 +301,7 @@ impl Stage {
         pace(age).await;
         starting.signal("KILL");
         self.record_kill(&starting.wait().await);
-        self.relay.start_again().await;
-        self.announce();
+        self.start_relay().await;
     }
 
     fn record_kill(&self, ended: &Ended) {
@@ -236,8 +310,10 @@ impl Stage {
     }
 
     async fn restart_relay(&mut self) {
-        self.relay.restart().await;
-        self.announce();
+        self.relay.sigterm();
+        let ended = self.relay.wait().await;
+        assert_eq!(ended.code, Some(0), "the relay failed on SIGTERM: {ended:?}");
+        self.start_relay().await;
     }
 
     fn announce(&self) {

@@ -46,6 +46,17 @@ impl SpoolLedger {
     }
 }
 
+/// A process that reads the spool and does not stop, such as a backup or a query in a pager. Drop it to end it.
+pub struct StayingReader(#[expect(dead_code, reason = "it holds the log until it is dropped")] Connection);
+
+impl StayingReader {
+    pub fn start(path: &Path) -> Result<Self> {
+        let connection = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
+        connection.execute_batch("BEGIN; SELECT * FROM ledger")?;
+        Ok(Self(connection))
+    }
+}
+
 impl fmt::Display for SpoolLedger {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { accepted, confirmed, pending, parked, removed, pending_rows, parked_rows } = self;

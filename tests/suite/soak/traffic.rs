@@ -105,7 +105,10 @@ impl Prism {
                 let id = json["id"].as_str().and_then(|id| id.parse().ok()).expect("an id in a 200");
                 Reply::Acknowledged { id, duplicate: json["duplicate"] == true, after: sent_at.elapsed() }
             }
-            Ok(answer) => Reply::Refused(answer.status),
+            Ok(answer) => {
+                let code = answer.json()["code"].as_str().unwrap_or_default().to_owned();
+                Reply::Refused { status: answer.status, code, sent_at }
+            }
             Err(_) => Reply::None,
         };
         self.book.answered(key, reply)
