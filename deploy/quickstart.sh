@@ -30,7 +30,7 @@ state=$root/.quickstart
 config=$state/relay.toml
 relay=$state/prism-relay # runs the binary with the addresses of this run
 binary=$root/target/debug/prism-relay
-image=rabbitmq:4-management
+image=rabbitmq:4.3.6-management
 
 # --------------------------------------------------------------------------------------------------------- main
 
