@@ -129,6 +129,12 @@ pub struct BrokerMetrics {
     pub blocked: Gauge,
     /// Connections after the first.
     pub reconnects: Counter,
+    /// Exchanges, queues and bindings that are missing.
+    pub missing: Gauge,
+    /// Exchanges, queues and bindings that were missing and were declared again.
+    pub declared_again: Counter,
+    /// Queues that cannot take messages.
+    pub queues_unavailable: Gauge,
 }
 
 /// A histogram of durations, in seconds as is usual in Prometheus.
@@ -228,6 +234,22 @@ impl Metrics {
     pub fn certificate_days_left(&self, days: f64) {
         let help = "Days until the certificate of the public listener expires.";
         gauge(&self.recorder, "prism_relay_tls_certificate_days_left", help, &[]).set(days);
+    }
+
+    /// Sets the gauges of a queue of the configuration. A count that is not known is NaN, as Prometheus has it.
+    pub fn queue(&self, name: &str, messages: Option<u32>, consumers: Option<u32>) {
+        for (family, help, count) in [
+            (
+                "prism_relay_queue_messages",
+                "Messages in a queue that are ready for a worker; NaN: not known.",
+                messages,
+            ),
+            ("prism_relay_queue_consumers", "Workers connected to a queue; NaN: not known.", consumers),
+        ] {
+            self.recorder.describe_gauge(KeyName::from_const_str(family), None, help.into());
+            let key = Key::from_parts(family, vec![Label::new("queue", name.to_owned())]);
+            self.recorder.register_gauge(&key, &METADATA).set(count.map_or(f64::NAN, f64::from));
+        }
     }
 
     /// All metrics in the Prometheus text format.
@@ -336,6 +358,20 @@ impl BrokerMetrics {
                 "1 while the broker blocks publishers (memory or disk alarm).",
             ),
             reconnects: counter(recorder, "prism_relay_broker_reconnects_total", help, &[]),
+            missing: gauge(
+                "prism_relay_topology_missing",
+                "Exchanges, queues and bindings that are missing on the broker and were not declared again.",
+            ),
+            declared_again: counter(
+                recorder,
+                "prism_relay_topology_declared_again_total",
+                "Exchanges, queues and bindings that were missing under a running relay and were declared again.",
+                &[],
+            ),
+            queues_unavailable: gauge(
+                "prism_relay_queues_unavailable",
+                "Queues that cannot take messages: full, or without a leader or a majority.",
+            ),
         }
     }
 }

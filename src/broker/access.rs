@@ -7,17 +7,16 @@ use std::time::Duration;
 use tokio_rustls::rustls::ClientConfig;
 
 use super::connection::{BrokerConnection, ConnectError, Tls};
+use super::management::Management;
 use super::settings::Settings;
 use super::url::BrokerUrl;
 use crate::secret::Secret;
-use crate::tls::{ClientFiles, TlsError};
+use crate::tls::TlsError;
 
 /// Opens connections to the configured URLs.
 pub struct BrokerAccess {
     credentials: RwLock<Credentials>,
-    files: ClientFiles,
-    server_name: Option<String>,
-    connect_timeout: Duration,
+    settings: Settings,
 }
 
 struct Credentials {
@@ -31,12 +30,7 @@ impl BrokerAccess {
     pub fn new(settings: &Settings) -> Result<Self, TlsError> {
         let urls = settings.urls.clone();
         let tls = if urls.iter().any(BrokerUrl::uses_tls) { Some(settings.tls.load()?) } else { None };
-        Ok(Self {
-            credentials: RwLock::new(Credentials { urls, tls }),
-            files: settings.tls.clone(),
-            server_name: settings.server_name.clone(),
-            connect_timeout: settings.connect_timeout,
-        })
+        Ok(Self { credentials: RwLock::new(Credentials { urls, tls }), settings: settings.clone() })
     }
 
     /// Replaces the password in every URL.
@@ -49,7 +43,7 @@ impl BrokerAccess {
 
     /// Reloads the certificates. After an error the previous ones stay in use.
     pub fn reload_tls(&self) -> Result<(), TlsError> {
-        let tls = self.files.load()?;
+        let tls = self.settings.tls.load()?;
         self.credentials.write().unwrap_or_else(PoisonError::into_inner).tls = Some(tls);
         Ok(())
     }
@@ -61,7 +55,7 @@ impl BrokerAccess {
 
     /// Maximum time for a connection attempt, and for each round trip of its set-up.
     pub fn connect_timeout(&self) -> Duration {
-        self.connect_timeout
+        self.settings.connect_timeout
     }
 
     /// The URL at this position in `broker.urls`. Panics if there is none.
@@ -75,12 +69,18 @@ impl BrokerAccess {
             let credentials = self.credentials();
             (credentials.urls[index].clone(), self.tls_for(&credentials, index))
         };
-        BrokerConnection::open(&url, tls, name, self.connect_timeout).await
+        BrokerConnection::open(&url, tls, name, self.settings.connect_timeout).await
+    }
+
+    /// A client for the management API of the broker at `url`.
+    pub(crate) fn management(&self, url: &BrokerUrl) -> Result<Management, TlsError> {
+        Management::new(&self.settings, url)
     }
 
     fn tls_for(&self, credentials: &Credentials, index: usize) -> Option<Tls> {
         let config = Arc::clone(credentials.tls.as_ref()?);
-        let server_name = self.server_name.clone().unwrap_or_else(|| credentials.urls[index].host().to_owned());
+        let server_name =
+            self.settings.server_name.clone().unwrap_or_else(|| credentials.urls[index].host().to_owned());
         Some(Tls { config, server_name })
     }
 

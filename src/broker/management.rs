@@ -74,6 +74,11 @@ impl Management {
         })
     }
 
+    /// The address without `/` at the end.
+    pub(crate) fn base(&self) -> &str {
+        &self.base
+    }
+
     /// The virtual host of the broker's URL.
     pub(crate) fn vhost(&self) -> &str {
         &self.vhost

@@ -3,6 +3,7 @@
 
 mod access;
 mod connection;
+mod counts;
 mod management;
 mod reactor;
 mod reply;
@@ -11,7 +12,8 @@ mod url;
 
 pub(crate) use access::BrokerAccess;
 pub(crate) use connection::{BrokerConnection, ConnectError};
+pub(crate) use counts::{Counts, counts};
 pub(crate) use management::{Management, ManagementError, encoded};
-pub(crate) use reply::{NameTooLong, SHORT_STRING_BYTES_MAX, reply_code, reply_text, short_string};
+pub(crate) use reply::{NameTooLong, SHORT_STRING_BYTES_MAX, concerns_a_channel, reply_code, reply_text, short_string};
 pub(crate) use settings::Settings;
 pub(crate) use url::BrokerUrl;

@@ -1,6 +1,7 @@
 //! What the broker replies, and the names that AMQP can carry.
 
 use lapin::ErrorKind;
+use lapin::protocol::AMQPErrorKind;
 use lapin::types::ShortString;
 use thiserror::Error;
 
@@ -23,6 +24,11 @@ pub(crate) fn reply_code(error: &lapin::Error) -> Option<u16> {
         ErrorKind::ProtocolError(error) => Some(error.get_id()),
         _ => None,
     }
+}
+
+/// Whether the broker closed a channel with this error, and not the connection.
+pub(crate) fn concerns_a_channel(error: &lapin::Error) -> bool {
+    matches!(error.kind(), ErrorKind::ProtocolError(error) if matches!(error.kind(), AMQPErrorKind::Soft(_)))
 }
 
 /// The broker's own text, without lapin's wrapping.

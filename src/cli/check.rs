@@ -185,7 +185,8 @@ async fn check_bindings_and_policies(
             format!("{}\n        {}", difference.what, difference.remedy.text(&declare).replace('\n', "\n        "));
         // The relay creates a missing binding together with its queue or exchange.
         let later = reported.iter().any(|entity| difference.entity.contains(&format!(" {entity} ")));
-        let is_accepted = config.topology.declare == Declare::Passive && difference.kind != Kind::Missing;
+        let is_accepted = config.topology.declare == Declare::Passive
+            && !matches!(difference.kind, Kind::Missing | Kind::Unavailable);
         if difference.kind == Kind::Advice || later || is_accepted {
             table.ok(&difference.entity, &finding);
         } else {

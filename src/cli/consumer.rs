@@ -6,22 +6,21 @@ use std::time::Duration;
 use futures_util::{FutureExt, StreamExt};
 use lapin::Channel;
 use lapin::message::Delivery;
-use lapin::options::{BasicCancelOptions, BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions};
+use lapin::options::{BasicCancelOptions, BasicConsumeOptions, BasicQosOptions};
 use lapin::types::{FieldTable, ShortString};
-use tokio::time::{Instant, timeout};
+use tokio::time::timeout;
 
 use super::pace;
 use super::transfer::{TransferError, in_time};
+use crate::broker::counts;
 
 /// Maximum unacknowledged deliveries. Must be larger than a batch of a transfer, because a batch is acknowledged only
 /// when it is full.
 const PREFETCH_MAX: u16 = 500;
 const CONSUMER_TAG: &str = "prism-relay";
 
-/// Maximum time of an immediate reply: a reply within it comes from the queue itself, not from RabbitMQ's timeout.
-const AT_ONCE: Duration = Duration::from_millis(200);
-/// Maximum number of attempts to count a queue: over a slow line no reply arrives within [`AT_ONCE`], so the attempts
-/// are limited. With RabbitMQ's timeout of 250 ms this many take two seconds.
+/// Maximum number of attempts to count a queue: over a slow line every reply takes so long that it may not come from
+/// the queue itself. With RabbitMQ's timeout of 250 ms this many take two seconds.
 const ATTEMPTS_MAX: u32 = 8;
 
 /// The only consumer of a channel.
@@ -99,19 +98,8 @@ impl Consumer {
     }
 }
 
-/// The number of ready messages in a queue. RabbitMQ reports 0 messages and 0 consumers if the leader of a quorum queue
-/// does not reply within 250 ms (`rabbit_quorum_queue:stat`). This function believes such a report only if it came
-/// quickly, or [`ATTEMPTS_MAX`] times in a row.
+/// The number of ready messages in a queue. After [`ATTEMPTS_MAX`] reports that may not come from the queue itself it
+/// is taken to be empty.
 pub(super) async fn count(channel: &Channel, queue: &ShortString) -> Result<u32, lapin::Error> {
-    let mut attempts = 0;
-    loop {
-        let asked = Instant::now();
-        let passive = QueueDeclareOptions { passive: true, ..Default::default() };
-        let seen = channel.queue_declare(queue.clone(), passive, FieldTable::default()).await?;
-        attempts += 1;
-        let is_none = seen.message_count() == 0 && seen.consumer_count() == 0;
-        if !is_none || asked.elapsed() < AT_ONCE || attempts == ATTEMPTS_MAX {
-            return Ok(seen.message_count());
-        }
-    }
+    Ok(counts(channel, queue, Duration::ZERO, ATTEMPTS_MAX).await?.map_or(0, |counts| counts.messages))
 }

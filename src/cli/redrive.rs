@@ -39,7 +39,7 @@ pub(super) struct Options {
     /// Queue to take messages from (with a single active consumer: without filters)
     #[arg(long, value_name = "QUEUE", default_value = DEAD, value_parser = queue_name)]
     from: ShortString,
-    /// Publish to this queue only [default: to the exchange]
+    /// Publish to this queue only [default: to the exchange prism.events]
     #[arg(long, value_name = "QUEUE", value_parser = queue_name)]
     to: Option<ShortString>,
     /// Only event types that match this topic pattern (*: one word, #: any number)
@@ -66,7 +66,7 @@ pub(super) struct Options {
 }
 
 pub(super) async fn run(config: &Config, options: Options) -> Result<(), Failure> {
-    let to = Destination::new(config, options.to.clone())?;
+    let to = Destination::new(config, options.to.clone());
     check_usage(config, &options, &to)?;
     if let Some(pattern) = &options.pattern {
         note_on_pattern(pattern);

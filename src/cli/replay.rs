@@ -41,7 +41,7 @@ pub(super) struct Options {
     /// Only routing keys that match this topic pattern (*: one word, #: any number)
     #[arg(long, value_name = "PATTERN", default_value = "#", value_parser = topic_pattern)]
     key: String,
-    /// Publish to this queue only [default: to the exchange]
+    /// Publish to this queue only [default: to the exchange prism.events]
     #[arg(long, value_name = "QUEUE", value_parser = queue_name)]
     to: Option<ShortString>,
     /// Stream to read [default: topology.archive.name]
@@ -78,7 +78,7 @@ pub(super) async fn run(config: &Config, options: Options) -> Result<(), Failure
             return Err(Failure::Usage(hint.to_owned()));
         }
     };
-    let to = Destination::new(config, options.to.clone())?;
+    let to = Destination::new(config, options.to.clone());
     note_on_pattern(&options.key);
     let broker = connect(config, "prism-relay replay").await?;
     let deadline = config.publisher.confirm_timeout;

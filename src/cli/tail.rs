@@ -96,8 +96,9 @@ fn refused(error: lapin::Error) -> anyhow::Error {
 
 /// Declares a temporary queue, which the broker deletes with the connection, and consumes it.
 ///
-/// The queue is bound like the work queues and to prism.unrouted; the pattern is applied here. Bound by the pattern,
-/// the queue would make an event of an unknown type count as routed, and prism.unrouted would lose it.
+/// The queue gets every event from the fanout exchange; the pattern is applied here. If `broker.exchange` is a topic
+/// exchange of the operator, the queue gets what the work queues get and what is unrouted. Bound by the pattern, it
+/// would make an event of an unknown type count as routed, and prism.unrouted would lose it.
 async fn listen(config: &Config, channel: &Channel) -> anyhow::Result<Consumer> {
     let mut arguments = FieldTable::default();
     arguments.insert("x-max-length".into(), AMQPValue::LongInt(BACKLOG_MAX));
@@ -105,7 +106,8 @@ async fn listen(config: &Config, channel: &Channel) -> anyhow::Result<Consumer> 
     let queue = channel.queue_declare("".into(), options, arguments).await.map_err(refused)?;
     let queue = queue.name();
     let bindings = config.topology.queues.iter().flat_map(|queue| &queue.bindings);
-    let bindings = bindings.map(|key| (config.publisher.exchange.as_str(), key.as_str())).chain([(UNROUTED, "")]);
+    let exchange = config.publisher.exchange.as_str();
+    let bindings = bindings.map(|key| (exchange, key.as_str())).chain([(exchange, ""), (UNROUTED, "")]);
     for (exchange, key) in bindings {
         let (exchange, key, options) = (short_string(exchange)?, short_string(key)?, QueueBindOptions::default());
         channel.queue_bind(queue.clone(), exchange, key, options, FieldTable::default()).await.map_err(refused)?;

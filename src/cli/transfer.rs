@@ -11,8 +11,9 @@ use tokio::time::{sleep, timeout};
 
 use super::messages::with_original_key;
 use super::pace;
-use crate::broker::{BrokerConnection, NameTooLong, reply_code, reply_text, short_string};
+use crate::broker::{BrokerConnection, reply_code, reply_text};
 use crate::config::Config;
+use crate::topology::EVENTS;
 
 /// Maximum messages and bytes of a batch. They limit the memory, and what a failure delivers twice.
 const BATCH_MAX: usize = 200;
@@ -87,15 +88,16 @@ pub(super) enum Destination {
 }
 
 impl Destination {
-    /// Chooses `queue` if given, otherwise the exchange of the configuration. A queue with partitions is an exchange,
-    /// which chooses the partition by the subject.
-    pub(super) fn new(config: &Config, queue: Option<ShortString>) -> Result<Self, NameTooLong> {
+    /// Chooses `queue` if given, otherwise the exchange of the work queues: published to the one in front of it, messages
+    /// would be archived a second time. A queue with partitions is an exchange, which chooses the partition by the
+    /// subject.
+    pub(super) fn new(config: &Config, queue: Option<ShortString>) -> Self {
         let is_partitioned =
             |name: &str| config.topology.queues.iter().any(|queue| queue.name == name && queue.partitions.is_some());
         match queue {
-            Some(queue) if is_partitioned(queue.as_str()) => Ok(Self::Exchange(queue)),
-            Some(queue) => Ok(Self::Queue(queue)),
-            None => Ok(Self::Exchange(short_string(&config.publisher.exchange)?)),
+            Some(queue) if is_partitioned(queue.as_str()) => Self::Exchange(queue),
+            Some(queue) => Self::Queue(queue),
+            None => Self::Exchange(EVENTS.into()),
         }
     }
 

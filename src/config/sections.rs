@@ -177,6 +177,7 @@ pub(super) fn broker(raw: &mut Raw) -> (broker::Settings, publisher::Settings) {
         confirm_timeout,
         reconnect_min,
         reconnect_max,
+        watch_interval: raw.duration("broker.watch_interval", SECOND..=HOUR),
         parked_retry: raw.duration("broker.parked_retry", MILLISECOND..=DAY),
     };
     let broker = broker::Settings {

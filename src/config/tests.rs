@@ -39,7 +39,7 @@ fn the_defaults_are_those_of_the_contract() {
     assert_eq!((config.spool.max_bytes, config.spool.durability), (1 << 30, Durability::Disk));
     assert_eq!((config.dedupe.window, config.dedupe.entries_max), (120 * SECOND, 100_000));
     assert_eq!(config.broker.urls[0].to_string(), "amqp://guest@127.0.0.1:5672/%2f");
-    assert_eq!((config.publisher.exchange.as_str(), config.publisher.window), ("prism.events", 1000));
+    assert_eq!((config.publisher.exchange.as_str(), config.publisher.window), ("prism.webhooks", 1000));
     assert_eq!(
         (config.publisher.confirm_timeout, config.broker.urls[0].expose().query.heartbeat),
         (30 * SECOND, Some(10))

@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use super::summary::{RecentRefusals, Summary};
 use crate::event::{Envelope, subject};
-use crate::publisher::{BrokerState, ConnectionEvent};
+use crate::publisher::{BrokerState, ConnectionEvent, WatchState};
 use crate::recent::{Arrival, Counts, Tally};
 use crate::spool::{Entry, Ledger};
 
@@ -30,6 +30,8 @@ pub(super) struct Report {
     pub last: LastReport,
     pub spool: SpoolReport,
     pub broker: BrokerReport,
+    /// The queues, exchanges and bindings on RabbitMQ.
+    pub watch: WatchState,
     /// Changes of the connection to RabbitMQ, newest first.
     pub timeline: Vec<ConnectionEvent>,
     pub types: Vec<TypeReport>,

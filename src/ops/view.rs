@@ -119,6 +119,7 @@ impl View {
             last: LastReport::new(&counts, self.sources.broker.last_confirm()),
             spool,
             broker: BrokerReport { state: broker, in_flight: self.sources.broker.in_flight() },
+            watch: self.sources.broker.watch(),
             timeline: self.sources.broker.timeline(),
             types: TypeReport::list(&counts),
             secrets: SecretReport::list(&counts, self.sources.verifier.secrets()),
@@ -230,6 +231,9 @@ impl View {
         metrics.connections.established.set(counts.established as f64);
         if let Some(certificate) = self.certificate(now) {
             metrics.certificate_days_left(days(certificate.expires_at, now));
+        }
+        for queue in self.sources.broker.watch().queues {
+            metrics.queue(&queue.name, queue.messages, queue.consumers);
         }
         metrics.broker.connected.set(flag(broker.connected));
         metrics.broker.blocked.set(flag(broker.blocked.is_some()));

@@ -14,11 +14,16 @@ mod pacing;
 mod read_ahead;
 mod session;
 mod settings;
+mod stall;
 mod status;
+mod watch;
 
+use std::convert::Infallible;
+use std::future::pending;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use bytesize::ByteSize;
 use lapin::Channel;
 use lapin::options::ConfirmSelectOptions;
 use tokio::time::timeout;
@@ -30,17 +35,25 @@ pub use error::PublisherError;
 pub use lags::Lags;
 pub use settings::Settings;
 use status::Connect;
-pub use status::{BrokerState, ConnectionEvent, Status};
+pub use status::{BrokerState, ConnectionEvent, QueueState, QueueTrouble, Status, WatchState};
 
 use crate::backoff::Backoff;
 use crate::broker::{BrokerAccess, BrokerConnection, reply_text};
 use crate::metrics::Metrics;
 use crate::spool::Spool;
-use crate::text::{chain, rounded};
+use crate::text::{chain, rounded, span};
 use crate::topology::{self, Declare, Plan};
 use crate::traces::Traces;
 use pacing::Pacing;
 use session::{Parts, Session};
+use stall::{Backlog, Line, Stall};
+use watch::{Watch, Watched};
+
+/// Parts of the errors for a channel too many: RabbitMQ's, after which it closes the connection, and lapin's own.
+const CHANNEL_LIMITS: [&str; 2] = ["number of channels opened", "the maximum number of channels"];
+
+/// How often the backlog is looked at.
+const STALL_CHECK: Duration = Duration::from_secs(1);
 
 /// The task that delivers events.
 pub struct Publisher {
@@ -73,14 +86,21 @@ impl Publisher {
     /// Delivers until `drain` is cancelled, and then while events are pending and the broker takes them. Returns an
     /// error only if the spool cannot be read.
     pub async fn run(self, drain: CancellationToken) -> Result<(), PublisherError> {
+        tokio::select! {
+            ended = self.deliver(&drain) => ended,
+            never = self.log_stalls() => match never {},
+        }
+    }
+
+    async fn deliver(&self, drain: &CancellationToken) -> Result<(), PublisherError> {
         let mut backoff = Backoff::new(self.parts.settings.reconnect_min, self.parts.settings.reconnect_max);
-        let mut pacing = Pacing::default();
+        let (mut pacing, mut watch) = (Pacing::default(), Watch::default());
         // The last warning about each URL.
         let mut warned = vec![String::new(); self.access.count()];
         for index in (0..self.access.count()).cycle() {
             let url = self.access.url(index);
             let started_at = Instant::now();
-            let Err(interruption) = self.deliver_to(index, &mut pacing, &drain).await else { return Ok(()) };
+            let Err(interruption) = self.deliver_to(index, &mut pacing, &mut watch, drain).await else { return Ok(()) };
             let Interruption { error, connection_worked } = interruption;
             if matches!(error, PublisherError::Spool(_)) {
                 return Err(error);
@@ -94,6 +114,9 @@ impl Publisher {
             }
             let delay = backoff.next(fastrand::f64());
             let (text, wait) = (chain(&error), rounded(delay));
+            if watch.is_on() && CHANNEL_LIMITS.iter().any(|limit| text.contains(limit)) {
+                watch.turn_off(&text, &self.watched());
+            }
             // The same error is logged once, not at each try. The session has logged a refused message already.
             if text == warned[index] || matches!(error, PublisherError::Poison(_)) {
                 debug!(%url, error = %text, delay = wait, "still not delivering");
@@ -116,10 +139,11 @@ impl Publisher {
         &self,
         index: usize,
         pacing: &mut Pacing,
+        watch: &mut Watch,
         drain: &CancellationToken,
     ) -> Result<(), Interruption> {
-        let (broker, channel) = tokio::select! {
-            connected = self.connect(index) => connected?,
+        let Connected { broker, channel, looks } = tokio::select! {
+            connected = self.connect(index, watch.is_on()) => connected?,
             () = self.drained_before_connecting(drain) => return Ok(()),
         };
         let url = self.access.url(index);
@@ -127,9 +151,76 @@ impl Publisher {
             self.parts.metrics.broker.reconnects.increment(1);
         }
         info!(%url, pending = self.parts.spool.status().ledger().pending, "connected to the broker");
-        Session::new(&self.parts, &broker, channel, pacing).run(drain).await?;
+        let api = self.access.management(&broker.url).ok();
+        let mut watch = looks.map(|channel| watch.over(&broker, channel, api, self.watched()));
+        // Another nack may end this session before it has seen which queue is to blame.
+        if let Some(watch) = watch.as_mut().filter(|_| self.parts.status.was_nacked()) {
+            watch.look().await;
+        }
+        let watching = async {
+            match watch {
+                Some(watch) => watch.run().await,
+                None => pending().await,
+            }
+        };
+        let session = Session::new(&self.parts, &broker, channel, pacing);
+        tokio::select! {
+            ended = session.run(drain) => ended?,
+            never = watching => match never {},
+        }
         broker.close().await;
         Ok(())
+    }
+
+    fn watched(&self) -> Watched<'_> {
+        let Parts { status, metrics, settings, .. } = &self.parts;
+        Watched {
+            plan: &self.plan,
+            declare: self.declare,
+            interval: settings.watch_interval,
+            limit: self.set_up_limit(),
+            status,
+            metrics,
+        }
+    }
+
+    /// Maximum time for the set-up of a connection, or for a look: each step is a round trip, and may take as long as a
+    /// login.
+    fn set_up_limit(&self) -> Duration {
+        self.access.connect_timeout() * (self.plan.steps() + 3)
+    }
+
+    /// Logs a backlog that does not move, and its end.
+    async fn log_stalls(&self) -> Infallible {
+        let (mut stall, spool) = (Stall::default(), &self.parts.spool);
+        loop {
+            tokio::time::sleep(STALL_CHECK).await;
+            let ledger = spool.status().ledger();
+            let oldest_ms = if ledger.pending == 0 { Ok(None) } else { spool.oldest_pending_ms().await };
+            // A spool that cannot be read is reported by the session.
+            let Ok(oldest_ms) = oldest_ms else { continue };
+            let now_ms = jiff::Timestamp::now().as_millisecond();
+            let backlog = Backlog { oldest_ms, confirmed: ledger.confirmed, now_ms };
+            match stall.look(backlog, Instant::now()) {
+                Some(Line::Still(waited)) => warn!(
+                    stalled = span(waited),
+                    pending = ledger.pending,
+                    oldest = span(age(oldest_ms, now_ms)),
+                    size = %ByteSize(ledger.bytes),
+                    of_max_bytes = format!("{:.1} %", ledger.bytes as f64 / spool.max_bytes() as f64 * 100.0),
+                    reason = stall::reason(&self.parts.status.snapshot(), &self.parts.status.watch()),
+                    "still not delivering; events are kept on disk"
+                ),
+                Some(Line::Over { lasted, events, took }) => info!(
+                    lasted = span(lasted),
+                    events,
+                    took = span(took),
+                    per_second = format!("{:.0}", events as f64 / took.as_secs_f64().max(1.0)),
+                    "the backlog is delivered"
+                ),
+                None => {}
+            }
+        }
     }
 
     /// Returns once `drain` is cancelled and nothing is pending: then no connection is needed.
@@ -137,23 +228,37 @@ impl Publisher {
         drain.cancelled().await;
         self.parts.spool.flush().await;
         if self.parts.spool.status().ledger().pending > 0 {
-            std::future::pending().await
+            pending().await
         }
     }
 
-    /// Opens a connection and a channel in confirm mode, and declares the topology.
-    async fn connect(&self, index: usize) -> Result<(BrokerConnection, Channel), PublisherError> {
+    /// Opens a connection and a channel in confirm mode, and declares the topology. `watch`: with a second channel,
+    /// before anything is published, because the broker closes the connection if it does not allow one.
+    async fn connect(&self, index: usize, watch: bool) -> Result<Connected, PublisherError> {
         let broker = self.access.open(index, "prism-relay").await?;
-        // Each declaration is a round trip and may take as long as a login; so do the channel and confirm mode.
-        let limit = self.access.connect_timeout() * (self.plan.steps() + 2);
+        let limit = self.set_up_limit();
         let set_up = async {
             topology::establish(&broker.connection, &self.plan, self.declare).await?;
             let lost = |error: lapin::Error| PublisherError::Lost(reply_text(&error));
             let channel = broker.connection.create_channel().await.map_err(lost)?;
             channel.confirm_select(ConfirmSelectOptions { nowait: false }).await.map_err(lost)?;
-            Ok::<_, PublisherError>(channel)
+            let looks = if watch { Some(broker.connection.create_channel().await.map_err(lost)?) } else { None };
+            Ok::<_, PublisherError>((channel, looks))
         };
-        let channel = timeout(limit, set_up).await.map_err(|_| PublisherError::SetUpTimeout(limit))??;
-        Ok((broker, channel))
+        let (channel, looks) = timeout(limit, set_up).await.map_err(|_| PublisherError::SetUpTimeout(limit))??;
+        Ok(Connected { broker, channel, looks })
     }
+}
+
+/// A connection on which everything is set up.
+struct Connected {
+    broker: BrokerConnection,
+    /// In confirm mode.
+    channel: Channel,
+    /// The channel of the watch.
+    looks: Option<Channel>,
+}
+
+fn age(oldest_ms: Option<i64>, now_ms: i64) -> Duration {
+    Duration::from_millis(u64::try_from(now_ms - oldest_ms.unwrap_or(now_ms)).unwrap_or(0))
 }

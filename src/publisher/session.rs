@@ -33,7 +33,7 @@ use super::pacing::{Pacing, Refusal};
 use super::read_ahead::ReadAhead;
 use super::settings::Settings;
 use super::status::Status;
-use crate::broker::BrokerConnection;
+use crate::broker::{BrokerConnection, concerns_a_channel};
 use crate::event::Envelope;
 use crate::metrics::Metrics;
 use crate::spool::{Batch, ReadError, Settlement, Spool, Stored, Undelivered};
@@ -281,6 +281,7 @@ impl<'a> Session<'a> {
             }
             PublishOutcome::Nacked(returned) => {
                 metrics.nacked.increment(1);
+                self.parts.status.on_nack();
                 if let Some(flight) = self.take_in_flight(seq) {
                     flight.span.failed("nacked");
                 }
@@ -301,6 +302,7 @@ impl<'a> Session<'a> {
         }
         if let Some(ReturnedMessage { id, reason }) = returned {
             metrics.returned.increment(1);
+            self.parts.status.request_look();
             match id {
                 Some(id) => {
                     self.returned.insert(id, reason);
@@ -382,6 +384,8 @@ impl<'a> Session<'a> {
                 self.unblocked_at = Instant::now();
                 self.parts.status.on_blocked(None);
             }
+            // A publish on the channel fails with it. The watch expects it on its own channel.
+            LapinEvent::Error(error) if concerns_a_channel(&error) => debug!(%error, "a channel was closed"),
             LapinEvent::Error(error) => return Err(classify(&error)),
             event => debug!(?event, "connection event"),
         }

@@ -15,6 +15,8 @@ pub struct Settings {
     pub reconnect_min: Duration,
     /// The longest delay before the next connection.
     pub reconnect_max: Duration,
+    /// How often queues, exchanges and bindings are looked at.
+    pub watch_interval: Duration,
     /// How long a parked event waits before the next try.
     pub parked_retry: Duration,
 }

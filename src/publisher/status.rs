@@ -3,18 +3,22 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use serde::Serialize;
+use tokio::sync::Notify;
 
 use super::lags::Lags;
 use crate::broker::BrokerUrl;
+use crate::topology::{QueueRole, TroubleKind};
 
 /// How many connection events are kept.
 const TIMELINE_MAX: usize = 100;
 /// How many confirmed events are kept.
 const CONFIRMS_MAX: usize = 1000;
+/// After so many intervals without a further look, what it found is not known any more.
+const LOOKS_MISSED_MAX: u32 = 3;
 
 /// The publisher's state: written by the publisher, read by the operators' listener.
 pub struct Status {
@@ -23,6 +27,56 @@ pub struct Status {
     deliveries: Mutex<Deliveries>,
     in_flight: AtomicUsize,
     retry_requested: AtomicBool,
+    watched: Mutex<Watched>,
+    nacked: AtomicBool,
+    look_requested: Notify,
+}
+
+/// The last look at the broker, and how long it is valid.
+struct Watched {
+    state: WatchState,
+    valid_until: Instant,
+}
+
+/// What the relay knows about the queues, exchanges and bindings on the broker, as `/api/status` shows it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct WatchState {
+    /// When the last look was complete.
+    pub looked_at: Option<Timestamp>,
+    /// Why the relay does not look.
+    pub off: Option<String>,
+    /// Exchanges, queues and bindings that do not exist.
+    pub missing: Vec<String>,
+    /// Whether missing bindings are known: only the management API shows them.
+    pub bindings_checked: bool,
+    /// The queues of the configuration, with those for retries, dead letters and unrouted events.
+    pub queues: Vec<QueueState>,
+}
+
+/// What the relay knows about a queue.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct QueueState {
+    /// Its name on the broker.
+    pub name: String,
+    /// What it is for.
+    pub role: QueueRole,
+    /// Messages that are ready for a consumer; `None`: not known.
+    pub messages: Option<u32>,
+    /// Connected consumers; `None`: not known.
+    pub consumers: Option<u32>,
+    /// Why the queue cannot take messages.
+    pub trouble: Option<QueueTrouble>,
+}
+
+/// Why a queue cannot take messages, and what to do.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct QueueTrouble {
+    /// The kind of trouble.
+    pub kind: TroubleKind,
+    /// Completes the sentence "the queue ...".
+    pub text: String,
+    /// Steps for an operator, one a line.
+    pub remedy: String,
 }
 
 /// A snapshot, as `/api/status` shows it.
@@ -94,7 +148,54 @@ impl Status {
             deliveries: Mutex::default(),
             in_flight: AtomicUsize::new(0),
             retry_requested: AtomicBool::new(false),
+            watched: Mutex::new(Watched { state: WatchState::default(), valid_until: Instant::now() }),
+            nacked: AtomicBool::new(false),
+            look_requested: Notify::new(),
         }
+    }
+
+    /// The last look at the broker, without what may have changed since.
+    pub fn watch(&self) -> WatchState {
+        let watched = locked(&self.watched);
+        let mut state = watched.state.clone();
+        if watched.valid_until < Instant::now() {
+            for queue in &mut state.queues {
+                (queue.messages, queue.consumers, queue.trouble) = (None, None, None);
+            }
+        }
+        state
+    }
+
+    /// Stores a look. `interval`: when the next one is due.
+    pub(super) fn on_look(&self, state: WatchState, interval: Duration) {
+        let valid_until = Instant::now() + interval * LOOKS_MISSED_MAX;
+        *locked(&self.watched) = Watched { state, valid_until };
+    }
+
+    /// The broker rejected a publish: the watch looks for a queue that cannot take messages.
+    pub(super) fn on_nack(&self) {
+        self.nacked.store(true, Ordering::Relaxed);
+        self.request_look();
+    }
+
+    /// Whether the broker rejected a publish since the last call.
+    pub(super) fn take_nacked(&self) -> bool {
+        self.nacked.swap(false, Ordering::Relaxed)
+    }
+
+    /// Whether the broker rejected a publish since the last call of [`Self::take_nacked`].
+    pub(super) fn was_nacked(&self) -> bool {
+        self.nacked.load(Ordering::Relaxed)
+    }
+
+    /// Requests an early look at queues, exchanges and bindings.
+    pub(super) fn request_look(&self) {
+        self.look_requested.notify_one();
+    }
+
+    /// Returns when a look was requested.
+    pub(super) async fn look_requested(&self) {
+        self.look_requested.notified().await;
     }
 
     /// The state of the connection now.

@@ -46,6 +46,10 @@ pub(crate) async fn establish(connection: &Connection, plan: &Plan, declare: Dec
             for binding in &plan.bindings {
                 bind(&channel, binding).await?;
             }
+            // Only now, when the archive gets every event by its new binding.
+            for binding in &plan.retired {
+                unbind(&channel, binding).await?;
+            }
             close(channel).await;
         }
         Declare::Passive => {
@@ -112,13 +116,13 @@ async fn exists(connection: &Connection, entity: &Entity) -> Result<bool, Topolo
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Mode {
+pub(super) enum Mode {
     Create,
     /// What AMQP calls a passive declaration: it fails if the entity does not exist, and ignores the properties.
     Check,
 }
 
-async fn declare_entity(channel: &Channel, entity: &Entity, mode: Mode) -> Result<(), TopologyError> {
+pub(super) async fn declare_entity(channel: &Channel, entity: &Entity, mode: Mode) -> Result<(), TopologyError> {
     let (name, passive) = (short_string(entity.name())?, mode == Mode::Check);
     let declared = match entity {
         Entity::Exchange(Exchange { kind, arguments, .. }) => {
@@ -133,7 +137,7 @@ async fn declare_entity(channel: &Channel, entity: &Entity, mode: Mode) -> Resul
     declared.map_err(|error| explain(entity, error))
 }
 
-async fn bind(channel: &Channel, binding: &Binding) -> Result<(), TopologyError> {
+pub(super) async fn bind(channel: &Channel, binding: &Binding) -> Result<(), TopologyError> {
     let (from, key) = (short_string(&binding.exchange)?, short_string(&binding.key)?);
     let (to, arguments) = (short_string(binding.to.name())?, binding.arguments.clone());
     let bound = match binding.to {
@@ -143,13 +147,20 @@ async fn bind(channel: &Channel, binding: &Binding) -> Result<(), TopologyError>
     bound.map_err(|error| explain(binding, error))
 }
 
+/// Removes the binding of a queue. Nothing happens if it does not exist.
+async fn unbind(channel: &Channel, binding: &Binding) -> Result<(), TopologyError> {
+    let (queue, from) = (short_string(binding.to.name())?, short_string(&binding.exchange)?);
+    let (key, arguments) = (short_string(&binding.key)?, binding.arguments.clone());
+    channel.queue_unbind(queue, from, key, arguments).await.map_err(|error| explain(binding, error))
+}
+
 /// An error here does not matter: the channel ends with its connection at the latest.
-async fn close(channel: Channel) {
+pub(super) async fn close(channel: Channel) {
     let _ = channel.close(200, "OK".into()).await;
 }
 
 /// Separates what the broker refuses from a connection that failed.
-fn explain(what: &impl Display, error: lapin::Error) -> TopologyError {
+pub(super) fn explain(what: &impl Display, error: lapin::Error) -> TopologyError {
     let (entity, reply) = (what.to_string(), reply_text(&error));
     match reply_code(&error) {
         Some(406) if reply.contains("inequivalent arg") => TopologyError::Clash { entity, reply },

@@ -7,8 +7,9 @@ use serde_json::{Map, Value};
 
 use super::definitions::{KEEPERS, kind, pattern, plain, policy_key, policy_name, target_kind};
 use super::live::{Live, LiveBinding, LiveEntity, LivePolicy};
-use super::plan::{Binding, CONSISTENT_HASH, DEAD, Entity, Plan};
+use super::plan::{Binding, CONSISTENT_HASH, DEAD, EVENTS, Entity, Plan};
 use super::remedy::{Commands, MESSAGE_KEYS, Remedy, quote};
+use super::trouble::Trouble;
 use crate::text::clean;
 
 /// One thing that is not as configured.
@@ -26,6 +27,8 @@ pub(crate) enum Kind {
     Missing,
     /// It exists with other properties. A passive relay takes them as they are.
     Changed,
+    /// It exists and cannot take messages.
+    Unavailable,
     /// It exists and is not configured.
     Surplus,
     /// It does not contradict the configuration, but an operator should know it.
@@ -66,11 +69,16 @@ pub(crate) fn differences(plan: &Plan, live: &Live, commands: &Commands) -> Vec<
             Some(there) => found.extend(comparison.entity(entity, there)),
         }
     }
-    let is_missing = |binding: &&Binding| !live.bindings.iter().any(|there| is_same(there, binding));
-    found.extend(plan.bindings.iter().filter(is_missing).map(Difference::missing));
+    found.extend(missing_bindings(plan, &live.bindings).into_iter().map(Difference::missing));
     found.extend(comparison.surplus_bindings());
     found.extend(comparison.surplus_queues());
     found
+}
+
+/// The bindings of the plan that do not exist.
+pub(crate) fn missing_bindings(plan: &Plan, there: &[LiveBinding]) -> Vec<String> {
+    let is_missing = |binding: &&Binding| !there.iter().any(|there| is_same(there, binding));
+    plan.bindings.iter().filter(is_missing).map(Binding::to_string).collect()
 }
 
 /// Joins the differences of one entity that have the same remedy.
@@ -112,6 +120,10 @@ impl Comparison<'_> {
             found.push(Difference::new(Kind::Advice, entity, what, Remedy::Command(self.commands.keep())));
         }
         let mut found = merged(found);
+        if let (Entity::Queue(queue), Some(trouble)) = (entity, Trouble::by_api(there)) {
+            let repair = self.commands.repair(&queue.name, &trouble);
+            found.push(Difference::new(Kind::Unavailable, entity, trouble, repair));
+        }
         let foreign = |there: &&LiveBinding| there.source == entity.name() && !self.is_planned(there);
         let foreign: Vec<_> =
             self.live.bindings.iter().filter(foreign).map(|there| there.destination.as_str()).collect();
@@ -217,6 +229,10 @@ impl Comparison<'_> {
             } else if self.may_be_a_former_queue(destination_type, destination) {
                 let what = "is not configured. If it was earlier, unbind it: until then it gets a copy of each event";
                 (Kind::Advice, what)
+            } else if source == EVENTS && routing_key.split('.').all(|word| word == "#") {
+                let what = "takes every event, so an event that no work queue takes does not reach prism.unrouted. To \
+                            watch events, bind to the exchange of broker.exchange in place of this one";
+                (Kind::Advice, what)
             } else {
                 continue;
             };
@@ -290,7 +306,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::topology::spec::{QueueSpec, Spec};
+    use crate::topology::spec::{ArchiveSpec, QueueSpec, Spec};
 
     fn commands(active: bool) -> Commands {
         let [relay, vhost, api, user] = ["prism-relay", "/", "http://broker:15672", "me"].map(str::to_owned);
@@ -407,8 +423,8 @@ mod tests {
             ),
             case(
                 unchanged,
-                |live| live["bindings"].as_array_mut().unwrap().retain(|binding| binding["source"] != "e"),
-                "binding of queue q to exchange e by \"a.#\": does not exist | declare",
+                |live| live["bindings"].as_array_mut().unwrap().retain(|binding| binding["source"] != "prism.events"),
+                "binding of queue q to exchange prism.events by \"a.#\": does not exist | declare",
             ),
         ]);
     }
@@ -444,12 +460,12 @@ mod tests {
             case(
                 unchanged,
                 |live| {
-                    named(live, "exchanges", "e")["type"] = "direct".into();
-                    add(live, "bindings", binding_json("e", "queue", "theirs", "b.#"));
+                    named(live, "exchanges", "prism.events")["type"] = "direct".into();
+                    add(live, "bindings", binding_json("prism.events", "queue", "theirs", "b.#"));
                 },
                 &format!(
-                    "exchange e: is of type direct, where topic is configured; bindings that are not configured are \
-                     deleted with it: theirs | {DELETE}/exchanges/%2F/e"
+                    "exchange prism.events: is of type direct, where topic is configured; bindings that are not \
+                     configured are deleted with it: theirs | {DELETE}/exchanges/%2F/prism%2Eevents"
                 ),
             ),
         ]);
@@ -514,10 +530,10 @@ mod tests {
         check(vec![
             case(
                 unchanged,
-                |live| add(live, "bindings", binding_json("e", "queue", "prism.dead", "b.#")),
+                |live| add(live, "bindings", binding_json("prism.events", "queue", "prism.dead", "b.#")),
                 &format!(
-                    "binding of queue prism.dead to exchange e by \"b.#\": is not configured | \
-                     {DELETE}/bindings/%2F/e/e/q/prism%2Edead/b%2E%23"
+                    "binding of queue prism.dead to exchange prism.events by \"b.#\": is not configured | \
+                     {DELETE}/bindings/%2F/e/prism%2Eevents/q/prism%2Edead/b%2E%23"
                 ),
             ),
             case(
@@ -544,8 +560,59 @@ mod tests {
     }
 
     #[test]
+    fn a_queue_that_cannot_take_messages_is_named() {
+        const LOOK: &str = "the relay keeps its events on disk until the queue is back:";
+        check(vec![
+            case(
+                unchanged,
+                |live| named(live, "queues", "q")["state"] = "down".into(),
+                &format!("queue q: is down: it has no leader, so RabbitMQ rejects every message for it | {LOOK}"),
+            ),
+            passive(
+                |queue| queue.max_length = Some(5),
+                |live| named(live, "queues", "q")["messages_ready"] = 5.into(),
+                "queue q: is full: it holds 5 messages and may hold 5 | the relay keeps its events on disk until the \
+                 queue has room:",
+            ),
+        ]);
+    }
+
+    #[test]
+    fn bindings_that_keep_events_from_the_unrouted_ones_are_named() {
+        let mut spec = Spec::of_queue(unchanged);
+        let (max_age, max_bytes) = (Duration::from_secs(3600), None);
+        spec.archive = Some(ArchiveSpec { name: "all".to_owned(), max_age, max_bytes });
+        let plan = Plan::new(&spec, "e");
+        let mut live = declared(&plan);
+        // As an earlier version bound the archive.
+        add(&mut live, "bindings", binding_json("prism.events", "queue", "all", "a.#"));
+        add(&mut live, "bindings", binding_json("prism.unrouted", "queue", "all", ""));
+        // Other programs.
+        add(&mut live, "bindings", binding_json("prism.events", "queue", "tap", "#"));
+        add(&mut live, "bindings", binding_json("prism.events", "queue", "theirs", "b.#"));
+        add(&mut live, "bindings", binding_json("e", "queue", "watcher", ""));
+        let expected = [
+            format!(
+                "binding of queue all to exchange prism.events by \"a.#\": is not configured | \
+                 {DELETE}/bindings/%2F/e/prism%2Eevents/q/all/a%2E%23"
+            ),
+            format!(
+                "binding of queue all to exchange prism.unrouted by \"\": is not configured | \
+                 {DELETE}/bindings/%2F/e/prism%2Eunrouted/q/all/"
+            ),
+            format!(
+                "binding of queue tap to exchange prism.events by \"#\": takes every event, so an event that no work \
+                 queue takes does not reach prism.unrouted. To watch events, bind to the exchange of broker.exchange \
+                 in place of this one | {DELETE}/bindings/%2F/e/prism%2Eevents/q/tap/%23"
+            ),
+        ];
+        assert_eq!(found(&plan, live, true), expected);
+    }
+
+    #[test]
     fn a_queue_that_was_renamed_is_to_be_unbound_and_other_peoples_queues_are_not() {
-        let bound = |live: &mut Value, name: &str| add(live, "bindings", binding_json("e", "queue", name, "a.#"));
+        let bound =
+            |live: &mut Value, name: &str| add(live, "bindings", binding_json("prism.events", "queue", name, "a.#"));
         let plan = Plan::new(&Spec::of_queue(unchanged), "e");
         let mut live = declared(&plan);
         add(&mut live, "queues", queue_json("old", json!({ "x-dead-letter-exchange": "prism.dead" })));
@@ -556,8 +623,8 @@ mod tests {
         }
         let advice = |name: &str| {
             format!(
-                "binding of queue {name} to exchange e by \"a.#\": is not configured. If it was earlier, unbind it: \
-                 until then it gets a copy of each event | {DELETE}/bindings/%2F/e/e/q/{name}/a%2E%23"
+                "binding of queue {name} to exchange prism.events by \"a.#\": is not configured. If it was earlier, \
+                 unbind it: until then it gets a copy of each event | {DELETE}/bindings/%2F/e/prism%2Eevents/q/{name}/a%2E%23"
             )
         };
         assert_eq!(found(&plan, live, true), [advice("old"), advice("climbs")]);

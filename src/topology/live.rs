@@ -17,12 +17,26 @@ pub(crate) struct Live {
 }
 
 #[derive(Debug, Deserialize)]
-pub(super) struct LiveEntity {
+pub(crate) struct LiveEntity {
     pub name: String,
     /// All messages of a queue, also those that a worker has not acknowledged and those that wait for room among the
     /// dead letters. `None`: not counted yet.
     #[serde(default)]
     pub messages: Option<u64>,
+    /// Messages of a queue that are ready for a consumer.
+    #[serde(default)]
+    pub messages_ready: Option<u64>,
+    /// Messages of a queue that wait for room among the dead letters. They count for its maximum length.
+    #[serde(default)]
+    pub messages_dlx: Option<u64>,
+    /// The state of a queue, such as `running`, `down` or `minority`.
+    #[serde(default)]
+    pub state: Option<String>,
+    /// The nodes of a replicated queue, and those of them that run.
+    #[serde(default)]
+    pub members: Vec<String>,
+    #[serde(default)]
+    pub online: Vec<String>,
     pub r#type: String,
     pub durable: bool,
     #[serde(default)]
@@ -31,11 +45,11 @@ pub(super) struct LiveEntity {
     pub operator_policy: Option<String>,
     /// Only queues have it.
     #[serde(default)]
-    effective_policy_definition: Option<Map<String, Value>>,
+    pub effective_policy_definition: Option<Map<String, Value>>,
 }
 
 #[derive(Debug, Deserialize)]
-pub(super) struct LiveBinding {
+pub(crate) struct LiveBinding {
     pub source: String,
     pub destination: String,
     pub destination_type: String,
@@ -53,14 +67,24 @@ pub(super) struct LivePolicy {
 }
 
 impl Live {
+    /// Reads the queues of the virtual host only.
+    pub(crate) async fn read_queues(api: &Management) -> Result<Vec<LiveEntity>, ManagementError> {
+        api.get(&format!("queues/{}", encoded(api.vhost()))).await
+    }
+
+    /// Reads the bindings of the virtual host only.
+    pub(crate) async fn read_bindings(api: &Management) -> Result<Vec<LiveBinding>, ManagementError> {
+        api.get(&format!("bindings/{}", encoded(api.vhost()))).await
+    }
+
     /// Reads exchanges, queues, bindings and policies of the virtual host.
     pub(crate) async fn read(api: &Management) -> Result<Self, ManagementError> {
         let vhost = encoded(api.vhost());
         Ok(Self {
             version: api.version().await?,
             exchanges: api.get(&format!("exchanges/{vhost}")).await?,
-            queues: api.get(&format!("queues/{vhost}")).await?,
-            bindings: api.get(&format!("bindings/{vhost}")).await?,
+            queues: Self::read_queues(api).await?,
+            bindings: Self::read_bindings(api).await?,
             policies: api.get(&format!("policies/{vhost}")).await?,
         })
     }

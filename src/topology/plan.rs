@@ -1,5 +1,16 @@
 //! Makes a plan out of the configuration: exchanges, queues and bindings. Pure.
 //!
+//! Events are published to a fanout exchange, and everything that only watches them hangs there:
+//!
+//! ```text
+//! prism.webhooks (fanout) --> prism.events (topic) --by key--> work queues
+//!           |                         `--no queue matches----> prism.unrouted
+//!           `--> archive, queues of `tail`
+//! ```
+//!
+//! In `prism.events` an archive would be a route like any other: an event that no work queue takes would count as
+//! routed, and would not reach `prism.unrouted`.
+//!
 //! A queue `q` with `retry_delays` has a retry ladder, made of what every RabbitMQ has:
 //!
 //! ```text
@@ -20,9 +31,13 @@ use std::time::Duration;
 
 use lapin::ExchangeKind;
 use lapin::types::{AMQPValue, FieldTable, LongString};
+use serde::Serialize;
 
 use super::spec::{ArchiveSpec, QueueSpec, Spec};
 
+/// The topic exchange that work queues are bound to. The name is fixed, so that workers need not know the
+/// configuration.
+pub(crate) const EVENTS: &str = "prism.events";
 /// Exchange and queue for events that match no work queue. The name is fixed, so that every tool finds it.
 pub(crate) const UNROUTED: &str = "prism.unrouted";
 /// Exchange and queue for dead letters: messages that workers rejected or that expired. The name is fixed.
@@ -38,6 +53,8 @@ pub(crate) struct Plan {
     /// The names in the configuration. The names of partitions, retry queues and inner exchanges begin with them.
     queues: Vec<String>,
     pub bindings: Vec<Binding>,
+    /// Bindings that an earlier version of the relay made, and that must not exist.
+    pub retired: Vec<Binding>,
 }
 
 /// What has to be declared, apart from bindings.
@@ -57,7 +74,24 @@ pub(crate) struct Exchange {
 #[derive(Clone, Debug)]
 pub(crate) struct Queue {
     pub name: String,
+    pub role: QueueRole,
     pub arguments: FieldTable,
+}
+
+/// What a queue is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum QueueRole {
+    /// Workers consume it: a work queue, or a partition of one.
+    Work,
+    /// Rejected messages wait in it until they go back to their work queue.
+    Retry,
+    /// Dead letters.
+    Dead,
+    /// Events that match no work queue.
+    Unrouted,
+    /// The stream of all events.
+    Archive,
 }
 
 #[derive(Clone, Debug)]
@@ -77,18 +111,23 @@ pub(crate) enum Target {
 }
 
 impl Plan {
+    /// `exchange`: where the relay publishes. With [`EVENTS`] there is no fanout in front.
     pub(crate) fn new(spec: &Spec, exchange: &str) -> Self {
         let mut plan = Self::default();
         plan.exchange(UNROUTED, ExchangeKind::Fanout, &[]);
-        plan.queue(UNROUTED, &[]);
+        plan.queue(QueueRole::Unrouted, UNROUTED, &[]);
         plan.bind(UNROUTED, Target::Queue(UNROUTED.to_owned()), "");
         plan.exchange(DEAD, ExchangeKind::Topic, &[]);
-        plan.queue(DEAD, &[]);
+        plan.queue(QueueRole::Dead, DEAD, &[]);
         plan.bind(DEAD, Target::Queue(DEAD.to_owned()), "#");
-        plan.exchange(exchange, ExchangeKind::Topic, &[("alternate-exchange", text(UNROUTED))]);
+        plan.exchange(EVENTS, ExchangeKind::Topic, &[("alternate-exchange", text(UNROUTED))]);
         for queue in &spec.queues {
-            plan.work_queue(queue, exchange);
+            plan.work_queue(queue);
             plan.queues.push(queue.name.clone());
+        }
+        if exchange != EVENTS {
+            plan.exchange(exchange, ExchangeKind::Fanout, &[]);
+            plan.bind(exchange, Target::Exchange(EVENTS.to_owned()), "");
         }
         if let Some(archive) = &spec.archive {
             plan.archive(archive, &spec.queues, exchange);
@@ -98,7 +137,7 @@ impl Plan {
 
     /// The number of declarations, each of which is a round trip.
     pub(crate) fn steps(&self) -> u32 {
-        u32::try_from(self.entities.len() + self.bindings.len()).unwrap_or(u32::MAX)
+        u32::try_from(self.entities.len() + self.bindings.len() + self.retired.len()).unwrap_or(u32::MAX)
     }
 
     pub(crate) fn entities(&self) -> &[Entity] {
@@ -142,7 +181,7 @@ impl Plan {
 
     /// Plans one queue or several partitions. Their bindings to the exchange come last, so that no event is routed to a
     /// queue that is not complete.
-    fn work_queue(&mut self, queue: &QueueSpec, exchange: &str) {
+    fn work_queue(&mut self, queue: &QueueSpec) {
         let name = &queue.name;
         let mut arguments = vec![("x-delivery-limit", AMQPValue::LongLongInt(queue.delivery_limit.into()))];
         if queue.single_active_consumer || queue.partitions.is_some() {
@@ -159,14 +198,14 @@ impl Plan {
                 self.exchange(name, ExchangeKind::Custom(CONSISTENT_HASH.to_owned()), &by);
                 for partition in 1..=partitions {
                     let partition = format!("{name}.{partition}");
-                    self.queue(&partition, &arguments);
+                    self.queue(QueueRole::Work, &partition, &arguments);
                     // The key is the weight.
                     self.bind(name, Target::Queue(partition), "1");
                 }
                 Target::Exchange(name.clone())
             }
             None => {
-                self.queue(name, &arguments);
+                self.queue(QueueRole::Work, name, &arguments);
                 if !queue.retry_delays.is_empty() {
                     self.exchange(name, ExchangeKind::Fanout, &[("alternate-exchange", text(UNROUTED))]);
                     self.bind(name, Target::Queue(name.clone()), "");
@@ -175,7 +214,7 @@ impl Plan {
             }
         };
         for key in &queue.bindings {
-            self.bind(exchange, entry.clone(), key);
+            self.bind(EVENTS, entry.clone(), key);
         }
     }
 
@@ -197,7 +236,8 @@ impl Plan {
         let steps = queue.retry_delays.len();
         for (step, delay) in (1..=steps).zip(&queue.retry_delays) {
             let back = dead_lettered_to(name, Some(&step_key(name, step)));
-            self.queue(&wait(step), &[back, vec![("x-message-ttl", milliseconds(*delay))]].concat());
+            let arguments = [back, vec![("x-message-ttl", milliseconds(*delay))]].concat();
+            self.queue(QueueRole::Retry, &wait(step), &arguments);
             match step {
                 1 => self.bind(&wait(1), Target::Queue(wait(1)), ""),
                 _ => self.bind(&retry, Target::Queue(wait(step)), &step_key(name, step - 1)),
@@ -207,19 +247,25 @@ impl Plan {
         rejected
     }
 
-    /// Plans the archive, bound like the work queues and to the unrouted events. With `#` in place of that every event
-    /// would count as routed, and none would ever reach the unrouted ones.
+    /// Plans the archive, bound to the fanout. Without the fanout it is bound like the work queues and to the unrouted
+    /// events, as earlier versions did: with `#` none would ever reach the unrouted ones.
     fn archive(&mut self, archive: &ArchiveSpec, queues: &[QueueSpec], exchange: &str) {
         let mut arguments = table(&[("x-queue-type", text("stream"))]);
         arguments.insert("x-max-age".into(), text(&format!("{}s", archive.max_age.as_secs())));
         if let Some(bytes) = archive.max_bytes {
             arguments.insert("x-max-length-bytes".into(), AMQPValue::LongLongInt(bytes as i64));
         }
-        self.entities.push(Entity::Queue(Queue { name: archive.name.clone(), arguments }));
-        self.bind(UNROUTED, Target::Queue(archive.name.clone()), "");
+        let (name, role) = (archive.name.clone(), QueueRole::Archive);
+        self.entities.push(Entity::Queue(Queue { name, role, arguments }));
+        let to = Target::Queue(archive.name.clone());
         let keys: BTreeSet<_> = queues.iter().flat_map(|queue| &queue.bindings).collect();
-        for key in keys {
-            self.bind(exchange, Target::Queue(archive.name.clone()), key);
+        let by_key = keys.into_iter().map(|key| binding(EVENTS, to.clone(), key, &[]));
+        let without_fanout = [binding(UNROUTED, to.clone(), "", &[])].into_iter().chain(by_key);
+        if exchange == EVENTS {
+            self.bindings.extend(without_fanout);
+        } else {
+            self.retired.extend(without_fanout);
+            self.bind(exchange, to, "");
         }
     }
 
@@ -228,10 +274,10 @@ impl Plan {
         self.entities.push(Entity::Exchange(Exchange { name: name.to_owned(), kind, arguments }));
     }
 
-    fn queue(&mut self, name: &str, arguments: &[(&str, AMQPValue)]) {
+    fn queue(&mut self, role: QueueRole, name: &str, arguments: &[(&str, AMQPValue)]) {
         let mut arguments = table(arguments);
         arguments.insert("x-queue-type".into(), text("quorum"));
-        self.entities.push(Entity::Queue(Queue { name: name.to_owned(), arguments }));
+        self.entities.push(Entity::Queue(Queue { name: name.to_owned(), role, arguments }));
     }
 
     fn bind(&mut self, exchange: &str, to: Target, key: &str) {
@@ -239,9 +285,12 @@ impl Plan {
     }
 
     fn bind_by(&mut self, exchange: &str, to: Target, key: &str, arguments: &[(&str, AMQPValue)]) {
-        let arguments = table(arguments);
-        self.bindings.push(Binding { exchange: exchange.to_owned(), to, key: key.to_owned(), arguments });
+        self.bindings.push(binding(exchange, to, key, arguments));
     }
+}
+
+fn binding(exchange: &str, to: Target, key: &str, arguments: &[(&str, AMQPValue)]) -> Binding {
+    Binding { exchange: exchange.to_owned(), to, key: key.to_owned(), arguments: table(arguments) }
 }
 
 /// The routing key of a message that comes back after `step` rejections.
@@ -279,7 +328,15 @@ fn table(arguments: &[(&str, AMQPValue)]) -> FieldTable {
 
 impl Queue {
     pub(crate) fn is_stream(&self) -> bool {
-        self.arguments.inner().get("x-queue-type") == Some(&text("stream"))
+        self.role == QueueRole::Archive
+    }
+
+    /// The configured maximum number of ready messages.
+    pub(super) fn max_length(&self) -> Option<u64> {
+        match self.arguments.inner().get("x-max-length") {
+            Some(AMQPValue::LongLongInt(length)) => u64::try_from(*length).ok(),
+            _ => None,
+        }
     }
 }
 

@@ -5,6 +5,7 @@ use serde_json::{Map, Value, json};
 use super::definitions::{KEEPERS, KEEPERS_LIMIT, escaped, pattern, plain, policy_key, policy_name};
 use super::live::LiveBinding;
 use super::plan::{Entity, Plan, Target};
+use super::trouble::Trouble;
 use crate::broker::encoded;
 
 /// The keys of a policy that decide what happens to messages. All others, such as where the leader of a queue lives,
@@ -153,6 +154,41 @@ impl Commands {
         self.delete(&["bindings", &self.vhost, "e", exchange, "q", queue, &properties_key])
     }
 
+    /// What to do about a queue that cannot take messages. A queue that is down is never deleted by the relay, because
+    /// only an operator knows whether its messages are lost.
+    pub(crate) fn repair(&self, queue: &str, trouble: &Trouble) -> Remedy {
+        let (vhost, relay) = (quote(&self.vhost), &self.relay);
+        let list = |columns: &str| format!("rabbitmqctl list_queues -p {vhost} name {columns}");
+        Remedy::Steps(match trouble {
+            Trouble::Full { .. } => format!(
+                "the relay keeps its events on disk until the queue has room:\n\
+                 1. check that its workers run and acknowledge messages: {}\n\
+                 2. start more workers, or move messages to a queue of your own: {} --to OTHER",
+                list("messages consumers"),
+                self.redrive(queue)
+            ),
+            Trouble::Down => format!(
+                "the relay keeps its events on disk until the queue is back:\n\
+                 1. start RabbitMQ nodes that are stopped, and look again: {}\n\
+                 2. if it stays down, and is known to be empty or its messages are known to be lost, delete it: {}\n\
+                 3. create it again, with its bindings: {relay} topology declare. An active relay does so by itself",
+                list("state leader online"),
+                self.delete_queue(queue)
+            ),
+            Trouble::Minority { members, .. } => format!(
+                "the relay keeps its events on disk until the queue is back: start the RabbitMQ nodes that are \
+                 stopped; those of the queue are {}. To see which run: {}",
+                members.join(", "),
+                list("state leader online")
+            ),
+            Trouble::Silent => format!(
+                "see whether it has a leader: {}. If it has none, {relay} topology diff prints what to do, with a user \
+                 who may read the management API",
+                list("state leader online messages")
+            ),
+        })
+    }
+
     fn delete_queue(&self, queue: &str) -> String {
         format!("rabbitmqctl delete_queue -p {} {}", quote(&self.vhost), quote(queue))
     }
@@ -252,6 +288,31 @@ mod tests {
                 "5. create it again, with its binding: prism-relay topology declare".to_owned(),
             ];
             assert_eq!(steps, expected);
+        }
+    }
+
+    #[test]
+    fn a_queue_that_is_down_is_deleted_only_by_an_operator_who_knows_that_nothing_is_lost() {
+        let [relay, vhost, api, user] = ["prism-relay", "/", "http://broker:15672", "me"].map(str::to_owned);
+        let commands = Commands { relay, vhost, api, user, active: true };
+        let remedy = commands.repair("prism.scan", &Trouble::Down);
+        let steps: Vec<_> = remedy.text("").lines().skip(1).collect();
+        let expected = [
+            "1. start RabbitMQ nodes that are stopped, and look again: rabbitmqctl list_queues -p / name state leader \
+             online",
+            "2. if it stays down, and is known to be empty or its messages are known to be lost, delete it: \
+             rabbitmqctl delete_queue -p / prism.scan",
+            "3. create it again, with its bindings: prism-relay topology declare. An active relay does so by itself",
+        ];
+        assert_eq!(steps, expected);
+        let members = ["a", "b", "c"].map(str::to_owned).to_vec();
+        for (trouble, part) in [
+            (Trouble::Full { messages: 7, limit: 7 }, "prism-relay redrive --from prism.scan --to OTHER"),
+            (Trouble::Minority { online: 1, members }, "those of the queue are a, b, c"),
+            (Trouble::Silent, "rabbitmqctl list_queues -p / name state leader online messages"),
+        ] {
+            let remedy = commands.repair("prism.scan", &trouble);
+            assert!(remedy.text("").contains(part) && !remedy.text("").contains("delete"), "{remedy:?}");
         }
     }
 

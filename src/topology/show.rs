@@ -43,7 +43,7 @@ queue prism.unrouted  (durable)
 exchange prism.dead  (topic)
 queue prism.dead  (durable)
     x-queue-type = "quorum"
-exchange e  (topic)
+exchange prism.events  (topic)
     alternate-exchange = "prism.unrouted"
 queue q  (durable)
     x-dead-letter-exchange = "prism.dead"
@@ -51,9 +51,11 @@ queue q  (durable)
     x-delivery-limit = 20
     x-overflow = "reject-publish"
     x-queue-type = "quorum"
+exchange e  (fanout)
 binding of queue prism.unrouted to exchange prism.unrouted by ""
 binding of queue prism.dead to exchange prism.dead by "#"
-binding of queue q to exchange e by "a.#"
+binding of queue q to exchange prism.events by "a.#"
+binding of exchange prism.events to exchange e by ""
 "##;
 
     fn shown(spec: &Spec) -> String {
@@ -115,7 +117,7 @@ queue q  (durable)
             "binding of queue q.retry.2 to exchange q.retry by \"q:1\"",
             "binding of exchange prism.dead to exchange q.retry by \"q:2\"",
             "binding of queue q to exchange q by \"\"",
-            "binding of queue q to exchange e by \"a.#\"",
+            "binding of queue q to exchange prism.events by \"a.#\"",
         ] {
             assert!(text.contains(line), "{line} is not in {text}");
         }
@@ -138,7 +140,7 @@ queue q  (durable)
             "queue q.2  (durable)",
             "binding of queue q.1 to exchange q by \"1\"",
             "binding of queue q.2 to exchange q by \"1\"",
-            "binding of exchange q to exchange e by \"a.#\"",
+            "binding of exchange q to exchange prism.events by \"a.#\"",
         ] {
             assert!(text.contains(line), "{line} is not in {text}");
         }
@@ -147,18 +149,25 @@ queue q  (durable)
     }
 
     #[test]
-    fn the_archive_gets_what_the_queues_get_and_what_is_unrouted() {
+    fn the_archive_hangs_on_the_fanout_and_is_no_route_of_the_topic_exchange() {
         let mut spec = Spec::of_queue(|_| {});
         let (max_age, max_bytes) = (3600 * SECOND, Some(1 << 30));
         spec.archive = Some(ArchiveSpec { name: "all".to_owned(), max_age, max_bytes });
         let text = shown(&spec);
+        assert_eq!(text.matches("binding of queue all").count(), 1, "{text}");
         for line in [
             "queue all  (durable)\n    x-max-age = \"3600s\"\n    x-max-length-bytes = 1073741824\n",
             "    x-queue-type = \"stream\"\n",
-            "binding of queue all to exchange prism.unrouted by \"\"",
-            "binding of queue all to exchange e by \"a.#\"",
+            "binding of queue all to exchange e by \"\"",
         ] {
             assert!(text.contains(line), "{line} is not in {text}");
+        }
+        let without_fanout = show(&Plan::new(&spec, "prism.events"));
+        for line in [
+            "binding of queue all to exchange prism.unrouted by \"\"",
+            "binding of queue all to exchange prism.events by \"a.#\"",
+        ] {
+            assert!(without_fanout.contains(line), "{line} is not in {without_fanout}");
         }
     }
 }

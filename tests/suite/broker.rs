@@ -114,7 +114,7 @@ async fn an_exchange_that_is_deleted_is_declared_again() {
     let relay = Relay::start(&vhost).await;
     relay.post(nth(0)).await.expect(200);
     vhost.messages("prism.scan", 1).await;
-    vhost.delete_exchange("prism.events").await;
+    vhost.delete_exchange("prism.webhooks").await;
     for number in 1..5 {
         relay.post(nth(number)).await.expect(200);
     }

@@ -202,7 +202,7 @@ async fn a_confirm_deadline_and_reconnects_hold_through_a_jump_back() {
 async fn parked_events_are_tried_again_after_a_jump_back() {
     let vhost = Vhost::new(Node::shared().await).await;
     // An operator's own topology, without a queue for the event.
-    vhost.create_exchange("prism.events", "topic", json!({})).await;
+    vhost.create_exchange("prism.webhooks", "topic", json!({})).await;
     let setup = Setup::new(&vhost.url()).set("topology.declare", "off").set("broker.parked_retry", "300ms");
     let (mut clock, setup) = Clock::new(setup);
     let relay = setup.start().await;
@@ -210,7 +210,7 @@ async fn parked_events_are_tried_again_after_a_jump_back() {
     relay.eventually_parked(1).await;
     clock.jump(-HOUR);
     vhost.create_queue("rest", json!({"x-queue-type": "quorum"})).await;
-    vhost.bind("prism.events", "rest", "#").await;
+    vhost.bind("prism.webhooks", "rest", "#").await;
     assert_eq!(vhost.messages("rest", 1).await[0].id(), id);
     relay.eventually_parked(0).await;
 }

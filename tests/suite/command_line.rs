@@ -264,8 +264,8 @@ async fn tail_prints_events_and_takes_none_from_queues() {
     eventually("both tails to be bound", async || {
         let queues: Vec<_> =
             vhost.bindings().await.into_iter().filter(|(_, queue, _)| queue.starts_with("amq.gen")).collect();
-        // Each tail has the two bindings of the work queues, one to prism.unrouted, and the default one.
-        if queues.iter().filter(|(exchange, _, _)| !exchange.is_empty()).count() == 6 {
+        // Each tail has the two bindings of the work queues, those to the fanout and prism.unrouted, and the default.
+        if queues.iter().filter(|(exchange, _, _)| !exchange.is_empty()).count() == 8 {
             Ok(())
         } else {
             Err(format!("{queues:?} {:?} {:?} {:?} {:?}", all.exited(), all.stderr(), scans.exited(), scans.stderr()))

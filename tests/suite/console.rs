@@ -101,7 +101,7 @@ async fn the_page_and_its_summary_follow_an_outage_of_the_broker() {
 #[tokio::test]
 async fn buttons_retry_one_parked_event_and_remove_another() {
     let vhost = Vhost::new(Node::shared().await).await;
-    vhost.create_exchange("prism.events", "topic", json!({})).await;
+    vhost.create_exchange("prism.webhooks", "topic", json!({})).await;
     let setup = Setup::new(&vhost.url()).set("topology.declare", "off").set("broker.parked_retry", "1h");
     let relay = setup.start().await;
     let (one, two) = (relay.post(scan(1)).await.id(), relay.post(scan(2)).await.id());
@@ -114,7 +114,7 @@ async fn buttons_retry_one_parked_event_and_remove_another() {
     looks_right(&browser, "parked").await;
 
     vhost.create_queue("rest", json!({"x-queue-type": "quorum"})).await;
-    vhost.bind("prism.events", "rest", "#").await;
+    vhost.bind("prism.webhooks", "rest", "#").await;
     let button = |action: &str, id: &str| format!("#parked-rows [data-action={action}][aria-label*=\"{id}\"]");
     browser.click(&button("retry", &one)).await;
     browser.shows("#ask-text", "sent to RabbitMQ again").await;

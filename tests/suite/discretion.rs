@@ -62,7 +62,7 @@ async fn no_output_quotes_what_a_sender_sent() {
 async fn commands_and_errors_of_the_broker_quote_no_secret() {
     let vhost = Vhost::new(Node::shared().await).await;
     // No queue is bound: the broker returns the event, and the relay parks it.
-    vhost.create_exchange("prism.events", "topic", json!({})).await;
+    vhost.create_exchange("prism.webhooks", "topic", json!({})).await;
     let setup = Setup::new(&vhost.url()).set("topology.declare", "off").set("log.filter", "trace,lapin=trace");
     let relay = setup.start().await;
     let id = relay.post(of_type("scan.processing.started")).await.id();

@@ -95,7 +95,7 @@ async fn the_message_carries_the_properties_and_headers_of_the_contract() {
     let id = relay.post_with(&headers, body).await.id();
     let delivery = vhost.messages("prism.future_me", 1).await.remove(0);
     let properties = &delivery.properties;
-    assert_eq!((delivery.exchange.as_str(), delivery.id()), ("prism.events", id));
+    assert_eq!((delivery.exchange.as_str(), delivery.id()), ("prism.webhooks", id));
     assert_eq!(uuid::Uuid::parse_str(&delivery.id()).unwrap().get_version_num(), 7);
     assert_eq!(properties.delivery_mode(), &Some(2));
     assert_eq!(properties.content_type().as_ref().unwrap().as_str(), "application/json");

@@ -206,7 +206,7 @@ async fn the_console_and_api_are_only_open_to_operators() {
 #[tokio::test]
 async fn only_the_consoles_own_page_acts_on_parked_events() {
     let vhost = Vhost::new(Node::shared().await).await;
-    vhost.create_exchange("prism.events", "topic", json!({})).await;
+    vhost.create_exchange("prism.webhooks", "topic", json!({})).await;
     let setup = Setup::new(&vhost.url()).set("topology.declare", "off").set("broker.parked_retry", "1h");
     let relay = setup.start().await;
     let id = relay.post(scan(1)).await.id();

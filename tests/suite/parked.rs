@@ -11,9 +11,9 @@ use crate::harness::{Node, Setup, Vhost, Wire, eventually};
 async fn an_event_without_a_queue_is_parked_and_released_when_there_is_one() {
     let vhost = Vhost::new(Node::shared().await).await;
     // An operator's own topology without an alternate exchange, so unroutable events are returned.
-    vhost.create_exchange("prism.events", "topic", json!({})).await;
+    vhost.create_exchange("prism.webhooks", "topic", json!({})).await;
     vhost.create_queue("prism.scan", json!({"x-queue-type": "quorum"})).await;
-    vhost.bind("prism.events", "prism.scan", "scan.#").await;
+    vhost.bind("prism.webhooks", "prism.scan", "scan.#").await;
     let setup = Setup::new(&vhost.url()).set("topology.declare", "off").set("broker.parked_retry", "300ms");
     let relay = setup.start().await;
     let mut expected = Vec::new();
@@ -39,14 +39,15 @@ async fn an_event_without_a_queue_is_parked_and_released_when_there_is_one() {
     assert_eq!(relay.metric("prism_relay_broker_reconnects_total", &[]).await, 0.0);
 
     vhost.create_queue("rest", json!({})).await;
-    vhost.bind("prism.events", "rest", "other.#").await;
+    vhost.bind("prism.webhooks", "rest", "other.#").await;
     let released = vhost.messages("rest", 30).await;
     assert!(released.iter().all(|delivery| delivery.routing_key.starts_with("other.")));
     relay.eventually_parked(0).await;
 }
 
 /// A user who may publish to `prism.events` by these keys only (a regular expression). For any other the broker closes
-/// the channel with 403, as it does with 406 for a message that is too large.
+/// the channel with 403, as it does with 406 for a message that is too large. RabbitMQ checks the keys only where the
+/// relay publishes to a topic exchange, so without the fanout in front.
 async fn user_with_topic_permission(node: &Node, vhost: &Vhost, keys: &str) -> String {
     let user = format!("user{}", uuid::Uuid::now_v7().simple());
     node.create_user(&user, "password").await;
@@ -70,7 +71,7 @@ async fn a_message_that_closes_the_channel_is_found_and_parked() {
     let mut wire = Wire::new(vhost.address());
     wire.refuse().await;
     let url = vhost.url_for(&user, "password", wire.address());
-    let relay = Setup::new(&url).set("broker.parked_retry", "10m").start().await;
+    let relay = Setup::new(&url).set("broker.exchange", "prism.events").set("broker.parked_retry", "10m").start().await;
     let mut expected = Vec::new();
     for number in 0..40 {
         let body = of_type(&format!("scan.{}{number}", if number % 20 == 7 { "poison" } else { "good" }));
@@ -127,7 +128,8 @@ async fn parked_events_that_keep_closing_the_channel_do_not_hold_up_others() {
     let vhost = Vhost::new(node).await;
     let user = user_with_topic_permission(node, &vhost, "^scan\\..*").await;
     let url = vhost.url_for(&user, "password", vhost.address());
-    let relay = Setup::new(&url).set("broker.parked_retry", "100ms").start().await;
+    let setup = Setup::new(&url).set("broker.exchange", "prism.events").set("broker.parked_retry", "100ms");
+    let relay = setup.start().await;
     for number in 0..5 {
         relay.post(of_type(&format!("body_shape_prediction.n{number}"))).await.expect(200);
     }
@@ -157,7 +159,7 @@ async fn missing_permissions_hold_up_everything_and_park_nothing() {
     let relay = Setup::new(&vhost.url_for(&user, "password", vhost.address())).start().await;
     relay.post(of_type("scan.first")).await.expect(200);
     vhost.messages("prism.scan", 1).await;
-    vhost.permit(&user, ".*", "^prism.(unrouted|dead|scan|future_me)$", ".*").await;
+    vhost.permit(&user, ".*", "^prism.(unrouted|dead|events|scan|future_me)$", ".*").await;
     // The broker caches the permissions of a connection. The API lists new connections some seconds late.
     eventually("the relay's connection to be closed", async || {
         vhost.close_connections().await;
@@ -166,7 +168,7 @@ async fn missing_permissions_hold_up_everything_and_park_nothing() {
     })
     .await;
     relay.post(of_type("scan.second")).await.expect(200);
-    relay.eventually_logs("access to exchange 'prism.events'").await;
+    relay.eventually_logs("access to exchange 'prism.webhooks'").await;
     assert_eq!(relay.spool().await.parked, 0);
     vhost.permit(&user, ".*", ".*", ".*").await;
     assert_eq!(vhost.messages("prism.scan", 1).await[0].routing_key, "scan.second");

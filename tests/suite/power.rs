@@ -321,7 +321,7 @@ async fn deliveries_are_not_repeated_on_a_failing_disk() {
 #[tokio::test]
 async fn parked_events_are_not_repeated_on_a_failing_disk() {
     let vhost = Vhost::new(Node::shared().await).await;
-    vhost.create_exchange("prism.events", "topic", json!({})).await;
+    vhost.create_exchange("prism.webhooks", "topic", json!({})).await;
     let setup = Setup::new(&vhost.url()).set("topology.declare", "off").set("broker.parked_retry", "100ms");
     let relay = with_library(setup).start().await;
     for number in 0..5 {
@@ -332,7 +332,7 @@ async fn parked_events_are_not_repeated_on_a_failing_disk() {
     fs::write(&faults, "write").unwrap();
     relay.post(scan(5)).await.expect(503);
     vhost.create_queue("rest", json!({})).await;
-    vhost.bind("prism.events", "rest", "#").await;
+    vhost.bind("prism.webhooks", "rest", "#").await;
     let begun = Instant::now();
     eventually("2 s, enough for many retries", async || {
         let elapsed = begun.elapsed();

@@ -443,7 +443,7 @@ async fn the_archive_has_every_event_and_unrouted_events_stay_unrouted() {
     let again = vhost.messages("prism.scan", 2).await;
     assert_eq!(keys(&again), ["scan.processing.started", "scan.processing.failed"]);
     assert!(again.iter().all(|message| message.header("prism-replayed-at") >= since.as_str()));
-    // The archive also has the replayed events, which are not replayed again.
+    // The archive has each event once: replayed events do not come by the fanout.
     vhost.create_queue("mine", json!({})).await;
     let to = relay.run(&["replay", "--since", "1h", "--to", "mine"]).await;
     assert!(to.stdout.starts_with("3 events"), "{to:?}");

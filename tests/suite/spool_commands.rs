@@ -21,7 +21,7 @@ async fn stats(relay: &Relay) -> Value {
 
 /// A relay whose events are all parked, because no queue is bound.
 async fn with_parked(vhost: &Vhost, count: u32) -> (Relay, Vec<String>) {
-    vhost.create_exchange("prism.events", "topic", json!({})).await;
+    vhost.create_exchange("prism.webhooks", "topic", json!({})).await;
     let setup = Setup::new(&vhost.url()).set("topology.declare", "off").set("broker.parked_retry", "1h");
     let relay = setup.start().await;
     let mut ids = Vec::new();

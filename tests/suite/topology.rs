@@ -8,6 +8,11 @@ use crate::harness::{Delivery, Node, Relay, Setup, Vhost, Wire, eventually};
 
 const EVENT: &str = r#"{"eventType":"scan.a","payload":{}}"#;
 
+/// An event for `prism.scan`.
+fn event(number: u32) -> String {
+    json!({ "eventType": "scan.a", "payload": { "number": number } }).to_string()
+}
+
 /// The arguments of a work queue.
 fn work_queue() -> Value {
     json!({
@@ -33,6 +38,7 @@ async fn everything_is_declared_as_the_contract_says() {
         }
     };
     let topic = |arguments: Value| ("topic".to_owned(), arguments);
+    assert_eq!(exchange("prism.webhooks").await, ("fanout".to_owned(), json!({})));
     assert_eq!(exchange("prism.events").await, topic(json!({"alternate-exchange": "prism.unrouted"})));
     assert_eq!(exchange("prism.unrouted").await, ("fanout".to_owned(), json!({})));
     assert_eq!(exchange("prism.dead").await, topic(json!({})));
@@ -54,6 +60,7 @@ async fn everything_is_declared_as_the_contract_says() {
         ("prism.events", "prism.future_me", "body_shape_prediction.#"),
         ("prism.events", "prism.scan", "scan.#"),
         ("prism.unrouted", "prism.unrouted", ""),
+        ("prism.webhooks", "prism.events", ""),
     ];
     assert_eq!(bindings, expected);
 }
@@ -111,11 +118,11 @@ async fn off_without_an_exchange_keeps_the_event_and_says_why() {
     let setup = Setup::new(&vhost.url()).set("topology.declare", "off").set("broker.parked_retry", "1s");
     let relay = setup.start().await;
     relay.post(EVENT).await.expect(200);
-    relay.eventually_logs("no exchange 'prism.events'").await;
+    relay.eventually_logs("no exchange 'prism.webhooks'").await;
     assert_eq!(relay.spool().await.parked, 0);
-    vhost.create_exchange("prism.events", "topic", json!({})).await;
+    vhost.create_exchange("prism.webhooks", "topic", json!({})).await;
     vhost.create_queue("q", json!({})).await;
-    vhost.bind("prism.events", "q", "#").await;
+    vhost.bind("prism.webhooks", "q", "#").await;
     vhost.messages("q", 1).await;
 }
 
@@ -133,6 +140,73 @@ async fn names_and_queues_come_from_the_configuration() {
     assert_eq!(vhost.messages("prism.unrouted", 1).await[0].exchange, "my.events");
 }
 
+/// An archive and a tail watch; a queue that is not there makes its events unrouted all the same.
+#[tokio::test]
+async fn a_tap_takes_nothing_away() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let setup = Setup::new(&vhost.url()).set("topology.archive", json!({ "max_age": "1d" }));
+    // An active relay would declare the queue again.
+    let relay = setup.set("broker.watch_interval", "1h").start().await;
+    relay.eventually_connected().await;
+    // The first look is over, and the next one comes in an hour.
+    eventually("a look", async || {
+        let watch = relay.status().await["watch"].clone();
+        if watch["looked_at"].is_string() { Ok(()) } else { Err(watch) }
+    })
+    .await;
+    let mut tail = relay.setup().launch(&["tail", "--count", "5"]);
+    eventually("the tail to be bound", async || {
+        let bindings = vhost.bindings().await;
+        let is_bound =
+            bindings.iter().any(|(exchange, queue, _)| exchange == "prism.webhooks" && queue.starts_with("amq.gen"));
+        if is_bound { Ok(()) } else { Err(format!("{bindings:?} {:?}", tail.stderr())) }
+    })
+    .await;
+    vhost.delete_queue("prism.scan").await;
+    let mut ids = BTreeSet::new();
+    for number in 0..5 {
+        ids.insert(relay.post(event(number)).await.id());
+    }
+    let unrouted: BTreeSet<_> = vhost.messages("prism.unrouted", 5).await.iter().map(Delivery::id).collect();
+    assert_eq!(unrouted, ids);
+    assert_eq!(tail.wait().await.code, Some(0));
+    let archived = relay.run(&["replay", "--since", "1h", "--dry-run"]).await;
+    assert!(archived.stdout.ends_with("5 events of prism.archive would be published to prism.events"), "{archived:?}");
+    assert_eq!(relay.spool().await.parked, 0);
+}
+
+/// The former version published to `prism.events`, which the archive was bound to like a work queue.
+#[tokio::test]
+async fn an_installation_without_the_fanout_is_taken_over_and_its_archive_is_no_route_any_more() {
+    let node = Node::shared().await;
+    let vhost = Vhost::new(node).await;
+    let setup = watched(node, &vhost).set("topology.archive", json!({ "max_age": "1d" }));
+    let mut relay = setup.set("broker.exchange", "prism.events").start().await;
+    relay.post(event(0)).await.expect(200);
+    vhost.messages("prism.scan", 1).await;
+    let archive = async || -> Vec<(String, String)> {
+        let bindings = vhost.bindings().await.into_iter().filter(|(_, queue, _)| queue == "prism.archive");
+        bindings.map(|(exchange, _, key)| (exchange, key)).collect()
+    };
+    let bound = |bindings: &[(&str, &str)]| -> Vec<(String, String)> {
+        bindings.iter().map(|(exchange, key)| ((*exchange).to_owned(), (*key).to_owned())).collect()
+    };
+    let former = [("prism.events", "body_shape_prediction.#"), ("prism.events", "scan.#"), ("prism.unrouted", "")];
+    assert_eq!(archive().await, bound(&former));
+    relay.reconfigure("broker.exchange", "prism.webhooks");
+    let printed = relay.run(&["topology", "diff"]).await;
+    let surplus = "binding of queue prism.archive to exchange prism.events by \"scan.#\": is not configured";
+    assert!(printed.code == Some(1) && printed.stdout.contains(surplus), "{printed:?}");
+    relay.restart().await;
+    relay.post(event(1)).await.expect(200);
+    vhost.messages("prism.scan", 1).await;
+    assert_eq!(archive().await, bound(&[("prism.webhooks", "")]));
+    let same = relay.run(&["topology", "diff"]).await;
+    assert!(same.code == Some(0) && same.stdout.ends_with("the broker is as configured"), "{same:?}");
+    let archived = relay.run(&["replay", "--since", "1h", "--dry-run"]).await;
+    assert!(archived.stdout.ends_with("2 events of prism.archive would be published to prism.events"), "{archived:?}");
+}
+
 #[tokio::test]
 async fn the_topology_can_be_shown_declared_and_exported() {
     let node = Node::shared().await;
@@ -142,7 +216,7 @@ async fn the_topology_can_be_shown_declared_and_exported() {
     assert!(shown.code == Some(0) && shown.stdout.contains("queue prism.scan  (durable)\n"), "{shown:?}");
     for _ in 0..2 {
         let declared = setup.run(&["topology", "declare"]).await;
-        assert!(declared.code == Some(0) && declared.stdout.contains("4 bindings exist as configured"), "{declared:?}");
+        assert!(declared.code == Some(0) && declared.stdout.contains("5 bindings exist as configured"), "{declared:?}");
     }
     assert_eq!(vhost.queue("prism.scan").await.unwrap()["arguments"], work_queue());
     let away = Setup::without_broker().run(&["topology", "declare"]).await;
@@ -477,4 +551,148 @@ async fn a_moved_message_finds_its_way_back_from_the_dead_letters() {
     let message = vhost.messages("prism.scan", 1).await.remove(0);
     assert_eq!((message.id(), message.routing_key.as_str()), (id, "scan.a"));
     assert!(!message.headers.contains_key("prism-original-key"));
+}
+
+/// A setup that looks at the broker as often as it may.
+fn watching(node: &Node, vhost: &Vhost) -> Setup {
+    watched(node, vhost).set("broker.watch_interval", "1s")
+}
+
+#[tokio::test]
+async fn what_is_deleted_under_a_running_relay_is_declared_again_and_named() {
+    let node = Node::shared().await;
+    let vhost = Vhost::new(node).await;
+    let relay = watching(node, &vhost).start().await;
+    relay.post(event(0)).await.expect(200);
+    vhost.messages("prism.scan", 1).await;
+    let bound = vhost.bindings().await;
+    let declared = |text: &str| {
+        let lines =
+            relay.logs().into_iter().filter(|line| line["message"].as_str().unwrap_or("").starts_with("declared"));
+        lines.filter(|line| line["declared"].as_str().unwrap().contains(text)).count()
+    };
+    let eventually_bound = async |what: &str| {
+        eventually(&format!("{what} to be back"), async || {
+            let bindings = vhost.bindings().await;
+            if bindings == bound && declared(what) > 0 { Ok(()) } else { Err(format!("{bindings:?}")) }
+        })
+        .await;
+    };
+    vhost.delete_queue("prism.scan").await;
+    eventually_bound("queue prism.scan").await;
+    let path = format!("bindings/{}/e/prism%2Eevents/q/prism%2Escan/scan%2E%2523", vhost.name());
+    assert!(node.management().delete(&path).await);
+    eventually_bound("binding of queue prism.scan to exchange prism.events by \"scan.#\"").await;
+    vhost.delete_exchange("prism.unrouted").await;
+    eventually_bound("exchange prism.unrouted").await;
+    relay.post(event(1)).await.expect(200);
+    assert_eq!(vhost.messages("prism.scan", 1).await[0].text(), event(1));
+    assert!(relay.metric("prism_relay_topology_declared_again_total", &[]).await >= 3.0);
+    assert_eq!(relay.metric("prism_relay_topology_missing", &[]).await, 0.0);
+    assert_eq!(relay.metric("prism_relay_broker_reconnects_total", &[]).await, 0.0, "deliveries are not disturbed");
+}
+
+/// Without the exchange of the work queues every event is returned. That leads to a look at once.
+#[tokio::test]
+async fn events_that_find_no_exchange_are_delivered_as_soon_as_it_is_declared_again() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let setup = Setup::new(&vhost.url()).set("broker.watch_interval", "1h").set("broker.parked_retry", "1s");
+    let relay = setup.start().await;
+    relay.post(event(0)).await.expect(200);
+    vhost.messages("prism.scan", 1).await;
+    vhost.delete_exchange("prism.events").await;
+    for number in 1..5 {
+        relay.post(event(number)).await.expect(200);
+    }
+    let mut texts: Vec<_> = vhost.messages("prism.scan", 4).await.iter().map(Delivery::text).collect();
+    texts.sort();
+    assert_eq!(texts, (1..5).map(event).collect::<Vec<_>>());
+    relay.eventually_parked(0).await;
+    assert_eq!(relay.metric("prism_relay_broker_reconnects_total", &[]).await, 0.0);
+}
+
+#[tokio::test]
+async fn a_passive_relay_reports_what_is_deleted_and_creates_nothing() {
+    let node = Node::shared().await;
+    let vhost = Vhost::new(node).await;
+    let setup = watching(node, &vhost).set("topology.declare", "passive");
+    assert_eq!(setup.run(&["topology", "declare"]).await.code, Some(0));
+    let relay = setup.start().await;
+    let eventually_missing = async |expected: Value| {
+        eventually("the report", async || {
+            let watch = relay.status().await["watch"].clone();
+            let metric = relay.metric("prism_relay_topology_missing", &[]).await;
+            let count = expected.as_array().unwrap().len() as f64;
+            let is_right = watch["looked_at"].is_string() && watch["missing"] == expected && metric == count;
+            if is_right { Ok(()) } else { Err(format!("{metric} {watch}")) }
+        })
+        .await;
+    };
+    eventually_missing(json!([])).await;
+    let binding = "binding of queue prism.scan to exchange prism.events by \"scan.#\"";
+    let path = format!("bindings/{}/e/prism%2Eevents/q/prism%2Escan/scan%2E%2523", vhost.name());
+    assert!(node.management().delete(&path).await);
+    eventually_missing(json!([binding])).await;
+    vhost.delete_queue("prism.scan").await;
+    eventually_missing(json!(["queue prism.scan", binding])).await;
+    let line = relay.eventually_logs("\"missing\":\"queue prism.scan; ").await;
+    assert!(line["message"].as_str().unwrap().contains("prism-relay topology declare"), "{line}");
+    relay.post(event(0)).await.expect(200);
+    assert_eq!(vhost.messages("prism.unrouted", 1).await[0].text(), event(0));
+    assert!(vhost.queue("prism.scan").await.is_none());
+    assert_eq!(relay.run(&["topology", "declare"]).await.code, Some(0));
+    eventually_missing(json!([])).await;
+    relay.eventually_logs("nothing is missing on the broker any more").await;
+}
+
+#[tokio::test]
+async fn messages_and_consumers_of_each_queue_are_counted_over_amqp() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let relay = Setup::new(&vhost.url()).set("broker.watch_interval", "1s").start().await;
+    for number in 0..3 {
+        relay.post(event(number)).await.expect(200);
+    }
+    let connection = vhost.connect().await;
+    let channel = connection.create_channel().await.unwrap();
+    let worker = channel.basic_consume("prism.future_me".into(), "".into(), Default::default(), Default::default());
+    let _worker = worker.await.unwrap();
+    let expected = [
+        ("prism.unrouted", "unrouted", 0, 0),
+        ("prism.dead", "dead", 0, 0),
+        ("prism.scan", "work", 3, 0),
+        ("prism.future_me", "work", 0, 1),
+    ];
+    let queues = expected.map(|(name, role, messages, consumers)| {
+        json!({ "name": name, "role": role, "messages": messages, "consumers": consumers, "trouble": null })
+    });
+    eventually("the counts", async || {
+        let found = relay.status().await["watch"]["queues"].clone();
+        if found == json!(queues) { Ok(()) } else { Err(found) }
+    })
+    .await;
+    for (queue, _, messages, consumers) in expected {
+        let metric = async |name: &str| relay.metric(name, &[("queue", queue)]).await;
+        assert_eq!(metric("prism_relay_queue_messages").await, f64::from(messages), "{queue}");
+        assert_eq!(metric("prism_relay_queue_consumers").await, f64::from(consumers), "{queue}");
+    }
+}
+
+/// RabbitMQ closes the connection over a channel too many.
+#[tokio::test]
+async fn a_user_who_may_open_one_channel_only_gets_deliveries_and_no_watch() {
+    let node = Node::shared().await;
+    let vhost = Vhost::new(node).await;
+    let user = format!("user{}", uuid::Uuid::now_v7().simple());
+    node.create_user(&user, "password").await;
+    vhost.permit(&user, ".*", ".*", ".*").await;
+    node.ctl(&["set_user_limits", &user, r#"{"max-channels":1}"#]).await;
+    let relay = Setup::new(&vhost.url_for(&user, "password", vhost.address())).start().await;
+    relay.eventually_logs("queues and bindings are not watched").await;
+    for number in 0..3 {
+        relay.post(event(number)).await.expect(200);
+    }
+    vhost.messages("prism.scan", 3).await;
+    let status = relay.status().await;
+    assert!(status["watch"]["off"].as_str().unwrap().contains("number of channels"), "{status}");
+    assert_eq!(status["broker"]["connects"], 1, "the connection that was refused counts as none");
 }

@@ -87,10 +87,10 @@ async fn both_spans_of_an_event_are_exported_and_the_message_continues_the_last_
     assert_eq!(message.header("tracestate"), "vendor=1");
     for text in [
         "prism webhook",
-        "publish prism.events",
+        "publish prism.webhooks",
         "messaging.system",
         "rabbitmq",
-        "prism.events:scan.processing.started",
+        "prism.webhooks:scan.processing.started",
         "http.response.status_code",
         id.as_str(),
         "service.name",
@@ -110,7 +110,7 @@ async fn both_spans_of_an_event_are_exported_and_the_message_continues_the_last_
     relay.post(r#"{"eventType":"scan.last","payload":{}}"#).await.expect(200);
     relay.sigterm();
     assert_eq!(relay.wait().await.code, Some(0));
-    assert!(collector.has(b"prism.events:scan.last"));
+    assert!(collector.has(b"prism.webhooks:scan.last"));
 }
 
 #[tokio::test]

@@ -1,0 +1,257 @@
+//! Looks at queues, exchanges and bindings while the relay delivers, and reports what is missing and what cannot take
+//! messages.
+//!
+//! It has a channel of its own on the publisher's connection. Where the broker allows a user one channel only, it is
+//! off. It never deletes anything.
+
+use std::convert::Infallible;
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use lapin::Channel;
+use tokio::time::timeout;
+use tracing::{debug, info, warn};
+
+use super::status::{QueueState, QueueTrouble, Status, WatchState};
+use crate::broker::{BrokerConnection, Management, ManagementError};
+use crate::metrics::Metrics;
+use crate::text::chain;
+use crate::topology::{Commands, Declare, Live, LiveEntity, Looker, Plan, QueueLook, Trouble, missing_bindings};
+
+/// The shortest time between two looks, however many are requested.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// How long the management API is left alone after it refused: RabbitMQ logs each refused login.
+const API_PAUSE: Duration = Duration::from_secs(600);
+
+/// What the watch needs from its publisher.
+#[derive(Clone, Copy)]
+pub(super) struct Watched<'a> {
+    pub plan: &'a Plan,
+    pub declare: Declare,
+    pub interval: Duration,
+    /// Maximum time for a look.
+    pub limit: Duration,
+    pub status: &'a Status,
+    pub metrics: &'a Metrics,
+}
+
+/// What a watch remembers from one connection to the next.
+#[derive(Default)]
+pub(super) struct Watch {
+    /// Why it does not look.
+    off: Option<String>,
+    /// The latest state that was logged.
+    state: WatchState,
+    /// A nack was logged whose reason is not known.
+    unexplained: bool,
+    /// When the management API last gave no answer.
+    api_failed_at: Option<Instant>,
+}
+
+/// The watch over one connection.
+pub(super) struct ConnectionWatch<'a> {
+    watch: &'a mut Watch,
+    watched: Watched<'a>,
+    looker: Looker<'a>,
+    /// The management API of the broker; `None`: it cannot be asked.
+    api: Option<Management>,
+    /// Whether the management API is known to belong to this broker.
+    api_verified: bool,
+    commands: Commands,
+}
+
+impl Watch {
+    pub(super) fn is_on(&self) -> bool {
+        self.off.is_none()
+    }
+
+    /// Stops looking, until the relay is restarted.
+    pub(super) fn turn_off(&mut self, why: &str, watched: &Watched<'_>) {
+        warn!(
+            why,
+            "queues and bindings are not watched: the broker allows this user one channel only. Webhooks are not \
+             affected; to see missing queues and counts, allow the user two channels and restart the relay"
+        );
+        self.off = Some(why.to_owned());
+        watched.status.on_look(WatchState { off: self.off.clone(), ..WatchState::default() }, watched.interval);
+    }
+
+    /// Watches over this connection, with a channel that nothing else uses.
+    pub(super) fn over<'a>(
+        &'a mut self,
+        broker: &'a BrokerConnection,
+        channel: Channel,
+        api: Option<Management>,
+        watched: Watched<'a>,
+    ) -> ConnectionWatch<'a> {
+        let commands = Commands {
+            relay: "prism-relay".to_owned(),
+            vhost: broker.url.vhost().to_owned(),
+            api: api.as_ref().map_or_else(String::new, |api| api.base().to_owned()),
+            user: broker.url.expose().authority.userinfo.username.clone(),
+            active: watched.declare == Declare::Active,
+        };
+        let looker = Looker::new(&broker.connection, channel);
+        ConnectionWatch { watch: self, watched, looker, api, api_verified: false, commands }
+    }
+}
+
+impl ConnectionWatch<'_> {
+    /// Looks at every interval, and when a look is requested.
+    pub(super) async fn run(mut self) -> Infallible {
+        loop {
+            self.look().await;
+            tokio::time::sleep(PAUSE).await;
+            tokio::select! {
+                () = tokio::time::sleep(self.watched.interval.saturating_sub(PAUSE)) => {}
+                () = self.watched.status.look_requested() => {}
+            }
+        }
+    }
+
+    /// Looks once. If the connection fails, the session reports it.
+    pub(super) async fn look(&mut self) {
+        // lapin writes nothing meanwhile, so every question would wait.
+        if self.watched.status.snapshot().blocked.is_some() {
+            return;
+        }
+        match timeout(self.watched.limit, self.try_to_look()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => debug!(error = %chain(&error), "cannot look at queues and exchanges"),
+            Err(_) => {
+                debug!("the broker did not answer a look at queues and exchanges");
+                self.looker.give_up_channel();
+            }
+        }
+    }
+
+    async fn try_to_look(&mut self) -> Result<(), lapin::Error> {
+        let Watched { plan, declare, status, .. } = self.watched;
+        let bindings = match declare {
+            Declare::Off => None,
+            Declare::Active | Declare::Passive => self.ask(async |api| Live::read_bindings(api).await).await,
+        };
+        let missing = bindings.as_ref().map(|there| missing_bindings(plan, there)).unwrap_or_default();
+        let mut look = self.looker.look(plan, declare).await?;
+        match declare {
+            // The look has bound them again.
+            Declare::Active => look.created.extend(missing),
+            Declare::Passive => look.missing.extend(missing),
+            Declare::Off => {}
+        }
+        let nacked = status.take_nacked();
+        let is_suspicious = nacked || self.watch.state.queues.iter().any(|queue| queue.trouble.is_some());
+        let queues = match is_suspicious {
+            true => self.ask(async |api| Live::read_queues(api).await).await,
+            false => None,
+        };
+        let state = WatchState {
+            looked_at: Some(Timestamp::now()),
+            off: None,
+            missing: look.missing,
+            bindings_checked: declare == Declare::Active || bindings.is_some(),
+            queues: look.queues.iter().map(|seen| judge(seen, queues.as_deref(), nacked, &self.commands)).collect(),
+        };
+        self.watch.report(&look.created, state, nacked, &self.watched);
+        Ok(())
+    }
+
+    /// Asks the management API, unless it gave no answer a short time ago.
+    async fn ask<T>(&mut self, question: impl AsyncFnOnce(&Management) -> Result<T, ManagementError>) -> Option<T> {
+        let api = self.api.as_ref().filter(|_| self.watch.api_failed_at.is_none_or(|at| at.elapsed() >= API_PAUSE))?;
+        let answer = async {
+            if !self.api_verified {
+                api.version().await?;
+            }
+            question(api).await
+        };
+        match answer.await {
+            Ok(answer) => {
+                self.api_verified = true;
+                Some(answer)
+            }
+            Err(error) => {
+                debug!(error = %chain(&error), "the management API does not answer: missing bindings are not seen");
+                self.watch.api_failed_at = Some(Instant::now());
+                None
+            }
+        }
+    }
+}
+
+impl Watch {
+    fn report(&mut self, created: &[String], state: WatchState, nacked: bool, watched: &Watched<'_>) {
+        if !created.is_empty() {
+            warn!(
+                declared = created.join("; "),
+                "declared again what was missing on the broker; events published meanwhile are in prism.unrouted or \
+                 parked"
+            );
+            watched.metrics.broker.declared_again.increment(created.len() as u64);
+        }
+        if state.missing != self.state.missing {
+            match state.missing.is_empty() {
+                false => warn!(
+                    missing = state.missing.join("; "),
+                    "exchanges, queues or bindings are missing on the broker: events that need them go to \
+                     prism.unrouted or are parked; create them with prism-relay topology declare"
+                ),
+                true => info!("nothing is missing on the broker any more"),
+            }
+        }
+        for queue in &state.queues {
+            let before = self.state.queues.iter().find(|before| before.name == queue.name);
+            let kind = |queue: &QueueState| queue.trouble.as_ref().map(|trouble| trouble.kind);
+            match (before.and_then(kind), &queue.trouble) {
+                (before, Some(trouble)) if before != Some(trouble.kind) => warn!(
+                    queue = queue.name,
+                    reason = format!("the queue {}", trouble.text),
+                    remedy = trouble.remedy.replace('\n', "; "),
+                    "a queue cannot take messages; its events are kept on disk"
+                ),
+                (Some(_), None) => info!(queue = queue.name, "the queue takes messages again"),
+                _ => {}
+            }
+        }
+        let troubles = state.queues.iter().filter(|queue| queue.trouble.is_some()).count();
+        let unexplained = nacked && troubles == 0;
+        if unexplained && !self.unexplained {
+            warn!(
+                "the broker rejects messages, and no queue is known to be full or down; events are kept on disk. \
+                 prism-relay topology diff names the queue, with a user who may read the management API"
+            );
+        }
+        self.unexplained = unexplained;
+        watched.metrics.broker.missing.set(state.missing.len() as f64);
+        watched.metrics.broker.queues_unavailable.set(troubles as f64);
+        watched.status.on_look(state.clone(), watched.interval);
+        self.state = state;
+    }
+}
+
+/// What is known about a queue. `there`: what the management API says, if it was asked and answered.
+fn judge(seen: &QueueLook, there: Option<&[LiveEntity]>, nacked: bool, commands: &Commands) -> QueueState {
+    let there = there.and_then(|there| there.iter().find(|there| there.name == seen.name));
+    let trouble = match there {
+        Some(there) => Trouble::by_api(there),
+        None => Trouble::by_counts(seen.counts, seen.max_length, nacked),
+    };
+    // Without a leader the counts are zero, which means that they are not known.
+    let counts = match trouble {
+        None | Some(Trouble::Full { .. }) => seen.counts,
+        Some(Trouble::Down | Trouble::Minority { .. } | Trouble::Silent) => None,
+    };
+    let trouble = trouble.map(|trouble| QueueTrouble {
+        kind: trouble.kind(),
+        text: trouble.to_string(),
+        remedy: commands.repair(&seen.name, &trouble).text("").to_owned(),
+    });
+    QueueState {
+        name: seen.name.clone(),
+        role: seen.role,
+        messages: counts.map(|counts| counts.messages),
+        consumers: counts.map(|counts| counts.consumers),
+        trouble,
+    }
+}
