@@ -88,9 +88,9 @@ pub(super) enum Destination {
 }
 
 impl Destination {
-    /// Chooses `queue` if given, otherwise the exchange of the work queues: published to the one in front of it, messages
-    /// would be archived a second time. A queue with partitions is an exchange, which chooses the partition by the
-    /// subject.
+    /// Chooses `queue` if given, otherwise the exchange of the work queues: published to the one in front of it,
+    /// messages would be archived a second time. A queue with partitions is an exchange, which chooses the partition by
+    /// the subject.
     pub(super) fn new(config: &Config, queue: Option<ShortString>) -> Self {
         let is_partitioned =
             |name: &str| config.topology.queues.iter().any(|queue| queue.name == name && queue.partitions.is_some());

@@ -624,7 +624,8 @@ mod tests {
         let advice = |name: &str| {
             format!(
                 "binding of queue {name} to exchange prism.events by \"a.#\": is not configured. If it was earlier, \
-                 unbind it: until then it gets a copy of each event | {DELETE}/bindings/%2F/e/prism%2Eevents/q/{name}/a%2E%23"
+                 unbind it: until then it gets a copy of each event | \
+                 {DELETE}/bindings/%2F/e/prism%2Eevents/q/{name}/a%2E%23"
             )
         };
         assert_eq!(found(&plan, live, true), [advice("old"), advice("climbs")]);

@@ -109,7 +109,7 @@ async fn parked_events_are_listed_with_their_reason_and_retried_when_asked() {
 
     // The next round comes at the start; without the request the events would wait an hour.
     vhost.create_queue("rest", json!({"x-queue-type": "quorum"})).await;
-    vhost.bind("prism.events", "rest", "#").await;
+    vhost.bind("prism.webhooks", "rest", "#").await;
     let one = relay.run(&["spool", "retry", &ids[1][28..]]).await;
     assert_eq!(
         (one.code, one.stdout),

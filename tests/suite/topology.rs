@@ -652,6 +652,7 @@ async fn messages_and_consumers_of_each_queue_are_counted_over_amqp() {
     for number in 0..3 {
         relay.post(event(number)).await.expect(200);
     }
+    vhost.eventually_depth("prism.scan", 3).await;
     let connection = vhost.connect().await;
     let channel = connection.create_channel().await.unwrap();
     let worker = channel.basic_consume("prism.future_me".into(), "".into(), Default::default(), Default::default());
