@@ -212,8 +212,8 @@ fn default_file(environment: &[(String, String)]) -> Option<PathBuf> {
     })
 }
 
-/// The variables of the relay, and those that only look like its own, which are reported. A value that is not UTF-8 is an
-/// error.
+/// The variables of the relay, and those that only look like its own, which are reported. A value that is not UTF-8 is
+/// an error.
 #[expect(clippy::disallowed_methods, reason = "the one place that reads the environment")]
 fn environment() -> Result<Vec<(String, String)>, Failure> {
     let named = std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value)));

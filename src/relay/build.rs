@@ -125,19 +125,7 @@ async fn assemble(config: Config, spool: Spool, metrics: Arc<Metrics>) -> Result
     announcement.log(spool.status().ledger().pending);
     service_manager::ready();
     let log_filter = log.filter;
-    Ok(Built {
-        ingress,
-        publisher,
-        ops,
-        spool,
-        watched,
-        log_filter,
-        tls,
-        traces,
-        metrics,
-        stops,
-        is_handed_over,
-    })
+    Ok(Built { ingress, publisher, ops, spool, watched, log_filter, tls, traces, metrics, stops, is_handed_over })
 }
 
 /// Opens the spool on a thread that may block: a large file may need recovery, and the disk may not answer. A signal

@@ -213,6 +213,8 @@ async fn wrong_credentials_and_vhosts_are_logged_and_do_not_stop_the_relay() {
         relay.post(nth(1)).await.expect(200);
         let line = relay.eventually_logs("not delivering").await;
         assert!(line["error"].as_str().unwrap().contains(expected), "{line}");
+        let delay = line["delay"].as_str().unwrap().strip_suffix(" ms").unwrap_or_else(|| panic!("{line}"));
+        assert!(delay.parse::<u32>().is_ok_and(|delay| delay <= 500), "{line}");
         assert!(!relay.log_text().contains("hunter2"));
         let error = relay.status().await["broker"]["error"].clone();
         assert!(error.as_str().unwrap().contains(expected), "{error}");

@@ -309,6 +309,7 @@ async fn refusals_are_counted_and_logged_once_a_minute() {
     let logs = relay.logs();
     let logged = |text: &str| logs.iter().filter(|line| line["message"].as_str().unwrap().starts_with(text)).count();
     assert_eq!((logged("webhook refused"), logged("connection refused")), (2, 1), "{}", relay.log_text());
+    assert!(!relay.log_text().contains("\"unreported\":0"), "a count of nothing is left out: {}", relay.log_text());
     // The secret in use is one of the few things that an attacker must not learn from a refusal.
     assert!(!relay.log_text().contains(SECRET));
 }
