@@ -62,7 +62,7 @@ fn envelope(criterion: &mut Criterion) {
 fn append(criterion: &mut Criterion) {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("spool.db");
-    let spool = spool::Settings { path, max_bytes: u64::MAX, durability: Durability::Disk };
+    let spool = spool::Settings { path, max_bytes: u64::MAX, durability: Durability::Disk, body_bytes_max: 1 << 18 };
     let dedupe = spool::dedupe::Settings { window: Duration::from_secs(120), entries_max: 100_000 };
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
     let guard = runtime.enter();

@@ -127,7 +127,7 @@ fn read(
     // In the order of the file, in which mistakes are listed.
     let http = sections::http(&mut raw, purpose);
     let signature = sections::signature(&mut raw, purpose);
-    let spool = sections::spool(&mut raw);
+    let spool = sections::spool(&mut raw, http.body_bytes_max as u64);
     let dedupe = sections::dedupe(&mut raw);
     let (broker, publisher) = sections::broker(&mut raw);
     let topology = sections::topology(&mut raw, &publisher.exchange);

@@ -112,7 +112,7 @@ pub(super) fn signature(raw: &mut Raw, purpose: Purpose) -> signature::Settings 
     }
 }
 
-pub(super) fn spool(raw: &mut Raw) -> spool::Settings {
+pub(super) fn spool(raw: &mut Raw, body_bytes_max: u64) -> spool::Settings {
     let durability = raw.one_of("spool.durability", &[("disk", Durability::Disk), ("process", Durability::Process)]);
     if durability == Durability::Process {
         raw.note("spool.durability", "is \"process\": a power loss can take back events that were answered 200");
@@ -121,6 +121,7 @@ pub(super) fn spool(raw: &mut Raw) -> spool::Settings {
         path: raw.read("spool.path", path).unwrap_or_default(),
         max_bytes: raw.bytes("spool.max_bytes", 1..=u64::from(u32::MAX) * KIB),
         durability,
+        body_bytes_max,
     }
 }
 

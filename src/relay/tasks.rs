@@ -8,7 +8,7 @@ use tokio::signal::unix::Signal;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info, warn};
+use tracing::{info, warn};
 
 use super::build::{Built, Stops};
 use super::error::{RelayError, Task};
@@ -103,18 +103,12 @@ impl Tasks {
 /// expires soon.
 async fn upkeep(metrics: Arc<Metrics>, tls: Option<Arc<tls::Server>>, spool: Arc<SpoolStatus>) {
     let mut ticks = tokio::time::interval(UPKEEP_EVERY);
-    let (mut warned_at, mut was_stalled, mut reported) = (None, false, 0);
+    let (mut warned_at, mut reported) = (None, 0);
     loop {
         ticks.tick().await;
         metrics.upkeep();
         reported = report_dropped_lines(&metrics, reported);
-        let is_stalled = spool.is_stalled();
-        match (was_stalled, is_stalled) {
-            (false, true) => error!("the spool's disk does not answer; answering webhooks 503 until it does"),
-            (true, false) => info!("the spool's disk answers again"),
-            (true, true) | (false, false) => {}
-        }
-        was_stalled = is_stalled;
+        spool.tick();
         let expires_at = tls.as_ref().map(|tls| tls.identity().expires_at);
         if let Some(expires_at) = expires_at
             && Timestamp::now() + EXPIRY_NOTICE > expires_at
@@ -150,6 +144,7 @@ pub(super) mod tests {
             path: folder.path().join("spool.db"),
             max_bytes: 1 << 20,
             durability: spool::Durability::Disk,
+            body_bytes_max: 1 << 18,
         };
         let dedupe = spool::dedupe::Settings { window: Duration::ZERO, entries_max: 1 };
         let (spool, spool_writer) = Spool::open(&settings, &dedupe, Arc::new(Metrics::new())).unwrap();

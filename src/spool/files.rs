@@ -2,11 +2,11 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions, Permissions, TryLockError};
-use std::io::{self, Write};
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tracing::warn;
 
@@ -96,74 +96,8 @@ impl FileIdentity {
     }
 }
 
-/// Disk space to give up when the disk is full: a checkpoint and the deletion of delivered events need some, and only
-/// they free space again.
-pub(super) struct Reserve {
-    path: PathBuf,
-    held: bool,
-    tried: Instant,
-}
-
-/// Suffix of the reserve's file.
+/// Suffix of the file that reserves disk space.
 pub(super) const RESERVE: &str = ".reserve";
-
-/// Size of the reserve: more than the log grows to before a checkpoint (4 MiB and one batch).
-const RESERVE_BYTES: usize = 8 * 1024 * 1024;
-
-/// How often to try to get the reserve back while the disk is full.
-const RESERVE_EVERY: Duration = Duration::from_secs(1);
-
-impl Reserve {
-    /// Allocates the space, unless an earlier relay left it allocated.
-    pub(super) fn of(spool: &Path) -> Self {
-        let path = sibling(spool, RESERVE);
-        let held = fs::metadata(&path).is_ok_and(|metadata| metadata.len() == RESERVE_BYTES as u64);
-        let mut reserve = Self { path, held, tried: Instant::now() };
-        if !held {
-            reserve.held = reserve.allocate().is_ok();
-        }
-        reserve
-    }
-
-    /// Frees the space. Returns whether there was any.
-    pub(super) fn give_up(&mut self) -> bool {
-        let was_held = std::mem::replace(&mut self.held, false);
-        self.tried = Instant::now();
-        was_held && fs::remove_file(&self.path).is_ok()
-    }
-
-    /// Whether [`Self::is_held`] would try to allocate the space again.
-    pub(super) fn is_due(&self) -> bool {
-        !self.held && self.tried.elapsed() >= RESERVE_EVERY
-    }
-
-    /// Whether the space is allocated. Tries to allocate it again when the last try is long enough ago.
-    pub(super) fn is_held(&mut self) -> bool {
-        if self.is_due() {
-            self.tried = Instant::now();
-            self.held = self.allocate().is_ok();
-        }
-        self.held
-    }
-
-    /// Writes random bytes, because some file systems store zeros without using space.
-    fn allocate(&self) -> io::Result<()> {
-        let mut bytes = vec![0; RESERVE_BYTES];
-        fastrand::fill(&mut bytes);
-        let written = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&self.path)
-            .and_then(|mut file| file.write_all(&bytes).and_then(|()| file.sync_all()));
-        if written.is_err() {
-            // Half a reserve helps nothing and takes space from the rest.
-            let _ = fs::remove_file(&self.path);
-        }
-        written
-    }
-}
 
 /// The right to use a spool: a lock of the file itself, so that a relay which reaches the file by another name (a hard
 /// link, another mount) does not get it.

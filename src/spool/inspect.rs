@@ -2,20 +2,24 @@
 
 use std::path::{Path, PathBuf};
 
-use rusqlite::{Connection, OpenFlags, OptionalExtension, Result, Row, TransactionBehavior};
+use rusqlite::{Connection, OpenFlags, OptionalExtension, Row, TransactionBehavior};
 use uuid::Uuid;
 
-use super::error::{ChangeError, OpenError, ReadError};
+use super::delivered::Runs;
+use super::error::{ChangeError, OpenError, ReadError, Result};
 use super::files::{self, Lock};
 use super::ledger::Ledger;
 use super::mounts::check_mount;
 use super::reader::{self, COLUMNS, open_read_only, stored};
 use super::recovery;
-use super::store;
-use super::types::{Stored, cost};
+use super::store::{self, unusable};
+use super::types::Stored;
+use super::verify::{self, Verdict};
 
 /// Finds the few parked events. Without the index SQLite would read the whole file.
 const PARKED: &str = "INDEXED BY parked WHERE parked_reason IS NOT NULL";
+
+const PARKED_WITH_ID: &str = "SELECT seq FROM event INDEXED BY parked WHERE parked_reason IS NOT NULL AND id = ?1";
 
 /// Whether there is a spool, and whether a relay has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,9 +49,11 @@ impl SpoolState {
     }
 }
 
-/// An open spool that a relay may be writing to.
+/// An open spool that a relay may be writing to. Each read is short, because the write-ahead log grows as long as one
+/// takes.
 pub struct Inspector {
     connection: Connection,
+    is_in_use: bool,
 }
 
 /// An event with what the relay knows about its delivery.
@@ -59,15 +65,6 @@ pub struct Entry {
     pub parked_reason: Option<String>,
     /// The last try of a parked event, in milliseconds since 1970.
     pub tried_ms: Option<i64>,
-}
-
-/// What [`Inspector::verify`] found.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Verdict {
-    /// The totals in the file.
-    pub ledger: Ledger,
-    /// What is wrong; empty if nothing is.
-    pub problems: Vec<String>,
 }
 
 impl Inspector {
@@ -85,7 +82,8 @@ impl Inspector {
         Self::with(path, |path| {
             let connection = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
             connection.busy_timeout(store::BUSY_TIMEOUT)?;
-            // A removal has to survive a power loss, as an acceptance does. The log belongs to the relay.
+            // A removal has to survive a power loss, as an acceptance does. The relay copies the log, because it has
+            // to see the errors.
             connection.execute_batch("PRAGMA synchronous = FULL; PRAGMA wal_autocheckpoint = 0")?;
             Ok(connection)
         })
@@ -98,10 +96,9 @@ impl Inspector {
         if Lock::is_held(path) && files::has_another_name(path) && !files::sibling(path, "-wal").exists() {
             return Err(OpenError::OtherName { path: path.clone() });
         }
-        let sqlite = |source| OpenError::Sqlite { path: path.to_owned(), source };
-        let connection = open(path).map_err(sqlite)?;
+        let connection = open(path).map_err(|source| unusable(path, source))?;
         store::check_format(&connection, path)?;
-        Ok(Self { connection })
+        Ok(Self { connection, is_in_use: SpoolState::of(path) == SpoolState::InUse })
     }
 
     /// Reads the totals.
@@ -111,126 +108,117 @@ impl Inspector {
 
     /// When the oldest pending event was accepted, in milliseconds since 1970.
     pub fn oldest_pending_ms(&self) -> Result<Option<i64>, ReadError> {
-        Ok(reader::oldest_pending_ms(&self.connection)?)
+        Ok(reader::oldest_pending_ms(&self.connection, &Runs::default())?)
     }
 
     /// Calls `each` with the events in the order of acceptance, at most `limit` of them.
-    pub fn each(&self, parked_only: bool, limit: u64, mut each: impl FnMut(Entry)) -> Result<(), ReadError> {
-        let filter = if parked_only { PARKED } else { "" };
-        let sql = format!("SELECT {COLUMNS}, parked_reason, tried_ms FROM event {filter} ORDER BY seq LIMIT ?1");
-        let mut statement = self.connection.prepare(&sql)?;
-        let mut rows = statement.query([limit])?;
-        while let Some(row) = rows.next()? {
-            each(entry(row)?);
-        }
-        Ok(())
+    pub fn each(&self, parked_only: bool, limit: u64, each: impl FnMut(Entry)) -> Result<(), ReadError> {
+        Ok(list(&self.connection, parked_only, limit, each)?)
     }
 
     /// The event with this id, if it is still in the spool.
     pub fn find(&self, id: Uuid) -> Result<Option<Entry>, ReadError> {
-        let sql = format!("SELECT {COLUMNS}, parked_reason, tried_ms FROM event WHERE id = ?1");
-        Ok(self.connection.query_row(&sql, [id.as_bytes()], entry).optional()?)
+        Ok(find(&self.connection, id)?)
     }
 
     /// When the oldest parked event was accepted, in milliseconds since 1970.
     pub fn oldest_parked_ms(&self) -> Result<Option<i64>, ReadError> {
-        let sql = format!("SELECT min(accepted_ms) FROM event {PARKED}");
-        Ok(self.connection.query_row(&sql, [], |row| row.get(0))?)
+        Ok(oldest_parked_ms(&self.connection)?)
     }
 
     /// The ids that begin or end with these lower-case hex digits, at most `limit` of them.
     pub fn matching(&self, digits: &str, limit: u32) -> Result<Vec<Uuid>, ReadError> {
-        let sql = "SELECT id FROM event
-                   WHERE substr(lower(hex(id)), 1, length(?1)) = ?1 OR substr(lower(hex(id)), -length(?1)) = ?1
-                   ORDER BY seq LIMIT ?2";
-        let mut statement = self.connection.prepare(sql)?;
-        let ids = statement.query_map((digits, limit), |row| Ok(Uuid::from_bytes(row.get(0)?)))?;
-        Ok(ids.collect::<Result<_>>()?)
+        Ok(matching(&self.connection, digits, limit)?)
     }
 
-    /// Reads everything: checks the structure of the file, each body against its fingerprint, and the ledger against
-    /// the events.
+    /// Checks each body against its fingerprint and the ledger against the events, in short reads. Checks the structure
+    /// of the file as well if no relay uses it, because that takes one long read.
     pub fn verify(&mut self) -> Result<Verdict, ReadError> {
-        // In one transaction, so that a running relay does not change the totals meanwhile.
-        let transaction = self.connection.transaction()?;
-        let mut problems = Vec::new();
-        let mut statement = transaction.prepare("PRAGMA integrity_check(20)")?;
-        let mut rows = statement.query([])?;
-        while let Some(row) = rows.next()? {
-            let line: String = row.get(0)?;
-            if line != "ok" {
-                problems.push(format!("file: {line}"));
-            }
-        }
-        let ledger = Ledger::read(&transaction)?;
-        if !ledger.balances() {
-            problems.push("ledger: accepted is not confirmed + pending + parked + removed".to_owned());
-        }
-        let (mut pending, mut parked, mut bytes) = (0, 0, 0);
-        let sql = format!("SELECT {COLUMNS}, parked_reason, tried_ms FROM event ORDER BY seq");
-        let mut statement = transaction.prepare(&sql)?;
-        let mut rows = statement.query([])?;
-        while let Some(row) = rows.next()? {
-            let Entry { stored: Stored { seq, event }, parked_reason, .. } = entry(row)?;
-            *(if parked_reason.is_some() { &mut parked } else { &mut pending }) += 1;
-            bytes += cost(&event.body);
-            if !event.is_intact() {
-                problems.push(format!("event {} (seq {seq}): the body does not match its fingerprint", event.id));
-            }
-            if seq > ledger.accepted {
-                problems.push(format!("event {} (seq {seq}): beyond the last accepted, {}", event.id, ledger.accepted));
-            }
-        }
-        for (name, counted, noted) in
-            [("pending", pending, ledger.pending), ("parked", parked, ledger.parked), ("bytes", bytes, ledger.bytes)]
-        {
-            if counted != noted {
-                problems.push(format!("ledger: {name} is {noted}, but there are {counted}"));
-            }
-        }
-        Ok(Verdict { ledger, problems })
+        Ok(verify::verify(&mut self.connection, self.is_in_use)?)
     }
 
     /// The number of the parked event with this id, if there is one.
     pub fn parked(&self, id: Uuid) -> Result<Option<u64>, ReadError> {
-        let sql = format!("SELECT seq FROM event {PARKED} AND id = ?1");
-        Ok(self.connection.query_row(&sql, [id.as_bytes()], |row| row.get(0)).optional()?)
+        Ok(seq_of(&self.connection, PARKED_WITH_ID, id)?)
     }
 
     /// Makes the relay retry a parked event in its next round. Returns whether it is parked.
     pub fn retry(&mut self, seq: u64) -> Result<bool, ChangeError> {
-        let sql = "UPDATE event SET tried_ms = 0 WHERE seq = ?1 AND parked_reason IS NOT NULL";
-        Ok(self.connection.execute(sql, [seq])? > 0)
+        Ok(retry(&self.connection, seq)?)
     }
 
     /// Makes the relay retry all parked events in its next round. Returns their number.
     pub fn retry_all(&mut self) -> Result<usize, ChangeError> {
-        Ok(self.connection.execute("UPDATE event SET tried_ms = 0 WHERE parked_reason IS NOT NULL", [])?)
+        Ok(retry_all(&self.connection)?)
     }
 
     /// Removes an event for good. Returns whether it was there.
     pub fn remove(&mut self, id: Uuid) -> Result<bool, ChangeError> {
         // Searched before the write lock is taken: there is no index by id, and the relay would wait for the search.
-        let seq: Option<u64> = self
-            .connection
-            .query_row("SELECT seq FROM event WHERE id = ?1", [id.as_bytes()], |row| row.get(0))
-            .optional()?;
-        seq.map_or(Ok(false), |seq| self.remove_seq(seq))
+        seq_of(&self.connection, "SELECT seq FROM event WHERE id = ?1", id)?
+            .map_or(Ok(false), |seq| self.remove_seq(seq))
     }
 
     /// Removes an event by its number. Returns whether it was there.
     pub fn remove_seq(&mut self, seq: u64) -> Result<bool, ChangeError> {
-        let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        let deleted = store::delete(&transaction, seq, seq)?;
-        let mut ledger = Ledger::read(&transaction)?;
-        ledger.take_out(&deleted)?;
-        ledger.removed += deleted.events();
-        ledger.write(&transaction)?;
-        transaction.commit()?;
-        Ok(deleted.events() > 0)
+        Ok(remove(&mut self.connection, seq)?)
     }
 }
 
-fn entry(row: &Row<'_>) -> Result<Entry> {
+fn list(connection: &Connection, parked_only: bool, limit: u64, mut each: impl FnMut(Entry)) -> Result<()> {
+    let filter = if parked_only { PARKED } else { "" };
+    let sql = format!("SELECT {COLUMNS}, parked_reason, tried_ms FROM event {filter} ORDER BY seq LIMIT ?1");
+    let mut statement = connection.prepare(&sql)?;
+    let mut rows = statement.query([limit])?;
+    while let Some(row) = rows.next()? {
+        each(entry(row)?);
+    }
+    Ok(())
+}
+
+fn find(connection: &Connection, id: Uuid) -> Result<Option<Entry>> {
+    let sql = format!("SELECT {COLUMNS}, parked_reason, tried_ms FROM event WHERE id = ?1");
+    Ok(connection.query_row(&sql, [id.as_bytes()], entry).optional()?)
+}
+
+fn oldest_parked_ms(connection: &Connection) -> Result<Option<i64>> {
+    let sql = format!("SELECT min(accepted_ms) FROM event {PARKED}");
+    Ok(connection.query_row(&sql, [], |row| row.get(0))?)
+}
+
+fn matching(connection: &Connection, digits: &str, limit: u32) -> Result<Vec<Uuid>> {
+    let sql = "SELECT id FROM event
+               WHERE substr(lower(hex(id)), 1, length(?1)) = ?1 OR substr(lower(hex(id)), -length(?1)) = ?1
+               ORDER BY seq LIMIT ?2";
+    let mut statement = connection.prepare(sql)?;
+    let ids = statement.query_map((digits, limit), |row| Ok(Uuid::from_bytes(row.get(0)?)))?;
+    Ok(ids.collect::<rusqlite::Result<_>>()?)
+}
+
+fn seq_of(connection: &Connection, sql: &str, id: Uuid) -> Result<Option<u64>> {
+    Ok(connection.query_row(sql, [id.as_bytes()], |row| row.get(0)).optional()?)
+}
+
+fn retry(connection: &Connection, seq: u64) -> Result<bool> {
+    let sql = "UPDATE event SET tried_ms = 0 WHERE seq = ?1 AND parked_reason IS NOT NULL";
+    Ok(connection.execute(sql, [seq])? > 0)
+}
+
+fn retry_all(connection: &Connection) -> Result<usize> {
+    Ok(connection.execute("UPDATE event SET tried_ms = 0 WHERE parked_reason IS NOT NULL", [])?)
+}
+
+fn remove(connection: &mut Connection, seq: u64) -> Result<bool> {
+    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    let deleted = store::delete(&transaction, seq, seq)?;
+    let mut ledger = Ledger::read(&transaction)?;
+    ledger.take_out(&deleted)?;
+    ledger.removed += deleted.events();
+    ledger.write(&transaction)?;
+    transaction.commit()?;
+    Ok(deleted.events() > 0)
+}
+
+fn entry(row: &Row<'_>) -> rusqlite::Result<Entry> {
     Ok(Entry { stored: stored(row)?, parked_reason: row.get(8)?, tried_ms: row.get(9)? })
 }

@@ -1,8 +1,8 @@
 //! The lifetime totals, kept in the same transactions as the events, so that they balance at every instant.
 
-use rusqlite::Error::FromSqlConversionFailure;
-use rusqlite::types::Type;
-use rusqlite::{Connection, Result, Row};
+use rusqlite::{Connection, OptionalExtension, Row};
+
+use super::error::{Result, StoreError};
 
 /// The totals of a spool. They always satisfy `accepted = confirmed + pending + parked + removed`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -36,10 +36,6 @@ impl Deleted {
     }
 }
 
-pub(super) fn wrong_totals() -> rusqlite::Error {
-    FromSqlConversionFailure(0, Type::Integer, "the totals do not add up".into())
-}
-
 impl Ledger {
     /// Whether the totals add up.
     pub fn balances(&self) -> bool {
@@ -49,7 +45,7 @@ impl Ledger {
 
     /// Subtracts deleted events. Fails if the totals are smaller than that: then they are wrong.
     pub(super) fn take_out(&mut self, deleted: &Deleted) -> Result<()> {
-        let left = |total: u64, by: u64| total.checked_sub(by).ok_or_else(wrong_totals);
+        let left = |total: u64, by: u64| total.checked_sub(by).ok_or(StoreError::WrongTotals);
         self.pending = left(self.pending, deleted.pending)?;
         self.parked = left(self.parked, deleted.parked)?;
         self.bytes = left(self.bytes, deleted.bytes)?;
@@ -58,7 +54,7 @@ impl Ledger {
 
     /// Counts one pending event as parked.
     pub(super) fn park(&mut self) -> Result<()> {
-        self.pending = self.pending.checked_sub(1).ok_or_else(wrong_totals)?;
+        self.pending = self.pending.checked_sub(1).ok_or(StoreError::WrongTotals)?;
         self.parked += 1;
         Ok(())
     }
@@ -67,10 +63,11 @@ impl Ledger {
         let mut statement = connection.prepare_cached(
             "SELECT accepted, confirmed, pending, parked, removed, duplicates, bytes FROM ledger WHERE id = 1",
         )?;
-        statement.query_row([], Self::from_row)
+        // The relay never deletes the row.
+        statement.query_row([], Self::from_row).optional()?.ok_or(StoreError::WrongTotals)
     }
 
-    fn from_row(row: &Row<'_>) -> Result<Self> {
+    fn from_row(row: &Row<'_>) -> rusqlite::Result<Self> {
         Ok(Self {
             accepted: row.get(0)?,
             confirmed: row.get(1)?,

@@ -9,9 +9,9 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use percent_encoding::{NON_ALPHANUMERIC, percent_encode};
-use rusqlite::{Connection, OpenFlags, Result};
+use rusqlite::{Connection, OpenFlags};
 
-use super::ledger::wrong_totals;
+use super::error::{Result, StoreError};
 
 /// The schema of the mark.
 pub(super) const SCHEMA: &str = "
@@ -38,14 +38,15 @@ impl LogMark {
     pub(super) fn read(connection: &Connection) -> Result<Self> {
         let number: i64 = connection.query_row("SELECT log FROM relay WHERE id = 1", [], |row| row.get(0))?;
         let known = [Self::Complete, Self::Before, Self::Within];
-        known.into_iter().find(|mark| mark.number() == number).ok_or_else(wrong_totals)
+        known.into_iter().find(|mark| mark.number() == number).ok_or(StoreError::WrongTotals)
     }
 
     /// Writes the mark with the number of this process, or without one after a clean stop.
     pub(super) fn write(self, connection: &Connection) -> Result<()> {
         let pid = (self != Self::Complete).then(std::process::id);
         let mut statement = connection.prepare_cached("UPDATE relay SET pid = ?1, log = ?2 WHERE id = 1")?;
-        statement.execute((pid, self.number())).map(|_| ())
+        statement.execute((pid, self.number()))?;
+        Ok(())
     }
 
     fn number(self) -> i64 {
@@ -65,5 +66,5 @@ pub(super) fn pid(path: &Path) -> Result<Option<u32>> {
     let path = percent_encode(path.as_os_str().as_bytes(), NON_ALPHANUMERIC);
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_URI;
     let connection = Connection::open_with_flags(format!("file:{path}?immutable=1"), flags)?;
-    connection.query_row("SELECT pid FROM relay WHERE id = 1", [], |row| row.get(0))
+    Ok(connection.query_row("SELECT pid FROM relay WHERE id = 1", [], |row| row.get(0))?)
 }

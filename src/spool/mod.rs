@@ -4,19 +4,26 @@
 //! after it; deletions of delivered events are part of the next transaction. An event's `seq` is its number in the
 //! order of acceptance, counted over the life of the file.
 
+mod condition;
 pub mod dedupe;
+mod delivered;
 mod error;
 mod files;
 mod inspect;
 mod ledger;
+mod log_keeper;
 mod log_mark;
 mod mounts;
 mod reader;
 mod recovery;
+mod reserve;
 mod settings;
+mod space;
 mod status;
 mod store;
 mod types;
+mod vacuum;
+mod verify;
 mod writer;
 
 use std::path::Path;
@@ -27,17 +34,22 @@ use jiff::Timestamp;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tracing::warn;
 
-pub use error::{AppendError, ChangeError, OpenError, ReadError};
+pub use condition::Condition;
+use delivered::Delivered;
+pub use error::{AppendError, ChangeError, FileError, OpenError, ReadError};
 use files::Lock;
-pub use inspect::{Entry, Inspector, SpoolState, Verdict};
+pub use inspect::{Entry, Inspector, SpoolState};
 pub use ledger::Ledger;
+use log_keeper::Bounds;
 pub use mounts::{FileSystem, check_mount};
 use reader::Reader;
 pub use settings::{Durability, Settings};
+pub use space::Shortage;
 pub use status::SpoolStatus;
 use store::Store;
 pub use types::{Batch, EVENT_OVERHEAD_BYTES, Receipt, Settlement, Stored, Undelivered};
-use writer::{Append, Command, Exit, Writer};
+pub use verify::Verdict;
+use writer::{Append, Command, Exit, Shared, Writer};
 
 use crate::event::Event;
 use crate::metrics::Metrics;
@@ -51,6 +63,7 @@ const INBOX_CAPACITY: usize = 1024;
 pub struct Spool {
     inbox: mpsc::Sender<Command>,
     reader: Reader,
+    delivered: Arc<Delivered>,
     status: Arc<SpoolStatus>,
     committed: Arc<Notify>,
     closed: Arc<AtomicBool>,
@@ -74,31 +87,17 @@ impl Spool {
         let mut lock = Lock::take(path, recovery::COMPLETE).map_err(|error| name_owner(error, path))?;
         warn_of_file_system(path);
         // This reads all that the relay needs of the file, so it may find damage that opening it did not.
-        let prepare = |mut store: Store| {
-            let status = Arc::new(SpoolStatus::new(store.ledger_of_events()?, store.lost()?));
-            match store.begin_session() {
-                Err(cause) if error::is_damage(&cause) => return Err(cause),
-                // A disk that takes no writes now may take them later. Until then a lost log would not be noticed.
-                Ok(()) | Err(_) => {}
-            }
-            let reader = Reader::open(path)?;
-            let (committed, metrics) = (Arc::new(Notify::new()), Arc::clone(&metrics));
-            let writer =
-                Writer::new(store, settings.max_bytes, dedupe, Arc::clone(&status), Arc::clone(&committed), metrics)?;
-            Ok((status, reader, committed, writer))
-        };
+        let prepare = |store| prepare(store, path, settings, dedupe, &metrics);
         let prepared = match prepare(recovery::open(path, settings.durability, &mut lock)?) {
-            Err(cause) if error::is_damage(&cause) => {
+            Err(cause) if cause.is_damage() => {
                 prepare(recovery::recover(path, settings.durability, &cause.to_string(), &mut lock)?)
             }
             prepared => prepared,
         };
-        let (status, reader, committed, writer) =
-            prepared.map_err(|source| OpenError::Sqlite { path: path.to_owned(), source })?;
-        let (inbox, commands) = mpsc::channel(INBOX_CAPACITY);
-        let end = spawn_writer(writer, commands, reader.clone(), lock, path)?;
-        let (closed, path) = (Arc::new(AtomicBool::new(false)), Arc::from(path.as_path()));
-        Ok((Self { inbox, reader, status, committed, closed, path, max_bytes: settings.max_bytes }, end))
+        let (spool, mut writer, commands) = prepared.map_err(|source| store::unusable(path, source))?;
+        writer.start();
+        let end = spawn_writer(writer, commands, spool.reader.clone(), lock, path)?;
+        Ok((spool, end))
     }
 
     /// Returns once the event is on disk. Dropping the future does not take the event back.
@@ -136,16 +135,21 @@ impl Spool {
             Some(AppendError::Closed)
         } else if !self.status.writable() {
             Some(AppendError::Unavailable)
-        } else if self.status.ledger().bytes + EVENT_OVERHEAD_BYTES > self.max_bytes {
+        } else if self.status.is_full() {
             Some(AppendError::Full)
         } else {
             None
         }
     }
 
-    /// Records what became of published events, without waiting for the disk. If a crash loses it, the events are
-    /// published again under the same ids.
+    /// Records what became of published events, without waiting for the disk. A confirmed event is not read again, even
+    /// if the disk takes no writes. If a crash loses it, the event is published again under the same id.
     pub async fn settle(&self, settlements: Vec<Settlement>) {
+        let confirmed = settlements.iter().filter_map(|settlement| match settlement {
+            Settlement::Confirmed(seq) => Some(*seq),
+            Settlement::Parked { .. } | Settlement::Tried(_) => None,
+        });
+        self.delivered.add(confirmed.collect());
         // The writer ends only after the publisher, or with the process.
         let _ = self.inbox.send(Command::Settle(settlements)).await;
     }
@@ -158,20 +162,24 @@ impl Spool {
         }
     }
 
-    /// The pending events after `seq`, in the order of acceptance: at most `limit`, and about 4 MiB of bodies.
+    /// The pending events after `seq` that are not confirmed, in the order of acceptance: at most `limit`, and about
+    /// 4 MiB of bodies.
     pub async fn pending_after(&self, seq: u64, limit: usize) -> Result<Batch, ReadError> {
-        self.reader.run(move |connection| reader::pending_after(connection, seq, limit)).await
+        let delivered = self.delivered.runs();
+        self.reader.run(move |connection| reader::pending_after(connection, seq, limit, &delivered)).await
     }
 
     /// Parked events that were not tried within the last `retry_ms`, longest waiting first: at most `limit`, and about
     /// 4 MiB of bodies.
     pub async fn parked_due(&self, now_ms: i64, retry_ms: i64, limit: usize) -> Result<Batch, ReadError> {
-        self.reader.run(move |connection| reader::parked_due(connection, now_ms, retry_ms, limit)).await
+        let delivered = self.delivered.runs();
+        self.reader.run(move |connection| reader::parked_due(connection, now_ms, retry_ms, limit, &delivered)).await
     }
 
-    /// Finds out which of these events are still in the spool.
+    /// Finds out which of these events are still in the spool and not confirmed.
     pub async fn undelivered(&self, seqs: Vec<u64>) -> Result<Vec<Undelivered>, ReadError> {
-        self.reader.run(move |connection| reader::undelivered(connection, &seqs)).await
+        let delivered = self.delivered.runs();
+        self.reader.run(move |connection| reader::undelivered(connection, &seqs, &delivered)).await
     }
 
     /// The path of the file, for an [`Inspector`].
@@ -181,7 +189,8 @@ impl Spool {
 
     /// When the oldest pending event was accepted, in milliseconds since 1970.
     pub async fn oldest_pending_ms(&self) -> Result<Option<i64>, ReadError> {
-        self.reader.run(reader::oldest_pending_ms).await
+        let delivered = self.delivered.runs();
+        self.reader.run(move |connection| reader::oldest_pending_ms(connection, &delivered)).await
     }
 
     /// Wakes after a commit that brought new events.
@@ -198,6 +207,43 @@ impl Spool {
     pub fn max_bytes(&self) -> u64 {
         self.max_bytes
     }
+}
+
+/// Everything of an open spool but the thread of the writer.
+fn prepare(
+    mut store: Store,
+    path: &Path,
+    settings: &Settings,
+    dedupe: &dedupe::Settings,
+    metrics: &Arc<Metrics>,
+) -> error::Result<(Spool, Writer, mpsc::Receiver<Command>)> {
+    let (bounds, max_bytes) = (Bounds::of(settings.body_bytes_max), settings.max_bytes);
+    let status = Arc::new(SpoolStatus::new(store.ledger_of_events()?, store.lost()?, bounds.log, max_bytes));
+    match store.begin_session() {
+        Err(cause) if cause.is_damage() => return Err(cause),
+        // A disk that takes no writes now may take them later. Until then a lost log would not be noticed.
+        Ok(()) | Err(_) => {}
+    }
+    let shared = Shared {
+        status,
+        delivered: Arc::default(),
+        reader: Reader::open(path)?,
+        committed: Arc::default(),
+        metrics: Arc::clone(metrics),
+    };
+    let (inbox, commands) = mpsc::channel(INBOX_CAPACITY);
+    let spool = Spool {
+        inbox,
+        reader: shared.reader.clone(),
+        delivered: Arc::clone(&shared.delivered),
+        status: Arc::clone(&shared.status),
+        committed: Arc::clone(&shared.committed),
+        closed: Arc::default(),
+        path: Arc::from(path),
+        max_bytes,
+    };
+    let writer = Writer::new(store, path, bounds, max_bytes, dedupe, shared)?;
+    Ok((spool, writer, commands))
 }
 
 fn spawn_writer(

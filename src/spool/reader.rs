@@ -2,13 +2,14 @@
 //! once.
 
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
-use rusqlite::{Connection, OpenFlags, OptionalExtension, Result, Row};
+use rusqlite::{Connection, OpenFlags, OptionalExtension, Row, Rows};
 use uuid::Uuid;
 
-use super::error::ReadError;
+use super::delivered::Runs;
+use super::error::{ReadError, Result};
 use super::types::{Batch, Stored, Undelivered};
 use crate::event::{Event, Fingerprint, TraceContext};
 
@@ -28,8 +29,13 @@ impl Reader {
     pub(super) fn open(path: &Path) -> Result<Self> {
         let connection = open_read_only(path)?;
         // SQLite opens the file at the first query. From then on it stays readable, even if its folder is deleted.
-        oldest_pending_ms(&connection)?;
+        oldest_pending_ms(&connection, &Runs::default())?;
         Ok(Self { connection: Arc::new(Mutex::new(Some(connection))) })
+    }
+
+    /// Holds up reads, so that the write-ahead log can begin again. Waits for the read in progress.
+    pub(super) fn pause(&self) -> MutexGuard<'_, Option<Connection>> {
+        self.connection.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Runs `query` on a thread that may block.
@@ -69,69 +75,138 @@ pub(super) fn open_read_only(path: &Path) -> Result<Connection> {
     Ok(connection)
 }
 
-pub(super) fn pending_after(connection: &Connection, seq: u64, limit: usize) -> Result<Batch> {
+/// The pending events after `seq` that are not in `delivered`.
+pub(super) fn pending_after(connection: &Connection, mut seq: u64, limit: usize, delivered: &Runs) -> Result<Batch> {
     let sql = format!("SELECT {COLUMNS} FROM event WHERE seq > ?1 AND parked_reason IS NULL ORDER BY seq LIMIT ?2");
     let mut statement = connection.prepare_cached(&sql)?;
-    batch(statement.query((seq, limit as i64))?, limit)
+    let mut batch = Collected::new(limit);
+    // Delivered events come in runs, so the read goes on behind the run instead of reading it.
+    while let Some(last) = batch.add(statement.query((seq, limit as i64))?, delivered)? {
+        seq = last;
+    }
+    Ok(batch.finish())
 }
 
-/// A try that lies in the future was made before the clock was set back, so it does not count.
-pub(super) fn parked_due(connection: &Connection, now_ms: i64, retry_ms: i64, limit: usize) -> Result<Batch> {
+/// The events after `seq`, pending or parked.
+pub(super) fn all_after(connection: &Connection, seq: u64, limit: usize) -> Result<Collected> {
+    let sql = format!("SELECT {COLUMNS} FROM event WHERE seq > ?1 ORDER BY seq LIMIT ?2");
+    let mut statement = connection.prepare_cached(&sql)?;
+    let mut batch = Collected::new(limit);
+    batch.add(statement.query((seq, limit as i64))?, &Runs::default())?;
+    Ok(batch)
+}
+
+/// The parked events that are due and not in `delivered`. A try that lies in the future was made before the clock was
+/// set back, so it does not count.
+pub(super) fn parked_due(
+    connection: &Connection,
+    now_ms: i64,
+    retry_ms: i64,
+    limit: usize,
+    delivered: &Runs,
+) -> Result<Batch> {
     let sql = format!(
         "SELECT {COLUMNS} FROM event WHERE parked_reason IS NOT NULL AND tried_ms NOT BETWEEN ?1 AND ?2
-         ORDER BY tried_ms, seq LIMIT ?3"
+         ORDER BY tried_ms, seq"
     );
     let mut statement = connection.prepare_cached(&sql)?;
-    batch(statement.query((now_ms.saturating_sub(retry_ms), now_ms, limit as i64))?, limit)
+    let mut rows = statement.query((now_ms.saturating_sub(retry_ms), now_ms))?;
+    let mut batch = Collected::new(limit);
+    while batch.has_room()
+        && let Some(row) = rows.next()?
+    {
+        if delivered.end_of(row.get(0)?).is_none() {
+            batch.push(row)?;
+        }
+    }
+    Ok(batch.finish())
 }
 
-/// Finds out which of these events are still in the spool.
-pub(super) fn undelivered(connection: &Connection, seqs: &[u64]) -> Result<Vec<Undelivered>> {
+/// Finds out which of these events are still in the spool and not in `delivered`.
+pub(super) fn undelivered(connection: &Connection, seqs: &[u64], delivered: &Runs) -> Result<Vec<Undelivered>> {
     let mut statement = connection.prepare_cached("SELECT parked_reason IS NOT NULL FROM event WHERE seq = ?1")?;
     let find = |seq: &u64| {
         let parked = statement.query_row([*seq], |row| row.get(0)).optional()?;
         Ok(parked.map(|parked| Undelivered { seq: *seq, parked }))
     };
-    seqs.iter().map(find).filter_map(Result::transpose).collect()
+    seqs.iter().filter(|seq| delivered.end_of(**seq).is_none()).map(find).filter_map(Result::transpose).collect()
 }
 
-pub(super) fn oldest_pending_ms(connection: &Connection) -> Result<Option<i64>> {
-    let mut statement =
-        connection.prepare_cached("SELECT accepted_ms FROM event WHERE parked_reason IS NULL ORDER BY seq LIMIT 1")?;
-    statement.query_row([], |row| row.get(0)).optional()
-}
-
-/// Reads as many of the rows as fit into [`READ_BYTES`].
-fn batch(mut rows: rusqlite::Rows<'_>, limit: usize) -> Result<Batch> {
-    let (mut events, mut bytes) = (Vec::new(), 0);
-    while bytes < READ_BYTES
-        && let Some(row) = rows.next()?
-    {
-        let stored = stored(row)?;
-        bytes += stored.event.body.len();
-        events.push(stored);
+/// When the oldest pending event that is not in `delivered` was accepted.
+pub(super) fn oldest_pending_ms(connection: &Connection, delivered: &Runs) -> Result<Option<i64>> {
+    let mut statement = connection.prepare_cached(
+        "SELECT seq, accepted_ms FROM event WHERE seq > ?1 AND parked_reason IS NULL ORDER BY seq LIMIT 1",
+    )?;
+    let mut after = 0;
+    loop {
+        let oldest = statement.query_row([after], |row| Ok((row.get(0)?, row.get(1)?))).optional()?;
+        let Some((seq, accepted_ms)) = oldest else { return Ok(None) };
+        match delivered.end_of(seq) {
+            Some(last) => after = last,
+            None => return Ok(Some(accepted_ms)),
+        }
     }
-    let more = bytes >= READ_BYTES || events.len() == limit;
-    Ok(Batch { events, more })
 }
 
-pub(super) fn stored(row: &Row<'_>) -> Result<Stored> {
+/// As many events as fit into [`READ_BYTES`].
+pub(super) struct Collected {
+    events: Vec<Stored>,
+    bytes: usize,
+    limit: usize,
+}
+
+impl Collected {
+    fn new(limit: usize) -> Self {
+        Self { events: Vec::new(), bytes: 0, limit }
+    }
+
+    fn has_room(&self) -> bool {
+        self.bytes < READ_BYTES && self.events.len() < self.limit
+    }
+
+    fn push(&mut self, row: &Row<'_>) -> Result<()> {
+        let stored = stored(row)?;
+        self.bytes += stored.event.body.len();
+        self.events.push(stored);
+        Ok(())
+    }
+
+    /// Adds rows up to the first delivered event. Returns where its run ends; `None` if there is no such event, or no
+    /// room behind it.
+    fn add(&mut self, mut rows: Rows<'_>, delivered: &Runs) -> Result<Option<u64>> {
+        while self.has_room()
+            && let Some(row) = rows.next()?
+        {
+            match delivered.end_of(row.get(0)?) {
+                Some(last) => return Ok(Some(last)),
+                None => self.push(row)?,
+            }
+        }
+        Ok(None)
+    }
+
+    pub(super) fn finish(self) -> Batch {
+        Batch { more: !self.has_room(), events: self.events }
+    }
+}
+
+pub(super) fn stored(row: &Row<'_>) -> rusqlite::Result<Stored> {
     with_trace(row, trace(row)?)
 }
 
 /// Reads an event of a damaged file: without its trace if that is unreadable.
-pub(super) fn stored_at_least(row: &Row<'_>) -> Result<Stored> {
+pub(super) fn stored_at_least(row: &Row<'_>) -> rusqlite::Result<Stored> {
     with_trace(row, trace(row).unwrap_or(None))
 }
 
-fn trace(row: &Row<'_>) -> Result<Option<TraceContext>> {
+fn trace(row: &Row<'_>) -> rusqlite::Result<Option<TraceContext>> {
     Ok(match row.get::<_, Option<String>>(4)? {
         Some(traceparent) => Some(TraceContext { traceparent, tracestate: row.get(5)? }),
         None => None,
     })
 }
 
-fn with_trace(row: &Row<'_>, trace: Option<TraceContext>) -> Result<Stored> {
+fn with_trace(row: &Row<'_>, trace: Option<TraceContext>) -> rusqlite::Result<Stored> {
     let event = Event {
         id: Uuid::from_bytes(row.get(1)?),
         accepted_ms: row.get(2)?,

@@ -11,6 +11,8 @@ pub struct Settings {
     pub max_bytes: u64,
     /// What an accepted event survives.
     pub durability: Durability,
+    /// Size of the largest body: the disk space that is kept in reserve follows it.
+    pub body_bytes_max: u64,
 }
 
 /// What an event survives once it has been answered 200.

@@ -1,34 +1,46 @@
 //! What the last commit left behind, readable at any time without waiting for the disk.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
+use tracing::{error, info};
+
+use super::condition::{Action, Condition, DiskState, Finding, STALL};
+use super::error::StoreError;
 use super::ledger::Ledger;
 use super::store::BUSY_TIMEOUT;
-
-/// A disk that has not answered for this long counts as one that cannot be written.
-const STALL: Duration = Duration::from_secs(8);
+use super::types::EVENT_OVERHEAD_BYTES;
 
 // A commit that waits for another process's lock is not a stalled disk.
 const _: () = assert!(STALL.as_millis() > BUSY_TIMEOUT.as_millis());
 
-/// The totals, and whether the disk works. The writer sets it, everything else reads it.
+/// The totals, and the condition of the disk. The writer sets it, everything else reads it.
 #[derive(Debug)]
 pub struct SpoolStatus {
     ledger: Mutex<Ledger>,
-    writable: AtomicBool,
-    /// The last commit failed, whatever was in it.
-    failing: AtomicBool,
-    /// When the writer began what it is doing.
-    busy_since: Mutex<Option<Instant>>,
+    disk: Mutex<DiskState>,
+    /// Bytes of the write-ahead log's file.
+    log_bytes: AtomicU64,
+    /// Size that the log exceeds only while another process reads the file.
+    log_bound: u64,
+    /// Another process has held up the log for long.
+    is_log_held: AtomicBool,
+    max_bytes: u64,
     lost: u64,
 }
 
 impl SpoolStatus {
-    pub(super) fn new(ledger: Ledger, lost: u64) -> Self {
-        let (writable, failing) = (AtomicBool::new(true), AtomicBool::new(false));
-        Self { ledger: Mutex::new(ledger), writable, failing, busy_since: Mutex::default(), lost }
+    pub(super) fn new(ledger: Ledger, lost: u64, log_bound: u64, max_bytes: u64) -> Self {
+        Self {
+            ledger: Mutex::new(ledger),
+            disk: Mutex::default(),
+            log_bytes: AtomicU64::new(0),
+            log_bound,
+            is_log_held: AtomicBool::new(false),
+            max_bytes,
+            lost,
+        }
     }
 
     /// The ledger after the last commit.
@@ -41,36 +53,118 @@ impl SpoolStatus {
         self.lost
     }
 
-    /// Whether the disk takes writes, as far as is known.
-    pub fn writable(&self) -> bool {
-        self.writable.load(Ordering::Relaxed) && !self.is_stalled()
+    /// The condition of the disk.
+    pub fn condition(&self) -> Condition {
+        self.disk().at(Instant::now())
     }
 
-    /// Whether settlements can be written. That may be possible on a disk that is too full for new events.
+    /// Whether the disk takes events, as far as is known.
+    pub fn writable(&self) -> bool {
+        self.condition() == Condition::Healthy
+    }
+
+    /// Whether settlements can be written. That may be possible on a disk that takes no events.
     pub fn takes_settlements(&self) -> bool {
-        !self.failing.load(Ordering::Relaxed) && !self.is_stalled()
+        self.disk().settles(Instant::now())
     }
 
     /// Whether a write has neither succeeded nor failed for 8 s.
     pub fn is_stalled(&self) -> bool {
-        let since = *self.busy_since.lock().unwrap_or_else(PoisonError::into_inner);
-        since.is_some_and(|since| since.elapsed() > STALL)
+        matches!(self.condition(), Condition::Stalled { .. })
+    }
+
+    /// Size of the write-ahead log's file.
+    pub fn log_bytes(&self) -> u64 {
+        self.log_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Bytes that count against `spool.max_bytes`: the events, and the write-ahead log beyond its normal size.
+    pub fn used_bytes(&self) -> u64 {
+        self.ledger().bytes.saturating_add(self.log_excess())
+    }
+
+    /// Whether the next event, however small, would exceed `spool.max_bytes`.
+    pub fn is_full(&self) -> bool {
+        self.used_bytes().saturating_add(EVENT_OVERHEAD_BYTES) > self.max_bytes
+    }
+
+    /// What is wrong with the file or its disk, and what to do; `None` if nothing is.
+    pub fn reason(&self) -> Option<&'static str> {
+        self.condition().reason().or_else(|| {
+            if self.log_excess() > 0 && self.is_full() {
+                Some(
+                    "another process reads the spool file (a backup, sqlite3), so the write-ahead log cannot shrink \
+                     and counts against spool.max_bytes; stop that process",
+                )
+            } else if self.is_log_held.load(Ordering::Relaxed) {
+                Some(
+                    "another process reads the spool file (a backup, sqlite3), so the write-ahead log grows; stop that \
+                     process",
+                )
+            } else {
+                None
+            }
+        })
+    }
+
+    /// Logs once if the disk has stopped answering. To be called every few seconds.
+    pub fn tick(&self) {
+        for action in self.find(Finding::Tick) {
+            log(action, None);
+        }
+    }
+
+    pub(super) fn log_excess(&self) -> u64 {
+        self.log_bytes().saturating_sub(self.log_bound)
+    }
+
+    /// The condition, but for a stall of what the caller is doing itself.
+    pub(super) fn last_condition(&self) -> Condition {
+        self.disk().last()
+    }
+
+    /// Records what the writer found out. Returns what to do about it.
+    pub(super) fn find(&self, finding: Finding) -> Vec<Action> {
+        let mut disk = self.disk();
+        let (after, actions) = disk.transition(finding, Instant::now());
+        *disk = after;
+        actions
     }
 
     pub(super) fn set_ledger(&self, ledger: &Ledger) {
         *self.ledger.lock().unwrap_or_else(PoisonError::into_inner) = *ledger;
     }
 
+    pub(super) fn set_log_bytes(&self, bytes: u64) {
+        self.log_bytes.store(bytes, Ordering::Relaxed);
+    }
+
     /// Returns what it was before.
-    pub(super) fn set_writable(&self, writable: bool) -> bool {
-        self.writable.swap(writable, Ordering::Relaxed)
+    pub(super) fn set_log_held(&self, is_held: bool) -> bool {
+        self.is_log_held.swap(is_held, Ordering::Relaxed)
     }
 
-    pub(super) fn set_failing(&self, failing: bool) {
-        self.failing.store(failing, Ordering::Relaxed);
+    fn disk(&self) -> MutexGuard<'_, DiskState> {
+        self.disk.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
 
-    pub(super) fn set_busy(&self, since: Option<Instant>) {
-        *self.busy_since.lock().unwrap_or_else(PoisonError::into_inner) = since;
+/// Writes the log line of an action, if it has one.
+pub(super) fn log(action: Action, cause: Option<&StoreError>) {
+    let error = cause.map(tracing::field::display);
+    match action {
+        Action::FreeReserve => {}
+        Action::LogAccepting => info!("the spool can be written again: accepting webhooks"),
+        Action::LogAnswers => info!("the spool's disk answers again"),
+        Action::LogRefusing(Condition::Stalled { .. }) => {
+            error!("the spool's disk does not answer; answering webhooks 503 until it does");
+        }
+        Action::LogRefusing(Condition::Gone) => error!(
+            "spool files were deleted or unmounted: answering 503, delivering what is still readable, then exiting"
+        ),
+        Action::LogRefusing(condition) => {
+            let reason = condition.reason();
+            error!(error, reason, "the spool cannot be written: answering webhooks 503 until it can");
+        }
     }
 }

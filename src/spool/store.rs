@@ -1,16 +1,20 @@
 //! The SQLite file: its schema, its modes, and the statements that change it.
 
+use std::fs;
 use std::ops::RangeInclusive;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use rusqlite::{Connection, ErrorCode, OptionalExtension, Result};
+use rusqlite::{Connection, OptionalExtension};
 use uuid::Uuid;
 
 use super::dedupe::{self, EntryBytes};
-use super::error::OpenError;
-use super::files::{self, APPLICATION_ID, FileIdentity, Reserve};
-use super::ledger::{Deleted, Ledger, wrong_totals};
+use super::error::{Fault, OpenError, Result, StoreError};
+use super::files::{self, APPLICATION_ID, FileIdentity, sibling};
+use super::ledger::{Deleted, Ledger};
+use super::log_keeper::LogSize;
 use super::log_mark::{self, LogMark};
 use super::settings::Durability;
 use super::types::EVENT_OVERHEAD_BYTES;
@@ -55,6 +59,14 @@ const SCHEMA: &str = "
     INSERT INTO ledger VALUES (1, 0, 0, 0, 0, 0, 0, 0, 0, 0);
 ";
 
+/// SQLite's page, and what a page takes in the write-ahead log (<https://www.sqlite.org/fileformat2.html>, 4.1).
+const PAGE_BYTES: u64 = 4096;
+const FRAME_BYTES: u64 = PAGE_BYTES + 24;
+const LOG_HEADER_BYTES: u64 = 32;
+
+/// A file this close to the size limit of the process cannot grow.
+const LIMIT_MARGIN: u64 = 64 * 1024;
+
 /// The highest number that an event or an entry can have.
 pub(super) const NUMBER_MAX: u64 = 1 << 48;
 
@@ -66,54 +78,55 @@ pub(super) struct SeenEntries {
     pub last: u64,
 }
 
+/// The pages of the file.
+pub(super) struct Pages {
+    /// All of them.
+    pub total: u64,
+    /// Pages without contents, to be used again.
+    pub free: u64,
+}
+
+/// What a copy of the log into the file did.
+struct Copied {
+    /// Another process held it up.
+    is_busy: bool,
+    /// Whether the file has everything.
+    is_complete: bool,
+    /// Pages in the log.
+    in_log: u64,
+}
+
 /// The open file, for the writer alone.
 pub(super) struct Store {
     connection: Connection,
+    path: PathBuf,
     durability: Durability,
     /// Whether commits are synced at the moment. Setting it for each transaction would cost time.
     synced: bool,
     files: FileIdentity,
-    reserve: Reserve,
+    /// Pages in the write-ahead log after the last commit. SQLite sets it.
+    log_pages: Arc<AtomicU64>,
+    /// Bytes of the log's file when it was last looked at.
+    log_file: u64,
 }
 
 impl Store {
     /// Opens the file, and makes it a spool if it is empty. The caller holds the lock.
     pub(super) fn open(path: &Path, durability: Durability) -> Result<Self, OpenError> {
-        let sqlite = |source| OpenError::Sqlite { path: path.to_owned(), source };
-        files::create_private(path).map_err(|source| OpenError::Io { path: path.to_owned(), source })?;
-        let connection = Connection::open(path).map_err(sqlite)?;
-        connection.busy_timeout(BUSY_TIMEOUT).map_err(sqlite)?;
-        let first_read = pragma(&connection, "schema_version").map_err(|source| match source.sqlite_error_code() {
-            Some(ErrorCode::CannotOpen) => OpenError::Companions { path: path.to_owned(), source },
-            _ => sqlite(source),
-        });
-        let empty = first_read? == 0;
-        if !empty {
-            check_format(&connection, path)?;
-        }
-        // fullfsync: without it, macOS does not wait for the disk. No effect elsewhere.
-        connection
-            .execute_batch("PRAGMA synchronous = FULL; PRAGMA fullfsync = ON; PRAGMA checkpoint_fullfsync = ON;")
-            .map_err(sqlite)?;
-        // SQLite returns the mode in force, which is another one on a file system without shared memory.
-        let mode: String = connection.query_row("PRAGMA journal_mode = WAL", [], |row| row.get(0)).map_err(sqlite)?;
-        if mode != "wal" {
-            return Err(OpenError::NoWal { path: path.to_owned() });
-        }
-        if empty {
-            create(&connection).map_err(sqlite)?;
-        }
-        // The first read opens the log.
-        Ledger::read(&connection).map_err(sqlite)?;
-        let files = FileIdentity::of(path).map_err(|source| OpenError::Io { path: path.to_owned(), source })?;
-        let mut store = Self { connection, durability, synced: true, files, reserve: Reserve::of(path) };
-        store.set_synced(true).map_err(sqlite)?;
+        let io = |source| OpenError::Io { path: path.to_owned(), source };
+        files::create_private(path).map_err(io)?;
+        let log_pages = Arc::new(AtomicU64::new(0));
+        let connection = connect(path, &log_pages)?;
+        let files = FileIdentity::of(path).map_err(io)?;
+        let path = path.to_owned();
+        let mut store = Self { connection, path, durability, synced: true, files, log_pages, log_file: 0 };
+        store.log_file = length(&sibling(&store.path, "-wal"));
+        store.set_synced(true).map_err(|source| unusable(&store.path, source))?;
         Ok(store)
     }
 
-    /// Disk space to give up when the disk is full.
-    pub(super) fn reserve(&mut self) -> &mut Reserve {
-        &mut self.reserve
+    pub(super) fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Whether the paths still lead to the open files.
@@ -124,13 +137,13 @@ impl Store {
     /// Reads the totals. Fails if they do not add up, because later totals are computed from them.
     pub(super) fn ledger(&self) -> Result<Ledger> {
         let ledger = Ledger::read(&self.connection)?;
-        if ledger.balances() { Ok(ledger) } else { Err(wrong_totals()) }
+        if ledger.balances() { Ok(ledger) } else { Err(StoreError::WrongTotals) }
     }
 
     /// Reads the totals. Fails as well if an event has a higher number than the last accepted one.
     pub(super) fn ledger_of_events(&self) -> Result<Ledger> {
         let ledger = self.ledger()?;
-        if ledger.accepted >= self.highest()? { Ok(ledger) } else { Err(wrong_totals()) }
+        if ledger.accepted >= self.highest()? { Ok(ledger) } else { Err(StoreError::WrongTotals) }
     }
 
     /// `durable`: whether this transaction has to survive a power loss once it is committed. A deletion need not: if it
@@ -156,10 +169,9 @@ impl Store {
     /// Marks the file, in the file itself and not only in its log, as the spool of this process.
     pub(super) fn begin_session(&mut self) -> Result<()> {
         self.mark(LogMark::Before)?;
-        self.set_synced(true)?;
         // Does not wait for processes that read the file.
-        let copied = self.connection.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |_| Ok(()));
-        copied.and_then(|()| self.mark(LogMark::Within))
+        self.checkpoint("PASSIVE")?;
+        self.mark(LogMark::Within)
     }
 
     /// Copies the whole log into the file, truncates it, and marks the file as complete. Fails if another process
@@ -167,7 +179,7 @@ impl Store {
     pub(super) fn end_session(&mut self, patience: Duration) -> Result<()> {
         self.connection.busy_timeout(patience)?;
         self.mark(LogMark::Complete)?;
-        self.truncate_log()
+        self.truncate_log(patience)
     }
 
     fn mark(&mut self, mark: LogMark) -> Result<()> {
@@ -176,29 +188,88 @@ impl Store {
         marked.or_else(|error| self.rollback().and(Err(error)))
     }
 
-    /// Copies the write-ahead log into the file, syncs the file, and truncates the log. Fails with
-    /// `ExecuteReturnedResults` if another process reads the file.
-    pub(super) fn restart_log(&mut self) -> Result<()> {
+    /// Copies into the file what no reader of the write-ahead log holds back, and syncs both. Returns whether that was
+    /// all: then the next transaction writes from the beginning of the log. `marked`: a lost log can be noticed from
+    /// then on; it takes two pages of the log.
+    pub(super) fn copy_log(&mut self, marked: bool) -> Result<bool> {
         // Without room on the disk the log has to be copied all the same. Then a lost log is not noticed.
-        let _ = self.mark(LogMark::Before);
-        let truncated = self.truncate_log();
-        let _ = self.mark(LogMark::Within);
-        truncated
+        let is_marked = marked && self.mark(LogMark::Before).is_ok();
+        let copied = self.checkpoint("PASSIVE")?;
+        if is_marked {
+            self.mark(LogMark::Within)?;
+        }
+        Ok(copied.is_complete)
     }
 
-    /// As [`Self::restart_log`], for a log that is not used any more.
-    pub(super) fn truncate_log(&mut self) -> Result<()> {
-        self.set_synced(true)?;
-        let busy: bool = self.connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get(0))?;
-        if busy { Err(rusqlite::Error::ExecuteReturnedResults) } else { Ok(()) }
+    /// Copies the whole write-ahead log into the file, syncs both, truncates the log, and begins it again.
+    pub(super) fn restart_log(&mut self, patience: Duration) -> Result<()> {
+        self.truncate_log(patience)?;
+        match self.begin_session() {
+            // As in `copy_log`.
+            Err(cause) if self.fault(&cause) == Fault::NoRoom => Ok(()),
+            begun => begun,
+        }
     }
 
-    /// Gives the free pages of the file back to the disk. Takes as much memory as the file has contents, so it is for
-    /// an empty spool.
-    pub(super) fn shrink(&mut self) -> Result<()> {
+    /// As [`Self::restart_log`], for a log that is not used any more. Waits at most `patience` for processes that read
+    /// it.
+    pub(super) fn truncate_log(&mut self, patience: Duration) -> Result<()> {
+        self.connection.busy_timeout(patience)?;
+        let copied = self.checkpoint("TRUNCATE");
+        self.connection.busy_timeout(BUSY_TIMEOUT)?;
+        if copied?.is_busy { Err(StoreError::LogInUse) } else { Ok(()) }
+    }
+
+    fn checkpoint(&mut self, mode: &str) -> Result<Copied> {
         self.set_synced(true)?;
-        self.connection.execute_batch("PRAGMA temp_store = MEMORY; VACUUM")?;
-        self.restart_log()
+        let copied = self.connection.query_row(&format!("PRAGMA wal_checkpoint({mode})"), [], |row| {
+            let (in_log, copied): (i64, i64) = (row.get(1)?, row.get(2)?);
+            Ok(Copied { is_busy: row.get(0)?, is_complete: in_log == copied, in_log: in_log.unsigned_abs() })
+        });
+        self.log_file = length(&sibling(&self.path, "-wal"));
+        let copied = copied?;
+        if self.log_file == 0 || copied.in_log == 0 {
+            self.log_pages.store(0, Ordering::Relaxed);
+        }
+        Ok(copied)
+    }
+
+    /// The size of the write-ahead log, without asking the disk.
+    pub(super) fn log_size(&self) -> LogSize {
+        let pages = self.log_pages.load(Ordering::Relaxed);
+        let used = if pages == 0 { 0 } else { LOG_HEADER_BYTES + pages * FRAME_BYTES };
+        LogSize { used, file: self.log_file.max(used) }
+    }
+
+    /// By how much a copy of the log would make the file grow.
+    pub(super) fn growth(&self) -> Result<u64> {
+        Ok((self.pages()?.total * PAGE_BYTES).saturating_sub(length(&self.path)))
+    }
+
+    pub(super) fn pages(&self) -> Result<Pages> {
+        let page = |name| pragma(&self.connection, name).map(i64::unsigned_abs);
+        Ok(Pages { total: page("page_count")?, free: page("freelist_count")? })
+    }
+
+    /// Moves contents from the end of the file into free pages, so that the next copy of the log makes the file this
+    /// many pages shorter.
+    pub(super) fn vacuum(&mut self, pages: u64) -> Result<()> {
+        self.set_synced(false)?;
+        let mut statement = self.connection.prepare(&format!("PRAGMA incremental_vacuum({pages})"))?;
+        let mut rows = statement.query([])?;
+        while rows.next()?.is_some() {}
+        Ok(())
+    }
+
+    /// What a failure says about the disk. SQLite reports a file size limit (`ulimit -f`) as a disk error.
+    pub(super) fn fault(&self, error: &StoreError) -> Fault {
+        if error.is_failed_write() && self.is_at_size_limit() { Fault::NoRoom } else { error.fault() }
+    }
+
+    fn is_at_size_limit(&self) -> bool {
+        let limit = rlimit::Resource::FSIZE.get_soft().unwrap_or(rlimit::INFINITY);
+        let largest = length(&self.path).max(length(&sibling(&self.path, "-wal")));
+        limit != rlimit::INFINITY && largest.saturating_add(LIMIT_MARGIN) >= limit
     }
 
     /// Accepted events that could not be read after the file was damaged; the removed ones include them.
@@ -215,7 +286,8 @@ impl Store {
     }
 
     pub(super) fn set_lost(&self, lost: u64) -> Result<()> {
-        self.connection.execute("UPDATE ledger SET lost = ?1", [lost]).map(|_| ())
+        self.connection.execute("UPDATE ledger SET lost = ?1", [lost])?;
+        Ok(())
     }
 
     pub(super) fn write_ledger(&self, ledger: &Ledger) -> Result<()> {
@@ -273,7 +345,8 @@ impl Store {
         let mut statement = self
             .connection
             .prepare_cached("UPDATE event SET tried_ms = ?2 WHERE seq = ?1 AND parked_reason IS NOT NULL")?;
-        statement.execute((seq, now_ms)).map(|_| ())
+        statement.execute((seq, now_ms))?;
+        Ok(())
     }
 
     /// Appends entries to the dedupe window; `last` is the number of the last one.
@@ -282,13 +355,15 @@ impl Store {
             return Ok(());
         }
         let mut statement = self.connection.prepare_cached("INSERT INTO seen (last, entries) VALUES (?1, ?2)")?;
-        statement.execute((last, entries.as_flattened())).map(|_| ())
+        statement.execute((last, entries.as_flattened()))?;
+        Ok(())
     }
 
     /// Deletes the entries of the dedupe window up to number `last`. Rows with a later entry stay as they are.
     pub(super) fn forget(&self, last: u64) -> Result<()> {
         let mut statement = self.connection.prepare_cached("DELETE FROM seen WHERE last <= ?1")?;
-        statement.execute([last]).map(|_| ())
+        statement.execute([last])?;
+        Ok(())
     }
 
     /// Reads at least the newest `limit` entries of the dedupe window, the oldest first.
@@ -300,14 +375,14 @@ impl Store {
             && let Some(row) = rows.next()?
         {
             last = u64::max(last, row.get(0)?);
-            let (chunks, rest) = row.get_ref(1)?.as_blob()?.as_chunks();
+            let (chunks, rest) = row.get_ref(1)?.as_blob().map_err(rusqlite::Error::from)?.as_chunks();
             if !rest.is_empty() {
-                return Err(wrong_totals());
+                return Err(StoreError::WrongTotals);
             }
             entries.extend(chunks.iter().rev());
         }
         if last < entries.len() as u64 || last > NUMBER_MAX {
-            return Err(wrong_totals());
+            return Err(StoreError::WrongTotals);
         }
         entries.reverse();
         Ok(SeenEntries { entries, last })
@@ -321,21 +396,22 @@ impl Store {
             let (fingerprint, id) = (Fingerprint(row.get(1)?), Uuid::from_bytes(row.get(2)?));
             Ok(dedupe::entry_of_event(row.get(0)?, &fingerprint, id, row.get(3)?))
         })?;
-        entries.collect()
+        Ok(entries.collect::<rusqlite::Result<_>>()?)
     }
 
     /// The id of the event with this number.
     pub(super) fn id(&self, seq: u64) -> Result<Option<Uuid>> {
         let mut statement = self.connection.prepare_cached("SELECT id FROM event WHERE seq = ?1")?;
-        statement.query_row([seq], |row| Ok(Uuid::from_bytes(row.get(0)?))).optional()
+        Ok(statement.query_row([seq], |row| Ok(Uuid::from_bytes(row.get(0)?))).optional()?)
     }
 
     /// The range from the lowest to the highest number of the events.
     pub(super) fn range(&self) -> Result<Option<RangeInclusive<u64>>> {
-        self.connection.query_row("SELECT min(seq), max(seq) FROM event", [], |row| {
+        let range = self.connection.query_row("SELECT min(seq), max(seq) FROM event", [], |row| {
             let ends = row.get::<_, Option<u64>>(0)?.zip(row.get(1)?);
             Ok(ends.map(|(first, last)| first..=last))
-        })
+        });
+        Ok(range?)
     }
 
     /// The numbers in `range` that no event has.
@@ -360,16 +436,17 @@ impl Store {
     /// The number of the oldest pending event; 0 if there is none.
     pub(super) fn oldest_pending(&self) -> Result<u64> {
         let sql = "SELECT coalesce((SELECT seq FROM event WHERE parked_reason IS NULL ORDER BY seq LIMIT 1), 0)";
-        self.connection.query_row(sql, [], |row| row.get(0))
+        Ok(self.connection.query_row(sql, [], |row| row.get(0))?)
     }
 
     /// The highest number of the events; 0 if there is none.
     pub(super) fn highest(&self) -> Result<u64> {
-        self.connection.query_row("SELECT coalesce(max(seq), 0) FROM event", [], |row| row.get(0))
+        Ok(self.connection.query_row("SELECT coalesce(max(seq), 0) FROM event", [], |row| row.get(0))?)
     }
 
     fn run(&self, sql: &str) -> Result<()> {
-        self.connection.prepare_cached(sql)?.execute([]).map(|_| ())
+        self.connection.prepare_cached(sql)?.execute([])?;
+        Ok(())
     }
 
     fn set_synced(&mut self, durable: bool) -> Result<()> {
@@ -389,15 +466,66 @@ impl Store {
 }
 
 pub(super) fn lost(connection: &Connection) -> Result<u64> {
-    connection.query_row("SELECT lost FROM ledger", [], |row| row.get(0))
+    let lost = connection.query_row("SELECT lost FROM ledger", [], |row| row.get(0)).optional()?;
+    lost.ok_or(StoreError::WrongTotals)
 }
 
-fn create(connection: &Connection) -> Result<()> {
+/// Opens the connection of the writer, with a new schema if the file is empty. `log_pages` follows the log from then on.
+fn connect(path: &Path, log_pages: &Arc<AtomicU64>) -> Result<Connection, OpenError> {
+    let sqlite = |source: rusqlite::Error| unusable(path, source.into());
+    let mut connection = Connection::open(path).map_err(sqlite)?;
+    connection.busy_timeout(BUSY_TIMEOUT).map_err(sqlite)?;
+    let first_read = pragma(&connection, "schema_version").map_err(|source| match source.is_refused() {
+        true => OpenError::Companions { path: path.to_owned(), source: source.into() },
+        false => unusable(path, source),
+    });
+    let empty = first_read? == 0;
+    if !empty {
+        check_format(&connection, path)?;
+    }
+    // auto_vacuum: free pages can be given back to the disk; to be set before anything is written.
+    // wal_autocheckpoint: the writer copies the log itself, because SQLite would swallow the errors.
+    // fullfsync: without it, macOS does not wait for the disk. No effect elsewhere.
+    connection
+        .execute_batch(
+            "PRAGMA auto_vacuum = INCREMENTAL; PRAGMA wal_autocheckpoint = 0; PRAGMA synchronous = FULL;
+             PRAGMA fullfsync = ON; PRAGMA checkpoint_fullfsync = ON;",
+        )
+        .map_err(sqlite)?;
+    // SQLite returns the mode in force, which is another one on a file system without shared memory.
+    let mode: String = connection.query_row("PRAGMA journal_mode = WAL", [], |row| row.get(0)).map_err(sqlite)?;
+    if mode != "wal" {
+        return Err(OpenError::NoWal { path: path.to_owned() });
+    }
+    if empty {
+        create(&connection).map_err(sqlite)?;
+    }
+    // The first read opens the log.
+    Ledger::read(&connection).map_err(|source| unusable(path, source))?;
+    let log_pages = Arc::clone(log_pages);
+    let follow = move |_: &mut rusqlite::hooks::Wal, pages: i32| {
+        log_pages.store(u64::from(pages.unsigned_abs()), Ordering::Relaxed);
+        Ok(())
+    };
+    connection.wal_hook(Some(follow)).map_err(sqlite)?;
+    Ok(connection)
+}
+
+fn create(connection: &Connection) -> rusqlite::Result<()> {
     connection.execute_batch(&format!(
         "BEGIN IMMEDIATE; {SCHEMA} {}
          PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {FORMAT}; COMMIT;",
         log_mark::SCHEMA
     ))
+}
+
+/// The error for a file that SQLite cannot use.
+pub(super) fn unusable(path: &Path, source: StoreError) -> OpenError {
+    OpenError::Sqlite { path: path.to_owned(), source: source.into() }
+}
+
+fn length(path: &Path) -> u64 {
+    fs::metadata(path).map_or(0, |metadata| metadata.len())
 }
 
 /// Counts the events first: a DELETE with RETURNING would keep a journal of its own, in memory that it allocates and
@@ -414,7 +542,7 @@ pub(super) fn delete(connection: &Connection, first: u64, last: u64) -> Result<D
 
 /// Whether this is a spool, and one that this relay understands.
 pub(super) fn check_format(connection: &Connection, path: &Path) -> Result<(), OpenError> {
-    let sqlite = |source| OpenError::Sqlite { path: path.to_owned(), source };
+    let sqlite = |source| unusable(path, source);
     if pragma(connection, "application_id").map_err(sqlite)? != i64::from(APPLICATION_ID) {
         return Err(OpenError::Foreign { path: path.to_owned() });
     }
@@ -426,5 +554,5 @@ pub(super) fn check_format(connection: &Connection, path: &Path) -> Result<(), O
 }
 
 fn pragma(connection: &Connection, name: &str) -> Result<i64> {
-    connection.query_row(&format!("PRAGMA {name}"), [], |row| row.get(0))
+    Ok(connection.query_row(&format!("PRAGMA {name}"), [], |row| row.get(0))?)
 }

@@ -1,39 +1,59 @@
 //! The one thread that writes: it commits all waiting commands with one fsync, and then answers them.
 //!
 //! If a commit fails, nothing of it remains: its webhooks are answered 503 and will not appear later, and its
-//! settlements are kept for the next commit.
+//! settlements are kept for the next commit. What a failure means, and when events are accepted again, is decided in
+//! `condition`; when the write-ahead log is copied into the file, in `log_keeper`.
 
+use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
-use rusqlite::ffi::SQLITE_CONSTRAINT_PRIMARYKEY;
-use rusqlite::{ErrorCode, Result};
 use tokio::runtime::Handle;
+use tokio::sync::mpsc::error::TryRecvError;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tracing::{error, info, warn};
 
+use super::condition::{Action, Condition, Finding, Restart};
 use super::dedupe::{self, Now, Purged, Window};
-use super::error::{AppendError, is_damage, may_lack_space};
+use super::delivered::{Delivered, Runs};
+use super::error::{AppendError, Fault, Result, StoreError};
 use super::ledger::Ledger;
-use super::status::SpoolStatus;
+use super::log_keeper::{BATCH_BYTES_MAX, Bounds, LogKeeper, LogStep};
+use super::reader::Reader;
+use super::reserve::Reserve;
+use super::space;
+use super::status::{SpoolStatus, log};
 use super::store::Store;
 use super::types::{Receipt, Settlement, cost};
+use super::vacuum::{Vacuum, VacuumStep};
 use crate::event::Event;
 use crate::log_limiter::LogLimiter;
 use crate::metrics::Metrics;
+use crate::text::span;
 
 /// Maximum number of commands in one transaction: enough to share the fsync, few enough that the first does not wait
 /// long.
 const BATCH_MAX: usize = 1024;
-/// Maximum bytes of bodies in one transaction: a checkpoint of the log has to fit into the reserve.
-const BATCH_BYTES_MAX: usize = 2 * 1024 * 1024;
 
 /// How long a stop waits for processes that read the file. The relay waits a second for its writer.
 const CLOSE_PATIENCE: Duration = Duration::from_millis(800);
 
-/// How often to try the disk while it takes no writes, even if no webhook arrives.
+/// How often to try the disk while it takes no writes, and the log while another process reads it, even if no webhook
+/// arrives.
 const PROBE_EVERY: Duration = Duration::from_secs(1);
+
+/// How long to wait for processes that read the log when it has to begin again: longer than our own short commands
+/// take.
+const PATIENCE: Duration = Duration::from_millis(250);
+
+/// Room that the deletion of delivered events needs in the log.
+const SETTLE_BYTES: u64 = 1024 * 1024;
+
+/// Pages to give back in one transaction and in one attempt while the disk is full.
+const FULL_SLICE: u64 = 512;
+const FULL_SLICES: u32 = 4;
 
 pub(super) enum Command {
     Append(Append),
@@ -50,9 +70,9 @@ pub(super) struct Append {
 
 impl Command {
     /// The length of the body.
-    fn bytes(&self) -> usize {
+    fn bytes(&self) -> u64 {
         match self {
-            Self::Append(append) => append.event.body.len(),
+            Self::Append(append) => append.event.body.len() as u64,
             Self::Settle(_) | Self::Flush(_) => 0,
         }
     }
@@ -60,42 +80,26 @@ impl Command {
 
 type Reply = oneshot::Sender<Result<Receipt, AppendError>>;
 
+/// What the writer shares with the rest of the spool.
+pub(super) struct Shared {
+    pub status: Arc<SpoolStatus>,
+    pub delivered: Arc<Delivered>,
+    pub reader: Reader,
+    pub committed: Arc<Notify>,
+    pub metrics: Arc<Metrics>,
+}
+
 pub(super) struct Writer {
     store: Store,
+    reserve: Reserve,
     max_bytes: u64,
     window: Window,
-    /// Settlements that are not committed yet.
-    settlements: Vec<Settlement>,
-    /// Why the last commits failed. `None` again when [`Self::resume`] has succeeded.
-    failure: Option<CommitFailure>,
-    /// The files were deleted or unmounted: their events can still be delivered, but no event can be accepted.
-    gone: bool,
-    /// The file is damaged, so that trying again cannot help.
-    damaged: bool,
-    status: Arc<SpoolStatus>,
-    committed: Arc<Notify>,
-    metrics: Arc<Metrics>,
+    /// Parked and tried events that are not committed yet, one settlement each.
+    unsettled: BTreeMap<u64, Settlement>,
+    keeper: LogKeeper,
+    vacuum: Vacuum,
+    shared: Shared,
     log_limiter: LogLimiter,
-}
-
-/// Why a commit failed, the worst last.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum CommitFailure {
-    /// Another process holds the lock: nothing was written.
-    Locked,
-    DiskFull,
-    /// Any part of it may have reached the disk.
-    Unknown,
-}
-
-impl CommitFailure {
-    fn of(cause: &rusqlite::Error) -> Self {
-        match cause.sqlite_error_code() {
-            Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => Self::Locked,
-            Some(ErrorCode::DiskFull) => Self::DiskFull,
-            _ => Self::Unknown,
-        }
-    }
 }
 
 /// Why the writer ended.
@@ -120,11 +124,11 @@ struct Transaction {
 impl Writer {
     pub(super) fn new(
         store: Store,
+        path: &Path,
+        bounds: Bounds,
         max_bytes: u64,
         dedupe: &dedupe::Settings,
-        status: Arc<SpoolStatus>,
-        committed: Arc<Notify>,
-        metrics: Arc<Metrics>,
+        shared: Shared,
     ) -> Result<Self> {
         let mut window = Window::new(dedupe);
         if window.is_on() {
@@ -133,45 +137,49 @@ impl Writer {
         }
         Ok(Self {
             store,
+            reserve: Reserve::of(path, bounds.reserve),
             max_bytes,
             window,
-            settlements: Vec::new(),
-            failure: None,
-            gone: false,
-            damaged: false,
-            status,
-            committed,
-            metrics,
+            unsettled: BTreeMap::new(),
+            keeper: LogKeeper::new(bounds),
+            vacuum: Vacuum::default(),
+            shared,
             log_limiter: LogLimiter::default(),
         })
+    }
+
+    /// Finds out whether events can be accepted, before the first one comes: truncates the log that an earlier process
+    /// left, and allocates the reserve.
+    pub(super) fn start(&mut self) {
+        self.busy(|writer| writer.probe(Restart::IfPossible));
     }
 
     /// Runs until every sender of commands is gone, the files are gone and their events delivered, or the file is
     /// damaged.
     pub(super) fn run(&mut self, mut commands: mpsc::Receiver<Command>, runtime: &Handle) -> Exit {
-        while !self.damaged {
-            let first = if self.status.writable() {
-                commands.blocking_recv()
-            } else {
-                match runtime.block_on(async { tokio::time::timeout(PROBE_EVERY, commands.recv()).await }) {
-                    Ok(first) => first,
-                    Err(_) => {
-                        self.busy(Self::may_append);
-                        continue;
+        while self.condition() != Condition::Damaged {
+            let first = match commands.try_recv() {
+                Ok(first) => first,
+                Err(TryRecvError::Disconnected) => return Exit::Closed,
+                Err(TryRecvError::Empty) if self.use_pause() => continue,
+                Err(TryRecvError::Empty) if self.is_restless() => {
+                    match runtime.block_on(async { tokio::time::timeout(PROBE_EVERY, commands.recv()).await }) {
+                        Ok(Some(first)) => first,
+                        Ok(None) => return Exit::Closed,
+                        Err(_) => {
+                            self.busy(Self::look_after_disk);
+                            continue;
+                        }
                     }
                 }
+                Err(TryRecvError::Empty) => match commands.blocking_recv() {
+                    Some(first) => first,
+                    None => return Exit::Closed,
+                },
             };
-            let Some(first) = first else { return Exit::Closed };
-            let (mut bytes, mut batch) = (first.bytes(), vec![first]);
-            while batch.len() < BATCH_MAX
-                && bytes < BATCH_BYTES_MAX
-                && let Ok(next) = commands.try_recv()
-            {
-                bytes += next.bytes();
-                batch.push(next);
-            }
+            let batch = collect(first, &mut commands);
             self.busy(|writer| writer.process(batch));
-            if self.gone && self.status.ledger().pending == 0 {
+            if self.condition() == Condition::Gone && self.shared.status.ledger().pending == 0 {
                 return Exit::FilesGone;
             }
         }
@@ -189,12 +197,26 @@ impl Writer {
         }
     }
 
+    fn condition(&self) -> Condition {
+        self.shared.status.last_condition()
+    }
+
     /// Does work during which the disk may stall.
     fn busy<T>(&mut self, work: impl FnOnce(&mut Self) -> T) -> T {
-        self.status.set_busy(Some(Instant::now()));
+        self.find(Finding::Began, None);
         let done = work(self);
-        self.status.set_busy(None);
+        self.find(Finding::Ended, None);
         done
+    }
+
+    /// Whether there is something to do although no command comes.
+    fn is_restless(&self) -> bool {
+        self.condition().restart().is_some() || self.keeper.is_restless(self.store.log_size())
+    }
+
+    fn look_after_disk(&mut self) {
+        self.may_append();
+        self.keep_log();
     }
 
     fn process(&mut self, batch: Vec<Command>) {
@@ -202,53 +224,54 @@ impl Writer {
         for command in batch {
             match command {
                 Command::Append(append) => appends.push(append),
-                Command::Settle(settlements) => self.settlements.extend(settlements),
+                Command::Settle(settlements) => self.keep(settlements),
                 Command::Flush(reply) => flushes.push(reply),
             }
         }
-        if !self.gone && !appends.is_empty() && !self.store.is_in_place() {
-            self.gone = true;
-            self.status.set_writable(false);
-            error!(
-                "spool files were deleted or unmounted: answering 503, delivering what is still readable, then exiting"
-            );
+        if !appends.is_empty() && self.condition() != Condition::Gone && !self.store.is_in_place() {
+            self.find(Finding::FilesGone, None);
         }
         if !self.may_append() {
-            for append in appends.drain(..) {
-                // The receiver is gone if the sender has hung up.
-                let _ = append.reply.send(Err(AppendError::Unavailable));
-            }
+            refuse(appends.drain(..));
         }
+        let is_idle = appends.is_empty() && flushes.is_empty() && self.nothing_to_settle();
+        if !is_idle && self.has_room_to_settle() {
+            self.commit_and_answer(appends);
+        } else {
+            refuse(appends.drain(..));
+        }
+        for reply in flushes {
+            // The receiver is gone if the caller was cancelled.
+            let _ = reply.send(());
+        }
+        self.keep_log();
+    }
+
+    fn commit_and_answer(&mut self, appends: Vec<Append>) {
         let started = Instant::now();
         match self.commit(&appends) {
             Ok(committed) => {
-                self.succeeded(&committed.ledger);
                 if committed.appended > 0 {
-                    self.metrics.spool.commit_duration.record(started.elapsed());
-                    self.metrics.spool.commit_events.record(committed.appended as f64);
-                    self.committed.notify_one();
+                    let metrics = &self.shared.metrics.spool;
+                    metrics.commit_duration.record(started.elapsed());
+                    metrics.commit_events.record(committed.appended as f64);
+                    self.shared.committed.notify_one();
                 }
                 for (append, answer) in appends.into_iter().zip(committed.answers) {
+                    // The receiver is gone if the sender has hung up.
                     let _ = append.reply.send(answer);
                 }
             }
             Err(cause) => {
-                self.failed(&cause);
+                let fault = self.failed(&cause);
                 // Before the answers: a crash must not bring back what the failed commit left in the log, so another
                 // transaction overwrites it, synced or not.
-                if self.failure > Some(CommitFailure::Locked) {
-                    if let Ok(committed) = self.transact(&[], false) {
-                        self.succeeded(&committed.ledger);
-                    }
-                    self.resume();
+                if fault != Fault::Locked {
+                    let _ = self.transact(&[], false);
+                    self.may_append();
                 }
-                for append in appends {
-                    let _ = append.reply.send(Err(AppendError::Unavailable));
-                }
+                refuse(appends);
             }
-        }
-        for reply in flushes {
-            let _ = reply.send(());
         }
     }
 
@@ -258,7 +281,7 @@ impl Writer {
     fn commit(&mut self, appends: &[Append]) -> Result<Transaction> {
         let durable = !appends.is_empty();
         match self.transact(appends, durable) {
-            Err(cause) if CommitFailure::of(&cause) == CommitFailure::DiskFull && self.store.restart_log().is_ok() => {
+            Err(cause) if self.store.fault(&cause) == Fault::NoRoom && self.restart_log().is_ok() => {
                 self.transact(appends, durable)
             }
             outcome => outcome,
@@ -267,33 +290,18 @@ impl Writer {
 
     /// Commits the appends and all settlements, or nothing. `durable`: see [`Store::begin`].
     fn transact(&mut self, appends: &[Append], durable: bool) -> Result<Transaction> {
+        let delivered = self.shared.delivered.runs();
         let mut transaction = Transaction::default();
-        let result = (|| {
-            self.store.begin(durable)?;
-            transaction.ledger = self.store.ledger()?;
-            if let Some(Purged { last, early }) = self.window.purge(Instant::now()) {
-                self.store.forget(last)?;
-                if early {
-                    self.warn_of_short_window();
-                }
-            }
-            // Before the appends, because they make room.
-            settle(&self.store, &mut transaction.ledger, &self.settlements)?;
-            for Append { event, replayable_until_ms, .. } in appends {
-                let answer = self.append(&mut transaction.ledger, event, *replayable_until_ms)?;
-                transaction.appended += u64::from(matches!(answer, Ok(Receipt { duplicate: false, .. })));
-                transaction.answers.push(answer);
-            }
-            self.store.remember(self.window.last(), self.window.uncommitted())?;
-            self.store.write_ledger(&transaction.ledger)?;
-            if self.failure.is_some() {
-                self.store.touch()?;
-            }
-            self.store.commit()
-        })();
+        let result = self.write(&mut transaction, appends, &delivered, durable);
         match result {
             Ok(()) => {
                 self.window.commit();
+                self.unsettled.clear();
+                self.shared.delivered.remove(&delivered);
+                self.vacuum.on_bytes(transaction.ledger.bytes);
+                self.shared.status.set_ledger(&transaction.ledger);
+                self.shared.status.set_log_bytes(self.store.log_size().file);
+                self.find(Finding::Committed, None);
                 Ok(transaction)
             }
             Err(cause) => {
@@ -304,6 +312,36 @@ impl Writer {
                 Err(cause)
             }
         }
+    }
+
+    fn write(
+        &mut self,
+        transaction: &mut Transaction,
+        appends: &[Append],
+        delivered: &Runs,
+        durable: bool,
+    ) -> Result<()> {
+        self.store.begin(durable)?;
+        transaction.ledger = self.store.ledger()?;
+        if let Some(Purged { last, early }) = self.window.purge(Instant::now()) {
+            self.store.forget(last)?;
+            if early {
+                self.warn_of_short_window();
+            }
+        }
+        // Before the appends, because they make room.
+        settle(&self.store, &mut transaction.ledger, self.unsettled.values(), delivered)?;
+        for Append { event, replayable_until_ms, .. } in appends {
+            let answer = self.append(&mut transaction.ledger, event, *replayable_until_ms)?;
+            transaction.appended += u64::from(matches!(answer, Ok(Receipt { duplicate: false, .. })));
+            transaction.answers.push(answer);
+        }
+        self.store.remember(self.window.last(), self.window.uncommitted())?;
+        self.store.write_ledger(&transaction.ledger)?;
+        if self.condition() != Condition::Healthy {
+            self.store.touch()?;
+        }
+        self.store.commit()
     }
 
     /// The inner result is the answer to the webhook; the outer error fails the whole transaction.
@@ -319,7 +357,9 @@ impl Writer {
             return Ok(Ok(first));
         }
         let cost = cost(&event.body);
-        if ledger.bytes + cost > self.max_bytes {
+        // The log beyond its normal size takes the space of events.
+        let used = ledger.bytes.saturating_add(self.shared.status.log_excess());
+        if used.saturating_add(cost) > self.max_bytes {
             return Ok(Err(AppendError::Full));
         }
         let seq = ledger.accepted + 1;
@@ -341,104 +381,260 @@ impl Writer {
         }
     }
 
-    /// Whether events can be accepted: the files are there, commits succeed, and the reserve is allocated.
-    fn may_append(&mut self) -> bool {
-        if self.gone || (self.failure.is_some() && !self.resume()) {
-            return false;
-        }
-        let ledger = self.status.ledger();
-        // After a backlog the file may have all the space in its free pages, and the reserve would never fit again.
-        if ledger.pending + ledger.parked == 0 && self.store.reserve().is_due() {
-            // If it fails, the disk is as full as before.
-            let _ = self.store.shrink();
-        }
-        let held = self.store.reserve().is_held();
-        if held != self.status.set_writable(held) {
-            match held {
-                true => info!("the spool can be written again: accepting webhooks"),
-                false => error!("the spool's disk is full: answering webhooks 503 until there is room"),
+    /// Keeps settlements for the next commit, one for each event: repeats take no more room. That an event is parked
+    /// says more than that it was tried.
+    fn keep(&mut self, settlements: Vec<Settlement>) {
+        for settlement in settlements {
+            match settlement {
+                Settlement::Confirmed(seq) => {
+                    self.unsettled.remove(&seq);
+                }
+                Settlement::Parked { seq, .. } => {
+                    self.unsettled.insert(seq, settlement);
+                }
+                Settlement::Tried(seq) => {
+                    self.unsettled.entry(seq).or_insert(settlement);
+                }
             }
         }
-        held
     }
 
-    /// Makes sure after a failed commit that the disk works again; events are accepted only after that. Returns whether
-    /// it does.
-    ///
-    /// After a disk error it is unknown which pages of the write-ahead log reached the disk: Linux reports a failed
-    /// fsync once and then forgets it. So the log is copied into the file and truncated first.
-    fn resume(&mut self) -> bool {
-        let restarted = match self.failure {
-            Some(CommitFailure::Locked) | None => Ok(()),
-            // Restarting the log makes room if there is some, unless another process reads the file.
-            Some(CommitFailure::DiskFull) => self.store.restart_log().or_else(|cause| match cause {
-                rusqlite::Error::ExecuteReturnedResults => Ok(()),
-                cause if CommitFailure::of(&cause) < CommitFailure::Unknown => Ok(()),
-                cause => Err(cause),
-            }),
-            Some(CommitFailure::Unknown) => self.store.restart_log(),
-        };
-        if matches!(restarted, Err(rusqlite::Error::ExecuteReturnedResults))
-            && let Some(unreported) = self.log_limiter.due("log-is-read", Instant::now())
-        {
-            warn!(
-                unreported,
-                "cannot accept events while another process reads the spool file (spool verify, a backup, sqlite3); \
-                 stop it"
-            );
-        }
-        match restarted.and_then(|()| self.transact(&[], true)) {
-            Ok(committed) => {
-                self.succeeded(&committed.ledger);
-                self.failure = None;
-                true
+    fn nothing_to_settle(&self) -> bool {
+        self.unsettled.is_empty() && self.shared.delivered.is_empty()
+    }
+
+    /// Whether events can be accepted. Tries the disk again if it failed or was full.
+    fn may_append(&mut self) -> bool {
+        match self.condition() {
+            Condition::Healthy if !self.keeper.is_held() => true,
+            Condition::Healthy => {
+                match self.has_room_for_log(2 * self.keeper.bounds().batch) {
+                    Ok(true) => {}
+                    Ok(false) => self.find(Finding::NoRoom, None),
+                    Err(cause) => {
+                        self.failed(&cause);
+                    }
+                }
+                self.condition() == Condition::Healthy
             }
+            condition => condition.restart().is_some_and(|restart| self.probe(restart)),
+        }
+    }
+
+    /// Whether the log could be copied into the file after it has grown by this much. Only a reader makes that
+    /// uncertain: it lets the log grow until the disk is full, and then there would be no room for the copy when the
+    /// reader has gone.
+    fn has_room_for_log(&self, more: u64) -> Result<bool> {
+        let needed = self.store.growth()?.saturating_add(more);
+        Ok(needed <= self.reserve.bytes_held().saturating_add(space::free(self.store.path())))
+    }
+
+    /// Whether there is room to note what became of events. They are not lost without: see [`Delivered`].
+    fn has_room_to_settle(&self) -> bool {
+        let is_short = self.keeper.is_held() && self.condition() == Condition::Full;
+        // If it cannot be found out, the commit fails and says why.
+        !is_short || self.has_room_for_log(SETTLE_BYTES).unwrap_or(true)
+    }
+
+    /// Makes sure that the disk works; events are accepted only after that. Returns whether it does.
+    fn probe(&mut self, restart: Restart) -> bool {
+        match self.try_disk(restart) {
+            Ok(true) => self.find(Finding::Works, None),
+            Ok(false) => self.find(Finding::NoRoom, None),
             Err(cause) => {
                 self.failed(&cause);
-                false
             }
         }
+        self.condition() == Condition::Healthy
     }
 
-    fn succeeded(&mut self, ledger: &Ledger) {
-        self.settlements.clear();
-        self.status.set_failing(false);
-        self.status.set_ledger(ledger);
-    }
-
-    /// Logs the first failure only.
-    fn failed(&mut self, cause: &rusqlite::Error) {
-        self.status.set_failing(true);
-        self.failure = self.failure.max(Some(CommitFailure::of(cause)));
-        // A number that an event has already means that the totals are behind the events.
-        let is_taken = cause.sqlite_error().map(|error| error.extended_code) == Some(SQLITE_CONSTRAINT_PRIMARYKEY);
-        self.damaged |= is_damage(cause) || is_taken;
-        if may_lack_space(cause) && self.store.reserve().give_up() {
-            warn!(error = %cause, "the reserve of the spool was freed: deliveries go on while the disk is full");
+    /// Returns whether there is room for the reserve and for a copy of the log.
+    fn try_disk(&mut self, restart: Restart) -> Result<bool> {
+        if restart != Restart::Skip {
+            let restarted = self.give_back_pages().and_then(|()| self.restart_log());
+            match restarted {
+                Err(cause) if restart == Restart::IfPossible => match self.store.fault(&cause) {
+                    Fault::LogInUse | Fault::NoRoom | Fault::Locked => {}
+                    Fault::Io | Fault::Other | Fault::Damage => return Err(cause),
+                },
+                restarted => restarted?,
+            }
         }
-        if self.status.set_writable(false) {
-            error!(error = %cause, "the spool cannot be written: answering webhooks 503 until it can");
+        if self.keeper.is_held() && !self.has_room_for_log(2 * self.keeper.bounds().batch)? {
+            return Ok(false);
+        }
+        self.transact(&[], true)?;
+        Ok(self.reserve.is_held())
+    }
+
+    /// Gives free pages back to a disk that has no room for the reserve. A quarter of the file at a time at most, so
+    /// that the writer answers soon.
+    fn give_back_pages(&mut self) -> Result<()> {
+        if self.reserve.bytes_held() > 0 || self.keeper.is_held() {
+            return Ok(());
+        }
+        for _ in 0..FULL_SLICES {
+            if self.store.pages()?.free == 0 {
+                break;
+            }
+            self.store.vacuum(FULL_SLICE)?;
+            self.restart_log()?;
+        }
+        Ok(())
+    }
+
+    /// Copies the log into the file and truncates it, while no own read is under way.
+    fn restart_log(&mut self) -> Result<()> {
+        self.truncate_log(PATIENCE)
+    }
+
+    fn truncate_log(&mut self, patience: Duration) -> Result<()> {
+        let restarted = {
+            let _paused = self.shared.reader.pause();
+            self.store.restart_log(patience)
+        };
+        match &restarted {
+            Ok(()) => self.keeper.on_truncated(),
+            Err(StoreError::LogInUse) => self.keeper.hold(Instant::now()),
+            Err(StoreError::Sqlite(_) | StoreError::WrongTotals) => {}
+        }
+        self.shared.status.set_log_bytes(self.store.log_size().file);
+        restarted
+    }
+
+    /// Copies the log into the file when it is due, after the answers: they do not depend on it. A failed copy is a
+    /// failed commit.
+    fn keep_log(&mut self) {
+        if self.condition() != Condition::Healthy {
+            return;
+        }
+        let size = self.store.log_size();
+        let done = match self.keeper.due(size, Instant::now()) {
+            LogStep::Nothing => return,
+            LogStep::Copy => self.store.copy_log(!self.keeper.is_held()).map(|complete| {
+                self.keeper.on_copied(size, complete, Instant::now());
+                self.shared.status.set_log_bytes(self.store.log_size().file);
+            }),
+            LogStep::Truncate => match self.truncate_log(Duration::ZERO) {
+                // The copy did what was possible.
+                Err(StoreError::LogInUse) => Ok(()),
+                done => done,
+            },
+        };
+        self.report_held_log();
+        if let Err(cause) = done {
+            self.failed(&cause);
+            self.may_append();
+        }
+    }
+
+    fn report_held_log(&mut self) {
+        let (now, log_bytes) = (Instant::now(), self.store.log_size().file);
+        let held = self.keeper.held_for_long(now);
+        let was_held = self.shared.status.set_log_held(held.is_some());
+        match held {
+            Some(held) => {
+                if let Some(unreported) = self.log_limiter.due("log-held", now) {
+                    let held = span(held);
+                    warn!(
+                        log_bytes,
+                        held,
+                        unreported,
+                        "the write-ahead log of the spool cannot shrink, because another process reads the spool file \
+                         (a backup, sqlite3): webhooks are accepted until the log fills spool.max_bytes or the disk; \
+                         stop that process"
+                    );
+                }
+            }
+            None if was_held => info!(log_bytes, "the write-ahead log of the spool shrinks again"),
+            None => {}
+        }
+    }
+
+    /// Uses a pause between two commands to give free pages back to the disk. Returns whether it did anything.
+    fn use_pause(&mut self) -> bool {
+        if !self.vacuum.is_due() || self.condition() != Condition::Healthy || self.keeper.is_held() {
+            return false;
+        }
+        let done = self.busy(|writer| {
+            let pages = writer.store.pages()?;
+            match writer.vacuum.next(&pages) {
+                VacuumStep::Free(count) => writer.store.vacuum(count)?,
+                // The copy makes the file shorter.
+                VacuumStep::Finish => {
+                    let size = writer.store.log_size();
+                    let complete = writer.store.copy_log(true)?;
+                    writer.keeper.on_copied(size, complete, Instant::now());
+                }
+                VacuumStep::Nothing => {}
+            }
+            writer.keep_log();
+            Ok(())
+        });
+        if let Err(cause) = done {
+            self.failed(&cause);
+        }
+        true
+    }
+
+    /// Returns what the failure says about the disk.
+    fn failed(&mut self, cause: &StoreError) -> Fault {
+        let fault = self.store.fault(cause);
+        self.find(Finding::Failed(fault), Some(cause));
+        fault
+    }
+
+    fn find(&mut self, finding: Finding, cause: Option<&StoreError>) {
+        for action in self.shared.status.find(finding) {
+            if action == Action::FreeReserve && self.reserve.give_up() {
+                let error = cause.map(tracing::field::display);
+                warn!(error, "the reserve of the spool was freed: deliveries go on while the disk is full");
+            }
+            log(action, cause);
         }
     }
 }
 
-fn settle(store: &Store, ledger: &mut Ledger, settlements: &[Settlement]) -> Result<()> {
-    let mut confirmed = Vec::with_capacity(settlements.len());
-    for settlement in settlements {
+/// Takes the commands that wait.
+fn collect(first: Command, commands: &mut mpsc::Receiver<Command>) -> Vec<Command> {
+    let (mut bytes, mut batch) = (first.bytes(), vec![first]);
+    while batch.len() < BATCH_MAX
+        && bytes < BATCH_BYTES_MAX
+        && let Ok(next) = commands.try_recv()
+    {
+        bytes += next.bytes();
+        batch.push(next);
+    }
+    batch
+}
+
+fn refuse(appends: impl IntoIterator<Item = Append>) {
+    for append in appends {
+        // The receiver is gone if the sender has hung up.
+        let _ = append.reply.send(Err(AppendError::Unavailable));
+    }
+}
+
+fn settle<'a>(
+    store: &Store,
+    ledger: &mut Ledger,
+    unsettled: impl Iterator<Item = &'a Settlement>,
+    delivered: &Runs,
+) -> Result<()> {
+    for settlement in unsettled {
         match settlement {
-            Settlement::Confirmed(seq) => confirmed.push(*seq),
             Settlement::Parked { seq, reason } => {
                 if store.park(*seq, reason, Timestamp::now().as_millisecond())? {
                     ledger.park()?;
                 }
             }
             Settlement::Tried(seq) => store.tried(*seq, Timestamp::now().as_millisecond())?,
+            // Those are in `delivered`.
+            Settlement::Confirmed(_) => {}
         }
     }
-    // Events are confirmed in long runs, so runs are deleted.
-    confirmed.sort_unstable();
-    for run in confirmed.chunk_by(|before, after| after - before <= 1) {
-        let deleted = store.delete(run[0], run[run.len() - 1])?;
+    for (first, last) in delivered.iter() {
+        let deleted = store.delete(first, last)?;
         ledger.take_out(&deleted)?;
         ledger.confirmed += deleted.events();
     }

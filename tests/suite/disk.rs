@@ -436,7 +436,7 @@ async fn a_spool_of_another_format_is_left_alone() {
     relay.sigterm();
     assert_eq!(relay.wait().await.code, Some(0));
     let other = rusqlite::Connection::open(relay.setup().spool()).unwrap();
-    for (format, expected) in [(99, "newer prism-relay (format 99"), (2, "older prism-relay (format 2")] {
+    for (format, expected) in [(99, "newer prism-relay (format 99"), (3, "older prism-relay (format 3")] {
         other.execute_batch(&format!("PRAGMA user_version = {format}")).unwrap();
         let ended = relay.run(&["serve"]).await;
         assert!(ended.code == Some(1) && ended.stderr.contains(expected), "{ended:?}");

@@ -21,7 +21,7 @@ const MAY_USE: [(&str, &[&str]); 30] = [
     ("reload", &["metrics"]),
     ("signature", &["secret", "text"]),
     ("event", &["signature", "text"]),
-    ("spool", &["event", "log_limiter", "metrics"]),
+    ("spool", &["event", "log_limiter", "metrics", "text"]),
     ("broker", &["first_bytes", "http_client", "secret", "tls"]),
     ("traces", &["event", "log_limiter", "tls"]),
     ("topology", &["broker", "event", "text"]),

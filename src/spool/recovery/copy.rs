@@ -3,9 +3,10 @@
 use std::collections::{BTreeMap, HashSet};
 use std::ops::RangeInclusive;
 
-use rusqlite::{Connection, ErrorCode, Result, Row};
+use rusqlite::{Connection, ErrorCode, Row};
 
 use super::super::dedupe::{self, EntryBytes};
+use super::super::error::{Result, StoreError};
 use super::super::ledger::Ledger;
 use super::super::reader::{COLUMNS, stored_at_least};
 use super::super::store::{NUMBER_MAX, Store, lost};
@@ -40,17 +41,21 @@ pub(super) struct Saved {
 }
 
 /// The value, or `None` if the file is damaged there. An error means that it cannot be read at the moment.
-pub(super) fn readable<T>(outcome: Result<T>) -> Result<Option<T>> {
+pub(super) fn readable<T, E: Into<StoreError>>(outcome: Result<T, E>) -> Result<Option<T>> {
     use ErrorCode::{DatabaseCorrupt, NotADatabase, SystemIoFailure, TooBig, Unknown};
     use rusqlite::ffi::{SQLITE_IOERR_READ, SQLITE_IOERR_SHORT_READ};
     match outcome {
         Ok(value) => Ok(Some(value)),
-        Err(error) => match error.sqlite_error().map(|error| (error.code, error.extended_code)) {
-            // Unknown: the schema makes the SQL invalid. None: a value has the wrong type.
-            Some((DatabaseCorrupt | NotADatabase | TooBig | Unknown, _)) | None => Ok(None),
-            // An unreadable sector, or a file that ends too early.
-            Some((SystemIoFailure, SQLITE_IOERR_READ | SQLITE_IOERR_SHORT_READ)) => Ok(None),
-            Some(_) => Err(error),
+        Err(error) => match error.into() {
+            StoreError::Sqlite(error) => match error.sqlite_error().map(|error| (error.code, error.extended_code)) {
+                // Unknown: the schema makes the SQL invalid. None: a value has the wrong type.
+                Some((DatabaseCorrupt | NotADatabase | TooBig | Unknown, _)) | None => Ok(None),
+                // An unreadable sector, or a file that ends too early.
+                Some((SystemIoFailure, SQLITE_IOERR_READ | SQLITE_IOERR_SHORT_READ)) => Ok(None),
+                Some(_) => Err(error.into()),
+            },
+            StoreError::WrongTotals => Ok(None),
+            error @ StoreError::LogInUse => Err(error),
         },
     }
 }

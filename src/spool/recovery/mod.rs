@@ -11,16 +11,16 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use jiff::Timestamp;
-use rusqlite::{Connection, ErrorCode, Result};
+use rusqlite::Connection;
 use tracing::{error, warn};
 
 use self::copy::{Saved, copy, readable};
-use super::error::{OpenError, is_damage, may_lack_space};
+use super::error::{OpenError, StoreError};
 use super::files::{Lock, RESERVE, create_private, sibling, sync_folder, unless_missing};
 use super::log_mark::LogMark;
 use super::reader::open_read_only;
 use super::settings::Durability;
-use super::store::Store;
+use super::store::{BUSY_TIMEOUT, Store, unusable};
 
 /// Suffix of an empty file that asks the next start to recover the spool. The relay creates it when it finds damage
 /// while it runs.
@@ -84,7 +84,7 @@ pub(super) fn open(path: &Path, durability: Durability, lock: &mut Lock) -> Resu
         match open_store(path, durability) {
             // A schema that makes SQL invalid is damage as well, if a relay has used the file before.
             Err(OpenError::Sqlite { source, .. })
-                if lock.is_old() && (is_damage(&source) || source.sqlite_error_code() == Some(ErrorCode::Unknown)) =>
+                if lock.is_old() && (source.cause().is_damage() || source.cause().is_wrong_schema()) =>
             {
                 source.to_string()
             }
@@ -105,7 +105,7 @@ pub(super) fn open(path: &Path, durability: Durability, lock: &mut Lock) -> Resu
 fn open_store(path: &Path, durability: Durability) -> Result<Store, OpenError> {
     match Store::open(path, durability) {
         Err(OpenError::Sqlite { source, .. })
-            if may_lack_space(&source) && fs::remove_file(sibling(path, RESERVE)).is_ok() =>
+            if source.cause().may_lack_space() && fs::remove_file(sibling(path, RESERVE)).is_ok() =>
         {
             warn!(error = %source, "the disk may be full: freed the reserve of the spool to start");
             Store::open(path, durability)
@@ -183,13 +183,12 @@ fn copy_until_stable(path: &Path, durability: Durability) -> Result<Saved, OpenE
 /// Copies the readable events into a new file of the same owner.
 fn copy_once(path: &Path, durability: Durability) -> Result<Saved, OpenError> {
     let io = |source| OpenError::Io { path: path.to_owned(), source };
-    let sqlite = |source| OpenError::Sqlite { path: path.to_owned(), source };
+    let sqlite = |source: StoreError| unusable(path, source);
     let copying = sibling(path, COPYING);
     let mut store = Store::open(&copying, durability)?;
-    store.reserve().give_up();
     let old = open_damaged(path)?;
     let saved = copy(old.as_ref(), &mut store).map_err(sqlite)?;
-    store.truncate_log().map_err(sqlite)?;
+    store.truncate_log(BUSY_TIMEOUT).map_err(sqlite)?;
     drop(store);
     if let Ok(old) = fs::metadata(path) {
         // The owner differs only if root runs this; any other user may not change it and need not.
@@ -222,7 +221,7 @@ fn check_disk(path: &Path) -> io::Result<()> {
 
 fn discard_copy(path: &Path) -> io::Result<()> {
     let copying = sibling(path, COPYING);
-    FILES.into_iter().chain([RESERVE]).try_for_each(|suffix| remove(&sibling(&copying, suffix)))
+    FILES.into_iter().try_for_each(|suffix| remove(&sibling(&copying, suffix)))
 }
 
 /// Renames the damaged file and then the complete one, or continues doing so. Returns the new name of the damaged file.
@@ -257,14 +256,14 @@ fn open_damaged(path: &Path) -> Result<Option<Connection>, OpenError> {
     if !path.try_exists().map_err(|source| OpenError::Io { path: path.to_owned(), source })? || is_emptied(path) {
         return Ok(None);
     }
-    let opening = || {
+    let opening = || -> Result<Connection, StoreError> {
         let connection = open_read_only(path)?;
         // writable_schema lets SQLite read a file that is shorter than its header says. One transaction reads one
         // snapshot.
         connection.execute_batch("PRAGMA writable_schema = ON; BEGIN")?;
         Ok(connection)
     };
-    readable(opening()).map_err(|source| OpenError::Sqlite { path: path.to_owned(), source })
+    readable(opening()).map_err(|source| unusable(path, source))
 }
 
 /// Whether the database is empty and its log is not. SQLite would take it for a new database and delete the log.

@@ -147,7 +147,7 @@ async fn a_stop_leaves_everything_in_the_file_always() {
                 begun.send(()).unwrap();
                 let sql = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 30000)
                            SELECT count(*) FROM n, (SELECT seq FROM event LIMIT 1)";
-                connection.query_row(sql, [], |row| row.get::<_, u64>(0))
+                Ok(connection.query_row(sql, [], |row| row.get::<_, u64>(0))?)
             };
             reader.run(slow).await
         });

@@ -17,7 +17,7 @@ use super::*;
 use crate::event::{Fingerprint, TraceContext};
 
 fn settings(path: &Path, max_bytes: u64) -> Settings {
-    Settings { path: path.to_owned(), max_bytes, durability: Durability::Disk }
+    Settings { path: path.to_owned(), max_bytes, durability: Durability::Disk, body_bytes_max: 1 << 18 }
 }
 
 fn deduped(window: Duration) -> dedupe::Settings {

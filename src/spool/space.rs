@@ -1,0 +1,70 @@
+//! Room on the file system of a spool.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::log_keeper::Bounds;
+use super::reserve;
+use super::settings::Settings;
+
+/// Room for the schema and the first events of a new spool.
+const FIRST_BYTES: u64 = 1024 * 1024;
+
+/// A disk that has too little room for the relay to accept webhooks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shortage {
+    /// Bytes that have to be free.
+    pub needed: u64,
+    /// Bytes that are free.
+    pub free: u64,
+}
+
+impl Shortage {
+    /// Looks whether a relay with these settings would have the room to accept webhooks. Changes nothing. The spool's
+    /// folder need not exist.
+    pub fn of(settings: &Settings) -> io::Result<Option<Self>> {
+        let bounds = Bounds::of(settings.body_bytes_max);
+        if reserve::is_held(&settings.path, bounds.reserve) {
+            return Ok(None);
+        }
+        let (needed, free) = (bounds.reserve + FIRST_BYTES, try_free(&existing(&settings.path))?);
+        Ok((free < needed).then_some(Self { needed, free }))
+    }
+}
+
+/// The path, or the nearest folder above it that exists.
+fn existing(path: &Path) -> PathBuf {
+    let found = path.ancestors().find(|path| path.exists() && !path.as_os_str().is_empty());
+    found.unwrap_or(Path::new(".")).to_owned()
+}
+
+/// Bytes that this user can still write; nothing if the disk does not say.
+pub(super) fn free(path: &Path) -> u64 {
+    try_free(path).unwrap_or(0)
+}
+
+fn try_free(path: &Path) -> io::Result<u64> {
+    let stat = rustix::fs::statvfs(path)?;
+    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spool::Durability;
+
+    #[test]
+    fn a_disk_with_room_for_the_reserve_is_large_enough() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let mut settings = Settings {
+            path: folder.path().join("new/folder/spool.db"),
+            max_bytes: 1,
+            durability: Durability::Disk,
+            body_bytes_max: 1,
+        };
+        assert_eq!(Shortage::of(&settings).unwrap(), None);
+        settings.body_bytes_max = 1 << 60;
+        let shortage = Shortage::of(&settings).unwrap().unwrap();
+        assert!(shortage.needed > 1 << 60 && shortage.free > 0);
+    }
+}
