@@ -5,6 +5,7 @@
 mod blocks;
 mod keys;
 mod page;
+mod picture;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;

@@ -27,6 +27,7 @@ mod parked;
 mod power;
 mod process;
 mod queues;
+mod quickstart;
 mod redrive;
 mod replay;
 mod replicas;

@@ -7,6 +7,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use base64::prelude::{BASE64_STANDARD, Engine as _};
 use hyper::Method;
 use serde_json::{Value, json};
 
@@ -150,10 +151,10 @@ impl Browser {
     pub async fn screenshot(&self, name: &str) {
         let Some(folder) = std::env::var_os("PRISM_TEST_SCREENSHOTS").map(PathBuf::from) else { return };
         let picture = self.devtools("Page.captureScreenshot", json!({ "format": "png" })).await;
+        let picture =
+            BASE64_STANDARD.decode(picture["data"].as_str().unwrap_or_default()).expect("a picture in base64");
         std::fs::create_dir_all(&folder).expect("make the folder for screenshots");
-        let file = std::fs::File::create(folder.join(format!("{name}.b64"))).expect("create a screenshot");
-        std::io::Write::write_all(&mut { file }, picture["data"].as_str().unwrap_or_default().as_bytes())
-            .expect("write");
+        std::fs::write(folder.join(format!("{name}.png")), picture).expect("write a screenshot");
     }
 
     /// The warnings and errors on the browser's console since the last call: scripts, network, content policy.
