@@ -85,12 +85,19 @@ impl Progress {
 
     pub(super) fn set(&mut self, done: u64) {
         self.bar.set_position(done);
-        if let Some(printed_at) = &mut self.printed_at
-            && printed_at.elapsed() >= PROGRESS_EVERY
-        {
-            *printed_at = Instant::now();
-            let _ = writeln!(io::stderr(), "{done} of {} {}", self.bar.length().unwrap_or(done), self.what);
+        if let Some(line) = self.line(done, Instant::now()) {
+            let _ = writeln!(io::stderr(), "{line}");
         }
+    }
+
+    /// The next line, if one is due.
+    fn line(&mut self, done: u64, now: Instant) -> Option<String> {
+        let printed_at = self.printed_at.as_mut()?;
+        if now.saturating_duration_since(*printed_at) < PROGRESS_EVERY {
+            return None;
+        }
+        *printed_at = now;
+        Some(format!("{done} of {} {}", self.bar.length().unwrap_or(done), self.what))
     }
 
     /// Prints with the bar out of the way.
@@ -100,5 +107,21 @@ impl Progress {
 
     pub(super) fn finish(&self) {
         self.bar.finish_and_clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn progress_is_a_line_from_time_to_time_where_there_is_no_terminal() {
+        let (mut progress, start) = (Progress::new(10, "messages"), Instant::now());
+        progress.printed_at = Some(start);
+        assert_eq!(progress.line(1, start + PROGRESS_EVERY / 2), None);
+        assert_eq!(progress.line(5, start + PROGRESS_EVERY).as_deref(), Some("5 of 10 messages"));
+        assert_eq!(progress.line(6, start + PROGRESS_EVERY), None);
+        progress.printed_at = None;
+        assert_eq!(progress.line(7, start + 9 * PROGRESS_EVERY), None, "a terminal has a bar");
     }
 }

@@ -22,7 +22,7 @@ use crate::text::{clean, grouped, span};
 /// Width of a terminal line.
 const COLUMNS: usize = 80;
 /// The width of the longest documented event type.
-const TYPE_COLUMNS: usize = 40;
+const TYPE_COLUMNS: usize = 42;
 /// Digits at the end of an id, which are random. Those at its beginning are the time: the same for 65 s.
 const SHORT_DIGITS: usize = 8;
 /// Fewer digits would match several events too often.
@@ -197,7 +197,7 @@ impl Row {
         let (kind, id) = self.subject.split_once(':').unwrap_or_default();
         let subject = format!("{kind}{}{}", if kind.is_empty() { "" } else { ":" }, end(id, SHORT_DIGITS));
         let kind = cut(&self.r#type, TYPE_COLUMNS);
-        let line = clean(&format!("{}  {age:<6}  {kind:<TYPE_COLUMNS$}  {subject}", short(self.id)));
+        let line = clean(&format!("{}  {age:<6}  {kind:<TYPE_COLUMNS$} {subject}", short(self.id)));
         let reason = self.parked.as_deref().map(|reason| format!("{:SHORT_DIGITS$}  parked: {reason}", ""));
         let reason = reason.map(|reason| format!("\n{}", clean(&cut(&reason, COLUMNS)))).unwrap_or_default();
         format!("{}{reason}", cut(line.trim_end(), COLUMNS))
@@ -208,7 +208,7 @@ fn list(spool: &Inspector, parked: bool, limit: u64, json: bool) -> anyhow::Resu
     let ledger = spool.ledger()?;
     let (mut body, mut count) = (Printed::default(), 0);
     if !json {
-        body.line(format!("{:SHORT_DIGITS$}  {:<6}  {:<TYPE_COLUMNS$}  SUBJECT", "ID", "AGE", "TYPE"));
+        body.line(format!("{:SHORT_DIGITS$}  {:<6}  {:<TYPE_COLUMNS$} SUBJECT", "ID", "AGE", "TYPE"));
     }
     spool.each(parked, limit, |entry| {
         count += 1;
@@ -420,7 +420,7 @@ mod tests {
         Row {
             id: "0192f3c1-0000-7000-8000-0000deadbeef".parse().unwrap(),
             time: String::new(),
-            r#type: "body_shape_prediction.processing.started".to_owned(),
+            r#type: "body_shape_prediction.processing.succeeded".to_owned(),
             subject: subject.to_owned(),
             state: String::new(),
             bytes: 2,
@@ -434,11 +434,11 @@ mod tests {
     #[test]
     fn a_line_of_the_list_fits_a_terminal() {
         let long = row("prediction:7f2ec6e0-b06d-42b1-b2a1-fff59a458490", None);
-        assert_eq!(long.lines(), "deadbeef  23 min  body_shape_prediction.processing.started  prediction:9a458490");
+        assert_eq!(long.lines(), "deadbeef  23 min  body_shape_prediction.processing.succeeded prediction:9a458490");
         assert!(long.lines().chars().count() <= COLUMNS);
         assert_eq!(
             row("scan:1", Some("returned: 312 NO_ROUTE")).lines(),
-            "deadbeef  23 min  body_shape_prediction.processing.started  scan:1\n          \
+            "deadbeef  23 min  body_shape_prediction.processing.succeeded scan:1\n          \
              parked: returned: 312 NO_ROUTE"
         );
         let mut odd = row("", Some(&"\u{1b}[31m very long".repeat(20)));

@@ -405,6 +405,9 @@ async fn output_that_cannot_be_written_is_an_error_of_every_command() {
         (&parked, &["spool", "retry", "--all-parked"]),
         (&parked, &["spool", "remove", "--yes", "--pending", &id]),
         (&relay, &["health", "--url", ops]),
+        (&relay, &["init"]),
+        (&relay, &["config", "show"]),
+        (&relay, &["config", "show", "--defaults"]),
         (&relay, &["man"]),
         (&relay, &["completions", "bash"]),
     ] {
