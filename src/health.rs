@@ -32,7 +32,11 @@ impl Health {
     pub(crate) fn answer(&self) -> Response<Full<Bytes>> {
         match self.blocker() {
             None => problem::json(StatusCode::OK, &json!({ "ready": true })),
-            Some(reason) => Code::from(reason).response(&reason.to_string()),
+            Some(blocker) => {
+                let reason = self.spool.status().reason().filter(|_| blocker != AppendError::Closed);
+                let detail = reason.map_or(blocker.to_string(), |reason| format!("{blocker}: {reason}"));
+                Code::from(blocker).response(&detail)
+            }
         }
     }
 

@@ -97,6 +97,8 @@ pub struct SpoolMetrics {
     pub bytes: Gauge,
     /// The setting `spool.max_bytes`.
     pub max_bytes: Gauge,
+    /// Size of the write-ahead log.
+    pub log_bytes: Gauge,
     /// Age of the oldest pending event, in seconds.
     pub oldest_age: Gauge,
     /// Duration of commits with new events, fsync included.
@@ -314,6 +316,11 @@ impl SpoolMetrics {
             max_bytes: gauge(
                 "prism_relay_spool_max_bytes",
                 "spool.max_bytes: at this limit webhooks are answered 503.",
+            ),
+            log_bytes: gauge(
+                "prism_relay_spool_log_bytes",
+                "Size of the spool's write-ahead log. It grows while another process reads the spool file; beyond its \
+                 normal size it counts against spool.max_bytes.",
             ),
             oldest_age: gauge(
                 "prism_relay_spool_oldest_age_seconds",

@@ -10,7 +10,7 @@ use super::summary::{RecentRefusals, Summary};
 use crate::event::{Envelope, subject};
 use crate::publisher::{BrokerState, ConnectionEvent, WatchState};
 use crate::recent::{Arrival, Counts, Tally};
-use crate::spool::{Entry, Ledger};
+use crate::spool::{Condition, Entry, Ledger, SpoolStatus};
 
 /// The answer of `/api/status`.
 #[derive(Serialize)]
@@ -74,7 +74,13 @@ pub(super) struct SpoolReport {
     pub duplicates: u64,
     pub bytes: u64,
     pub max_bytes: u64,
+    /// Size of the write-ahead log. Beyond its normal size `bytes` includes it.
+    pub log_bytes: u64,
     pub writable: bool,
+    /// The condition of the disk in one word.
+    pub condition: &'static str,
+    /// What is wrong with the spool's file or disk, and what to do.
+    pub reason: Option<&'static str>,
     /// Age of the oldest pending event.
     pub oldest_age_seconds: Option<f64>,
 }
@@ -177,25 +183,23 @@ impl LastReport {
 }
 
 impl SpoolReport {
-    pub(super) fn new(
-        ledger: &Ledger,
-        lost: u64,
-        max_bytes: u64,
-        writable: bool,
-        oldest_age_seconds: Option<f64>,
-    ) -> Self {
-        let Ledger { accepted, confirmed, pending, parked, removed, duplicates, bytes } = *ledger;
+    pub(super) fn new(status: &SpoolStatus, max_bytes: u64, oldest_age_seconds: Option<f64>) -> Self {
+        let Ledger { accepted, confirmed, pending, parked, removed, duplicates, .. } = status.ledger();
+        let condition = status.condition();
         Self {
-            lost,
+            lost: status.lost(),
             accepted,
             confirmed,
             pending,
             parked,
             removed,
             duplicates,
-            bytes,
+            bytes: status.used_bytes(),
             max_bytes,
-            writable,
+            log_bytes: status.log_bytes(),
+            writable: condition == Condition::Healthy,
+            condition: condition.name(),
+            reason: status.reason(),
             oldest_age_seconds,
         }
     }

@@ -41,6 +41,8 @@ pub(super) struct RecentRefusals {
 pub(super) struct Facts {
     pub draining: bool,
     pub writable: bool,
+    /// What is wrong with the spool's file or disk, and what to do.
+    pub reason: Option<&'static str>,
     pub pending: u64,
     pub parked: u64,
     pub removed: u64,
@@ -106,20 +108,28 @@ impl Facts {
             return Some((Level::Warning, text));
         }
         if !self.writable {
-            let text = "The spool cannot be written, so webhooks are answered 503. Prism gives up on each after 35 s. \
-                        Check the disk."
-                .to_owned();
-            return Some((Level::Problem, text));
+            let text = "The spool cannot be written, so webhooks are answered 503. Prism gives up on each after 35 s.";
+            return Some((Level::Problem, format!("{text} {}", self.reason_text("Check the disk."))));
         }
         if self.share() >= 1.0 {
             let mut text =
                 "The spool is full, so webhooks are answered 503. Prism gives up on each after 35 s.".to_owned();
+            if self.reason.is_some() {
+                let _ = write!(text, " {}", self.reason_text(""));
+            }
             if let Some(why) = self.why_not_delivering() {
                 let _ = write!(text, " {why}.");
             }
             return Some((Level::Problem, text));
         }
         None
+    }
+
+    /// The reason as a sentence.
+    fn reason_text(&self, without: &str) -> String {
+        let Some(reason) = self.reason else { return without.to_owned() };
+        let (first, rest) = reason.split_at(1);
+        format!("{}{rest}.", first.to_uppercase())
     }
 
     fn not_delivering(&self) -> Option<(Level, String)> {
@@ -209,6 +219,9 @@ impl Facts {
         let full = self.share();
         if (NEARLY_FULL..1.0).contains(&full) {
             let _ = write!(text, " The spool is {:.0} % full.", full * 100.0);
+        }
+        if self.reason.is_some() && !first.contains(&self.reason_text("")) {
+            let _ = write!(text, " {}", self.reason_text(""));
         }
         if self.parked > 0 && !first.contains(&self.parked_text()) {
             let _ = write!(text, " {}.", self.parked_text());

@@ -102,8 +102,7 @@ impl View {
         let now = Timestamp::now();
         // The status matters most when the spool cannot be read, so it is sent without the age.
         let oldest = self.oldest_age(now).await.unwrap_or(None);
-        let (ledger, max_bytes) = (status.ledger(), self.sources.spool.max_bytes());
-        let spool = SpoolReport::new(&ledger, status.lost(), max_bytes, status.writable(), oldest);
+        let spool = SpoolReport::new(status, self.sources.spool.max_bytes(), oldest);
         let facts = self.facts(&spool, &broker, &counts, now);
         let (started, started_at) = self.started;
         Report {
@@ -134,6 +133,7 @@ impl View {
         Facts {
             draining: self.sources.health.is_draining(),
             writable: spool.writable,
+            reason: spool.reason,
             pending: spool.pending,
             parked: spool.parked,
             bytes: spool.bytes,
@@ -218,7 +218,8 @@ impl View {
         let flag = |flag: bool| f64::from(u8::from(flag));
         metrics.ready.set(flag(self.sources.health.blocker().is_none()));
         metrics.spool.events.set(ledger.pending as f64);
-        metrics.spool.bytes.set(ledger.bytes as f64);
+        metrics.spool.bytes.set(self.sources.spool.status().used_bytes() as f64);
+        metrics.spool.log_bytes.set(self.sources.spool.status().log_bytes() as f64);
         metrics.spool.max_bytes.set(self.sources.spool.max_bytes() as f64);
         metrics.spool.parked_events.set(ledger.parked as f64);
         metrics.spool.lost_events.set(self.sources.spool.status().lost() as f64);

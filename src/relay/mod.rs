@@ -20,6 +20,9 @@ pub(crate) async fn serve(config: Config) -> Result<(), RelayError> {
     let mut signals = StopSignals::install()?;
     // Without a handler SIGHUP would end the process; with one it asks for a reload of the secrets.
     let hangup = signal(SignalKind::hangup()).map_err(RelayError::Signals)?;
+    // Without a handler a file size limit (`ulimit -f`) would end the process; with one it is a disk without room. The
+    // handler stays when its `Signal` is dropped.
+    let _ = signal(SignalKind::from_raw(rustix::process::Signal::XFSZ.as_raw())).map_err(RelayError::Signals)?;
     let grace = config.shutdown.grace;
     let (built, spool_writer) = tokio::select! {
         built = build::build(config) => built?,

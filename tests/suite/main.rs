@@ -35,6 +35,7 @@ mod secrets;
 mod soak;
 mod spool_commands;
 mod spool_files;
+mod spool_log;
 mod statuses;
 mod tls;
 mod topology;

@@ -317,6 +317,49 @@ async fn deliveries_are_not_repeated_on_a_failing_disk() {
     vhost.assert_empty("prism.scan").await;
 }
 
+/// What the broker has is remembered, not only on disk.
+#[tokio::test]
+async fn a_reconnect_repeats_no_delivery_on_a_failing_disk() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let (relay, mut wire) = with_a_backlog(&vhost).await;
+    fs::write(relay.folder().join("faults"), "write").unwrap();
+    wire.accept();
+    vhost.messages("prism.scan", 20).await;
+    for reconnects in 1..=3 {
+        wire.cut();
+        relay.eventually_metric("prism_relay_broker_reconnects_total", &[], f64::from(reconnects)).await;
+    }
+    vhost.assert_empty("prism.scan").await;
+    fs::remove_file(relay.folder().join("faults")).unwrap();
+    relay.eventually_nothing_pending().await;
+    vhost.assert_empty("prism.scan").await;
+    assert_eq!(relay.spool().await.confirmed, 20);
+}
+
+/// SQLite itself would swallow this error, and go on as if the file had everything.
+#[tokio::test]
+async fn a_failed_copy_of_the_log_is_a_failed_commit() {
+    let relay = with_library(Setup::without_broker()).start().await;
+    let faults = relay.folder().join("faults");
+    fs::write(&faults, "checkpoint").unwrap();
+    let mut refused = None;
+    // Each takes several pages of the log, which is copied every 4 MiB.
+    for number in 0..1000 {
+        let answer = relay.post(scan(number)).await;
+        if answer.status == 503 {
+            refused = Some((number, answer.json()));
+            break;
+        }
+    }
+    let (accepted, refusal) = refused.expect("the error is seen");
+    assert_eq!(refusal["code"], "spool-unavailable", "after {accepted}");
+    relay.ops_get("/readyz").await.expect(503);
+    assert_eq!(relay.status().await["spool"]["condition"], "failing");
+    fs::remove_file(&faults).unwrap();
+    relay.eventually_accepts(scan(1_000_000)).await;
+    assert_eq!(relay.spool().await.pending as usize, accepted + 1);
+}
+
 /// A retry that cannot be recorded is not repeated again and again.
 #[tokio::test]
 async fn parked_events_are_not_repeated_on_a_failing_disk() {

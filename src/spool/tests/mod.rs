@@ -205,3 +205,103 @@ fn debug_shows_no_body() {
         assert!(!shown.contains("hunter2") && !shown.contains(bytes.trim_matches(['[', ']'])), "{shown}");
     }
 }
+
+#[tokio::test]
+async fn confirmed_events_are_not_read_again_while_the_disk_takes_no_settlement() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("spool.db");
+    let opened = Opened::open(&path, 1 << 30, WINDOW);
+    for number in 0..10 {
+        opened.spool.append(event(number.to_string()), None).await.unwrap();
+    }
+    opened.spool.settle(vec![Settlement::Parked { seq: 10, reason: "no queue".to_owned() }]).await;
+    opened.spool.flush().await;
+    let meddler = rusqlite::Connection::open(&path).unwrap();
+    meddler.execute_batch("CREATE TRIGGER keep BEFORE DELETE ON event BEGIN SELECT RAISE(ABORT, 'no'); END").unwrap();
+    for _ in 0..3 {
+        opened.spool.settle([1, 2, 3, 7, 10].map(Settlement::Confirmed).to_vec()).await;
+        opened.spool.flush().await;
+    }
+    assert_eq!(opened.spool.status().ledger().pending, 9, "nothing is noted");
+    let seqs = |batch: Batch| batch.events.iter().map(|stored| stored.seq).collect::<Vec<_>>();
+    assert_eq!(seqs(opened.spool.pending_after(0, 10).await.unwrap()), [4, 5, 6, 8, 9]);
+    let cut = opened.spool.pending_after(0, 4).await.unwrap();
+    assert_eq!((cut.more, seqs(cut)), (true, vec![4, 5, 6, 8]));
+    assert_eq!(opened.spool.parked_due(i64::MAX, 0, 10).await.unwrap().events, []);
+    let undelivered = opened.spool.undelivered((1..=10).collect()).await.unwrap();
+    assert_eq!(undelivered.iter().map(|event| event.seq).collect::<Vec<_>>(), [4, 5, 6, 8, 9]);
+    meddler.execute_batch("DROP TRIGGER keep").unwrap();
+    opened.spool.flush().await;
+    let ledger = opened.spool.status().ledger();
+    assert_eq!((ledger.confirmed, ledger.pending, ledger.parked), (5, 5, 0));
+    opened.close().await;
+}
+
+fn length(path: &Path) -> u64 {
+    std::fs::metadata(path).map_or(0, |metadata| metadata.len())
+}
+
+#[tokio::test]
+async fn the_file_gets_smaller_when_a_backlog_is_delivered() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("spool.db");
+    let opened = Opened::open(&path, 1 << 30, WINDOW);
+    for number in 0..40u8 {
+        opened.spool.append(event(vec![number; 1024 * 1024]), None).await.unwrap();
+    }
+    opened.spool.settle((1..=40).map(Settlement::Confirmed).collect()).await;
+    opened.spool.flush().await;
+    for _ in 0..1000 {
+        if length(&path) < 10 << 20 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert!(length(&path) < 10 << 20, "{}", length(&path));
+    assert_eq!(opened.spool.pending_after(0, 10).await.unwrap().events, []);
+    opened.close().await;
+}
+
+#[tokio::test]
+async fn a_large_log_is_given_back_at_the_start() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("spool.db");
+    let opened = Opened::open(&path, 1 << 30, WINDOW);
+    let reader = rusqlite::Connection::open(&path).unwrap();
+    reader.execute_batch("BEGIN; SELECT count(*) FROM event").unwrap();
+    for number in 0..40u8 {
+        opened.spool.append(event(vec![number; 1024 * 1024]), None).await.unwrap();
+    }
+    assert!(opened.spool.status().log_bytes() > 40 << 20);
+    opened.close().await;
+    drop(reader);
+    let opened = Opened::open(&path, 1 << 30, WINDOW);
+    assert!(opened.spool.status().log_bytes() < 1 << 20 && opened.spool.status().writable());
+    assert_eq!(opened.spool.status().ledger().pending, 40);
+    opened.close().await;
+}
+
+/// The totals are right in the middle of changes, and no read takes long.
+#[tokio::test]
+async fn a_spool_is_verified_while_it_is_used() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("spool.db");
+    let opened = Opened::open(&path, 1 << 30, WINDOW);
+    for number in 0..1200 {
+        opened.spool.append(event(number.to_string()), None).await.unwrap();
+    }
+    let verified = tokio::task::spawn_blocking(move || {
+        let verify = |_| Inspector::open(&path).unwrap().verify().unwrap();
+        (0..20).map(verify).collect::<Vec<_>>()
+    });
+    let mut number = 1200;
+    while !verified.is_finished() {
+        opened.spool.append(event(number.to_string()), None).await.unwrap();
+        number += 1;
+        opened.spool.settle(vec![Settlement::Confirmed(number / 2)]).await;
+    }
+    for verdict in verified.await.unwrap() {
+        assert_eq!((verdict.problems, verdict.is_structure_checked), (vec![], false));
+    }
+    opened.close().await;
+}

@@ -5,6 +5,7 @@
  * PRISM_DISK_JOURNAL  the journal: records of { kind, file, offset, length }, followed by the bytes of a write
  * PRISM_DISK_FAULTS   a file whose content chooses the fault:
  *                       fsync, write   these calls fail with EIO
+ *                       checkpoint     syncs of the database fail with EIO, those of its log do not
  *                       read           reads after the first page fail with EIO
  *                       read-only      calls that change a file fail with EROFS, as on ext4 after an error
  *                       quota          writes fail with EDQUOT while the reserve exists
@@ -139,6 +140,7 @@ static int sync_by(const char *symbol, int fd) {
     if (file == OTHER) return next(fd);
     while (fault_of("hang") == EIO) usleep(10000);
     int fault = fault_of("fsync");
+    if (!fault && file == DATABASE) fault = fault_of("checkpoint");
     if (fault) return errno = fault, -1;
     /* Under the lock, because the sync may not cover a write that another thread makes meanwhile. */
     pthread_mutex_lock(&lock);
