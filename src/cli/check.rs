@@ -8,7 +8,7 @@ use super::output::say;
 use super::topology;
 use crate::broker::{BrokerAccess, BrokerConnection, BrokerUrl};
 use crate::config::Config;
-use crate::spool::{FileSystem, Inspector, SpoolState, check_mount};
+use crate::spool::{FileSystem, Inspector, Shortage, SpoolState, check_mount};
 use crate::text::chain;
 use crate::topology::{Comparison, Declare, Kind, Plan, compare};
 
@@ -96,6 +96,10 @@ fn check_spool(config: &Config, table: &mut Table) {
     }
     if let Some(warning) = FileSystem::of(&config.spool.path).warning() {
         table.ok("spool", warning);
+    }
+    if let Ok(Some(Shortage { needed, free })) = Shortage::of(&config.spool) {
+        let (needed, free) = (bytesize::ByteSize(needed), bytesize::ByteSize(free));
+        table.wrong("spool", &format!("the disk of {path} has {free} free and needs {needed}: webhooks would get 503"));
     }
     let state = SpoolState::of(&config.spool.path);
     if state == SpoolState::Damaged {

@@ -92,7 +92,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn runs_hold_the_same_numbers_as_a_set(steps in proptest::collection::vec((any::<bool>(), 0..60u64, 0..9u64), 0..60)) {
+        fn runs_hold_the_same_numbers_as_a_set(
+            steps in proptest::collection::vec((any::<bool>(), 0..60u64, 0..9u64), 0..60),
+        ) {
             let (mut runs, mut set) = (Runs::default(), BTreeSet::new());
             for (is_added, first, length) in steps {
                 let range = first..=first + length;

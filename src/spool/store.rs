@@ -223,8 +223,9 @@ impl Store {
     fn checkpoint(&mut self, mode: &str) -> Result<Copied> {
         self.set_synced(true)?;
         let copied = self.connection.query_row(&format!("PRAGMA wal_checkpoint({mode})"), [], |row| {
-            let (in_log, copied): (i64, i64) = (row.get(1)?, row.get(2)?);
-            Ok(Copied { is_busy: row.get(0)?, is_complete: in_log == copied, in_log: in_log.unsigned_abs() })
+            let (is_busy, in_log, copied): (bool, i64, i64) = (row.get(0)?, row.get(1)?, row.get(2)?);
+            // Both are -1 if another process is copying the log.
+            Ok(Copied { is_busy, is_complete: !is_busy && in_log == copied, in_log: in_log.unsigned_abs() })
         });
         self.log_file = length(&sibling(&self.path, "-wal"));
         let copied = copied?;
@@ -470,7 +471,8 @@ pub(super) fn lost(connection: &Connection) -> Result<u64> {
     lost.ok_or(StoreError::WrongTotals)
 }
 
-/// Opens the connection of the writer, with a new schema if the file is empty. `log_pages` follows the log from then on.
+/// Opens the connection of the writer, with a new schema if the file is empty. `log_pages` follows the log from then
+/// on.
 fn connect(path: &Path, log_pages: &Arc<AtomicU64>) -> Result<Connection, OpenError> {
     let sqlite = |source: rusqlite::Error| unusable(path, source.into());
     let mut connection = Connection::open(path).map_err(sqlite)?;

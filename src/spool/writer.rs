@@ -360,6 +360,9 @@ impl Writer {
         // The log beyond its normal size takes the space of events.
         let used = ledger.bytes.saturating_add(self.shared.status.log_excess());
         if used.saturating_add(cost) > self.max_bytes {
+            if ledger.bytes.saturating_add(cost) <= self.max_bytes {
+                self.warn_of_full_log();
+            }
             return Ok(Err(AppendError::Full));
         }
         let seq = ledger.accepted + 1;
@@ -369,6 +372,18 @@ impl Writer {
         ledger.pending += 1;
         ledger.bytes += cost;
         Ok(Ok(Receipt { seq, id: event.id, duplicate: false }))
+    }
+
+    fn warn_of_full_log(&self) {
+        if let Some(unreported) = self.log_limiter.due("full-log", Instant::now()) {
+            let log_bytes = self.store.log_size().file;
+            warn!(
+                log_bytes,
+                unreported,
+                "answering webhooks 503: the write-ahead log of the spool fills spool.max_bytes, because another process \
+                 reads the spool file (a backup, sqlite3); stop that process"
+            );
+        }
     }
 
     fn warn_of_short_window(&self) {

@@ -85,6 +85,7 @@ async fn a_log_that_a_reader_holds_counts_against_the_limit_and_shrinks_when_it_
     assert!(reason.contains("another process reads the spool file") && reason.contains("max_bytes"), "{reason}");
     assert_eq!(report["ready"], false);
     assert!(report["summary"]["text"].as_str().unwrap().contains("nother process reads the spool file"), "{report}");
+    relay.eventually_logs("the write-ahead log of the spool fills spool.max_bytes").await;
     drop(reading);
     relay.eventually_accepts(scan(1_000_000, 3000)).await;
     eventually("a small log", async || {
@@ -104,6 +105,8 @@ async fn a_disk_without_room_for_the_reserve_is_not_ready_from_the_first_instant
     assert!(ready["detail"].as_str().unwrap().contains("disk is full"), "{ready}");
     assert_eq!(relay.post(scan(0, 10)).await.expect(503).json()["code"], "spool-unavailable");
     assert_eq!(relay.status().await["spool"]["condition"], "full");
+    let checked = relay.run(&["check", "--offline"]).await;
+    assert!(checked.code == Some(1) && checked.stdout.contains("webhooks would get 503"), "{checked:?}");
     disk.remount("size=40m");
     relay.eventually_accepts(scan(1, 10)).await;
     relay.ops_get("/readyz").await.expect(200);
@@ -151,10 +154,11 @@ async fn a_file_size_limit_is_a_disk_without_room() {
     relay.kill9().await;
     let inner = relay.setup().command(&["serve"]);
     let mut command = leash::command("/bin/bash");
+    // Without the gate of the inner command, which is the shell, its script and its name.
+    let relay_and_arguments = inner.get_args().skip(3);
     command
-        .args(["-c", "ulimit -f 4096; exec \"$0\" \"$@\""])
-        .arg(inner.get_program())
-        .args(inner.get_args())
+        .args(["-c", "ulimit -f 4096; exec \"$@\"", "limited"])
+        .args(relay_and_arguments)
         .current_dir(relay.folder());
     for (name, value) in inner.get_envs() {
         match value {
