@@ -380,8 +380,8 @@ impl Writer {
             warn!(
                 log_bytes,
                 unreported,
-                "answering webhooks 503: the write-ahead log of the spool fills spool.max_bytes, because another process \
-                 reads the spool file (a backup, sqlite3); stop that process"
+                "answering webhooks 503: the write-ahead log of the spool fills spool.max_bytes, because another \
+                 process reads the spool file (a backup, sqlite3); stop that process"
             );
         }
     }
