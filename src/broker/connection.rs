@@ -22,7 +22,7 @@ use tokio_rustls::rustls::ClientConfig;
 use tokio_util::either::Either;
 
 use super::reactor::{Stream, TlsReactor};
-use super::reply::reply_code;
+use super::reply::{is_limit, reply_code, reply_text};
 use super::url::BrokerUrl;
 use crate::tls;
 
@@ -40,6 +40,11 @@ pub enum ConnectError {
     Timeout { url: String, timeout: Duration },
     #[error("{url} refused the login: check user, password and virtual host ({source})")]
     Refused { url: String, source: lapin::Error },
+    #[error(
+        "{url} refused the connection, because a limit of the broker is reached: {reply}. Raise it (rabbitmqctl \
+         set_vhost_limits or set_user_limits), or close other connections"
+    )]
+    Limit { url: String, reply: String },
     #[error("the AMQP handshake with {url} failed: {source}")]
     Handshake { url: String, source: lapin::Error },
 }
@@ -168,8 +173,11 @@ async fn handshake(
 /// just closes.
 fn explain(url: &BrokerUrl, source: lapin::Error) -> ConnectError {
     let url = url.to_string();
-    let refused = matches!(reply_code(&source), Some(403 | 530));
-    if refused { ConnectError::Refused { url, source } } else { ConnectError::Handshake { url, source } }
+    match reply_code(&source) {
+        Some(530) if is_limit(&reply_text(&source)) => ConnectError::Limit { url, reply: reply_text(&source) },
+        Some(403 | 530) => ConnectError::Refused { url, source },
+        _ => ConnectError::Handshake { url, source },
+    }
 }
 
 #[cfg(test)]

@@ -39,9 +39,29 @@ pub(crate) fn reply_text(error: &lapin::Error) -> String {
     }
 }
 
+/// Whether the broker refuses something because there are too many of it already: queues of a virtual host,
+/// connections or channels of a user, a virtual host or a node.
+pub(crate) fn is_limit(reply: &str) -> bool {
+    reply.contains("limit") && reply.contains("reached")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn limits_are_recognised_by_their_text() {
+        for limit in [
+            "PRECONDITION_FAILED - cannot declare queue 'q': queue limit in vhost '/' (10) is reached",
+            "NOT_ALLOWED - access to vhost '/' refused for user 'u': connection limit (1) is reached",
+            "NOT_ALLOWED - connection refused for user 'u': user connection limit (1) is reached",
+            "NOT_ALLOWED - number of channels opened for user 'u' has reached the maximum allowed user limit of (1)",
+        ] {
+            assert!(is_limit(limit), "{limit}");
+        }
+        assert!(!is_limit("NOT_ALLOWED - vhost v not found"));
+        assert!(!is_limit("PRECONDITION_FAILED - inequivalent arg 'x-delivery-limit' for queue 'q'"));
+    }
 
     #[test]
     fn a_name_that_is_too_long_is_an_error_and_not_the_default_exchange() {

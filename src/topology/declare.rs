@@ -8,7 +8,7 @@ use thiserror::Error;
 
 use super::plan::{Binding, CONSISTENT_HASH, Entity, Exchange, Plan, Queue, Target};
 use super::spec::Declare;
-use crate::broker::{NameTooLong, reply_code, reply_text, short_string};
+use crate::broker::{NameTooLong, is_limit, reply_code, reply_text, short_string};
 
 /// Why the broker does not have what the configuration asks for, and what to do.
 #[derive(Debug, Error)]
@@ -29,6 +29,11 @@ pub enum TopologyError {
     NoPlugin { entity: String, reply: String },
     #[error("{entity}: the broker refuses it: {reply}")]
     Refused { entity: String, reply: String },
+    #[error(
+        "{entity}: the broker refuses it, because a limit is reached: {reply}. Raise it (rabbitmqctl set_vhost_limits \
+         or set_user_limits), or delete what is not needed"
+    )]
+    Limit { entity: String, reply: String },
     #[error("cannot declare the topology")]
     Name(#[from] NameTooLong),
     #[error("the connection failed while the topology was declared")]
@@ -163,10 +168,10 @@ pub(super) async fn close(channel: Channel) {
 pub(super) fn explain(what: &impl Display, error: lapin::Error) -> TopologyError {
     let (entity, reply) = (what.to_string(), reply_text(&error));
     match reply_code(&error) {
+        Some(406 | 530) if is_limit(&reply) => TopologyError::Limit { entity, reply },
         Some(406) if reply.contains("inequivalent arg") => TopologyError::Clash { entity, reply },
         Some(404) => TopologyError::Missing { entity },
         Some(503) if reply.contains(CONSISTENT_HASH) => TopologyError::NoPlugin { entity, reply },
-        // 406 without an inequivalent argument: for example a limit on the number of queues is reached.
         Some(402 | 403 | 405 | 406 | 530 | 540) => TopologyError::Refused { entity, reply },
         _ => TopologyError::Connection(error),
     }
@@ -188,11 +193,9 @@ mod tests {
         let clash = "PRECONDITION_FAILED - inequivalent arg 'x-delivery-limit' for queue 'q' in vhost '/': received \
                      '20' but current is '7'";
         assert!(matches!(explained(clash), TopologyError::Clash { reply, .. } if reply == clash));
-        for refusal in [
-            "PRECONDITION_FAILED - cannot declare queue 'q': queue limit in vhost '/' (10) is reached",
-            "PRECONDITION_FAILED - invalid binding key: more than two wildcards '#'",
-        ] {
-            assert!(matches!(explained(refusal), TopologyError::Refused { reply, .. } if reply == refusal));
-        }
+        let limit = "PRECONDITION_FAILED - cannot declare queue 'q': queue limit in vhost '/' (10) is reached";
+        assert!(matches!(explained(limit), TopologyError::Limit { reply, .. } if reply == limit));
+        let refusal = "PRECONDITION_FAILED - invalid binding key: more than two wildcards '#'";
+        assert!(matches!(explained(refusal), TopologyError::Refused { reply, .. } if reply == refusal));
     }
 }
