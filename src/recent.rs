@@ -1,13 +1,14 @@
 //! The latest events and refusals, for the operators' pages: in memory, bounded, lost with the process. No body and no
 //! `userToken` is kept, and texts from outside are cut.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use uuid::Uuid;
 
-use crate::event::{DOCUMENTED_TYPES, Envelope};
+use crate::event::{DOCUMENTED_TYPES, Envelope, Fingerprint};
 
 /// Maximum number of events that are kept; each takes about 300 bytes.
 const LATEST_MAX: usize = 1000;
@@ -26,6 +27,35 @@ pub struct Recent {
     latest: Mutex<VecDeque<Arrival>>,
     /// Events that an operator removed last.
     removed: Mutex<VecDeque<Uuid>>,
+    turned_away: Mutex<TurnedAway>,
+}
+
+/// Prism tries for the last time 35 s after the first time. An event that was refused and does not come again within
+/// this time is lost.
+const GIVEN_UP_AFTER: SignedDuration = SignedDuration::from_secs(60);
+
+/// Maximum number of refused events that are recognised when they come again; each takes about 80 bytes. Of more, the
+/// oldest ones count as lost.
+const TURNED_AWAY_MAX: usize = 10_000;
+
+/// Events that were refused and not accepted since.
+#[derive(Default)]
+struct TurnedAway {
+    waiting: HashMap<Fingerprint, (Timestamp, &'static str)>,
+    /// The order in which they were refused for the first time; also those that were accepted since.
+    order: VecDeque<(Timestamp, Fingerprint)>,
+    losses: Losses,
+}
+
+/// Refused events and what became of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Losses {
+    /// Refused recently: Prism may send them again.
+    pub waiting: u64,
+    /// Refused, and not accepted within a minute.
+    pub lost: u64,
+    /// When the last event was lost, and the code of its refusal.
+    pub last: Option<(Timestamp, &'static str)>,
 }
 
 /// Counts since the start of the process.
@@ -77,7 +107,7 @@ impl Default for Recent {
         // Documented types have their places, whatever other types come first.
         let types = DOCUMENTED_TYPES.map(|name| (name.to_owned(), Tally::default())).into();
         let counts = Mutex::new(Counts { types, ..Counts::default() });
-        Self { counts, latest: Mutex::default(), removed: Mutex::default() }
+        Self { counts, latest: Mutex::default(), removed: Mutex::default(), turned_away: Mutex::default() }
     }
 }
 
@@ -118,6 +148,23 @@ impl Recent {
         let mut counts = locked(&self.counts);
         *counts.refused.entry(code).or_default() += 1;
         counts.last_refused = Some((now, code));
+    }
+
+    /// An event that may be Prism's was refused with this code.
+    pub fn turned_away(&self, event: Fingerprint, code: &'static str, now: Timestamp) {
+        locked(&self.turned_away).add(event, code, now);
+    }
+
+    /// An event with this fingerprint was accepted, so an earlier refusal did no harm.
+    pub fn taken_after_all(&self, event: &Fingerprint) {
+        locked(&self.turned_away).waiting.remove(event);
+    }
+
+    /// What became of the refused events.
+    pub fn losses(&self, now: Timestamp) -> Losses {
+        let mut turned_away = locked(&self.turned_away);
+        turned_away.give_up(now);
+        Losses { waiting: turned_away.waiting.len() as u64, ..turned_away.losses }
     }
 
     /// Counts a valid signature. `position` is that of its secret, from 0.
@@ -172,6 +219,37 @@ impl Counts {
     }
 }
 
+impl TurnedAway {
+    fn add(&mut self, event: Fingerprint, code: &'static str, now: Timestamp) {
+        // The time counts from the first try.
+        let Entry::Vacant(place) = self.waiting.entry(event) else { return };
+        place.insert((now, code));
+        self.order.push_back((now, event));
+        if self.order.len() > TURNED_AWAY_MAX {
+            self.lose_oldest();
+        }
+    }
+
+    /// Counts the events that Prism has given up.
+    fn give_up(&mut self, now: Timestamp) {
+        while self.order.front().is_some_and(|(at, _)| now.duration_since(*at) > GIVEN_UP_AFTER) {
+            self.lose_oldest();
+        }
+    }
+
+    fn lose_oldest(&mut self) {
+        let Some((at, event)) = self.order.pop_front() else { return };
+        // An event that was accepted, and refused again since, is in the order twice.
+        if let Entry::Occupied(place) = self.waiting.entry(event)
+            && place.get().0 == at
+        {
+            let (_, code) = place.remove();
+            self.losses.lost += 1;
+            self.losses.last = self.losses.last.max(Some((at, code)));
+        }
+    }
+}
+
 fn push<T>(queue: &mut VecDeque<T>, item: T) {
     if queue.len() == LATEST_MAX {
         queue.pop_front();
@@ -186,6 +264,28 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_refused_event_is_lost_unless_it_is_accepted_within_a_minute() {
+        let (recent, start) = (Recent::default(), Timestamp::UNIX_EPOCH);
+        let at = |seconds: i64| start + SignedDuration::from_secs(seconds);
+        let event = |number: u64| Fingerprint::of(&number.to_be_bytes());
+        recent.turned_away(event(1), "spool-full", at(0));
+        recent.turned_away(event(2), "spool-full", at(1));
+        recent.turned_away(event(2), "spool-full", at(35));
+        recent.taken_after_all(&event(1));
+        assert_eq!(recent.losses(at(40)), Losses { waiting: 1, lost: 0, last: None });
+        let lost = Losses { waiting: 0, lost: 1, last: Some((at(1), "spool-full")) };
+        assert_eq!(recent.losses(at(62)), lost);
+        recent.taken_after_all(&event(2));
+        assert_eq!(recent.losses(at(63)), lost, "too late");
+
+        for number in 0..TURNED_AWAY_MAX as u64 + 5 {
+            recent.turned_away(event(100 + number), "spool-full", at(100));
+        }
+        let Losses { waiting, lost, .. } = recent.losses(at(101));
+        assert_eq!((waiting, lost), (TURNED_AWAY_MAX as u64, 6), "the number is limited");
+    }
 
     #[test]
     fn it_is_bounded_and_cuts_long_texts() {

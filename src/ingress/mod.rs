@@ -27,7 +27,7 @@ use answer::{Refusal, accepted};
 use body::{Buffered, Inbound, Memory};
 pub use settings::{HEALTH_PATH, Settings};
 
-use crate::event::{DOCUMENTED_TYPES, Envelope, Event, TraceContext};
+use crate::event::{DOCUMENTED_TYPES, Envelope, Event, Fingerprint, TraceContext};
 use crate::health::Health;
 use crate::log_limiter::LogLimiter;
 use crate::metrics::Metrics;
@@ -211,8 +211,14 @@ impl WebhookHandler {
 
         let now = Timestamp::now();
         let (timestamp, signature) = (header(headers, TIMESTAMP_HEADER), header(headers, SIGNATURE_HEADER));
-        let verified = self.verifier.verify(timestamp, signature, body, now)?;
-        let body = verified.body().clone();
+        let verified = self.verifier.verify(timestamp, signature, body.clone(), now).map_err(|rejection| {
+            let refusal = Refusal::from(rejection);
+            // Internet scanners do not sign.
+            if matches!(refusal.code, Code::InvalidSignature | Code::StaleTimestamp) {
+                self.recent.turned_away(Fingerprint::of(&body), refusal.code.text(), now);
+            }
+            refusal
+        })?;
         // An unsigned body has to be an event. A signed one comes from Prism: it is accepted with any content.
         let envelope = match Envelope::parse(&body) {
             Ok(envelope) => Some(envelope),
@@ -228,6 +234,7 @@ impl WebhookHandler {
         let sent = TraceContext::from_headers(header(headers, "traceparent"), header(headers, "tracestate"));
         let trace = self.traces.start_webhook(sent, begun);
         let event = Event::new(verified, trace.context(), now);
+        let fingerprint = event.fingerprint;
         // An event that is committed after this deadline is recognised when the sender tries again.
         let appended =
             timeout(APPEND_PATIENCE, self.spool.append(event, signed.map(|signed| signed.valid_until))).await;
@@ -235,9 +242,12 @@ impl WebhookHandler {
             Ok(receipt) => receipt,
             Err(error) => {
                 trace.refused();
-                return Err(error.into());
+                let refusal = Refusal::from(error);
+                self.recent.turned_away(fingerprint, refusal.code.text(), now);
+                return Err(refusal);
             }
         };
+        self.recent.taken_after_all(&fingerprint);
         debug!(id = %receipt.id, duplicate = receipt.duplicate, "accepted");
         trace.accepted(receipt.id, receipt.duplicate);
         self.record(&receipt, envelope.as_ref(), now);

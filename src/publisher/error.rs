@@ -37,6 +37,22 @@ pub enum PublisherError {
     Spool(#[from] ReadError),
 }
 
+impl PublisherError {
+    /// Whether no broker answers, as opposed to one that refuses something.
+    pub(super) fn is_unreachable(&self) -> bool {
+        match self {
+            Self::Connect(ConnectError::Tcp { .. } | ConnectError::Timeout { .. }) | Self::Lost(_) => true,
+            Self::Connect(_)
+            | Self::Topology(_)
+            | Self::SetUpTimeout(_)
+            | Self::ConfirmTimeout(_)
+            | Self::Nacked
+            | Self::Poison(_)
+            | Self::Spool(_) => false,
+        }
+    }
+}
+
 /// Why deliveries over one connection ended.
 pub(super) struct Interruption {
     pub error: PublisherError,

@@ -125,7 +125,7 @@ impl Publisher {
                 warn!(%url, error = %text, delay = wait, pending, "not delivering; events are kept on disk");
                 warned[index].clone_from(&text);
             }
-            self.parts.status.on_disconnected(text);
+            self.parts.status.on_disconnected(text, error.is_unreachable());
             tokio::select! {
                 () = tokio::time::sleep(delay) => {}
                 () = drain.cancelled() => return Ok(()),

@@ -169,6 +169,7 @@ mod tests {
             blocked: blocked.map(str::to_owned),
             url: None,
             error: error.map(str::to_owned),
+            unreachable: false,
             since: Timestamp::UNIX_EPOCH,
             connects: 1,
         };

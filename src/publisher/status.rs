@@ -90,6 +90,9 @@ pub struct BrokerState {
     pub url: Option<String>,
     /// Why there is no connection.
     pub error: Option<String>,
+    /// Whether there is no connection because no broker answers, and not because one refuses something.
+    #[serde(skip)]
+    pub unreachable: bool,
     /// When the connection was opened or lost, or when the broker last blocked or unblocked publishers.
     pub since: Timestamp,
     /// Number of connections made since the relay started.
@@ -139,6 +142,7 @@ impl Status {
             blocked: None,
             url: None,
             error: None,
+            unreachable: false,
             since: Timestamp::now(),
             connects: 0,
         };
@@ -261,6 +265,7 @@ impl Status {
             blocked: None,
             url: Some(url.to_string()),
             error: None,
+            unreachable: false,
             since: Timestamp::now(),
             connects,
         };
@@ -268,7 +273,8 @@ impl Status {
         if connects == 1 { Connect::First } else { Connect::Again }
     }
 
-    pub(super) fn on_disconnected(&self, error: String) {
+    /// `unreachable`: no broker answers.
+    pub(super) fn on_disconnected(&self, error: String, unreachable: bool) {
         let mut state = locked(&self.state);
         if state.connected {
             state.since = Timestamp::now();
@@ -277,6 +283,7 @@ impl Status {
         state.connected = false;
         state.blocked = None;
         state.error = Some(error);
+        state.unreachable = unreachable;
         self.set_in_flight(0);
     }
 
