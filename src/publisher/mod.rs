@@ -105,6 +105,9 @@ impl Publisher {
             if matches!(error, PublisherError::Spool(_)) {
                 return Err(error);
             }
+            if matches!(error, PublisherError::ConfirmTimeout(_)) {
+                self.parts.status.on_nack();
+            }
             // A full queue nacks at once, over a connection that works.
             let nacked_at_once =
                 matches!(error, PublisherError::Nacked) && started_at.elapsed() < self.parts.settings.reconnect_max;

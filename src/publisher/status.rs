@@ -176,18 +176,19 @@ impl Status {
         *locked(&self.watched) = Watched { state, valid_until };
     }
 
-    /// The broker rejected a publish: the watch looks for a queue that cannot take messages.
+    /// The broker rejected a publish, or did not confirm it in time: the watch looks for a queue that cannot take
+    /// messages.
     pub(super) fn on_nack(&self) {
         self.nacked.store(true, Ordering::Relaxed);
         self.request_look();
     }
 
-    /// Whether the broker rejected a publish since the last call.
+    /// Whether [`Self::on_nack`] was called since the last call of this.
     pub(super) fn take_nacked(&self) -> bool {
         self.nacked.swap(false, Ordering::Relaxed)
     }
 
-    /// Whether the broker rejected a publish since the last call of [`Self::take_nacked`].
+    /// Whether [`Self::on_nack`] was called since the last call of [`Self::take_nacked`].
     pub(super) fn was_nacked(&self) -> bool {
         self.nacked.load(Ordering::Relaxed)
     }

@@ -16,7 +16,9 @@ use super::status::{QueueState, QueueTrouble, Status, WatchState};
 use crate::broker::{BrokerConnection, Management, ManagementError};
 use crate::metrics::Metrics;
 use crate::text::chain;
-use crate::topology::{Commands, Declare, Live, LiveEntity, Looker, Plan, QueueLook, Trouble, missing_bindings};
+use crate::topology::{
+    Commands, Declare, Live, LiveEntity, Looker, Plan, QueueLook, QueueRole, Trouble, missing_bindings,
+};
 
 /// The shortest time between two looks, however many are requested.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -140,18 +142,20 @@ impl ConnectionWatch<'_> {
             Declare::Passive => look.missing.extend(missing),
             Declare::Off => {}
         }
+        let queues = self.ask(async |api| Live::read_queues(api).await).await;
         let nacked = status.take_nacked();
-        let is_suspicious = nacked || self.watch.state.queues.iter().any(|queue| queue.trouble.is_some());
-        let queues = match is_suspicious {
-            true => self.ask(async |api| Live::read_queues(api).await).await,
-            false => None,
-        };
+        let is_full = |seen: &QueueLook| Trouble::by_counts(seen.counts, seen.max_length, false).is_some();
+        let unexplained = nacked && !look.queues.iter().any(is_full);
         let state = WatchState {
             looked_at: Some(Timestamp::now()),
             off: None,
             missing: look.missing,
             bindings_checked: declare == Declare::Active || bindings.is_some(),
-            queues: look.queues.iter().map(|seen| judge(seen, queues.as_deref(), nacked, &self.commands)).collect(),
+            queues: look
+                .queues
+                .iter()
+                .map(|seen| judge(seen, queues.as_deref(), unexplained, &self.commands))
+                .collect(),
         };
         self.watch.report(&look.created, state, nacked, &self.watched);
         Ok(())
@@ -218,7 +222,8 @@ impl Watch {
         let unexplained = nacked && troubles == 0;
         if unexplained && !self.unexplained {
             warn!(
-                "the broker rejects messages, and no queue is known to be full or down; events are kept on disk. \
+                "the broker rejects messages or does not confirm them, and no queue is known to be full or down; \
+                 events are kept on disk. \
                  prism-relay topology diff names the queue, with a user who may read the management API"
             );
         }
@@ -230,12 +235,14 @@ impl Watch {
     }
 }
 
-/// What is known about a queue. `there`: what the management API says, if it was asked and answered.
-fn judge(seen: &QueueLook, there: Option<&[LiveEntity]>, nacked: bool, commands: &Commands) -> QueueState {
+/// What is known about a queue. `there`: what the management API says, if it answers. `unexplained`: messages are
+/// rejected, and no queue is known to be full.
+fn judge(seen: &QueueLook, there: Option<&[LiveEntity]>, unexplained: bool, commands: &Commands) -> QueueState {
     let there = there.and_then(|there| there.iter().find(|there| there.name == seen.name));
     let trouble = match there {
         Some(there) => Trouble::by_api(there),
-        None => Trouble::by_counts(seen.counts, seen.max_length, nacked),
+        // The others are empty most of the time.
+        None => Trouble::by_counts(seen.counts, seen.max_length, unexplained && seen.role == QueueRole::Work),
     };
     // Without a leader the counts are zero, which means that they are not known.
     let counts = match trouble {

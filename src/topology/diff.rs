@@ -566,7 +566,7 @@ mod tests {
             case(
                 unchanged,
                 |live| named(live, "queues", "q")["state"] = "down".into(),
-                &format!("queue q: is down: it has no leader, so RabbitMQ rejects every message for it | {LOOK}"),
+                &format!("queue q: is down: it has no leader, so RabbitMQ accepts no message for it | {LOOK}"),
             ),
             passive(
                 |queue| queue.max_length = Some(5),

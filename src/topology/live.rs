@@ -29,14 +29,16 @@ pub(crate) struct LiveEntity {
     /// Messages of a queue that wait for room among the dead letters. They count for its maximum length.
     #[serde(default)]
     pub messages_dlx: Option<u64>,
-    /// The state of a queue, such as `running`, `down` or `minority`.
+    /// The state of a queue, such as `running` or `stopped`. RabbitMQ 3.10 does not show that of a quorum queue that is
+    /// down.
     #[serde(default)]
     pub state: Option<String>,
-    /// The nodes of a replicated queue, and those of them that run.
+    /// The nodes of a replicated queue.
     #[serde(default)]
     pub members: Vec<String>,
+    /// Those of the `members` that run; `None`: not known yet.
     #[serde(default)]
-    pub online: Vec<String>,
+    pub online: Option<Vec<String>>,
     pub r#type: String,
     pub durable: bool,
     #[serde(default)]
@@ -67,9 +69,11 @@ pub(super) struct LivePolicy {
 }
 
 impl Live {
-    /// Reads the queues of the virtual host only.
+    /// Reads the queues of the virtual host only, without most of their statistics.
     pub(crate) async fn read_queues(api: &Management) -> Result<Vec<LiveEntity>, ManagementError> {
-        api.get(&format!("queues/{}", encoded(api.vhost()))).await
+        const COLUMNS: &str = "name,type,durable,arguments,effective_policy_definition,policy,operator_policy,messages,\
+                               messages_ready,messages_dlx,state,members,online";
+        api.get(&format!("queues/{}?columns={COLUMNS}", encoded(api.vhost()))).await
     }
 
     /// Reads the bindings of the virtual host only.

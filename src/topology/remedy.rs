@@ -4,7 +4,7 @@ use serde_json::{Map, Value, json};
 
 use super::definitions::{KEEPERS, KEEPERS_LIMIT, escaped, pattern, plain, policy_key, policy_name};
 use super::live::LiveBinding;
-use super::plan::{Entity, Plan, Target};
+use super::plan::{Entity, Plan, Target, UNROUTED};
 use super::trouble::Trouble;
 use crate::broker::encoded;
 
@@ -171,7 +171,8 @@ impl Commands {
                 "the relay keeps its events on disk until the queue is back:\n\
                  1. start RabbitMQ nodes that are stopped, and look again: {}\n\
                  2. if it stays down, and is known to be empty or its messages are known to be lost, delete it: {}\n\
-                 3. create it again, with its bindings: {relay} topology declare. An active relay does so by itself",
+                 3. create it again, with its bindings: {relay} topology declare. An active relay does so by itself\n\
+                 4. move the events that came meanwhile: {relay} redrive --from {UNROUTED}",
                 list("state leader online"),
                 self.delete_queue(queue)
             ),
@@ -303,6 +304,7 @@ mod tests {
             "2. if it stays down, and is known to be empty or its messages are known to be lost, delete it: \
              rabbitmqctl delete_queue -p / prism.scan",
             "3. create it again, with its bindings: prism-relay topology declare. An active relay does so by itself",
+            "4. move the events that came meanwhile: prism-relay redrive --from prism.unrouted",
         ];
         assert_eq!(steps, expected);
         let members = ["a", "b", "c"].map(str::to_owned).to_vec();

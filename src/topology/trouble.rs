@@ -16,7 +16,7 @@ pub(crate) enum Trouble {
     Down,
     /// Too few of its nodes run.
     Minority { online: usize, members: Vec<String> },
-    /// It reports nothing, while the broker rejects messages.
+    /// It reports nothing, while the broker rejects messages or does not confirm them.
     Silent,
 }
 
@@ -33,12 +33,13 @@ pub enum TroubleKind {
 impl Trouble {
     /// What the management API says about a queue.
     pub(crate) fn by_api(there: &LiveEntity) -> Option<Self> {
-        match there.state.as_deref() {
-            Some("down" | "stopped" | "crashed" | "terminated") => return Some(Self::Down),
-            Some("minority") => {
-                return Some(Self::Minority { online: there.online.len(), members: there.members.clone() });
-            }
-            _ => {}
+        let online = there.online.as_ref().map_or(there.members.len(), Vec::len);
+        let is_down = matches!(there.state.as_deref(), Some("down" | "stopped" | "crashed" | "terminated"));
+        if is_down || (online == 0 && !there.members.is_empty()) {
+            return Some(Self::Down);
+        }
+        if online * 2 <= there.members.len() && there.r#type == "quorum" {
+            return Some(Self::Minority { online, members: there.members.clone() });
         }
         let policy = there.effective_policy_definition.as_ref().and_then(|policy| policy.get("max-length"));
         let limits = [there.arguments.get("x-max-length"), policy].map(|limit| limit?.as_u64());
@@ -47,7 +48,7 @@ impl Trouble {
         (messages >= limit).then_some(Self::Full { messages, limit })
     }
 
-    /// What AMQP says about a queue. `nacked`: the broker rejected a message just now.
+    /// What AMQP says about a queue. `nacked`: the broker rejected a message just now, or did not confirm it.
     pub(crate) fn by_counts(counts: Option<Counts>, max_length: Option<u64>, nacked: bool) -> Option<Self> {
         let silent = nacked.then_some(Self::Silent);
         let Some(Counts { messages, consumers }) = counts else { return silent };
@@ -73,13 +74,13 @@ impl fmt::Display for Trouble {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Full { messages, limit } => write!(f, "is full: it holds {messages} messages and may hold {limit}"),
-            Self::Down => f.write_str("is down: it has no leader, so RabbitMQ rejects every message for it"),
+            Self::Down => f.write_str("is down: it has no leader, so RabbitMQ accepts no message for it"),
             Self::Minority { online, members } => {
                 write!(f, "has no majority: {online} of its {} nodes run", members.len())
             }
             Self::Silent => f.write_str(
-                "may be down: RabbitMQ rejects messages, and the queue reports 0 messages and 0 consumers, as one \
-                 without a leader does",
+                "may be down: RabbitMQ rejects messages or does not confirm them, and the queue reports 0 messages and \
+                 0 consumers, as one without a leader does",
             ),
         }
     }
@@ -95,10 +96,15 @@ mod tests {
     fn the_management_api_tells_a_full_queue_from_one_without_leader_or_majority() {
         let full = |messages, limit| Some(Trouble::Full { messages, limit });
         let members = || ["a", "b", "c"].map(str::to_owned).to_vec();
-        let cases: [(Value, Option<Trouble>); 9] = [
-            (json!({ "state": "running" }), None),
+        let cases: [(Value, Option<Trouble>); 12] = [
+            (json!({ "state": "running", "online": ["a"], "members": ["a"] }), None),
+            (json!({ "state": "running", "online": ["a", "b"], "members": members() }), None),
+            // Not known yet.
             (json!({}), None),
+            (json!({ "members": members() }), None),
             (json!({ "state": "down" }), Some(Trouble::Down)),
+            // As RabbitMQ 3.10 shows it.
+            (json!({ "leader": null, "online": [], "members": ["a"] }), Some(Trouble::Down)),
             (
                 json!({ "state": "minority", "online": ["a"], "members": members() }),
                 Some(Trouble::Minority { online: 1, members: members() }),

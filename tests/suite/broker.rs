@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use serde_json::json;
 
 use crate::harness::samples::nth;
-use crate::harness::{Node, Relay, Setup, Vhost, Wire, eventually};
+use crate::harness::{Node, Relay, Setup, Vhost, Wire, eventually, eventually_within};
 
 /// One node of its own, because the test kills, freezes and blocks it.
 #[tokio::test]
@@ -249,4 +249,81 @@ async fn a_broker_that_does_not_answer_is_given_up_in_time() {
     .await;
     wire.flow();
     vhost.messages("prism.scan", 1).await;
+}
+
+/// A setup whose relay and commands find the node's management API, and that looks as often as it may.
+fn watching(node: &Node, vhost: &Vhost) -> Setup {
+    Setup::new(&vhost.url())
+        .set("broker.management_url", format!("http://127.0.0.1:{}", node.management().port))
+        .set("broker.watch_interval", "1s")
+}
+
+/// Two of two nodes that were killed right after their queues were declared came back with queues that are down.
+#[tokio::test]
+async fn a_queue_without_a_leader_is_named_and_the_printed_steps_repair_it() {
+    let node = Node::start().await;
+    let vhost = Vhost::new(&node).await;
+    let setup = watching(&node, &vhost).set("broker.heartbeat", "1s").set("broker.confirm_timeout", "1s");
+    let relay = setup.start().await;
+    relay.post(nth(0)).await.expect(200);
+    vhost.messages("prism.scan", 1).await;
+    let leader = format!(
+        "{{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<\"{}\">>, queue, <<\"prism.scan\">>))",
+        vhost.name()
+    );
+    node.ctl(&["eval", &format!("{leader}, ra:stop_server(quorum_queues, amqqueue:get_pid(Q)).")]).await;
+    let id = relay.post(nth(1)).await.id();
+    let line = relay.eventually_logs("a queue cannot take messages").await;
+    assert_eq!(line["queue"], "prism.scan", "{line}");
+    assert!(line["reason"].as_str().unwrap().starts_with("the queue is down: it has no leader"), "{line}");
+    let watch = relay.status().await["watch"].clone();
+    let queue = watch["queues"].as_array().unwrap().iter().find(|queue| queue["name"] == "prism.scan").unwrap();
+    assert_eq!((&queue["trouble"]["kind"], &queue["messages"]), (&json!("down"), &json!(null)), "not zero: {watch}");
+    assert_eq!(relay.metric("prism_relay_queues_unavailable", &[]).await, 1.0);
+    assert!(relay.metric("prism_relay_queue_messages", &[("queue", "prism.scan")]).await.is_nan());
+    for command in [&["topology", "diff"][..], &["check"]] {
+        let printed = relay.run(command).await;
+        assert!(printed.code == Some(1) && printed.stdout.contains("is down: it has no leader"), "{printed:?}");
+        assert!(printed.stdout.contains("known to be empty"), "{printed:?}");
+    }
+    // The steps: a look at the state, the deletion, and the declaration, which the relay makes by itself.
+    let remedy = queue["trouble"]["remedy"].as_str().unwrap();
+    let commands: Vec<_> = remedy.lines().filter_map(|line| line.split_once(": rabbitmqctl ")).collect();
+    assert_eq!(commands.len(), 2, "{remedy}");
+    let state = node.ctl(&commands[0].1.split(' ').collect::<Vec<_>>()).await;
+    assert!(state.contains("prism.scan\tdown"), "{state}");
+    node.ctl(&commands[1].1.split(' ').collect::<Vec<_>>()).await;
+    relay.eventually_nothing_pending().await;
+    // While the queue did not exist, the event was unrouted.
+    if vhost.depth("prism.unrouted").await > 0 {
+        assert!(remedy.contains("prism-relay redrive --from prism.unrouted"), "{remedy}");
+        assert_eq!(relay.run(&["redrive", "--from", "prism.unrouted"]).await.code, Some(0));
+    }
+    assert_eq!(vhost.messages("prism.scan", 1).await[0].id(), id);
+    relay.eventually_logs("the queue takes messages again").await;
+    assert_eq!(relay.metric("prism_relay_queues_unavailable", &[]).await, 0.0);
+}
+
+#[tokio::test]
+async fn an_outage_is_logged_again_after_a_minute_and_once_when_its_backlog_is_delivered() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let mut wire = Wire::new(vhost.address());
+    wire.refuse().await;
+    let relay = Setup::new(&vhost.url_through(&wire)).start().await;
+    for number in 0..5 {
+        relay.post(nth(number)).await.expect(200);
+    }
+    let line = eventually_within(std::time::Duration::from_secs(100), "the second line", async || {
+        let lines = relay.logs();
+        let found = lines.iter().find(|line| line["message"] == "still not delivering; events are kept on disk");
+        found.cloned().ok_or("not yet")
+    })
+    .await;
+    assert!(line["reason"].as_str().unwrap().starts_with("cannot reach 127.0.0.1"), "{line}");
+    assert_eq!((&line["pending"], &line["stalled"]), (&json!(5), &json!("1 min")), "{line}");
+    assert!(["oldest", "size", "of_max_bytes"].iter().all(|field| line[field].is_string()), "{line}");
+    wire.accept();
+    vhost.messages("prism.scan", 5).await;
+    let line = relay.eventually_logs("the backlog is delivered").await;
+    assert_eq!(line["events"], 5, "{line}");
 }

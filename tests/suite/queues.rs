@@ -308,3 +308,46 @@ impl Drop for Worker {
         self.kill();
     }
 }
+
+/// Without the management API: the counts over AMQP say which queue is full.
+#[tokio::test]
+async fn a_full_queue_is_named_until_it_has_room() {
+    let node = Node::shared().await;
+    let vhost = Vhost::new(node).await;
+    let queues = json!([{ "name": "prism.scan", "bindings": ["scan.#"], "max_length": 2 }]);
+    let setup = || Setup::new(&vhost.url()).set("topology.queues", queues.clone()).set("broker.watch_interval", "1s");
+    let relay = setup().start().await;
+    let mut number = 0;
+    let line = eventually("the queue to be named", async || {
+        relay.post(event(1, number)).await.expect(200);
+        number += 1;
+        let lines = relay.logs();
+        let named = |line: &&Value| line["message"].as_str().unwrap_or("").starts_with("a queue cannot take messages");
+        lines.iter().find(named).cloned().ok_or(number)
+    })
+    .await;
+    assert_eq!(line["queue"], "prism.scan", "{line}");
+    let reason = line["reason"].as_str().unwrap();
+    assert!(reason.starts_with("the queue is full: it holds ") && reason.ends_with("may hold 2"), "{line}");
+    let queues = relay.status().await["watch"]["queues"].clone();
+    let queue = queues.as_array().unwrap().iter().find(|queue| queue["name"] == "prism.scan").unwrap();
+    assert_eq!(queue["trouble"]["kind"], "full", "{queue}");
+    assert!(queue["messages"].as_u64().unwrap() >= 2, "{queue}");
+    // The API counts a moment later.
+    let url = format!("http://127.0.0.1:{}", node.management().port);
+    let with_api = setup().set("broker.management_url", url);
+    eventually("the commands to name it", async || {
+        let diff = with_api.run(&["topology", "diff"]).await;
+        if diff.code == Some(1) && diff.stdout.contains("queue prism.scan: is full: it holds ") {
+            Ok(())
+        } else {
+            Err(format!("{diff:?}"))
+        }
+    })
+    .await;
+    let mut seen = BTreeSet::new();
+    while seen.len() < number as usize {
+        seen.extend(vhost.messages("prism.scan", 1).await.iter().map(Delivery::id));
+    }
+    relay.eventually_logs("the queue takes messages again").await;
+}
