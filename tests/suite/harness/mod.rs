@@ -40,7 +40,7 @@ mod selftest;
 
 pub use certificates::Authority;
 pub use cluster::Cluster;
-pub use eventually::{eventually, eventually_equal};
+pub use eventually::{eventually, eventually_equal, eventually_within};
 pub use http::{Answer, Client, Raw};
 pub use node::Node;
 pub use relay::Relay;
