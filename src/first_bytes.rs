@@ -41,6 +41,11 @@ impl<S> Recorded<S> {
         Self { stream, first: FirstBytes::default() }
     }
 
+    /// The stream, for a protocol that finds such faults itself.
+    pub(crate) fn into_inner(self) -> S {
+        self.stream
+    }
+
     /// The first bytes, also after the stream is gone.
     pub(crate) fn first(&self) -> FirstBytes {
         self.first.clone()
@@ -48,6 +53,11 @@ impl<S> Recorded<S> {
 }
 
 impl FirstBytes {
+    /// Whether nothing has come.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.get().is_none()
+    }
+
     /// The protocol that begins so.
     pub(crate) fn spoken(&self) -> Option<Spoken> {
         spoken(self.0.get()?)

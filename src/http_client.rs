@@ -17,6 +17,7 @@ use tokio::time::timeout;
 use tokio_rustls::rustls::ClientConfig;
 
 use crate::text::chain;
+use crate::tls::{Peer, explain};
 
 pub(crate) type HttpClient = Client<HttpsConnector<HttpConnector>, Full<Bytes>>;
 
@@ -59,7 +60,7 @@ pub(crate) async fn get(
     }
     let request = request.body(Full::default()).map_err(|error| failed(error.to_string()))?;
     let answer = async {
-        let response = client.request(request).await.map_err(|error| failed(chain(&error)))?;
+        let response = client.request(request).await.map_err(|error| failed(explain(&error, Peer::Server)))?;
         let status = response.status();
         let body = Limited::new(response.into_body(), limits.bytes_max).collect().await;
         let body = body.map_err(|error| failed(chain(error.as_ref())))?.to_bytes();

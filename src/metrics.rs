@@ -32,8 +32,8 @@ const VERIFIED: &str = "prism_relay_signature_verified_total";
 const VERIFIED_HELP: &str = "Valid signatures, by the position of their secret in the list; 1 is the first.";
 const REFUSED: &str = "prism_relay_connections_refused_total";
 const REFUSED_HELP: &str = "Connections that the relay refused or closed, by reason: tls-handshake, malformed (not \
-                            HTTP/1), timeout (no request in time), source-limit, evicted (closed to make room, \
-                            before it had sent an event).";
+                            HTTP/1), proxy-protocol, tls-on-plain-port, timeout (no request in time), source-limit, \
+                            evicted (closed to make room, before it had sent an event).";
 
 /// All metrics, grouped by the part of the relay that they measure.
 pub struct Metrics {

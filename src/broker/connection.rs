@@ -24,6 +24,7 @@ use tokio_util::either::Either;
 use super::reactor::{Stream, TlsReactor};
 use super::reply::{is_limit, reply_code, reply_text};
 use super::url::BrokerUrl;
+use crate::first_bytes::{FirstBytes, Recorded, Spoken};
 use crate::tls;
 
 /// Maximum time for the reply to `connection.close`. A broker that blocks publishers does not send it.
@@ -34,8 +35,15 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 pub enum ConnectError {
     #[error("cannot reach {host}:{port}: {source}")]
     Tcp { host: String, port: u16, source: std::io::Error },
-    #[error("the TLS handshake with {host}:{port} as {server_name} failed: {source}")]
-    Tls { host: String, port: u16, server_name: String, source: std::io::Error },
+    #[error("the TLS handshake with {host}:{port} as {server_name} failed: {reason}")]
+    Tls { host: String, port: u16, server_name: String, reason: String },
+    #[error(
+        "{url} closed the connection without an answer: the port may be the one for TLS (amqps://, usually 5671), or a \
+         proxy's whose brokers are down"
+    )]
+    NoAnswer { url: String },
+    #[error("{url} does not speak AMQP on this port but {spoken}")]
+    OtherProtocol { url: String, spoken: &'static str },
     #[error("no answer from {url} within {timeout:?}")]
     Timeout { url: String, timeout: Duration },
     #[error("{url} refused the login: check user, password and virtual host ({source})")]
@@ -116,9 +124,11 @@ impl BrokerConnection {
             .map_err(tcp)?;
         let socket = Socket(stream.as_fd().try_clone_to_owned().map_err(tcp)?.into());
 
+        let stream = Recorded::new(stream);
+        let first = stream.first();
         let stream = match (url.uses_tls(), tls) {
             (false, _) => Either::Left(stream),
-            (true, Some(tls)) => Either::Right(Box::new(handshake(stream, tls, url).await?)),
+            (true, Some(tls)) => Either::Right(Box::new(handshake(stream.into_inner(), tls, url).await?)),
             (true, None) => return Err(tcp(std::io::Error::other("no TLS settings for an amqps URL"))),
         };
         let stream: Mutex<Option<Stream>> = Mutex::new(Some(Compat::new(stream)));
@@ -137,7 +147,7 @@ impl BrokerConnection {
             .with_client_property("version".into(), env!("CARGO_PKG_VERSION").into());
         let connection = Connection::connector(url.expose().clone(), runtime, connect, properties)
             .await
-            .map_err(|source| explain(url, source))?;
+            .map_err(|source| explain(url, &first, source))?;
         Ok(Self { url: url.clone(), connection, socket })
     }
 
@@ -160,19 +170,31 @@ async fn handshake(
     Tls { config, server_name }: Tls,
     url: &BrokerUrl,
 ) -> Result<tokio_rustls::client::TlsStream<TcpStream>, ConnectError> {
-    let failed = |source| {
+    let failed = |reason| {
         let (host, port, server_name) = (url.host().to_owned(), url.port(), server_name.clone());
-        ConnectError::Tls { host, port, server_name, source }
+        ConnectError::Tls { host, port, server_name, reason }
     };
-    let name = tls::server_name(&server_name)
-        .ok_or_else(|| failed(std::io::Error::new(std::io::ErrorKind::InvalidInput, "not a host name")))?;
-    TlsConnector::from(config).connect(name, stream).await.map_err(failed)
+    let name = tls::server_name(&server_name).ok_or_else(|| failed("not a host name".to_owned()))?;
+    let connected = TlsConnector::from(config).connect(name, stream).await;
+    connected.map_err(|error| failed(tls::explain(&error, tls::Peer::Server)))
 }
 
-/// Distinguishes a refused login from a broken handshake. RabbitMQ replies 403 or 530 to a login that it refuses, or
-/// just closes.
-fn explain(url: &BrokerUrl, source: lapin::Error) -> ConnectError {
-    let url = url.to_string();
+/// Distinguishes a port with another protocol, a refused login and a broken handshake.
+///
+/// RabbitMQ replies 403 or 530 to a login that it refuses, or just closes.
+fn explain(url: &BrokerUrl, first: &FirstBytes, source: lapin::Error) -> ConnectError {
+    let spoken = match first.spoken() {
+        Some(Spoken::Tls) if !url.uses_tls() => Some("TLS: use amqps://, usually on port 5671"),
+        Some(Spoken::Http) => Some("HTTP: RabbitMQ's port for amqp is usually 5672, for amqps 5671"),
+        Some(Spoken::Tls | Spoken::Proxy) | None => None,
+    };
+    let (url, url_uses_tls) = (url.to_string(), url.uses_tls());
+    if let Some(spoken) = spoken {
+        return ConnectError::OtherProtocol { url, spoken };
+    }
+    if first.is_empty() && !url_uses_tls && matches!(source.kind(), ErrorKind::IOError(_)) {
+        return ConnectError::NoAnswer { url };
+    }
     match reply_code(&source) {
         Some(530) if is_limit(&reply_text(&source)) => ConnectError::Limit { url, reply: reply_text(&source) },
         Some(403 | 530) => ConnectError::Refused { url, source },

@@ -16,8 +16,10 @@ use tokio::net::TcpStream;
 use tokio_rustls::client::TlsStream;
 use tokio_util::either::Either;
 
+use crate::first_bytes::Recorded;
+
 /// A connection to the broker, with or without TLS.
-pub(super) type Stream = Compat<Either<TcpStream, Box<TlsStream<TcpStream>>>>;
+pub(super) type Stream = Compat<Either<Recorded<TcpStream>, Box<TlsStream<TcpStream>>>>;
 
 /// tokio's reactor with another stream type.
 #[derive(Clone, Debug)]
@@ -46,6 +48,6 @@ impl Reactor for TlsReactor {
         &self,
         address: SocketAddr,
     ) -> impl Future<Output = io::Result<Self::TcpStream>> + Send + 'static {
-        TcpStream::connect(address).map_ok(|stream| Compat::new(Either::Left(stream)))
+        TcpStream::connect(address).map_ok(|stream| Compat::new(Either::Left(Recorded::new(stream))))
     }
 }

@@ -216,8 +216,11 @@ impl Sender {
         }
         let request = request.body(Full::new(body)).map_err(|error| format!("no request: {error}"))?;
         let answer = async {
-            let response =
-                self.client.request(request).await.map_err(|error| format!("no answer: {}", chain(&error)))?;
+            let response = self
+                .client
+                .request(request)
+                .await
+                .map_err(|error| format!("no answer: {}", tls::explain(&error, tls::Peer::Server)))?;
             let status = response.status();
             // Read to the end, so that the connection can be reused.
             response

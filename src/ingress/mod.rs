@@ -8,6 +8,7 @@ pub mod source;
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -21,7 +22,7 @@ use metrics::Counter;
 use tokio::net::TcpListener;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use answer::{Refusal, accepted};
 use body::{Buffered, Inbound, Memory};
@@ -91,6 +92,7 @@ impl Ingress {
             memory,
             draining,
             log_limiter: LogLimiter::default(),
+            probed: AtomicBool::new(false),
         };
         Self { server, handler: Arc::new(handler) }
     }
@@ -149,6 +151,8 @@ struct WebhookHandler {
     memory: Memory,
     draining: CancellationToken,
     log_limiter: LogLimiter,
+    /// Whether a probe was logged.
+    probed: AtomicBool,
 }
 
 impl WebhookHandler {
@@ -176,18 +180,30 @@ impl WebhookHandler {
             },
             Err(refusal) => refusal,
         };
-        self.on_refusal(&refusal, client);
+        self.on_refusal(&refusal, &parts.method, client);
         if !matches!(refusal.code, Code::RequestTimeout | Code::Overloaded) {
             body.discard();
         }
         refusal.response()
     }
 
-    /// Counts a refusal and logs it: at debug, and once a minute for each code as a warning.
-    fn on_refusal(&self, refusal: &Refusal, client: IpAddr) {
+    /// Counts a refusal and logs it: at debug, and once a minute for each code as a warning. A probe is not a webhook,
+    /// so it is logged once.
+    fn on_refusal(&self, refusal: &Refusal, method: &Method, client: IpAddr) {
         let (code, detail) = (refusal.code.text(), &*refusal.detail);
         self.refused[refusal.code as usize].increment(1);
         self.recent.refused(code, Timestamp::now());
+        if is_probe(refusal.code, method) {
+            debug!(%client, code, %method, "probe refused");
+            if !self.probed.swap(true, Ordering::Relaxed) {
+                info!(
+                    %client, code, %method,
+                    "a request that is not a webhook was refused; such probes are only counted from now on. Load \
+                     balancers can use GET /healthz"
+                );
+            }
+            return;
+        }
         debug!(%client, code, detail, "webhook refused");
         if let Some(unreported) = self.log_limiter.due(code, Instant::now()) {
             warn!(
@@ -287,6 +303,12 @@ impl WebhookHandler {
         }
         Ok(())
     }
+}
+
+/// Whether a load balancer, a browser or a scanner looked, and no event was lost. Webhooks are posted.
+fn is_probe(code: Code, method: &Method) -> bool {
+    matches!(code, Code::NotFound | Code::MethodNotAllowed)
+        && [Method::GET, Method::HEAD, Method::OPTIONS].contains(method)
 }
 
 fn header<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a [u8]> {

@@ -17,7 +17,7 @@ const MAY_USE: [(&str, &[&str]); 30] = [
     ("service_manager", &[]),
     ("first_bytes", &[]),
     ("tls", &["text"]),
-    ("http_client", &["text"]),
+    ("http_client", &["text", "tls"]),
     ("reload", &["metrics"]),
     ("signature", &["secret", "text"]),
     ("event", &["signature", "text"]),

@@ -11,6 +11,7 @@ mod broker;
 mod clock;
 mod cluster;
 mod command_line;
+mod configuration;
 mod console;
 mod discretion;
 mod disk;

@@ -73,7 +73,7 @@ async fn webhooks_are_accepted_over_tls() {
     assert_eq!(sent.code, Some(0), "{sent:?}");
     relay.setup().file("ca.pem", Authority::new().pem());
     let sent = relay.run(&send).await;
-    assert!(sent.code == Some(1) && sent.stdout.contains("UnknownIssuer"), "{sent:?}");
+    assert!(sent.code == Some(1) && sent.stdout.contains("was not issued by a trusted authority"), "{sent:?}");
 }
 
 #[tokio::test]
@@ -232,7 +232,7 @@ async fn a_broker_with_the_wrong_certificate_gets_nothing() {
     let stranger = stranger.set("broker.tls", json!({ "ca": ca, "server_name": "localhost" })).start().await;
     stranger.post(scan(2)).await.expect(200);
     let line = stranger.eventually_logs("not delivering").await;
-    assert!(line["error"].as_str().unwrap().contains("UnknownIssuer"), "{line}");
+    assert!(line["error"].as_str().unwrap().contains("was not issued by a trusted authority"), "{line}");
     // The next attempt reads the right authority from the same file, and succeeds.
     stranger.setup().file("rabbitmq-ca.crt", node.authority().pem());
     assert_eq!(vhost.messages("prism.scan", 1).await[0].text(), scan(2));
@@ -244,15 +244,39 @@ async fn a_broker_with_the_wrong_certificate_gets_nothing() {
         let misnamed = misnamed.set("broker.tls", tls).start().await;
         let line = misnamed.eventually_logs("not delivering").await;
         assert!(
-            line["error"].as_str().unwrap().contains(&format!("as {name} failed: invalid peer certificate")),
+            line["error"]
+                .as_str()
+                .unwrap()
+                .contains(&format!("as {name} failed: the server's certificate is for another name: it has")),
             "{line}"
         );
     }
 
     // A listener without TLS.
     let url = vhost.tls_url(&format!("guest:{PASSWORD}@"), vhost.address());
-    let plain = to_broker(node, &url).set("broker.connect_timeout", "1s").start().await;
-    plain.eventually_logs("not delivering").await;
+    let plain = to_broker(node, &url).start().await;
+    let line = plain.eventually_logs("not delivering").await;
+    assert!(line["error"].as_str().unwrap().contains("the server does not speak TLS on this port"), "{line}");
+}
+
+#[tokio::test]
+async fn a_port_with_another_protocol_is_named() {
+    let node = Node::shared().await;
+    let vhost = Vhost::new(node).await;
+    for (address, expected) in [
+        (
+            node.tls_address(),
+            "closed the connection without an answer: the port may be the one for TLS (amqps://, usually 5671)",
+        ),
+        (
+            ([127, 0, 0, 1], node.management().port).into(),
+            "does not speak AMQP on this port but HTTP: RabbitMQ's port for amqp is usually",
+        ),
+    ] {
+        let relay = Setup::new(&format!("amqp://guest:{PASSWORD}@{address}/{}", vhost.name())).start().await;
+        let line = relay.eventually_logs("not delivering").await;
+        assert!(line["error"].as_str().unwrap().contains(expected), "{line}");
+    }
 }
 
 #[tokio::test]

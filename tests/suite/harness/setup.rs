@@ -46,6 +46,8 @@ impl Setup {
             .set("spool.path", spool)
             .set("signature.secrets", json!([SECRET]))
             .set("broker.urls", json!([broker_url]))
+            // Tests that read a connection to its end wait for this.
+            .set("http.idle_timeout", "10s")
             .set("broker.reconnect_min", "50ms")
             .set("broker.reconnect_max", "500ms")
             .set("log.format", "json")
