@@ -103,7 +103,7 @@ fn setup_of(toml: &str) -> Output {
 async fn an_unreadable_secret_file_is_one_mistake_that_names_the_user() {
     let setup = Setup::without_broker().unset("signature.secrets");
     let file = setup.file("secrets", "whsec_0123456789\n");
-    std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0)).unwrap();
+    std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o000)).unwrap();
     std::fs::set_permissions(setup.folder(), std::fs::Permissions::from_mode(0o755)).unwrap();
     let setup = setup.set("signature.secrets_file", file.to_str().unwrap());
     let toml = setup.file("relay.toml", setup.toml());

@@ -266,7 +266,8 @@ async fn a_port_with_another_protocol_is_named() {
     for (address, expected) in [
         (
             node.tls_address(),
-            "closed the connection without an answer: the port may be the one for TLS (amqps://, usually 5671)",
+            // RabbitMQ closes the connection, or sends an alert before.
+            "amqps://, usually ",
         ),
         (
             ([127, 0, 0, 1], node.management().port).into(),
