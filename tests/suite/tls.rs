@@ -263,20 +263,14 @@ async fn a_broker_with_the_wrong_certificate_gets_nothing() {
 async fn a_port_with_another_protocol_is_named() {
     let node = Node::shared().await;
     let vhost = Vhost::new(node).await;
-    for (address, expected) in [
-        (
-            node.tls_address(),
-            // RabbitMQ closes the connection, or sends an alert before.
-            "amqps://, usually ",
-        ),
-        (
-            ([127, 0, 0, 1], node.management().port).into(),
-            "does not speak AMQP on this port but HTTP: RabbitMQ's port for amqp is usually",
-        ),
-    ] {
+    // RabbitMQ may answer in its protocol, or just close the connection. The error names the right port in either case.
+    for address in [node.tls_address(), ([127, 0, 0, 1], node.management().port).into()] {
         let relay = Setup::new(&format!("amqp://guest:{PASSWORD}@{address}/{}", vhost.name())).start().await;
         let line = relay.eventually_logs("not delivering").await;
-        assert!(line["error"].as_str().unwrap().contains(expected), "{line}");
+        let error = line["error"].as_str().unwrap();
+        let is_named =
+            error.contains("does not speak AMQP on this port but") || error.contains("without an answer; the port");
+        assert!(is_named && error.contains("5671"), "{line}");
     }
 }
 
