@@ -38,8 +38,8 @@ pub enum ConnectError {
     #[error("the TLS handshake with {host}:{port} as {server_name} failed: {reason}")]
     Tls { host: String, port: u16, server_name: String, reason: String },
     #[error(
-        "{url} closed the connection without an answer; the port may not be RabbitMQ's for amqp (usually 5672): amqps:// \
-         is usually on 5671, the management API on 15672"
+        "{url} closed the connection without an answer; the port may not be RabbitMQ's for amqp (usually 5672): \
+         amqps:// is usually on 5671, the management API on 15672"
     )]
     NoAnswer { url: String },
     #[error("{url} does not speak AMQP on this port but {spoken}")]
