@@ -232,20 +232,20 @@ fn list(spool: &Inspector, parked: bool, limit: u64, json: bool) -> anyhow::Resu
 /// The event whose id begins or ends with these digits.
 fn find(spool: &Inspector, part: &IdPart) -> anyhow::Result<Entry> {
     let IdPart(digits) = part;
-    let ids = spool.matching(digits, 2)?;
-    let entry = match ids[..] {
-        [id] => spool.find(id)?,
-        [] => None,
+    let missing = |id: &str| format!("there is no event {id}: it was delivered or removed, or never accepted");
+    // A UUID may be written with 32 digits.
+    let ids = match digits.parse::<Uuid>() {
+        Ok(id) => vec![id],
+        Err(_) => spool.matching(digits, 2)?,
+    };
+    match ids[..] {
+        [id] => spool.find(id)?.with_context(|| missing(&id.to_string())),
+        [] => bail!(missing(digits)),
         [..] => bail!(
             "several events have an id that begins or ends with {digits}: give more of it; the last {SHORT_DIGITS} \
              digits, which spool list prints, differ"
         ),
-    };
-    entry.with_context(|| {
-        let is_whole = digits.len() == 32;
-        let id = digits.parse::<Uuid>().ok().filter(|_| is_whole).map_or(digits.clone(), |id| id.to_string());
-        format!("there is no event {id}: it was delivered or removed, or never accepted")
-    })
+    }
 }
 
 fn show(entry: Entry) -> Printed {
