@@ -465,21 +465,28 @@ impl Writer {
 
     /// Returns whether there is room for the reserve and for a copy of the log.
     fn try_disk(&mut self, restart: Restart) -> Result<bool> {
-        if restart != Restart::Skip {
-            let restarted = self.give_back_pages().and_then(|()| self.restart_log());
-            match restarted {
-                Err(cause) if restart == Restart::IfPossible => match self.store.fault(&cause) {
-                    Fault::LogInUse | Fault::NoRoom | Fault::Locked => {}
-                    Fault::Io | Fault::Other | Fault::Damage => return Err(cause),
-                },
-                restarted => restarted?,
-            }
+        match restart {
+            Restart::Skip => {}
+            Restart::IfPossible => self.restart_log_if_possible()?,
+            Restart::Must => self.give_back_pages().and_then(|()| self.restart_log())?,
         }
         if self.keeper.is_held() && !self.has_room_for_log(2 * self.keeper.bounds().batch)? {
             return Ok(false);
         }
         self.transact(&[], true)?;
         Ok(self.reserve.is_held())
+    }
+
+    fn restart_log_if_possible(&mut self) -> Result<()> {
+        loop {
+            let Err(cause) = self.give_back_pages().and_then(|()| self.restart_log()) else { return Ok(()) };
+            match self.store.fault(&cause) {
+                // The reserve is for this.
+                Fault::NoRoom if self.free_reserve(&cause) => {}
+                Fault::LogInUse | Fault::NoRoom | Fault::Locked => return Ok(()),
+                Fault::Io | Fault::Other | Fault::Damage => return Err(cause),
+            }
+        }
     }
 
     /// Gives free pages back to a disk that has no room for the reserve. A quarter of the file at a time at most, so
@@ -601,12 +608,20 @@ impl Writer {
 
     fn find(&mut self, finding: Finding, cause: Option<&StoreError>) {
         for action in self.shared.status.find(finding) {
-            if action == Action::FreeReserve && self.reserve.give_up() {
-                let error = cause.map(tracing::field::display);
-                warn!(error, "the reserve of the spool was freed: deliveries go on while the disk is full");
+            if let (Action::FreeReserve, Some(cause)) = (action, cause) {
+                self.free_reserve(cause);
             }
             log(action, cause);
         }
+    }
+
+    /// Returns whether there was any.
+    fn free_reserve(&mut self, cause: &StoreError) -> bool {
+        let is_freed = self.reserve.give_up();
+        if is_freed {
+            warn!(error = %cause, "the reserve of the spool was freed: deliveries go on while the disk is full");
+        }
+        is_freed
     }
 }
 

@@ -71,6 +71,22 @@ async fn a_reader_that_stayed_until_the_disk_was_full_and_went_stops_nothing() {
     assert_eq!(relay.run(&["spool", "verify"]).await.code, Some(0));
 }
 
+/// Large events take as much room in the file as in the log, so the log may not take all the room of the disk.
+#[tokio::test]
+async fn a_reader_that_stayed_leaves_room_to_copy_the_log() {
+    let setup = Setup::without_broker();
+    let disk = SmallDisk::mount(setup.folder(), "60m");
+    let relay = setup.set("spool.path", disk.spool()).start().await;
+    let reading = reader(&disk.path().join("spool.db"));
+    let (accepted, code) = fill(&relay, 0, 200_000).await;
+    assert!(accepted > 50 && code == "spool-unavailable", "{accepted}, {code}");
+    relay.post(scan(500_000, 10)).await.expect(503);
+    drop(reading);
+    relay.eventually_accepts(scan(1_000_000, 200_000)).await;
+    assert_eq!(relay.spool().await.pending as usize, accepted + 1);
+    assert_eq!(relay.run(&["spool", "verify"]).await.code, Some(0));
+}
+
 #[tokio::test]
 async fn a_log_that_a_reader_holds_counts_against_the_limit_and_shrinks_when_it_has_gone() {
     let vhost = Vhost::new(Node::shared().await).await;
