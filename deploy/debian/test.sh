@@ -215,7 +215,7 @@ remove_and_purge() {
   inside sh -c "umask 077; echo whsec_$(random_hex) >$secrets"
   ok 'and started' inside systemctl start prism-relay
   same 'with the old events' "$(accepted)" "$before"
-  inside sh -c "systemctl stop 'prism-relay*' 2>&1 && mkdir $state/data && mv $state/spool.db $state/data/prism.db && mv $state/spool.db-wal $state/data/prism.db-wal && rm $state/spool.db*" >/dev/null
+  inside sh -c "systemctl stop 'prism-relay*' 2>&1 && mkdir $state/data && mv $state/spool.db $state/data/prism.db && rm $state/spool.db*" >/dev/null
   purged_with 'events in another spool' "$state/data/prism.db"
   purged_with 'a damaged spool' "$state/spool.db.damaged-20261125T120000Z"
 
