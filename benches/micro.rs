@@ -10,7 +10,7 @@ use bytes::Bytes;
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use futures_util::future::join_all;
 use jiff::Timestamp;
-use prism_relay::event::{Envelope, Event, Fingerprint};
+use prism_relay::event::{Envelope, Event, Fingerprint, SubjectKey};
 use prism_relay::metrics::Metrics;
 use prism_relay::publisher::message::Message;
 use prism_relay::secret::Secret;
@@ -29,7 +29,8 @@ fn event() -> Event {
     let id = uuid::Uuid::now_v7();
     let body = Bytes::from(body().replace("7f2ec6e0-b06d-42b1-b2a1-fff59a458490", &id.to_string()));
     let accepted_ms = Timestamp::now().as_millisecond();
-    Event { id, accepted_ms, authentic: true, trace: None, fingerprint: Fingerprint::of(&body), body }
+    let (fingerprint, subject) = (Fingerprint::of(&body), Some(SubjectKey(id.as_u128() as i64)));
+    Event { id, accepted_ms, authentic: true, trace: None, fingerprint, subject, body }
 }
 
 fn signature(criterion: &mut Criterion) {

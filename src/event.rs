@@ -48,19 +48,27 @@ pub struct Event {
     pub trace: Option<TraceContext>,
     /// The fingerprint of the body as it was received. It shows a re-send, and damage on the disk.
     pub fingerprint: Fingerprint,
+    /// What the event is about; `None` for an event without a subject, which no other event waits for.
+    pub subject: Option<SubjectKey>,
     /// The bytes as they were received.
     pub body: Bytes,
 }
 
 impl Event {
     /// Gives an accepted body its identity.
-    pub fn new(accepted: Accepted<Bytes>, trace: Option<TraceContext>, now: Timestamp) -> Self {
+    pub fn new(
+        accepted: Accepted<Bytes>,
+        subject: Option<SubjectKey>,
+        trace: Option<TraceContext>,
+        now: Timestamp,
+    ) -> Self {
         Self {
             id: Uuid::now_v7(),
             accepted_ms: now.as_millisecond(),
             authentic: accepted.authentic(),
             trace,
             fingerprint: Fingerprint::of(accepted.body()),
+            subject,
             body: accepted.into_body(),
         }
     }
@@ -104,6 +112,20 @@ impl fmt::Display for Fingerprint {
 impl fmt::Debug for Fingerprint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
+    }
+}
+
+/// A short name for a subject, the same in every build, by which the spool finds the events of a subject. Two subjects
+/// that share one by chance only wait for each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SubjectKey(pub i64);
+
+impl SubjectKey {
+    /// The key of the subject `kind:id`.
+    fn of(kind: &str, id: &str) -> Self {
+        let digest: [u8; 32] = Sha256::new().chain_update(kind).chain_update(":").chain_update(id).finalize().into();
+        let (first, _) = digest.split_first_chunk().expect("32 bytes are more than 8");
+        Self(i64::from_be_bytes(*first))
     }
 }
 
@@ -210,6 +232,12 @@ impl<'a> Envelope<'a> {
     pub fn subject(&self) -> Option<String> {
         subject(self.prediction_id.as_deref(), self.scan_id.as_deref())
     }
+
+    /// The key of [`Self::subject`].
+    pub fn subject_key(&self) -> Option<SubjectKey> {
+        let prediction = self.prediction_id.as_deref().map(|id| SubjectKey::of("prediction", id));
+        prediction.or_else(|| self.scan_id.as_deref().map(|id| SubjectKey::of("scan", id)))
+    }
 }
 
 /// The subject for these ids, as in [`Envelope::subject`].
@@ -276,6 +304,20 @@ mod tests {
             assert!(envelope.subject().unwrap().starts_with(kind), "{line}");
             assert!(envelope.state.is_some());
         }
+    }
+
+    #[test]
+    fn the_key_of_a_subject_never_changes_because_it_is_on_disk() {
+        let key = |payload: &str| {
+            let body = format!(r#"{{"eventType":"a","payload":{payload}}}"#);
+            Envelope::parse(body.as_bytes()).unwrap().subject_key()
+        };
+        // The first eight bytes of `printf scan:1 | sha256sum`, and of prediction:1.
+        assert_eq!(key(r#"{"scanId":"1"}"#), Some(SubjectKey(829_941_731_157_439_919)));
+        let prediction = Some(SubjectKey(-6_346_480_251_207_212_161));
+        assert_eq!(key(r#"{"scanId":"1","bodyShapePredictionId":"1"}"#), prediction);
+        assert_eq!(key(r#"{"bodyShapePredictionId":"1"}"#), prediction);
+        assert_eq!(key("{}"), None);
     }
 
     #[test]
@@ -370,7 +412,7 @@ mod tests {
             .verify(None, None, body, Timestamp::UNIX_EPOCH)
             .unwrap();
         let shown = format!("{accepted:?}");
-        let event = Event::new(accepted, None, Timestamp::UNIX_EPOCH);
+        let event = Event::new(accepted, None, None, Timestamp::UNIX_EPOCH);
         for shown in [shown, format!("{event:?}")] {
             let bytes = format!("{:?}", b"hunter2");
             assert!(!shown.contains("hunter2") && !shown.contains(bytes.trim_matches(['[', ']'])), "{shown}");

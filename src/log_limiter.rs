@@ -34,6 +34,24 @@ impl LogLimiter {
             }
         }
     }
+
+    /// Counts lines of a kind. `Some` if a line may be logged now, with the number of all that were not logged yet,
+    /// these included. A `count` of 0 asks whether any are left.
+    pub(crate) fn add(&self, kind: &'static str, count: u64, now: Instant) -> Option<u64> {
+        let mut kinds = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((logged_at, suppressed)) = kinds.get_mut(kind) {
+            *suppressed += count;
+            if *suppressed == 0 || now.saturating_duration_since(*logged_at) < LINE_EVERY {
+                return None;
+            }
+            *logged_at = now;
+            return Some(std::mem::take(suppressed));
+        }
+        if count > 0 {
+            kinds.insert(kind, (now, 0));
+        }
+        (count > 0).then_some(count)
+    }
 }
 
 #[cfg(test)]
@@ -47,5 +65,16 @@ mod tests {
         assert_eq!(limiter.due("b", start), Some(None));
         assert_eq!(limiter.due("a", start + LINE_EVERY / 2), None);
         assert_eq!(limiter.due("a", start + LINE_EVERY), Some(NonZeroU64::new(1)));
+    }
+
+    #[test]
+    fn a_line_that_counts_events_counts_those_of_the_minute_before() {
+        let (limiter, start) = (LogLimiter::default(), Instant::now());
+        assert_eq!(limiter.add("a", 0, start), None);
+        assert_eq!(limiter.add("a", 3, start), Some(3));
+        assert_eq!(limiter.add("a", 100, start + LINE_EVERY / 2), None);
+        assert_eq!(limiter.add("b", 1, start + LINE_EVERY / 2), Some(1));
+        assert_eq!(limiter.add("a", 0, start + LINE_EVERY), Some(100));
+        assert_eq!(limiter.add("a", 0, start + 2 * LINE_EVERY), None, "none is left");
     }
 }

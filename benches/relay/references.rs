@@ -116,6 +116,7 @@ fn message(number: usize, whole: bool) -> Message {
         authentic: true,
         trace: None,
         fingerprint: Fingerprint::of(&body),
+        subject: None,
         body,
     };
     let mut message = Message::new(&event, Envelope::parse(&event.body).ok().as_ref(), None);

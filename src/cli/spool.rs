@@ -170,6 +170,8 @@ struct Row {
     parked: Option<String>,
     #[serde(skip)]
     age: Duration,
+    /// The parked event of the same subject that has to be delivered first.
+    waits_behind: Option<Uuid>,
 }
 
 impl Row {
@@ -185,12 +187,13 @@ impl Row {
             bytes: event.body.len(),
             verified: event.authentic,
             intact: event.is_intact(),
+            waits_behind: entry.waits_behind.filter(|_| entry.parked_reason.is_none()),
             parked: entry.parked_reason,
             age: age(event.accepted_ms),
         }
     }
 
-    /// At most [`COLUMNS`] wide; a parked event has a second line with the reason.
+    /// At most [`COLUMNS`] wide; an event that is parked, or waits behind one, has a second line.
     fn lines(&self) -> String {
         let age = span(self.age);
         let age = age.splitn(3, ' ').take(2).collect::<Vec<_>>().join(" ");
@@ -198,7 +201,9 @@ impl Row {
         let subject = format!("{kind}{}{}", if kind.is_empty() { "" } else { ":" }, end(id, SHORT_DIGITS));
         let kind = cut(&self.r#type, TYPE_COLUMNS);
         let line = clean(&format!("{}  {age:<6}  {kind:<TYPE_COLUMNS$} {subject}", short(self.id)));
-        let reason = self.parked.as_deref().map(|reason| format!("{:SHORT_DIGITS$}  parked: {reason}", ""));
+        let waits = self.waits_behind.map(|id| format!("waits behind {id}"));
+        let reason = self.parked.as_deref().map(|reason| format!("parked: {reason}")).or(waits);
+        let reason = reason.map(|reason| format!("{:SHORT_DIGITS$}  {reason}", ""));
         let reason = reason.map(|reason| format!("\n{}", clean(&cut(&reason, COLUMNS)))).unwrap_or_default();
         format!("{}{reason}", cut(line.trim_end(), COLUMNS))
     }
@@ -265,6 +270,7 @@ fn show(entry: Entry) -> Printed {
         ("fingerprint", fingerprint),
         ("intact", row.intact.to_string()),
         ("parked", row.parked.unwrap_or("no".to_owned())),
+        ("waits behind", row.waits_behind.map_or("no event".to_owned(), |id| id.to_string())),
     ] {
         printed.line(clean(&format!("{name:<12} {value}")));
     }
@@ -430,6 +436,7 @@ mod tests {
             verified: true,
             intact: true,
             parked: parked.map(str::to_owned),
+            waits_behind: None,
             age: Duration::from_secs(23 * 60 + 59),
         }
     }

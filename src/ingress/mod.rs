@@ -249,7 +249,7 @@ impl WebhookHandler {
 
         let sent = TraceContext::from_headers(header(headers, "traceparent"), header(headers, "tracestate"));
         let trace = self.traces.start_webhook(sent, begun);
-        let event = Event::new(verified, trace.context(), now);
+        let event = Event::new(verified, envelope.as_ref().and_then(Envelope::subject_key), trace.context(), now);
         let fingerprint = event.fingerprint;
         // An event that is committed after this deadline is recognised when the sender tries again.
         let appended =

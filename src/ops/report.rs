@@ -67,6 +67,8 @@ pub(super) struct SpoolReport {
     pub accepted: u64,
     pub confirmed: u64,
     pub pending: u64,
+    /// Of the pending ones: they wait behind a parked event of their subject, to keep its order.
+    pub waiting: u64,
     pub parked: u64,
     pub removed: u64,
     /// Events lost because the spool file was damaged. `removed` includes them.
@@ -132,6 +134,8 @@ pub(super) struct EventReport {
     pub status: EventState,
     /// When RabbitMQ confirmed the event; only the latest confirms are kept.
     pub settled_at: Option<Timestamp>,
+    /// The parked event of the same subject that a pending event waits behind.
+    pub waits_behind: Option<Uuid>,
 }
 
 /// What became of an accepted event.
@@ -183,7 +187,7 @@ impl LastReport {
 }
 
 impl SpoolReport {
-    pub(super) fn new(status: &SpoolStatus, max_bytes: u64, oldest_age_seconds: Option<f64>) -> Self {
+    pub(super) fn new(status: &SpoolStatus, waiting: u64, max_bytes: u64, oldest_age_seconds: Option<f64>) -> Self {
         let Ledger { accepted, confirmed, pending, parked, removed, duplicates, .. } = status.ledger();
         let condition = status.condition();
         Self {
@@ -191,6 +195,7 @@ impl SpoolReport {
             accepted,
             confirmed,
             pending,
+            waiting,
             parked,
             removed,
             duplicates,
@@ -243,6 +248,7 @@ impl EventReport {
             accepted_at: arrival.accepted_at,
             status,
             settled_at,
+            waits_behind: None,
         }
     }
 }

@@ -21,7 +21,7 @@ use crate::publisher::{BrokerState, Status};
 use crate::recent::{Arrival, Counts, Recent};
 use crate::server::Admission;
 use crate::signature::Verifier;
-use crate::spool::{ChangeError, Inspector, OpenError, ReadError, Spool};
+use crate::spool::{ChangeError, Inspector, OpenError, ReadError, Spool, Undelivered};
 use crate::tls;
 
 /// The time over which refusals count as recent in the summary.
@@ -102,7 +102,8 @@ impl View {
         let now = Timestamp::now();
         // The status matters most when the spool cannot be read, so it is sent without the age.
         let oldest = self.oldest_age(now).await.unwrap_or(None);
-        let spool = SpoolReport::new(status, self.sources.spool.max_bytes(), oldest);
+        let (waiting, max_bytes) = (self.sources.broker.waiting(), self.sources.spool.max_bytes());
+        let spool = SpoolReport::new(status, waiting, max_bytes, oldest);
         let facts = self.facts(&spool, &broker, &counts, now);
         let (started, started_at) = self.started;
         Report {
@@ -138,7 +139,8 @@ impl View {
             parked: spool.parked,
             bytes: spool.bytes,
             max_bytes: spool.max_bytes,
-            oldest: spool.oldest_age_seconds.map(Duration::from_secs_f64),
+            // Events that wait behind a parked one are not late: the parked one is reported.
+            oldest: spool.oldest_age_seconds.filter(|_| spool.pending > spool.waiting).map(Duration::from_secs_f64),
             connected: broker.connected,
             blocked: broker.blocked.clone(),
             error: broker.error.clone(),
@@ -161,12 +163,13 @@ impl View {
     pub(super) async fn events(&self, find: &str) -> Result<Vec<EventReport>, ReadError> {
         let found = self.sources.recent.latest(EVENTS_MAX, |arrival| matches(arrival, find));
         let seqs = found.iter().map(|arrival| arrival.seq).collect();
-        let undelivered: HashMap<u64, bool> =
-            self.sources.spool.undelivered(seqs).await?.iter().map(|event| (event.seq, event.parked)).collect();
+        let undelivered = self.sources.spool.undelivered(seqs).await?;
+        let undelivered: HashMap<u64, Undelivered> = undelivered.into_iter().map(|event| (event.seq, event)).collect();
         let confirms: HashMap<u64, Timestamp> = self.sources.broker.confirms().into_iter().collect();
         let report = |arrival: &Arrival| {
             let settled_at = confirms.get(&arrival.seq).copied();
-            let state = match (settled_at, undelivered.get(&arrival.seq)) {
+            let undelivered = undelivered.get(&arrival.seq);
+            let state = match (settled_at, undelivered.map(|event| event.parked)) {
                 // Confirmed, though perhaps not yet deleted from the spool.
                 (Some(_), _) => EventState::Confirmed,
                 (None, Some(true)) => EventState::Parked,
@@ -174,7 +177,9 @@ impl View {
                 (None, None) if self.sources.recent.was_removed(arrival.id) => EventState::Removed,
                 (None, None) => EventState::Gone,
             };
-            EventReport::new(arrival, state, settled_at)
+            let waits_behind = undelivered.and_then(|event| event.waits_behind);
+            let waits_behind = waits_behind.filter(|_| state == EventState::Pending);
+            EventReport { waits_behind, ..EventReport::new(arrival, state, settled_at) }
         };
         Ok(found.iter().map(report).collect())
     }

@@ -29,9 +29,9 @@ pub enum PublisherError {
     /// A queue did not take a message.
     #[error("the broker rejected a publish (nack): a queue is full, or has no leader")]
     Nacked,
-    /// The broker closed the channel because of a message that it will never take.
+    /// The broker closed the channel because of a message that it does not take.
     #[error("the broker refuses a message: {0}")]
-    Poison(String),
+    Refused(String),
     /// The spool could not be read, which ends the publisher.
     #[error(transparent)]
     Spool(#[from] ReadError),
@@ -47,7 +47,7 @@ impl PublisherError {
             | Self::SetUpTimeout(_)
             | Self::ConfirmTimeout(_)
             | Self::Nacked
-            | Self::Poison(_)
+            | Self::Refused(_)
             | Self::Spool(_) => false,
         }
     }

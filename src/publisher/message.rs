@@ -95,6 +95,7 @@ mod tests {
             authentic: true,
             trace: None,
             fingerprint: Fingerprint::of(body),
+            subject: None,
             body: Bytes::copy_from_slice(body),
         }
     }

@@ -1,22 +1,26 @@
 //! From the spool to the broker: publish, wait for the confirm, remove. Does not know HTTP.
 //!
 //! One task owns one connection and one channel in confirm mode. It publishes in the order of acceptance with a window
-//! of unconfirmed messages. On any fault it drops the connection, waits, connects to the next URL, and starts again
-//! from the oldest unconfirmed event. Events that the broker already had are then published twice, under the same
-//! `message_id`.
+//! of unconfirmed messages, in which each subject has at most one. On any fault it drops the connection, waits,
+//! connects to the next URL, and starts again from the oldest unconfirmed event. Events that the broker already had are
+//! then published twice, under the same `message_id`. A message that the broker refuses is parked and costs a channel.
 
+mod backlog;
 mod error;
 mod flight;
 mod lags;
 pub mod message;
 mod outcome;
 mod pacing;
+mod parking_log;
 mod read_ahead;
+mod refusals;
 mod session;
 mod settings;
 mod stall;
 mod status;
 mod watch;
+mod window;
 
 use std::convert::Infallible;
 use std::future::pending;
@@ -45,12 +49,16 @@ use crate::text::{chain, rounded, span};
 use crate::topology::{self, Declare, Plan};
 use crate::traces::Traces;
 use pacing::Pacing;
-use session::{Parts, Session};
+use parking_log::ParkingLog;
+use session::{ConnectionEvents, Parts, Session};
 use stall::{Backlog, Line, Stall};
 use watch::{Watch, Watched};
 
 /// Parts of the errors for a channel too many: RabbitMQ's, after which it closes the connection, and lapin's own.
 const CHANNEL_LIMITS: [&str; 2] = ["number of channels opened", "the maximum number of channels"];
+
+/// Round trips for a channel: to open it, and to select confirm mode.
+const CHANNEL_STEPS: u32 = 2;
 
 /// How often the backlog is looked at.
 const STALL_CHECK: Duration = Duration::from_secs(1);
@@ -74,7 +82,8 @@ impl Publisher {
         metrics: Arc<Metrics>,
     ) -> Self {
         let plan = Plan::new(topology, &settings.exchange);
-        let parts = Parts { spool, settings, status: Arc::new(Status::new()), traces, metrics };
+        let (status, parking_log) = (Arc::new(Status::new()), ParkingLog::default());
+        let parts = Parts { spool, settings, status, traces, metrics, parking_log };
         Self { parts, access, plan, declare: topology.declare }
     }
 
@@ -102,8 +111,15 @@ impl Publisher {
             let started_at = Instant::now();
             let Err(interruption) = self.deliver_to(index, &mut pacing, &mut watch, drain).await else { return Ok(()) };
             let Interruption { error, connection_worked } = interruption;
-            if matches!(error, PublisherError::Spool(_)) {
-                return Err(error);
+            match error {
+                PublisherError::Spool(_) => return Err(error),
+                // The message was to blame. It is parked, or the next session knows more about which one it is.
+                PublisherError::Refused(reason) => {
+                    debug!(%url, reason, "the connection ended with its channel");
+                    self.parts.status.on_disconnected(reason, false);
+                    continue;
+                }
+                _ => {}
             }
             if matches!(error, PublisherError::ConfirmTimeout(_)) {
                 self.parts.status.on_nack();
@@ -120,8 +136,8 @@ impl Publisher {
             if watch.is_on() && CHANNEL_LIMITS.iter().any(|limit| text.contains(limit)) {
                 watch.turn_off(&text, &self.watched());
             }
-            // The same error is logged once, not at each try. The session has logged a refused message already.
-            if text == warned[index] || matches!(error, PublisherError::Poison(_)) {
+            // The same error is logged once, not at each try.
+            if text == warned[index] {
                 debug!(%url, error = %text, delay = wait, "still not delivering");
             } else {
                 let pending = self.parts.spool.status().ledger().pending;
@@ -137,7 +153,7 @@ impl Publisher {
         unreachable!("the configuration has at least one URL")
     }
 
-    /// Connects, logs in and delivers until the first fault; `Ok` once drained.
+    /// Connects, logs in and delivers until the first fault of the connection; `Ok` once drained.
     async fn deliver_to(
         &self,
         index: usize,
@@ -166,13 +182,44 @@ impl Publisher {
                 None => pending().await,
             }
         };
-        let session = Session::new(&self.parts, &broker, channel, pacing);
         tokio::select! {
-            ended = session.run(drain) => ended?,
+            ended = self.deliver_over(&broker, channel, pacing, drain) => ended?,
             never = watching => match never {},
         }
         broker.close().await;
         Ok(())
+    }
+
+    /// Delivers over one connection. A refused message costs a channel, and the connection if the broker closes it too:
+    /// lapin may have written more messages to the closed channel.
+    async fn deliver_over(
+        &self,
+        broker: &BrokerConnection,
+        mut channel: Channel,
+        pacing: &mut Pacing,
+        drain: &CancellationToken,
+    ) -> Result<(), Interruption> {
+        let mut events: ConnectionEvents = Box::pin(broker.connection.events_listener());
+        let mut refused = None;
+        loop {
+            let end = Session::new(&self.parts, broker, channel, pacing).run(&mut events, drain).await;
+            let Err(interruption) = end else { return Ok(()) };
+            match (interruption.error, refused.take()) {
+                (PublisherError::Refused(reason), _) => {
+                    let limit = self.access.connect_timeout() * CHANNEL_STEPS;
+                    let Ok(Ok(next)) = timeout(limit, confirm_channel(broker)).await else {
+                        return Err(PublisherError::Refused(reason).into());
+                    };
+                    channel = next;
+                    refused = Some(reason);
+                }
+                // The end of the connection followed the end of the channel.
+                (PublisherError::Lost(_), Some(reason)) if !interruption.connection_worked => {
+                    return Err(PublisherError::Refused(reason).into());
+                }
+                (error, _) => return Err(Interruption { error, ..interruption }),
+            }
+        }
     }
 
     fn watched(&self) -> Watched<'_> {
@@ -190,7 +237,7 @@ impl Publisher {
     /// Maximum time for the set-up of a connection, or for a look: each step is a round trip, and may take as long as a
     /// login.
     fn set_up_limit(&self) -> Duration {
-        self.access.connect_timeout() * (self.plan.steps() + 3)
+        self.access.connect_timeout() * (self.plan.steps() + CHANNEL_STEPS + 1)
     }
 
     /// Logs a backlog that does not move, and its end.
@@ -199,7 +246,9 @@ impl Publisher {
         loop {
             tokio::time::sleep(STALL_CHECK).await;
             let ledger = spool.status().ledger();
-            let oldest_ms = if ledger.pending == 0 { Ok(None) } else { spool.oldest_pending_ms().await };
+            // Events behind a parked one wait for a reason that is logged.
+            let is_idle = ledger.pending <= self.parts.status.waiting();
+            let oldest_ms = if is_idle { Ok(None) } else { spool.oldest_pending_ms().await };
             // A spool that cannot be read is reported by the session.
             let Ok(oldest_ms) = oldest_ms else { continue };
             let now_ms = jiff::Timestamp::now().as_millisecond();
@@ -243,8 +292,7 @@ impl Publisher {
         let set_up = async {
             topology::establish(&broker.connection, &self.plan, self.declare).await?;
             let lost = |error: lapin::Error| PublisherError::Lost(reply_text(&error));
-            let channel = broker.connection.create_channel().await.map_err(lost)?;
-            channel.confirm_select(ConfirmSelectOptions { nowait: false }).await.map_err(lost)?;
+            let channel = confirm_channel(&broker).await?;
             let looks = if watch { Some(broker.connection.create_channel().await.map_err(lost)?) } else { None };
             Ok::<_, PublisherError>((channel, looks))
         };
@@ -262,6 +310,16 @@ struct Connected {
     looks: Option<Channel>,
 }
 
+async fn confirm_channel(broker: &BrokerConnection) -> Result<Channel, PublisherError> {
+    let lost = |error: lapin::Error| PublisherError::Lost(reply_text(&error));
+    let channel = broker.connection.create_channel().await.map_err(lost)?;
+    channel.confirm_select(ConfirmSelectOptions { nowait: false }).await.map_err(lost)?;
+    Ok(channel)
+}
+
 fn age(oldest_ms: Option<i64>, now_ms: i64) -> Duration {
     Duration::from_millis(u64::try_from(now_ms - oldest_ms.unwrap_or(now_ms)).unwrap_or(0))
 }
+
+#[cfg(test)]
+mod tests;

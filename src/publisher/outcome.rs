@@ -56,8 +56,8 @@ pub(super) fn classify(error: &lapin::Error) -> PublisherError {
     match reply_code(error) {
         // 406: for example larger than max_message_size. 311: too large. 403 for a topic: the user may not publish with
         // this routing key. Any other 403 concerns the exchange and would hit every message.
-        Some(406 | 311) => PublisherError::Poison(text),
-        Some(403) if text.contains("access to topic") => PublisherError::Poison(text),
+        Some(406 | 311) => PublisherError::Refused(text),
+        Some(403) if text.contains("access to topic") => PublisherError::Refused(text),
         _ => PublisherError::Lost(text),
     }
 }
@@ -86,7 +86,7 @@ mod tests {
         ] {
             let class = classify(&error);
             match blames_the_message {
-                true => assert!(matches!(class, PublisherError::Poison(_)), "{error}: {class:?}"),
+                true => assert!(matches!(class, PublisherError::Refused(_)), "{error}: {class:?}"),
                 false => assert!(matches!(class, PublisherError::Lost(_)), "{error}: {class:?}"),
             }
         }

@@ -1,23 +1,25 @@
 //! How many events may be in flight, and which event is to blame for a closed channel. Pure; outlives a session.
 //!
-//! - When the broker closes the channel over one of many messages, events are published one by one until the culprit
-//!   is known.
-//! - After a nack the queues with room would get every event of the window twice, so the window restarts at one event
-//!   and grows with each confirm.
+//! After a nack the queues with room would get every event of the window twice, and after a closed channel every event
+//! in flight is published again. So the window restarts at one event and grows with each confirm.
 
 use std::time::{Duration, Instant};
 
-/// An event that closed the channel this often, each time alone in flight, is the culprit. Twice, because a channel may
-/// also close for another reason.
+use super::refusals::{Blame, Refusals};
+
+/// An event that closed the channel this often, each time alone in flight, is the culprit if the broker's reply names
+/// none. Twice, because a channel may also close for another reason.
 const STRIKES: u32 = 2;
 
 #[derive(Debug)]
 pub(super) struct Pacing {
-    /// How many events may be in flight; limits the configured window after a nack.
+    /// How many events may be in flight; limits the configured window.
     limit: usize,
-    /// Events up to this one are published one by one.
-    one_by_one_until: u64,
     suspect: Option<Suspect>,
+    /// What the broker refused recently.
+    pub refusals: Refusals,
+    /// A round of retries of parked events has begun and not ended.
+    retrying: bool,
     /// When the last round of retries of parked events ended.
     parked_tried_at: Option<Instant>,
 }
@@ -29,44 +31,58 @@ struct Suspect {
     strikes: u32,
 }
 
-/// Which event the broker refused.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum Refusal {
-    /// The broker refused one of several events: from now on they are published one by one.
-    OneOfMany,
-    /// The broker refused the only event in flight, for the first time: it gets another try.
-    Suspect,
-    /// The event that closed the channel repeatedly.
-    Culprit(u64),
+/// An event that was in flight when the broker closed the channel over a message.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Accused<'a> {
+    pub seq: u64,
+    pub key: &'a str,
+    pub bytes: usize,
+    /// Whether it was parked before: then one strike is enough.
+    pub parked: bool,
 }
 
 impl Default for Pacing {
     fn default() -> Self {
-        Self { limit: usize::MAX, one_by_one_until: 0, suspect: None, parked_tried_at: None }
+        Self { limit: usize::MAX, suspect: None, refusals: Refusals::default(), retrying: false, parked_tried_at: None }
     }
 }
 
 impl Pacing {
-    /// How many events may be in flight once this one is published, given the configured `window`.
-    pub(super) fn window(&self, seq: u64, window: usize) -> usize {
-        if seq <= self.one_by_one_until { 1 } else { window.min(self.limit) }
+    /// How many events may be in flight, given the configured `window`.
+    pub(super) fn window(&self, window: usize) -> usize {
+        window.min(self.limit)
     }
 
-    /// The broker closed the channel over one of these events, in ascending order.
-    pub(super) fn on_refusal(&mut self, in_flight: &[u64]) -> Refusal {
-        let last = in_flight.last().copied().unwrap_or_default();
-        self.one_by_one_until = self.one_by_one_until.max(last);
-        let &[seq] = in_flight else { return Refusal::OneOfMany };
+    /// The broker closed the channel over one of these events. Returns the culprits, if they are known.
+    ///
+    /// The reply names the key or the limit of the size, which concerns all events that have it. Otherwise the smaller
+    /// window finds the culprit.
+    pub(super) fn on_refusal(
+        &mut self,
+        reply: &str,
+        accused: &[Accused<'_>],
+        keep: Duration,
+        now: Instant,
+    ) -> Vec<u64> {
+        self.limit = 1;
+        let blame = Blame::parse(reply);
+        let culprits: Vec<_> =
+            accused.iter().filter(|event| blame.concerns(event.key, event.bytes)).map(|event| event.seq).collect();
+        if !culprits.is_empty() {
+            self.refusals.remember(&blame, reply, keep, now);
+            return culprits;
+        }
+        let &[Accused { seq, parked, .. }] = accused else { return Vec::new() };
         let strikes = match self.suspect {
             Some(suspect) if suspect.seq == seq => suspect.strikes + 1,
             _ => 1,
         };
-        if strikes < STRIKES {
+        if strikes < STRIKES && !parked {
             self.suspect = Some(Suspect { seq, strikes });
-            return Refusal::Suspect;
+            return Vec::new();
         }
         self.suspect = None;
-        Refusal::Culprit(seq)
+        vec![seq]
     }
 
     pub(super) fn on_nack(&mut self) {
@@ -81,8 +97,16 @@ impl Pacing {
         self.parked_tried_at.is_none_or(|at| now.saturating_duration_since(at) >= interval)
     }
 
-    /// The round of retries of parked events is over. A parked event that closes the channel also ends it.
+    /// Some of the parked events are about to be retried. In each round a refused key or size is tried once more.
+    pub(super) fn on_retry(&mut self) {
+        if !std::mem::replace(&mut self.retrying, true) {
+            self.refusals.forget();
+        }
+    }
+
+    /// The round of retries of parked events is over.
     pub(super) fn on_parked_tried(&mut self, now: Instant) {
+        self.retrying = false;
         self.parked_tried_at = Some(now);
     }
 }
@@ -91,45 +115,102 @@ impl Pacing {
 mod tests {
     use super::*;
 
+    const KEEP: Duration = Duration::from_secs(60);
+    const NONE: [u64; 0] = [];
+    const KEY_REFUSED: &str = "write access to topic 'b' in exchange 'e' in vhost '/' refused for user 'u'";
+
+    fn accused(seq: u64, key: &str) -> Accused<'_> {
+        Accused { seq, key, bytes: 100, parked: false }
+    }
+
+    fn refuse(pacing: &mut Pacing, reply: &str, accused: &[Accused<'_>]) -> Vec<u64> {
+        pacing.on_refusal(reply, accused, KEEP, Instant::now())
+    }
+
     #[test]
-    fn the_culprit_among_many_is_found_by_publishing_one_by_one() {
+    fn a_reply_that_names_the_key_or_the_size_is_proof_at_once() {
         let mut pacing = Pacing::default();
-        assert_eq!(pacing.window(5, 1000), 1000);
-        assert_eq!(pacing.on_refusal(&[5, 7, 9]), Refusal::OneOfMany);
-        assert_eq!((pacing.window(9, 1000), pacing.window(10, 1000)), (1, 1000));
-        assert_eq!(pacing.on_refusal(&[7]), Refusal::Suspect);
-        assert_eq!(pacing.on_refusal(&[7]), Refusal::Culprit(7));
-        assert_eq!(pacing.on_refusal(&[8]), Refusal::Suspect, "the next event starts with no strikes");
-        assert_eq!((pacing.window(9, 1000), pacing.window(10, 1000)), (1, 1000));
+        let all = [accused(5, "a"), accused(7, "b"), accused(9, "b")];
+        assert_eq!(refuse(&mut pacing, KEY_REFUSED, &all), [7, 9]);
+        assert_eq!(pacing.refusals.reason("b", 1, Instant::now()), Some(KEY_REFUSED));
+        let size = "message size 200 is larger than configured max size 150";
+        let large = [accused(5, "a"), Accused { bytes: 200, ..accused(6, "a") }];
+        assert_eq!(refuse(&mut pacing, size, &large), [6]);
+        assert_eq!(pacing.refusals.reason("a", 151, Instant::now()), Some(size));
+    }
+
+    #[test]
+    fn a_culprit_that_no_reply_names_is_found_by_publishing_fewer_and_fewer() {
+        let mut pacing = Pacing::default();
+        assert_eq!(pacing.window(1000), 1000);
+        let all: Vec<_> = (0..1000).map(|seq| accused(seq, "a")).collect();
+        let (mut first, mut rounds) = (0, 0);
+        loop {
+            rounds += 1;
+            assert!(rounds < 20, "too many channels");
+            // Everything before the culprit is confirmed, one by one, and the window grows.
+            let mut window = pacing.window(1000);
+            while first + window <= 700 {
+                pacing.on_confirm();
+                first += 1;
+                window = pacing.window(1000);
+            }
+            let culprits = refuse(&mut pacing, "why", &all[first..first + window]);
+            if !culprits.is_empty() {
+                assert_eq!(culprits, [700]);
+                break;
+            }
+            assert_eq!(pacing.window(1000), 1);
+        }
+        assert_eq!(refuse(&mut pacing, "why", &all[701..702]), NONE, "the next event starts with no strikes");
+    }
+
+    #[test]
+    fn a_single_refusal_without_a_name_is_no_proof_but_for_a_parked_event() {
+        let mut pacing = Pacing::default();
+        assert_eq!(refuse(&mut pacing, "why", &[accused(3, "a")]), NONE);
+        assert_eq!(refuse(&mut pacing, "why", &[accused(4, "a")]), NONE);
+        assert_eq!(refuse(&mut pacing, "why", &[accused(3, "a")]), NONE);
+        assert_eq!(refuse(&mut pacing, KEY_REFUSED, &[accused(3, "other")]), [3]);
+        assert_eq!(refuse(&mut pacing, "why", &[]), NONE);
+        assert_eq!(refuse(&mut pacing, "why", &[Accused { parked: true, ..accused(8, "a") }]), [8]);
     }
 
     #[test]
     fn after_a_nack_the_window_opens_with_each_confirm() {
         let mut pacing = Pacing::default();
         pacing.on_confirm();
-        assert_eq!(pacing.window(1, 1000), 1000);
+        assert_eq!(pacing.window(1000), 1000);
         pacing.on_nack();
-        assert_eq!(pacing.window(1, 1000), 1);
+        assert_eq!(pacing.window(1000), 1);
         pacing.on_confirm();
         pacing.on_confirm();
-        assert_eq!((pacing.window(1, 1000), pacing.window(1, 2)), (3, 2));
-    }
-
-    #[test]
-    fn a_single_refusal_is_no_proof() {
-        let mut pacing = Pacing::default();
-        assert_eq!(pacing.on_refusal(&[3]), Refusal::Suspect);
-        assert_eq!(pacing.on_refusal(&[4]), Refusal::Suspect);
-        assert_eq!(pacing.on_refusal(&[3]), Refusal::Suspect);
-        assert_eq!(pacing.on_refusal(&[]), Refusal::OneOfMany);
+        assert_eq!((pacing.window(1000), pacing.window(2)), (3, 2));
     }
 
     #[test]
     fn parked_events_are_retried_at_once_and_then_at_the_interval() {
         let (mut pacing, start, interval) = (Pacing::default(), Instant::now(), Duration::from_secs(60));
         assert!(pacing.is_parked_retry_due(interval, start));
+        pacing.on_retry();
         pacing.on_parked_tried(start);
         assert!(!pacing.is_parked_retry_due(interval, start + interval / 2));
         assert!(pacing.is_parked_retry_due(interval, start + interval));
+    }
+
+    #[test]
+    fn each_round_of_retries_tries_a_refused_key_once() {
+        let (mut pacing, now) = (Pacing::default(), Instant::now());
+        let is_refused = |pacing: &Pacing| pacing.refusals.reason("b", 1, now).is_some();
+        refuse(&mut pacing, KEY_REFUSED, &[accused(1, "b")]);
+        assert!(is_refused(&pacing));
+        pacing.on_retry();
+        assert!(!is_refused(&pacing));
+        refuse(&mut pacing, KEY_REFUSED, &[accused(1, "b")]);
+        pacing.on_retry();
+        assert!(is_refused(&pacing), "the next batch of the same round");
+        pacing.on_parked_tried(now);
+        pacing.on_retry();
+        assert!(!is_refused(&pacing));
     }
 }

@@ -1,28 +1,46 @@
-//! Pending events read from the spool into memory ahead of their publish, in order; bounded in number and in bytes.
-
-use std::collections::VecDeque;
+//! Reads pending events from the spool into memory ahead of their publish, in order; bounded in number and in bytes.
 
 use tokio::task::JoinHandle;
 
-use crate::spool::{Batch, ReadError, Spool, Stored};
+use super::backlog::Backlog;
+use crate::spool::{PendingBatch, ReadError, Spool};
 
 /// Maximum bytes of bodies in memory, read ahead and in flight. One event is always allowed, however large.
 const BODY_BYTES_MAX: usize = 16 * 1024 * 1024;
+
+/// Maximum number of events in memory that are not published, in batches: many events of one subject, which leave one
+/// by one, must not hide the other subjects behind them.
+const BATCHES_MAX: usize = 10;
+
+/// Maximum number of subjects that are held back because the spool may not have recorded yet that an event of them is
+/// parked.
+const PARKED_SUBJECTS_MAX: usize = 10_000;
 
 /// A cursor that moves through the spool from the oldest pending event.
 pub(super) struct ReadAhead {
     spool: Spool,
     /// How many events are read at a time.
     batch: usize,
-    events: VecDeque<Stored>,
-    /// Size of the bodies read and not yet released.
-    bytes: usize,
+    backlog: Backlog,
     /// The last event read.
     cursor: u64,
-    reading: Option<JoinHandle<Result<Batch, ReadError>>>,
+    reading: Option<JoinHandle<Result<PendingBatch, ReadError>>>,
     exhausted: bool,
     /// Events may have been committed after the current read began.
     committed_while_reading: bool,
+    /// How many events had been removed when the events in memory were read.
+    removed: Option<u64>,
+    validity: Validity,
+}
+
+/// Whether the events in memory are still those of the spool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Validity {
+    Valid,
+    /// Events may have been removed, or may no longer wait.
+    Stale,
+    /// A parked event was delivered. The events behind it may be read once the spool has recorded that.
+    StaleUntilCommit,
 }
 
 impl ReadAhead {
@@ -30,32 +48,32 @@ impl ReadAhead {
         Self {
             spool,
             batch,
-            events: VecDeque::new(),
-            bytes: 0,
+            backlog: Backlog::default(),
             cursor: 0,
             reading: None,
             exhausted: false,
             committed_while_reading: false,
+            removed: None,
+            validity: Validity::Valid,
         }
     }
 
-    pub(super) fn next_seq(&self) -> Option<u64> {
-        self.events.front().map(|stored| stored.seq)
+    /// The events in memory.
+    pub(super) fn backlog(&mut self) -> &mut Backlog {
+        &mut self.backlog
     }
 
-    pub(super) fn pop(&mut self) -> Option<Stored> {
-        self.events.pop_front()
-    }
-
-    /// Gives back the memory of a body.
-    pub(super) fn release(&mut self, bytes: usize) {
-        self.bytes -= bytes;
+    /// How many events wait behind a parked one, as far as is known.
+    pub(super) fn left_out(&self) -> u64 {
+        self.backlog.left_out_so_far().count
     }
 
     /// Starts the next read if there is room for it and the spool may hold more.
     pub(super) fn read_on(&mut self) {
-        let has_room = self.events.len() <= self.batch / 2 && self.bytes < BODY_BYTES_MAX;
-        if has_room && !self.exhausted && self.reading.is_none() {
+        let has_room = self.backlog.ready() <= self.batch / 2
+            && self.backlog.len() < self.batch.saturating_mul(BATCHES_MAX)
+            && self.backlog.bytes() < BODY_BYTES_MAX;
+        if has_room && !self.exhausted && self.reading.is_none() && self.validity == Validity::Valid {
             let (spool, cursor, batch) = (self.spool.clone(), self.cursor, self.batch);
             #[expect(clippy::disallowed_methods, reason = "the read must go on while the session does other work")]
             let reading = tokio::spawn(async move { spool.pending_after(cursor, batch).await });
@@ -79,12 +97,21 @@ impl ReadAhead {
             },
         };
         self.reading = None;
-        let Batch { events, more } = batch?;
+        let PendingBatch { events, waiting, last, more, removed } = batch?;
+        if *self.removed.get_or_insert(removed) != removed {
+            self.on_removal();
+        }
+        if self.is_stale() {
+            return Ok(());
+        }
         let committed = std::mem::take(&mut self.committed_while_reading);
         self.exhausted = !more && !committed;
-        self.cursor = events.last().map_or(self.cursor, |last| last.seq);
-        self.bytes += events.iter().map(|stored| stored.event.body.len()).sum::<usize>();
-        self.events.extend(events);
+        self.cursor = last;
+        events.into_iter().for_each(|stored| self.backlog.enter(stored));
+        waiting.into_iter().for_each(|seq| self.backlog.left_out(seq));
+        if self.backlog.parked_subjects() > PARKED_SUBJECTS_MAX {
+            self.validity = Validity::StaleUntilCommit;
+        }
         Ok(())
     }
 
@@ -101,6 +128,49 @@ impl ReadAhead {
 
     /// Whether all events have been read and taken.
     pub(super) fn is_empty(&self) -> bool {
-        self.exhausted && self.reading.is_none() && self.events.is_empty()
+        self.exhausted && self.reading.is_none() && !self.is_stale() && self.backlog.len() == 0
+    }
+
+    // -- reading again ------------------------------------------------------------------------------------------------
+
+    /// Looks whether events were removed since the ones in memory were read.
+    pub(super) async fn check_removed(&mut self) -> Result<(), ReadError> {
+        if let Some(removed) = self.removed
+            && !self.is_stale()
+            && !self.backlog.knows_of_none()
+            && self.spool.removed().await? != removed
+        {
+            self.on_removal();
+        }
+        Ok(())
+    }
+
+    /// Events were removed, or may have been: the broker took no messages for a while.
+    pub(super) fn on_removal(&mut self) {
+        self.validity = self.validity.max(Validity::Stale);
+    }
+
+    /// A parked event was delivered: others may have waited for it.
+    pub(super) fn on_parked_delivered(&mut self) {
+        self.validity = Validity::StaleUntilCommit;
+    }
+
+    /// Whether the events in memory must be read again before any of them is published.
+    pub(super) fn is_stale(&self) -> bool {
+        self.validity != Validity::Valid
+    }
+
+    /// Drops the events in memory, to be read again. Call it while nothing is in flight. Does nothing while the spool
+    /// cannot record what was delivered and that matters.
+    pub(super) async fn read_again(&mut self) {
+        self.spool.flush().await;
+        if self.validity == Validity::StaleUntilCommit && !self.spool.status().takes_settlements() {
+            return;
+        }
+        let cursor = self.backlog.oldest().map_or(self.cursor, |oldest| oldest - 1);
+        if let Some(reading) = self.reading.take() {
+            reading.abort();
+        }
+        *self = Self { cursor, ..Self::new(self.spool.clone(), self.batch) };
     }
 }

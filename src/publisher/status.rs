@@ -1,7 +1,7 @@
 //! The state of the connection and the latest deliveries, for the operators' pages. Bounded; lost with the process.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -26,6 +26,7 @@ pub struct Status {
     timeline: Mutex<VecDeque<ConnectionEvent>>,
     deliveries: Mutex<Deliveries>,
     in_flight: AtomicUsize,
+    waiting: AtomicU64,
     retry_requested: AtomicBool,
     watched: Mutex<Watched>,
     nacked: AtomicBool,
@@ -151,6 +152,7 @@ impl Status {
             timeline: Mutex::default(),
             deliveries: Mutex::default(),
             in_flight: AtomicUsize::new(0),
+            waiting: AtomicU64::new(0),
             retry_requested: AtomicBool::new(false),
             watched: Mutex::new(Watched { state: WatchState::default(), valid_until: Instant::now() }),
             nacked: AtomicBool::new(false),
@@ -216,6 +218,11 @@ impl Status {
     /// How many publishes have no outcome yet.
     pub fn in_flight(&self) -> usize {
         self.in_flight.load(Ordering::Relaxed)
+    }
+
+    /// How many pending events wait behind a parked event of their subject.
+    pub fn waiting(&self) -> u64 {
+        self.waiting.load(Ordering::Relaxed)
     }
 
     /// When the last event was confirmed.
@@ -301,6 +308,10 @@ impl Status {
 
     pub(super) fn set_in_flight(&self, count: usize) {
         self.in_flight.store(count, Ordering::Relaxed);
+    }
+
+    pub(super) fn set_waiting(&self, count: u64) {
+        self.waiting.store(count, Ordering::Relaxed);
     }
 
     fn record(&self, what: ConnectionEventKind, detail: String) {

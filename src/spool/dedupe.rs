@@ -317,7 +317,7 @@ mod tests {
 
     fn event(body: u8, id: Uuid) -> Event {
         let fingerprint = Fingerprint([body; 32]);
-        Event { id, accepted_ms: 0, authentic: true, trace: None, fingerprint, body: Bytes::new() }
+        Event { id, accepted_ms: 0, authentic: true, trace: None, fingerprint, subject: None, body: Bytes::new() }
     }
 
     fn id(n: u8) -> Uuid {

@@ -10,7 +10,7 @@ use super::error::{ChangeError, OpenError, ReadError, Result};
 use super::files::{self, Lock};
 use super::ledger::Ledger;
 use super::mounts::check_mount;
-use super::reader::{self, COLUMNS, open_read_only, stored};
+use super::reader::{self, COLUMNS, WAITS_BEHIND, open_read_only, stored};
 use super::recovery;
 use super::store::{self, unusable};
 use super::types::Stored;
@@ -65,6 +65,8 @@ pub struct Entry {
     pub parked_reason: Option<String>,
     /// The last try of a parked event, in milliseconds since 1970.
     pub tried_ms: Option<i64>,
+    /// The parked event of the same subject that this one waits behind, if there is one.
+    pub waits_behind: Option<Uuid>,
 }
 
 impl Inspector {
@@ -167,7 +169,8 @@ impl Inspector {
 
 fn list(connection: &Connection, parked_only: bool, limit: u64, mut each: impl FnMut(Entry)) -> Result<()> {
     let filter = if parked_only { PARKED } else { "" };
-    let sql = format!("SELECT {COLUMNS}, parked_reason, tried_ms FROM event {filter} ORDER BY seq LIMIT ?1");
+    let columns = format!("{COLUMNS}, parked_reason, tried_ms, {WAITS_BEHIND}");
+    let sql = format!("SELECT {columns} FROM event {filter} ORDER BY seq LIMIT ?1");
     let mut statement = connection.prepare(&sql)?;
     let mut rows = statement.query([limit])?;
     while let Some(row) = rows.next()? {
@@ -177,7 +180,7 @@ fn list(connection: &Connection, parked_only: bool, limit: u64, mut each: impl F
 }
 
 fn find(connection: &Connection, id: Uuid) -> Result<Option<Entry>> {
-    let sql = format!("SELECT {COLUMNS}, parked_reason, tried_ms FROM event WHERE id = ?1");
+    let sql = format!("SELECT {COLUMNS}, parked_reason, tried_ms, {WAITS_BEHIND} FROM event WHERE id = ?1");
     Ok(connection.query_row(&sql, [id.as_bytes()], entry).optional()?)
 }
 
@@ -220,5 +223,6 @@ fn remove(connection: &mut Connection, seq: u64) -> Result<bool> {
 }
 
 fn entry(row: &Row<'_>) -> rusqlite::Result<Entry> {
-    Ok(Entry { stored: stored(row)?, parked_reason: row.get(8)?, tried_ms: row.get(9)? })
+    let waits_behind = row.get::<_, Option<[u8; 16]>>(11)?.map(Uuid::from_bytes);
+    Ok(Entry { stored: stored(row)?, parked_reason: row.get(9)?, tried_ms: row.get(10)?, waits_behind })
 }

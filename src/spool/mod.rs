@@ -47,7 +47,7 @@ pub use settings::{Durability, Settings};
 pub use space::Shortage;
 pub use status::SpoolStatus;
 use store::Store;
-pub use types::{Batch, EVENT_OVERHEAD_BYTES, Receipt, Settlement, Stored, Undelivered};
+pub use types::{Batch, EVENT_OVERHEAD_BYTES, PendingBatch, Receipt, Settlement, Stored, Undelivered};
 pub use verify::Verdict;
 use writer::{Append, Command, Exit, Shared, Writer};
 
@@ -163,8 +163,8 @@ impl Spool {
     }
 
     /// The pending events after `seq` that are not confirmed, in the order of acceptance: at most `limit`, and about
-    /// 4 MiB of bodies.
-    pub async fn pending_after(&self, seq: u64, limit: usize) -> Result<Batch, ReadError> {
+    /// 4 MiB of bodies. Events that wait behind a parked event of their subject are left out.
+    pub async fn pending_after(&self, seq: u64, limit: usize) -> Result<PendingBatch, ReadError> {
         let delivered = self.delivered.runs();
         self.reader.run(move |connection| reader::pending_after(connection, seq, limit, &delivered)).await
     }
@@ -174,6 +174,11 @@ impl Spool {
     pub async fn parked_due(&self, now_ms: i64, retry_ms: i64, limit: usize) -> Result<Batch, ReadError> {
         let delivered = self.delivered.runs();
         self.reader.run(move |connection| reader::parked_due(connection, now_ms, retry_ms, limit, &delivered)).await
+    }
+
+    /// How many events were removed so far, also by another process.
+    pub async fn removed(&self) -> Result<u64, ReadError> {
+        self.reader.run(reader::removed).await
     }
 
     /// Finds out which of these events are still in the spool and not confirmed.

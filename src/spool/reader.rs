@@ -5,19 +5,25 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
-use rusqlite::{Connection, OpenFlags, OptionalExtension, Row, Rows};
+use rusqlite::{Connection, OpenFlags, OptionalExtension, Row};
 use uuid::Uuid;
 
 use super::delivered::Runs;
 use super::error::{ReadError, Result};
-use super::types::{Batch, Stored, Undelivered};
-use crate::event::{Event, Fingerprint, TraceContext};
+use super::ledger::Ledger;
+use super::types::{Batch, PendingBatch, Stored, Undelivered};
+use crate::event::{Envelope, Event, Fingerprint, SubjectKey, TraceContext};
 
 /// Maximum bytes of bodies read at a time, so that large ones do not fill the memory. At least one event is read.
 const READ_BYTES: usize = 4 * 1024 * 1024;
 
 /// The columns that [`stored`] reads, in its order.
-pub(super) const COLUMNS: &str = "seq, id, accepted_ms, authentic, traceparent, tracestate, fingerprint, body";
+pub(super) const COLUMNS: &str = "seq, id, accepted_ms, authentic, traceparent, tracestate, fingerprint, body, subject";
+
+/// The id of the parked event that an event waits behind; NULL if there is none.
+pub(super) const WAITS_BEHIND: &str = "(SELECT id FROM event AS parked INDEXED BY parked_subject
+     WHERE parked.parked_reason IS NOT NULL AND parked.subject = event.subject AND parked.seq < event.seq
+     ORDER BY parked.seq LIMIT 1)";
 
 #[derive(Clone)]
 pub(super) struct Reader {
@@ -75,16 +81,47 @@ pub(super) fn open_read_only(path: &Path) -> Result<Connection> {
     Ok(connection)
 }
 
-/// The pending events after `seq` that are not in `delivered`.
-pub(super) fn pending_after(connection: &Connection, mut seq: u64, limit: usize, delivered: &Runs) -> Result<Batch> {
-    let sql = format!("SELECT {COLUMNS} FROM event WHERE seq > ?1 AND parked_reason IS NULL ORDER BY seq LIMIT ?2");
-    let mut statement = connection.prepare_cached(&sql)?;
-    let mut batch = Collected::new(limit);
-    // Delivered events come in runs, so the read goes on behind the run instead of reading it.
-    while let Some(last) = batch.add(statement.query((seq, limit as i64))?, delivered)? {
-        seq = last;
+/// The pending events after `seq` that are not in `delivered`. Events that wait behind a parked one count for `limit`,
+/// so that no call reads the whole file.
+pub(super) fn pending_after(connection: &Connection, seq: u64, limit: usize, delivered: &Runs) -> Result<PendingBatch> {
+    // One snapshot for the totals and the events.
+    let snapshot = connection.unchecked_transaction()?;
+    let Ledger { parked, removed, .. } = Ledger::read(&snapshot)?;
+    let sql = format!(
+        "SELECT {COLUMNS}, CASE WHEN ?3 THEN {WAITS_BEHIND} IS NOT NULL ELSE 0 END FROM event
+         WHERE seq > ?1 AND parked_reason IS NULL ORDER BY seq LIMIT ?2"
+    );
+    let mut statement = snapshot.prepare_cached(&sql)?;
+    let mut batch = PendingBatch { events: Vec::new(), waiting: Vec::new(), last: seq, more: false, removed };
+    let mut bytes = 0;
+    let mut rows = statement.query((seq, limit as i64, parked > 0))?;
+    loop {
+        batch.more = bytes >= READ_BYTES || batch.events.len() + batch.waiting.len() == limit;
+        if batch.more {
+            break;
+        }
+        let Some(row) = rows.next()? else { break };
+        batch.last = row.get(0)?;
+        if let Some(last) = delivered.end_of(batch.last) {
+            // Delivered events come in runs, so the read goes on behind the run instead of reading it.
+            batch.last = last;
+            drop(rows);
+            rows = statement.query((last, limit as i64, parked > 0))?;
+        } else if row.get(9)? {
+            batch.waiting.push(batch.last);
+        } else {
+            let stored = stored(row)?;
+            bytes += stored.event.body.len();
+            batch.events.push(stored);
+        }
     }
-    Ok(batch.finish())
+    drop(rows);
+    Ok(batch)
+}
+
+/// How many events were removed so far.
+pub(super) fn removed(connection: &Connection) -> Result<u64> {
+    Ledger::read(connection).map(|ledger| ledger.removed)
 }
 
 /// The events after `seq`, pending or parked.
@@ -92,7 +129,12 @@ pub(super) fn all_after(connection: &Connection, seq: u64, limit: usize) -> Resu
     let sql = format!("SELECT {COLUMNS} FROM event WHERE seq > ?1 ORDER BY seq LIMIT ?2");
     let mut statement = connection.prepare_cached(&sql)?;
     let mut batch = Collected::new(limit);
-    batch.add(statement.query((seq, limit as i64))?, &Runs::default())?;
+    let mut rows = statement.query((seq, limit as i64))?;
+    while batch.has_room()
+        && let Some(row) = rows.next()?
+    {
+        batch.push(row)?;
+    }
     Ok(batch)
 }
 
@@ -124,10 +166,14 @@ pub(super) fn parked_due(
 
 /// Finds out which of these events are still in the spool and not in `delivered`.
 pub(super) fn undelivered(connection: &Connection, seqs: &[u64], delivered: &Runs) -> Result<Vec<Undelivered>> {
-    let mut statement = connection.prepare_cached("SELECT parked_reason IS NOT NULL FROM event WHERE seq = ?1")?;
+    let sql = format!("SELECT parked_reason IS NOT NULL, {WAITS_BEHIND} FROM event WHERE seq = ?1");
+    let mut statement = connection.prepare_cached(&sql)?;
     let find = |seq: &u64| {
-        let parked = statement.query_row([*seq], |row| row.get(0)).optional()?;
-        Ok(parked.map(|parked| Undelivered { seq: *seq, parked }))
+        let undelivered = |row: &Row<'_>| {
+            let waits_behind = row.get::<_, Option<[u8; 16]>>(1)?.map(Uuid::from_bytes);
+            Ok(Undelivered { seq: *seq, parked: row.get(0)?, waits_behind })
+        };
+        Ok(statement.query_row([*seq], undelivered).optional()?)
     };
     seqs.iter().filter(|seq| delivered.end_of(**seq).is_none()).map(find).filter_map(Result::transpose).collect()
 }
@@ -171,32 +217,24 @@ impl Collected {
         Ok(())
     }
 
-    /// Adds rows up to the first delivered event. Returns where its run ends; `None` if there is no such event, or no
-    /// room behind it.
-    fn add(&mut self, mut rows: Rows<'_>, delivered: &Runs) -> Result<Option<u64>> {
-        while self.has_room()
-            && let Some(row) = rows.next()?
-        {
-            match delivered.end_of(row.get(0)?) {
-                Some(last) => return Ok(Some(last)),
-                None => self.push(row)?,
-            }
-        }
-        Ok(None)
-    }
-
     pub(super) fn finish(self) -> Batch {
         Batch { more: !self.has_room(), events: self.events }
     }
 }
 
 pub(super) fn stored(row: &Row<'_>) -> rusqlite::Result<Stored> {
-    with_trace(row, trace(row)?)
+    let mut stored = without_extras(row)?;
+    stored.event.trace = trace(row)?;
+    stored.event.subject = row.get::<_, Option<i64>>(8)?.map(SubjectKey);
+    Ok(stored)
 }
 
-/// Reads an event of a damaged file: without its trace if that is unreadable.
+/// Reads an event of a damaged file: without its trace if that is unreadable, and with the subject that its body has.
 pub(super) fn stored_at_least(row: &Row<'_>) -> rusqlite::Result<Stored> {
-    with_trace(row, trace(row).unwrap_or(None))
+    let mut stored = without_extras(row)?;
+    stored.event.trace = trace(row).unwrap_or(None);
+    stored.event.subject = Envelope::parse(&stored.event.body).ok().and_then(|envelope| envelope.subject_key());
+    Ok(stored)
 }
 
 fn trace(row: &Row<'_>) -> rusqlite::Result<Option<TraceContext>> {
@@ -206,14 +244,16 @@ fn trace(row: &Row<'_>) -> rusqlite::Result<Option<TraceContext>> {
     })
 }
 
-fn with_trace(row: &Row<'_>, trace: Option<TraceContext>) -> rusqlite::Result<Stored> {
+/// The event of a row without its trace and its subject.
+fn without_extras(row: &Row<'_>) -> rusqlite::Result<Stored> {
     let event = Event {
         id: Uuid::from_bytes(row.get(1)?),
         accepted_ms: row.get(2)?,
         authentic: row.get(3)?,
-        trace,
+        trace: None,
         fingerprint: Fingerprint(row.get(6)?),
         body: Bytes::from(row.get::<_, Vec<u8>>(7)?),
+        subject: None,
     };
     Ok(Stored { seq: row.get(0)?, event })
 }

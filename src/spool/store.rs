@@ -35,11 +35,13 @@ const SCHEMA: &str = "
         traceparent   TEXT,
         tracestate    TEXT,
         fingerprint   BLOB    NOT NULL,    -- SHA-256 of the body
+        subject       INTEGER,             -- events of a subject leave in order; NULL: free (see SubjectKey)
         body          BLOB    NOT NULL,    -- as received
         parked_reason TEXT,                -- NULL: pending
         tried_ms      INTEGER              -- of a parked event: the last try
     ) STRICT;
     CREATE INDEX parked ON event (tried_ms) WHERE parked_reason IS NOT NULL;
+    CREATE INDEX parked_subject ON event (subject) WHERE parked_reason IS NOT NULL;
     CREATE TABLE seen (                    -- the dedupe window, in the order of acceptance: a row for each transaction
         last          INTEGER PRIMARY KEY, -- the number of the last entry in it
         entries       BLOB    NOT NULL     -- 56 bytes each: see EntryBytes
@@ -306,8 +308,8 @@ impl Store {
             None => (None, None),
         };
         let mut statement = self.connection.prepare_cached(
-            "INSERT INTO event (seq, id, accepted_ms, authentic, traceparent, tracestate, fingerprint, body)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
+            "INSERT INTO event (seq, id, accepted_ms, authentic, traceparent, tracestate, fingerprint, body, subject)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)",
         )?;
         statement.execute((
             seq,
@@ -318,6 +320,7 @@ impl Store {
             tracestate,
             event.fingerprint.0,
             event.body.as_ref(),
+            event.subject.map(|subject| subject.0),
         ))?;
         Ok(())
     }

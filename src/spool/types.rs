@@ -42,6 +42,22 @@ pub struct Batch {
     pub more: bool,
 }
 
+/// Some of the pending events, in the order of acceptance.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PendingBatch {
+    /// The events that may be delivered.
+    pub events: Vec<Stored>,
+    /// The numbers of the events in between that wait behind a parked event of their subject.
+    pub waiting: Vec<u64>,
+    /// The last event read, to go on from.
+    pub last: u64,
+    /// Whether the spool may hold more events behind these.
+    pub more: bool,
+    /// How many events had been removed when these were read. After a change, events read before may be gone, or no
+    /// longer wait.
+    pub removed: u64,
+}
+
 /// What became of a published event.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Settlement {
@@ -65,4 +81,6 @@ pub struct Undelivered {
     pub seq: u64,
     /// Whether it is parked; else it is pending.
     pub parked: bool,
+    /// The parked event of its subject that it waits behind, if there is one.
+    pub waits_behind: Option<Uuid>,
 }

@@ -25,7 +25,7 @@ const MAY_USE: [(&str, &[&str]); 30] = [
     ("broker", &["first_bytes", "http_client", "secret", "tls"]),
     ("traces", &["event", "log_limiter", "tls"]),
     ("topology", &["broker", "event", "text"]),
-    ("publisher", &["backoff", "broker", "event", "metrics", "spool", "text", "topology", "traces"]),
+    ("publisher", &["backoff", "broker", "event", "log_limiter", "metrics", "spool", "text", "topology", "traces"]),
     ("server", &["first_bytes", "log_limiter", "metrics", "text", "tls"]),
     ("problem", &[]),
     ("health", &["problem", "spool"]),

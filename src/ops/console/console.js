@@ -496,7 +496,8 @@ function showEvents({ events }) {
   fill($("events-rows"), events, (event) => event.id, (event) => {
     const took = event.settled_at ? Date.parse(event.settled_at) - Date.parse(event.accepted_at) : null;
     const delivered = took === null ? "delivered" : `delivered in ${took < 1 ? "less than 1 ms" : latency(took)}`;
-    const texts = { pending: "waiting", parked: "parked", confirmed: delivered, removed: "removed by an operator",
+    const waiting = event.waits_behind ? `waits behind ${event.waits_behind}` : "waiting";
+    const texts = { pending: waiting, parked: "parked", confirmed: delivered, removed: "removed by an operator",
       gone: "no longer in the spool" };
     const at = event.accepted_at;
     const state = [icon(DELIVERIES[event.status] ?? "quiet"), texts[event.status] ?? event.status];

@@ -244,7 +244,7 @@ impl Copier<'_> {
     /// Copies the event of a row. Returns its number, or `None` if the row is damaged.
     fn take(&mut self, row: &Row<'_>) -> Result<Option<u64>> {
         let stored = stored_at_least(row).ok().filter(|stored| (1..=self.highest).contains(&stored.seq));
-        let (Some(stored), parked_reason) = (stored, row.get(8).unwrap_or(None)) else {
+        let (Some(stored), parked_reason) = (stored, row.get(9).unwrap_or(None)) else {
             self.damage = true;
             return Ok(None);
         };

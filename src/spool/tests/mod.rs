@@ -14,7 +14,7 @@ use tempfile::TempDir;
 use uuid::Uuid;
 
 use super::*;
-use crate::event::{Fingerprint, TraceContext};
+use crate::event::{Fingerprint, SubjectKey, TraceContext};
 
 fn settings(path: &Path, max_bytes: u64) -> Settings {
     Settings { path: path.to_owned(), max_bytes, durability: Durability::Disk, body_bytes_max: 1 << 18 }
@@ -34,6 +34,7 @@ fn event(body: impl Into<Vec<u8>>) -> Event {
         authentic: true,
         trace: None,
         fingerprint: Fingerprint::of(&body),
+        subject: None,
         body,
     }
 }
@@ -62,13 +63,15 @@ async fn everything_about_an_event_comes_back_as_it_went_in() {
     let path = folder.path().join("new/folder/spool.db");
     let mut event = event(*b"\xff\0\"{");
     event.authentic = false;
+    event.subject = Some(SubjectKey(-7));
     event.trace = Some(TraceContext { traceparent: "00-a-b-01".to_owned(), tracestate: Some("k=v".to_owned()) });
     let opened = Opened::open(&path, 1 << 20, WINDOW);
     opened.spool.append(event.clone(), None).await.unwrap();
     opened.close().await;
     let opened = Opened::open(&path, 1 << 20, WINDOW);
     let batch = opened.spool.pending_after(0, 10).await.unwrap();
-    assert_eq!(batch, Batch { events: vec![Stored { seq: 1, event }], more: false });
+    let events = vec![Stored { seq: 1, event }];
+    assert_eq!(batch, PendingBatch { events, waiting: vec![], last: 1, more: false, removed: 0 });
     opened.close().await;
 }
 
@@ -151,6 +154,48 @@ async fn reading_is_bounded_by_number_and_by_bytes() {
 }
 
 #[tokio::test]
+async fn events_behind_a_parked_one_of_their_subject_wait_until_it_is_gone() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("spool.db");
+    let opened = Opened::open(&path, 1 << 20, WINDOW);
+    let (spool, mut ids) = (&opened.spool, Vec::new());
+    for (n, subject) in [Some(1), Some(1), Some(2), None, Some(1)].into_iter().enumerate() {
+        let event = Event { subject: subject.map(SubjectKey), ..event(n.to_string()) };
+        ids.push(spool.append(event, None).await.unwrap().id);
+    }
+    let park = async |seq| {
+        spool.settle(vec![Settlement::Parked { seq, reason: "no queue".to_owned() }]).await;
+        spool.flush().await;
+    };
+    let read = async |after, limit| {
+        let batch = spool.pending_after(after, limit).await.unwrap();
+        let seqs: Vec<_> = batch.events.iter().map(|stored| stored.seq).collect();
+        (seqs, batch.waiting, batch.last, batch.more, batch.removed)
+    };
+    assert_eq!(read(0, 10).await, (vec![1, 2, 3, 4, 5], vec![], 5, false, 0));
+    park(1).await;
+    assert_eq!(read(0, 10).await, (vec![3, 4], vec![2, 5], 5, false, 0));
+    assert_eq!(read(0, 2).await, (vec![3], vec![2], 3, true, 0), "a waiting event counts for the limit");
+    assert_eq!(read(4, 10).await, (vec![], vec![5], 5, false, 0), "the next read goes on behind the last one");
+    let behind = async |seq| spool.undelivered(vec![seq]).await.unwrap()[0].waits_behind;
+    assert_eq!((behind(2).await, behind(3).await, behind(4).await), (Some(ids[0]), None, None));
+    let mut inspector = Inspector::open_for_change(&path).unwrap();
+    assert_eq!(inspector.find(ids[4]).unwrap().unwrap().waits_behind, Some(ids[0]));
+    // Delivered: the next one goes. Parked and removed: the one behind it goes.
+    spool.settle(vec![Settlement::Confirmed(1)]).await;
+    spool.flush().await;
+    assert_eq!(read(0, 10).await, (vec![2, 3, 4, 5], vec![], 5, false, 0));
+    park(2).await;
+    assert_eq!((read(2, 10).await, spool.removed().await.unwrap()), ((vec![3, 4], vec![5], 5, false, 0), 0));
+    assert!(inspector.remove(ids[1]).unwrap());
+    assert_eq!((read(2, 10).await, spool.removed().await.unwrap()), ((vec![3, 4, 5], vec![], 5, false, 1), 1));
+    let mut behind = Vec::new();
+    inspector.each(false, 10, |entry| behind.push(entry.waits_behind)).unwrap();
+    assert_eq!(behind, [None; 3]);
+    opened.close().await;
+}
+
+#[tokio::test]
 async fn a_failed_commit_refuses_its_events_and_they_never_appear() {
     let folder = TempDir::new().unwrap();
     let path = folder.path().join("spool.db");
@@ -199,7 +244,7 @@ async fn settlements_survive_a_failed_commit() {
 fn debug_shows_no_body() {
     let stored = Stored { seq: 1, event: event(r#"{"eventType":"a","payload":{"userToken":"hunter2"}}"#) };
     let batch = Batch { events: vec![stored.clone()], more: false };
-    let entry = Entry { stored, parked_reason: None, tried_ms: None };
+    let entry = Entry { stored, parked_reason: None, tried_ms: None, waits_behind: None };
     for shown in [format!("{batch:?}"), format!("{entry:?}")] {
         let bytes = format!("{:?}", b"hunter2");
         assert!(!shown.contains("hunter2") && !shown.contains(bytes.trim_matches(['[', ']'])), "{shown}");
@@ -223,10 +268,10 @@ async fn confirmed_events_are_not_read_again_while_the_disk_takes_no_settlement(
         opened.spool.flush().await;
     }
     assert_eq!(opened.spool.status().ledger().pending, 9, "nothing is noted");
-    let seqs = |batch: Batch| batch.events.iter().map(|stored| stored.seq).collect::<Vec<_>>();
-    assert_eq!(seqs(opened.spool.pending_after(0, 10).await.unwrap()), [4, 5, 6, 8, 9]);
+    let seqs = |events: &[Stored]| events.iter().map(|stored| stored.seq).collect::<Vec<_>>();
+    assert_eq!(seqs(&opened.spool.pending_after(0, 10).await.unwrap().events), [4, 5, 6, 8, 9]);
     let cut = opened.spool.pending_after(0, 4).await.unwrap();
-    assert_eq!((cut.more, seqs(cut)), (true, vec![4, 5, 6, 8]));
+    assert_eq!((cut.more, seqs(&cut.events)), (true, vec![4, 5, 6, 8]));
     assert_eq!(opened.spool.parked_due(i64::MAX, 0, 10).await.unwrap().events, []);
     let undelivered = opened.spool.undelivered((1..=10).collect()).await.unwrap();
     assert_eq!(undelivered.iter().map(|event| event.seq).collect::<Vec<_>>(), [4, 5, 6, 8, 9]);

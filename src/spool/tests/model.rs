@@ -9,7 +9,7 @@ use tokio::runtime::Runtime;
 use uuid::Uuid;
 
 use super::{Opened, WINDOW, event};
-use crate::event::Event;
+use crate::event::{Event, SubjectKey};
 use crate::spool::{AppendError, EVENT_OVERHEAD_BYTES, Ledger, Receipt, Settlement, Spool, Stored};
 
 #[derive(Clone, Debug)]
@@ -95,7 +95,15 @@ async fn check(spool: &Spool, model: &Model) {
     let expect = |events: &BTreeMap<u64, Event>| -> Vec<Stored> {
         events.iter().map(|(seq, event)| Stored { seq: *seq, event: event.clone() }).collect()
     };
-    assert_eq!(spool.pending_after(0, 10_000).await.unwrap().events, expect(&model.pending));
+    let waits = |(seq, event): &(&u64, &Event)| {
+        let mut before = model.parked.range(..*seq);
+        event.subject.is_some() && before.any(|(_, parked)| parked.subject == event.subject)
+    };
+    let (waiting, free): (Vec<_>, Vec<_>) = model.pending.iter().partition(waits);
+    let pending = spool.pending_after(0, 10_000).await.unwrap();
+    let free: BTreeMap<_, _> = free.into_iter().map(|(seq, event)| (*seq, event.clone())).collect();
+    assert_eq!(pending.events, expect(&free));
+    assert_eq!(pending.waiting, waiting.into_iter().map(|(seq, _)| *seq).collect::<Vec<_>>());
     let mut parked = spool.parked_due(i64::MAX, 0, 10_000).await.unwrap().events;
     parked.sort_by_key(|stored| stored.seq);
     assert_eq!(parked, expect(&model.parked));
@@ -113,7 +121,8 @@ async fn replay(operations: Vec<Operation>) {
         let spool = &opened.spool;
         match operation {
             Operation::Append(number, length) => {
-                let event = event(vec![number; usize::from(length) + 1]);
+                let subject = (!number.is_multiple_of(4)).then(|| SubjectKey(i64::from(number % 4)));
+                let event = Event { subject, ..event(vec![number; usize::from(length) + 1]) };
                 assert_eq!(spool.append(event.clone(), None).await, model.append(&event, MAX_BYTES));
             }
             Operation::Confirm(n) => {

@@ -242,6 +242,12 @@ impl Vhost {
         self.management.post(&path, json!({"routing_key": routing_key})).await;
     }
 
+    pub async fn unbind(&self, exchange: &str, queue: &str, routing_key: &str) {
+        let of = format!("{}/e/{}/q/{}", self.path_of("bindings"), encode(exchange), encode(queue));
+        // The API's name of a binding without arguments.
+        self.management.delete(&format!("{of}/{}", encode(routing_key))).await;
+    }
+
     /// All bindings as `(exchange, destination, routing key)`, sorted, without those of the default exchange.
     pub async fn bindings(&self) -> Vec<(String, String, String)> {
         let text = |binding: &Value, key: &str| binding[key].as_str().unwrap_or_default().to_owned();
