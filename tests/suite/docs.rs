@@ -269,6 +269,35 @@ fn every_entry_has_its_four_lines(runbook: &Page) {
     }
 }
 
+/// The words that an operator sees are those of the program.
+#[test]
+fn every_message_in_the_runbook_is_in_the_source() {
+    let mut source = String::new();
+    for entry in sources(&root().join("src")) {
+        let text = fs::read_to_string(entry).unwrap();
+        // A string goes on in the next line after a backslash.
+        let mut lines = text.split("\\\n");
+        source.push_str(lines.next().unwrap_or_default());
+        lines.for_each(|line| source.push_str(line.trim_start()));
+    }
+    let runbook = page("deploy/runbook.md");
+    let (_, symptoms) = runbook.text.split_once("\n## By symptom").expect("a section");
+    let rows = symptoms.lines().take_while(|line| !line.starts_with("## ")).filter_map(|row| row.split(" | ").next());
+    let mut found = 0;
+    for message in rows.flat_map(|cell| cell.split('`').skip(1).step_by(2)).filter(|span| span.contains(' ')) {
+        let parts = message.split(": ");
+        let exists = source.contains(message) || parts.clone().all(|part| source.contains(part));
+        assert!(exists, "the runbook has the message {message:?}, which the relay does not print");
+        found += 1;
+    }
+    assert!(found > 10, "{found} messages");
+}
+
+fn sources(folder: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    entries.flat_map(|path| if path.is_dir() { sources(&path) } else { vec![path] }).collect()
+}
+
 /// The severity of an entry is that of its rule.
 #[test]
 fn the_runbook_has_the_severities_of_the_rules() {
