@@ -308,3 +308,110 @@ fn an_endpoint_for_traces_needs_a_build_that_can_export_them() {
         assert!(mistake.contains("traces.endpoint: the value needs a build with traces"), "{mistake}");
     }
 }
+
+#[test]
+fn secrets_go_through_one_door_from_the_file_and_from_the_environment() {
+    let toml = |value: &str| format!("[signature]\nsecrets = {value}");
+    let variable = |value: &str| mistakes("", &[("PRISM_RELAY__SIGNATURE__SECRETS", value)]);
+    for (text, expected) in [
+        (mistakes(&toml("[\" \"]"), &[]), "signature.secrets: secret 1 has only blanks (set in FILE)"),
+        (mistakes(&toml("[\"whsec_0123456789\", \"whsec_0123456789\"]"), &[]), "secret 2 is the same as secret 1"),
+        (
+            mistakes(&toml("[\"whsec_0123456789\", \"# a comment in November\", \"'whsec_9876543210'\"]"), &[]),
+            "secret 3",
+        ),
+        (variable("whsec_0123456789,1"), "secret 2 is shorter than 16 characters (set in the environment)"),
+        (variable("whsec_0123456789 "), "secret 1 begins or ends with a blank (set in the environment)"),
+        (variable("\"whsec_0123456789\""), "signature.secrets: the value is in quotation marks; remove them"),
+        (variable("\"whsec_0123456789,whsec_9876543210\""), "secret 1 begins or ends with a quotation mark"),
+        (mistakes("[ops]\ntoken = \"0123456789abcdef \"", &[]), "ops.token: the value begins or ends with a blank"),
+        (mistakes("[broker]\npassword = \" hunter2\"", &[]), "broker.password: the value begins or ends with a blank"),
+        (mistakes("[broker]\nurls = [\"amqp://me:hunter2%0A@b/v\"]", &[]), "in its password, such as %0A"),
+        (mistakes("", &[("PRISM_RELAY__BROKER__URLS", "amqp://me:12,hunter2@b/v")]), "has a raw `,` in the user"),
+    ] {
+        assert!(text.contains(expected), "{expected:?} is missing in:\n{text}");
+        assert!(!text.contains("whsec_") && !text.contains("hunter2"), "{text}");
+    }
+    let ok = |value: &str| load("", &[("PRISM_RELAY__SIGNATURE__SECRETS", value)], Purpose::Serve).unwrap().signature;
+    for value in ["\u{feff}whsec_0123456789\r\n", "whsec_0123456789 , whsec_9876543210", "whsec_0123456789,"] {
+        assert_eq!(ok(value).secrets[0].expose(), "whsec_0123456789", "{value:?}");
+    }
+    // The default login, and a short password.
+    let config = load("[broker]\npassword = \"pw\\n\"", &[], Purpose::Client).unwrap();
+    assert_eq!(config.broker.urls[0].expose().authority.userinfo.password, "pw");
+}
+
+#[test]
+fn the_path_of_webhooks_is_what_stands_in_a_request() {
+    let path =
+        |text: &str| load("", &[("PRISM_RELAY__HTTP__PATH", text)], Purpose::Client).map(|config| config.http.path);
+    for (text, expected) in [
+        ("/webhooks/prism\n", "/webhooks/prism"),
+        ("/a-b_c.d~e/%C3%BC/!$&'()*+,;=:@", "/a-b_c.d~e/%C3%BC/!$&'()*+,;=:@"),
+        ("/", "/"),
+    ] {
+        assert_eq!(path(text).unwrap(), expected);
+    }
+    for (text, expected) in [
+        ("/prüfung", "contains 'ü', which a client percent-encodes"),
+        ("/a b", "contains ' ', which a client percent-encodes"),
+        ("/a\nb", "contains '\\n', which a client percent-encodes"),
+        ("/webhooks/prism ", "contains ' '"),
+        ("/50%", "contains a % that two hex digits do not follow"),
+        ("/a/../b", "contains a segment . or .."),
+        ("/a?b", "is not a path such as /webhooks/prism"),
+        ("https://hooks.example.com/prism", "is not a path such as /webhooks/prism"),
+        ("'/prism'", "is in quotation marks; remove them"),
+        ("/healthz", "is reserved"),
+    ] {
+        let text = path(text).unwrap_err();
+        assert!(text.contains(expected), "{expected:?} is missing in:\n{text}");
+    }
+}
+
+#[test]
+fn names_with_blanks_at_their_ends_are_mistakes() {
+    let toml = "[spool]\npath = \"data/spool.db \"\n[topology]\nqueues = [{ name = \"q \", bindings = [\"#.a.#.#\"] }]";
+    let text = mistakes(toml, &[]);
+    for expected in [
+        "spool.path: \"data/spool.db \" begins or ends with a blank",
+        "topology.queues[0].name: \"q \" begins or ends with a blank",
+        "topology.queues[0].bindings: \"#.a.#.#\" has 3 words `#`; 2 are allowed",
+    ] {
+        assert!(text.contains(expected), "{expected:?} is missing in:\n{text}");
+    }
+}
+
+#[test]
+fn another_format_and_a_variable_with_one_underscore_are_named() {
+    for (file, expected) in [
+        ("# ours\nhttp:\n  listen: 0.0.0.0:8080\n", "the file looks like YAML, but the configuration is TOML"),
+        ("---\nhttp: {}\n", "the file looks like YAML"),
+        ("{\n \"http\": {}\n}\n", "the file looks like JSON"),
+    ] {
+        let text = mistakes(file, &[]);
+        assert!(text.contains(expected), "{expected:?} is missing in:\n{text}");
+    }
+    assert!(!mistakes("[http]\nlisten = \n", &[]).contains("looks like"));
+    for name in ["PRISM_RELAY_SIGNATURE_SECRETS", "prism_relay__signature__secrets", "PRISM_RELAY_SIGNATURE__SECRETS"] {
+        let text = load("", &[(name, "whsec_0123456789")], Purpose::Serve).unwrap_err();
+        let hint = format!("hint: {name}: this variable is ignored; write PRISM_RELAY__SIGNATURE__SECRETS");
+        assert!(text.contains("signature.secrets: is empty") && text.contains(&hint), "{text}");
+        assert!(!text.contains("whsec_"), "{text}");
+    }
+    // What Kubernetes sets for a service of this name.
+    let config = load("", &[("PRISM_RELAY_PORT", "tcp://10.0.0.1:80")], Purpose::Client).unwrap();
+    assert_eq!(config.notes, []);
+}
+
+#[test]
+fn what_may_not_be_meant_is_noted() {
+    let toml = "[signature]\nrequired = false\n[spool]\ndurability = \"process\"\n[dedupe]\nwindow = \"0s\"\n\
+                [topology]\nqueues = [{ name = \"q\", bindings = [\"scan.*\", \"scan.#\"] }]";
+    let notes = load(toml, &[], Purpose::Serve).unwrap().notes;
+    let keys: Vec<_> = notes.iter().map(|note| note.key.as_str()).collect();
+    let expected =
+        ["signature.required", "signature.secrets", "spool.durability", "dedupe.window", "topology.queues[0].bindings"];
+    assert_eq!(keys, expected, "{notes:?}");
+    assert_eq!(load("", &[], Purpose::Client).unwrap().notes, []);
+}
