@@ -1,4 +1,4 @@
-//! `top`: shows the console's numbers in a terminal, for use over ssh.
+//! `top`: shows the console's headline, answers and numbers in a terminal, for use over ssh.
 
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write as _};
@@ -77,8 +77,18 @@ fn picture(status: &Value) -> String {
     let mut line = |name: &str, value: String| {
         let _ = writeln!(text, "{name:<22}{value}");
     };
-    let summary = &status["summary"];
-    line(&level(&summary["level"]), clean(summary["text"].as_str().unwrap_or("?")));
+    let headline = &status["headline"];
+    line(&level(&headline["level"]), text_of(&headline["text"]));
+    line("", clean(headline["advice"].as_str().unwrap_or_default()));
+    line("", String::new());
+    for answer in status["answers"].as_array().into_iter().flatten() {
+        let mark = if matches!(answer["level"].as_str(), Some("ok" | "note")) { " " } else { "!" };
+        let (question, word) = (text_of(&answer["question"]), text_of(&answer["word"]));
+        line("", format!("{mark} {question:<30}{word}"));
+        if mark == "!" {
+            line("", format!("      {}", text_of(&answer["detail"])));
+        }
+    }
     line("", String::new());
     let (webhooks, spool, broker) = (&status["webhooks"], &status["spool"], &status["broker"]);
     let refused: u64 =
@@ -121,7 +131,7 @@ fn picture(status: &Value) -> String {
 
 fn level(level: &Value) -> String {
     match level.as_str() {
-        Some("ok") => "all is well".to_owned(),
+        Some("ok" | "note") => "all is well".to_owned(),
         Some("warning") => "NEEDS ATTENTION".to_owned(),
         Some("problem") => "PROBLEM".to_owned(),
         _ => "?".to_owned(),
@@ -152,11 +162,21 @@ mod tests {
         assert!(picture(&Value::Null).contains('?'));
         let status = json!({
             "now": "2026-11-24T12:00:10Z", "last": { "accepted_at": "2026-11-24T12:00:00Z", "confirmed_at": null },
-            "summary": { "level": "problem", "text": "RabbitMQ \u{1b}[31m is away" },
+            "headline": { "level": "problem", "text": "RabbitMQ \u{1b}[31m is away", "advice": "Start it." },
+            "answers": [
+                {
+                    "question": "Is RabbitMQ accepting events?", "level": "problem", "word": "No",
+                    "detail": "\u{7}Gone.",
+                },
+                { "question": "Is anything parked?", "level": "ok", "word": "No", "detail": "No event is parked." },
+            ],
             "types": [{ "type": "a\nb", "accepted": 7 }],
         });
         let text = picture(&status);
         assert!(text.starts_with("PROBLEM               RabbitMQ ?[31m is away\n"), "{text}");
+        let answers = "! Is RabbitMQ accepting events? No\n                            ?Gone.\n                        \
+                       Is anything parked?           No\n";
+        assert!(text.contains(answers) && text.contains("Start it."), "{text}");
         assert!(text.contains("accepted 10 s ago, confirmed never") && text.contains("       7  a?b"), "{text}");
     }
 }

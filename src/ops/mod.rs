@@ -1,14 +1,17 @@
 //! The operators' listener: `/livez`, `/readyz`, `/metrics`, the console and its `/api`. It keeps answering until the
 //! process exits, so that operators can watch the drain.
 
+mod answers;
 mod auth;
 mod console;
 mod history;
+mod queues;
+mod refusals;
 mod report;
 mod response;
 mod settings;
-mod summary;
 mod view;
+mod words;
 
 use std::net::SocketAddr;
 use std::sync::Arc;

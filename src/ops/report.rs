@@ -6,7 +6,8 @@ use jiff::Timestamp;
 use serde::Serialize;
 use uuid::Uuid;
 
-use super::summary::{RecentRefusals, Summary};
+use super::answers::{Answer, Headline};
+use super::refusals::meaning;
 use crate::event::{Envelope, subject};
 use crate::publisher::{BrokerState, ConnectionEvent, WatchState};
 use crate::recent::{Arrival, Counts, Tally};
@@ -23,9 +24,12 @@ pub(super) struct Report {
     pub ready: bool,
     /// Whether the relay is shutting down.
     pub draining: bool,
-    pub summary: Summary,
-    /// Recent refusals of webhooks, if there are more than a few.
-    pub refusing: Option<RecentRefusals>,
+    pub headline: Headline,
+    pub answers: Vec<Answer>,
+    /// Whether more than a few webhooks were refused recently.
+    pub refusing: bool,
+    /// All refusals since the process started, the most frequent first.
+    pub refusals: Vec<RefusalReport>,
     pub webhooks: WebhookReport,
     pub last: LastReport,
     pub spool: SpoolReport,
@@ -50,6 +54,15 @@ pub(super) struct WebhookReport {
     pub duplicate: u64,
     /// Counts by the `code` of the answer.
     pub refused: BTreeMap<&'static str, u64>,
+}
+
+/// Refused requests with one code since the process started.
+#[derive(Serialize)]
+pub(super) struct RefusalReport {
+    pub reason: &'static str,
+    pub count: u64,
+    /// What the code means, and what to do.
+    pub meaning: &'static str,
 }
 
 /// When each kind of outcome last happened.
@@ -172,6 +185,15 @@ pub(super) struct ParkedEvent {
 impl WebhookReport {
     pub(super) fn new(counts: &Counts) -> Self {
         Self { accepted: counts.accepted, duplicate: counts.duplicates, refused: counts.refused.clone() }
+    }
+}
+
+impl RefusalReport {
+    pub(super) fn list(counts: &Counts) -> Vec<Self> {
+        let report = |(reason, count): (&&'static str, &u64)| Self { reason, count: *count, meaning: meaning(reason) };
+        let mut refusals: Vec<_> = counts.refused.iter().map(report).collect();
+        refusals.sort_by_key(|refusal| std::cmp::Reverse(refusal.count));
+        refusals
     }
 }
 

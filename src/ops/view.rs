@@ -8,12 +8,14 @@ use jiff::Timestamp;
 use thiserror::Error;
 use uuid::Uuid;
 
-use super::history::{Counters, History, Point};
+use super::answers::{Broker, Facts, TurnedAway, judge};
+use super::history::{Counters, Held, History, Point};
+use super::queues::Unattended;
+use super::refusals::UNRECOGNISABLE;
 use super::report::{
-    BrokerReport, CertificateReport, EventReport, EventState, LastReport, ParkedEvent, ParkedReport, Report,
-    SecretReport, SpoolReport, TypeReport, WebhookReport, matches,
+    BrokerReport, CertificateReport, EventReport, EventState, LastReport, ParkedEvent, ParkedReport, RefusalReport,
+    Report, SecretReport, SpoolReport, TypeReport, WebhookReport, matches,
 };
-use super::summary::Facts;
 use crate::health::Health;
 use crate::logging;
 use crate::metrics::Metrics;
@@ -21,11 +23,10 @@ use crate::publisher::{BrokerState, Status};
 use crate::recent::{Arrival, Counts, Recent};
 use crate::server::Admission;
 use crate::signature::Verifier;
-use crate::spool::{ChangeError, Inspector, OpenError, ReadError, Spool, Undelivered};
+use crate::spool::{ChangeError, Inspector, Ledger, OpenError, ReadError, Spool, Undelivered};
 use crate::tls;
 
-/// The time over which refusals count as recent in the summary.
-const RECENT: Duration = Duration::from_secs(5 * 60);
+const MINUTE: Duration = Duration::from_secs(60);
 
 const EVENTS_MAX: usize = 200;
 const PARKED_MAX: u64 = 100;
@@ -50,6 +51,7 @@ pub(super) struct View {
     sources: Sources,
     started: (Instant, Timestamp),
     history: Mutex<History>,
+    unattended: Mutex<Unattended>,
 }
 
 /// Why a request could not be answered.
@@ -74,7 +76,12 @@ pub(super) enum Action {
 
 impl View {
     pub(super) fn new(sources: Sources) -> Self {
-        let view = Self { sources, started: (Instant::now(), Timestamp::now()), history: Mutex::default() };
+        let view = Self {
+            sources,
+            started: (Instant::now(), Timestamp::now()),
+            history: Mutex::default(),
+            unattended: Mutex::default(),
+        };
         // The first call only stores the counters.
         view.sample();
         view
@@ -89,7 +96,8 @@ impl View {
         let ledger = self.sources.spool.status().ledger();
         let counters = counters(&self.sources.recent.counts(), ledger.confirmed);
         let lags = self.sources.broker.take_lags();
-        self.history().add(counters, ledger.pending, &lags, Timestamp::now(), Instant::now())
+        let held = Held { depth: ledger.pending, bytes: ledger.bytes };
+        self.history().add(counters, held, &lags, Timestamp::now(), Instant::now())
     }
 
     pub(super) fn points(&self) -> Vec<Point> {
@@ -102,19 +110,24 @@ impl View {
         let now = Timestamp::now();
         // The status matters most when the spool cannot be read, so it is sent without the age.
         let oldest = self.oldest_age(now).await.unwrap_or(None);
+        let ledger = status.ledger();
         let (waiting, max_bytes) = (self.sources.broker.waiting(), self.sources.spool.max_bytes());
         let spool = SpoolReport::new(status, waiting, max_bytes, oldest);
-        let facts = self.facts(&spool, &broker, &counts, now);
+        // Events that wait behind a parked one are not late: the parked one is reported.
+        let facts = self.facts(&ledger, oldest.filter(|_| ledger.pending > waiting), &broker, &counts, now);
+        let judgement = judge(&facts);
         let (started, started_at) = self.started;
         Report {
             version: env!("CARGO_PKG_VERSION"),
             now,
             started_at,
             uptime_seconds: started.elapsed().as_secs(),
-            ready: self.sources.health.blocker().is_none(),
-            draining: self.sources.health.is_draining(),
-            summary: facts.summarize(),
-            refusing: facts.refusing(),
+            ready: facts.blocker.is_none(),
+            draining: facts.draining,
+            headline: judgement.headline,
+            answers: judgement.answers,
+            refusing: facts.refusing().is_some(),
+            refusals: RefusalReport::list(&counts),
             webhooks: WebhookReport::new(&counts),
             last: LastReport::new(&counts, self.sources.broker.last_confirm()),
             spool,
@@ -128,29 +141,62 @@ impl View {
         }
     }
 
-    fn facts(&self, spool: &SpoolReport, broker: &BrokerState, counts: &Counts, now: Timestamp) -> Facts {
+    fn facts(
+        &self,
+        ledger: &Ledger,
+        oldest: Option<f64>,
+        broker: &BrokerState,
+        counts: &Counts,
+        now: Timestamp,
+    ) -> Facts {
         let age = |at: Timestamp| now.duration_since(at).unsigned_abs();
-        let recent = self.history().recent_increase(RECENT, &counters(counts, spool.confirmed));
+        let (max_bytes, counters) = (self.sources.spool.max_bytes(), counters(counts, ledger.confirmed));
+        let watch = self.sources.broker.watch();
+        let queues = self.unattended.lock().unwrap_or_else(PoisonError::into_inner).queues(&watch, Instant::now());
+        let history = self.history();
+        let last_minute = history.recent_increase(MINUTE, &counters);
         Facts {
+            uptime: self.started.0.elapsed(),
             draining: self.sources.health.is_draining(),
-            writable: spool.writable,
-            reason: spool.reason,
-            pending: spool.pending,
-            parked: spool.parked,
-            bytes: spool.bytes,
-            max_bytes: spool.max_bytes,
-            // Events that wait behind a parked one are not late: the parked one is reported.
-            oldest: spool.oldest_age_seconds.filter(|_| spool.pending > spool.waiting).map(Duration::from_secs_f64),
-            connected: broker.connected,
-            blocked: broker.blocked.clone(),
-            error: broker.error.clone(),
-            removed: spool.removed,
-            lost: spool.lost,
-            broker_state_age: age(broker.since),
+            blocker: self.sources.health.blocker(),
+            ledger: *ledger,
+            damaged: self.sources.spool.status().lost(),
+            max_bytes,
+            oldest: oldest.map(Duration::from_secs_f64),
+            outlook: history.outlook(max_bytes),
+            broker: Broker {
+                connected: broker.connected,
+                blocked: broker.blocked.clone(),
+                error: broker.error.clone(),
+                unreachable: broker.unreachable,
+                age: age(broker.since),
+            },
             last_confirm: self.sources.broker.last_confirm().map(age),
             last_accepted: counts.last_accepted.map(age),
-            recent_accepted: recent.accepted,
-            recent_refused: recent.refused_by_code,
+            accepted_last_minute: last_minute.accepted,
+            confirmed_last_minute: last_minute.confirmed,
+            last_5_minutes: history.window(5 * MINUTE, &counters),
+            last_30_minutes: history.window(30 * MINUTE, &counters),
+            last_hour: history.window(60 * MINUTE, &counters),
+            turned_away: self.turned_away(counts, now),
+            queues,
+            missing: watch.missing,
+            unwatched: watch.off,
+        }
+    }
+
+    fn turned_away(&self, counts: &Counts, now: Timestamp) -> TurnedAway {
+        let losses = self.sources.recent.losses(now);
+        let unrecognisable = UNRECOGNISABLE.iter().filter_map(|code| counts.refused.get(code)).sum();
+        // A refusal that cannot be recognised later has its code and time only among the latest refusals.
+        let latest = counts.last_refused.filter(|(_, code)| UNRECOGNISABLE.contains(code));
+        let last = losses.last.or(latest);
+        TurnedAway {
+            waiting: losses.waiting,
+            lost: losses.lost,
+            unrecognisable,
+            reason: last.map(|(_, code)| code),
+            age: last.map(|(at, _)| now.duration_since(at).unsigned_abs()),
         }
     }
 

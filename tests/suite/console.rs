@@ -33,13 +33,13 @@ async fn looks_right(browser: &Browser, name: &str) {
     assert_eq!(browser.errors().await, Vec::<String>::new(), "{name}");
 }
 
-/// Waits until the words of the six answers begin as expected.
-async fn answers(browser: &Browser, expected: [&str; 6]) {
+/// Waits until the words of the seven answers begin as expected.
+async fn answers(browser: &Browser, expected: [&str; 7]) {
     let words =
         "return [...document.querySelectorAll('#answer-list [data-question] .word span')].map(word => word.innerText)";
     let questions =
         "return [...document.querySelectorAll('#answer-list [data-question]')].map(card => card.dataset.question)";
-    let asked = ["sending", "accepting", "broker", "lag", "parked", "lost"];
+    let asked = ["sending", "accepting", "broker", "lag", "parked", "lost", "workers"];
     assert_eq!(browser.run(questions).await, json!(asked));
     eventually(&format!("the answers {expected:?}"), async || {
         let words = browser.run(words).await;
@@ -65,7 +65,7 @@ async fn the_page_and_its_summary_follow_an_outage_of_the_broker() {
     for number in 0..20 {
         relay.post(scan(number)).await.expect(200);
     }
-    browser.shows("#summary-text", "All accepted events are delivered; the last one").await;
+    browser.shows("#summary-text", "All accepted events are in RabbitMQ; the last one").await;
     browser.shows("#types-rows", "scan.processing.started").await;
     browser.shows("#events-rows", "delivered in").await;
     // The highest of all points, because the newest may already be without a webhook.
@@ -83,7 +83,7 @@ async fn the_page_and_its_summary_follow_an_outage_of_the_broker() {
     .await;
     let page = browser.run("return document.documentElement.outerHTML").await;
     assert!(!page.as_str().unwrap().contains("partner-user-42"));
-    answers(&browser, ["Yes", "Yes", "Yes", "Not at all", "No", "No"]).await;
+    answers(&browser, ["Yes", "Yes", "Yes", "Not at all", "No", "No", ""]).await;
     looks_right(&browser, "well").await;
 
     wire.refuse().await;
@@ -92,10 +92,10 @@ async fn the_page_and_its_summary_follow_an_outage_of_the_broker() {
     browser.shows("#summary-text", "RabbitMQ has been unreachable for").await;
     browser.shows("#summary-text", "1 event is safe on disk").await;
     browser.shows("#timeline", "Connection lost").await;
-    answers(&browser, ["Yes", "Yes", "No", "", "No", "No"]).await;
+    answers(&browser, ["Yes", "Yes", "No", "", "No", "No", ""]).await;
     looks_right(&browser, "down").await;
     wire.accept();
-    browser.shows("#summary-text", "All accepted events are delivered").await;
+    browser.shows("#summary-text", "All accepted events are in RabbitMQ").await;
 }
 
 #[tokio::test]
@@ -110,7 +110,7 @@ async fn buttons_retry_one_parked_event_and_remove_another() {
     open(&browser, &relay).await;
     browser.shows("#summary-text", "2 events are parked").await;
     browser.shows("#parked-rows", &one).await;
-    answers(&browser, ["Yes", "Yes", "Yes", "Not at all", "2 events", "No"]).await;
+    answers(&browser, ["Yes", "Yes", "Yes", "Not at all", "2 events", "No", ""]).await;
     looks_right(&browser, "parked").await;
 
     vhost.create_queue("rest", json!({"x-queue-type": "quorum"})).await;
@@ -135,7 +135,7 @@ async fn buttons_retry_one_parked_event_and_remove_another() {
     browser.write("#ask-typed", &two[28..]).await;
     browser.click("#ask-go").await;
     relay.eventually_parked(0).await;
-    browser.shows("#summary-text", "Nothing is waiting; the last event was delivered").await;
+    browser.shows("#summary-text", "Nothing is waiting; the last event reached RabbitMQ").await;
     browser.shows("#events-rows", "removed by an operator").await;
     let spool = relay.spool().await;
     assert_eq!((spool.removed, spool.confirmed), (1, 1), "{spool:?}");
@@ -156,10 +156,10 @@ async fn each_situation_shows_in_summary_and_answers() {
     relay.post(scan(2)).await.expect(200);
     browser.shows("#summary-text", "RabbitMQ has been refusing messages for").await;
     browser.shows("#timeline", "Blocked by RabbitMQ").await;
-    answers(&browser, ["Yes", "Yes", "No, it is blocked", "", "No", "No"]).await;
+    answers(&browser, ["Yes", "Yes", "No, it is blocked", "", "No", "No", ""]).await;
     looks_right(&browser, "blocked").await;
     node.memory_alarm(false).await;
-    browser.shows("#summary-text", "All accepted events are delivered").await;
+    browser.shows("#summary-text", "All accepted events are in RabbitMQ").await;
     browser.open("about:blank").await;
     drop(relay);
 
@@ -171,7 +171,7 @@ async fn each_situation_shows_in_summary_and_answers() {
     open(&browser, &relay).await;
     browser.shows("#summary-text", "RabbitMQ has been unreachable").await;
     browser.shows("#summary-text", "The spool is 8").await;
-    answers(&browser, ["Yes", "", "No", "", "No", "No"]).await;
+    answers(&browser, ["Yes", "", "No", "", "No", "No", ""]).await;
     looks_right(&browser, "nearly-full").await;
     browser.open("about:blank").await;
     drop(relay);
@@ -185,7 +185,7 @@ async fn each_situation_shows_in_summary_and_answers() {
     browser.shows("#summary-text", "Every webhook is being refused").await;
     browser.shows("#summary-text", "another secret").await;
     browser.shows("#refusals-rows", "invalid-signature").await;
-    answers(&browser, ["Yes", "No", "Yes", "Not at all", "No", "Refused webhooks"]).await;
+    answers(&browser, ["Yes", "No", "Yes", "Not at all", "No", "", ""]).await;
     looks_right(&browser, "wrong-secret").await;
 }
 

@@ -62,6 +62,7 @@ const MAY_USE: [(&str, &[&str]); 30] = [
             "spool",
             "text",
             "tls",
+            "topology",
         ],
     ),
     (

@@ -1,7 +1,7 @@
 // The operators' console: shows the data of /api, and retries or removes parked events.
 //
-// In reading order: words (numbers and times as text), answers (pure: facts in, words out), page (words into the
-// document), charts, actions (the dialog), feed (data from the relay), start.
+// In reading order: words (numbers and times as text), answers (the relay judges, the page only shows), page (words into
+// the document), charts, actions (the dialog), feed (data from the relay), start.
 //
 // All data from the API is untrusted: it enters the page as text nodes only, never as markup.
 
@@ -67,216 +67,13 @@ const agoText = (time) => (secondsSince(time) < 1 ? "just now" : `${duration(sec
 
 // ---- answers --------------------------------------------------------------------------------------------------------
 
-/** Refusals that can lose a webhook, because Prism gives up on it. */
-const COSTLY = ["spool-full", "spool-unavailable", "shutting-down", "overloaded", "invalid-signature",
-  "stale-timestamp", "request-timeout", "body-too-large"];
-
-const OTHER_REFUSAL = "This page does not know this reason. See the relay's log.";
-const REFUSALS = {
-  "overloaded": "Bodies that arrive slowly used up http.buffer_bytes_max; they may not be Prism's. "
-    + "Set http.allowed_sources, or raise the limit.",
-  "invalid-signature": "The signature does not match: the secret differs from Prism's, or a proxy changes the body. "
-    + "Compare signature.secrets with your Prism account.",
-  "missing-signature": "The request is not signed. Either it is not from Prism, or your Prism account does not sign: "
-    + "then set signature.required to false.",
-  "invalid-timestamp": "The prism-timestamp header is not a time. Either a proxy changes headers, or the request is "
-    + "not from Prism.",
-  "stale-timestamp": "The timestamp is further from this machine's clock than signature.tolerance allows. "
-    + "Check this machine's clock (NTP) first.",
-  "source-not-allowed": "The sender's address is not in http.allowed_sources. If it is Prism or your proxy, add it.",
-  "spool-full": "The spool had no room for more events. Restore RabbitMQ so that the spool drains, or raise "
-    + "spool.max_bytes.",
-  "spool-unavailable": "The spool could not be written: the disk is full, read-only or failing. Fix the disk; "
-    + "accepting resumes by itself.",
-  "shutting-down": "The relay was shutting down. Prism retries for about 35 s: restart quickly, or run a second relay.",
-  "body-too-large": "The body is larger than http.body_bytes_max. If it is from Prism, raise the limit.",
-  "request-timeout": "The body did not arrive within http.body_timeout. Check the network and the proxy in front of "
-    + "the relay.",
-  "unreadable-body": "The connection broke before the body was complete. Check the network and the proxy in front of "
-    + "the relay.",
-  "not-found": "The request was for another path than http.path. If it is from Prism, correct the URL in your Prism "
-    + "account; otherwise ignore it.",
-  "method-not-allowed": "The request was not a POST: probably a browser or a scanner. Ignore it.",
-  "invalid-json": "The body is not JSON, and the request is not signed. It is probably not from Prism.",
-  "invalid-encoding": "The body is not UTF-8, and the request is not signed. It is probably not from Prism.",
-  "not-an-envelope": "The body has no eventType, and the request is not signed. It is probably not from Prism.",
-};
-
 const fullness = ({ spool }) => (spool.max_bytes ? spool.bytes / spool.max_bytes : 0);
-const unaccounted = ({ spool }) => spool.accepted - spool.confirmed - spool.pending - spool.parked - spool.removed;
 
-/** The number of webhooks in the points selected by `keep`. */
-function sum(key, keep) {
-  return facts.points.filter(keep).reduce((total, point) => total + point[key] * facts.interval, 0);
-}
+/** Where an answer that is not well leads to. */
+const LINKS = { parked: ["#parked", "See why"], lost: ["#refusals", "See the refused webhooks"] };
 
-function lastMinute(key) {
-  const from = relayNow() / 1000 - 60;
-  return sum(key, (point) => point.at > from);
-}
-
-/** What to do about the refused webhooks. */
-const remedy = ({ refusing }) => REFUSALS[refusing.reason] ?? OTHER_REFUSAL;
-
-/** A forecast from the depth of the last minute: `{fullIn}` or `{doneIn}` in seconds, or neither if it is unclear. */
-function forecast({ spool }) {
-  const points = facts.points.slice(-13);
-  if (points.length < 4 || spool.pending < 100) return {};
-  const [first, latest] = [points[0], points.at(-1)];
-  const slope = (latest.depth - first.depth) / (latest.at - first.at);
-  if (slope < -0.5) return { doneIn: spool.pending / -slope };
-  const bytesPerSecond = (slope * spool.bytes) / (spool.pending + spool.parked);
-  return slope > 0.5 ? { fullIn: Math.max(0, spool.max_bytes - spool.bytes) / bytesPerSecond } : {};
-}
-
-function isPrismSending({ refusing, last, started_at: start }) {
-  if (refusing?.all) {
-    return ["warning", "Yes", `${count(refusing.count, "webhook")} in the last 5 minutes, all of them refused.`];
-  }
-  if (!last.accepted_at) return ["quiet", "Not yet", `No webhook was accepted since the start, ${agoText(start)}.`];
-  const latest = `the last one ${agoText(last.accepted_at)}`;
-  if (secondsSince(last.accepted_at) > 300) {
-    return ["quiet", "Not now", `No webhook was accepted recently, ${latest}. That is normal while no user scans.`];
-  }
-  const minute = lastMinute("accepted");
-  const pace = minute >= 60 ? `${rate(minute / 60)} webhooks per second`
-    : `${count(Math.round(minute), "webhook")} in the last minute`;
-  return ["ok", "Yes", `${pace}, ${latest}.`];
-}
-
-function areWeAccepting(status) {
-  const { refusing } = status;
-  const share = fullness(status);
-  if (status.draining) {
-    return ["warning", "Not any more", "The relay is shutting down. Prism retries, but only for about 35 s."];
-  }
-  if (!status.spool.writable) return ["problem", "No", "The spool cannot be written: webhooks are answered 503."];
-  if (!status.ready && share < 0.9) return ["problem", "No", "The relay is not ready."];
-  if (!status.ready) return ["problem", "No", `The spool is ${percent(share)} full: no room for another event.`];
-  if (refusing?.all) return ["problem", "No", `Every webhook is refused: ${refusing.reason}.`];
-  const { fullIn } = forecast(status);
-  const left = fullIn === undefined ? "" : `, with room for about ${duration(fullIn)}`;
-  const room = `The spool is ${percent(share)} full${left}.`;
-  if (refusing) {
-    const turnedAway = count(refusing.count, "webhook was", "webhooks were");
-    const refused = `${turnedAway} refused in the last 5 minutes, most of them for ${refusing.reason}.`;
-    return ["warning", "Yes, but not all", share >= 0.8 ? `${refused} ${room}` : refused];
-  }
-  if (share >= 0.8) return ["warning", "Yes, for now", room];
-  const accepted = count(status.webhooks.accepted, "webhook");
-  return ["ok", "Yes", `${accepted} since the start. The spool is ${percent(share)} full.`];
-}
-
-function isRabbitAccepting({ broker, last }) {
-  const time = duration(secondsSince(broker.since));
-  if (broker.blocked !== null) return ["problem", "No, it is blocked", `Blocked for ${time}: ${broker.blocked}.`];
-  if (!broker.connected && !broker.error) return ["quiet", "Connecting", "There is no connection yet."];
-  if (!broker.connected) return ["problem", "No", `Not connected for ${time}: ${broker.error}.`];
-  const minute = lastMinute("confirmed");
-  if (minute >= 60) return ["ok", "Yes", `${rate(minute / 60)} events confirmed per second.`];
-  const latest = last.confirmed_at ? `the last event was confirmed ${agoText(last.confirmed_at)}`
-    : "there was nothing to deliver yet";
-  return ["ok", "Yes", `Connected; ${latest}.`];
-}
-
-function howFarBehind(status) {
-  const { pending, oldest_age_seconds: age = null } = status.spool;
-  const { fullIn, doneIn } = forecast(status);
-  if (!pending) return ["ok", "Not at all", "No event is waiting for delivery."];
-  if (age === null) {
-    const smooth = status.broker.connected && status.broker.blocked === null && pending <= 100;
-    const level = smooth ? "quiet" : "warning";
-    return [level, count(pending, "event"), "Waiting, safe on disk. Their age is not known yet."];
-  }
-  if (age < 10) {
-    const word = age >= 1 ? duration(age) : `Less than ${unit(1, "s")}`;
-    return ["ok", word, `${count(pending, "event is", "events are")} being delivered.`];
-  }
-  const outlook = doneIn !== undefined ? ` Caught up in about ${duration(doneIn)}.`
-    : fullIn !== undefined ? ` At this rate there is room for about ${duration(fullIn)}.` : "";
-  const waiting = count(pending, "event is", "events are");
-  return [age > 600 ? "problem" : "warning", duration(age), `${waiting} waiting, safe on disk.${outlook}`];
-}
-
-function isAnythingParked({ spool }) {
-  if (!spool.parked) return ["ok", "No", "No event is parked."];
-  const detail = "RabbitMQ does not accept them. They stay on disk and are tried again; other events are delivered.";
-  return ["warning", count(spool.parked, "event"), detail, ["#parked", "See why"]];
-}
-
-function isAnythingLost(status) {
-  const { accepted, confirmed, pending, parked, removed, lost = 0 } = status.spool;
-  const gap = unaccounted(status);
-  const refused = COSTLY.reduce((total, reason) => total + (status.webhooks.refused[reason] ?? 0), 0);
-  const ledger = `${whole.format(accepted)} accepted = ${whole.format(confirmed)} delivered`
-    + ` + ${whole.format(pending)} waiting + ${whole.format(parked)} parked + ${whole.format(removed)} removed`
-    + (lost ? ` (${whole.format(lost)} lost, ${whole.format(removed - lost)} by an operator).` : ".");
-  if (lost) {
-    const text = `${count(lost, "accepted event was", "accepted events were")} lost because the spool file was damaged`;
-    return ["problem", "Yes", `${text}; see the log. ${ledger}`];
-  }
-  if (gap) {
-    const events = count(Math.abs(gap), "event");
-    return ["problem", "Perhaps", `The totals differ by ${events}. Run: prism-relay spool verify`];
-  }
-  const see = ["#refusals", "See the refused webhooks.", ledger];
-  const closed = status.refusing?.all || !(status.ready || status.draining);
-  if (refused) {
-    const turnedAway = count(refused, "webhook was", "webhooks were");
-    const text = `${turnedAway} refused since the start. Those that Prism did not send again in time are lost.`;
-    return ["warning", "Refused webhooks", text, see];
-  }
-  if (closed || status.refusing) {
-    const text = "Prism gives up on a webhook after about 35 s. Accepted events are safe.";
-    return [closed ? "problem" : "warning", "Refused webhooks", text, see];
-  }
-  return ["ok", "No", ledger];
-}
-
-/** Each question with the name that tests use. */
-const QUESTIONS = [
-  ["sending", "Is Prism sending?", isPrismSending],
-  ["accepting", "Are we accepting webhooks?", areWeAccepting],
-  ["broker", "Is RabbitMQ accepting events?", isRabbitAccepting],
-  ["lag", "How far behind are we?", howFarBehind],
-  ["parked", "Is anything parked?", isAnythingParked],
-  ["lost", "Did we lose anything?", isAnythingLost],
-];
-
-/** The level of the relay's summary, but never green while an answer is red. */
-function overallLevel(status) {
-  const { level } = status.summary;
-  if (level !== "ok") return level in LEVELS ? level : "warning";
-  return QUESTIONS.some(([, , answer]) => answer(status)[0] === "problem") ? "warning" : "ok";
-}
-
-/** What to do next about the most serious fact. */
-function advice(status) {
-  const { spool, broker, draining, refusing } = status;
-  if (unaccounted(status)) return "Run prism-relay spool verify on this machine, and keep its output.";
-  if (draining) {
-    return "Start the relay again, or let the service manager do it. It then delivers the events that wait on disk.";
-  }
-  if (!spool.writable) return "Free space on the spool's disk, or repair it. Accepting resumes by itself.";
-  const scarce = !status.ready || fullness(status) >= 0.8;
-  const room = scarce ? " If the spool fills up before that, raise spool.max_bytes and restart the relay." : "";
-  const refused = refusing && refusing.reason !== "spool-full" ? ` About the refused webhooks: ${remedy(status)}` : "";
-  const meanwhile = room + refused || " Until then webhooks are accepted and kept on disk.";
-  if (broker.blocked !== null) {
-    return `Free memory or disk on the RabbitMQ node; deliveries then resume by themselves.${meanwhile}`;
-  }
-  if (!broker.connected && broker.error) {
-    return `Restore RabbitMQ, or check broker.urls; deliveries then resume by themselves.${meanwhile}`;
-  }
-  if (refusing?.all) return remedy(status);
-  if (scarce) return "Find out why RabbitMQ does not accept the events, or raise spool.max_bytes.";
-  if (refusing) return remedy(status);
-  if (spool.parked) {
-    return "Read the reason below. Usually a queue is not bound or a permission is missing: fix that, then retry.";
-  }
-  if (spool.lost) return "The relay's log says what was damaged. Check the spool's disk.";
-  return overallLevel(status) === "ok" ? "Nothing to do." : "";
-}
+/** The icon of a level; a level of another version is not known here. */
+const look = (level) => ({ ok: "ok", note: "quiet", warning: "warning", problem: "problem" })[level] ?? "quiet";
 
 // ---- page -----------------------------------------------------------------------------------------------------------
 
@@ -340,21 +137,22 @@ function fill(parent, items, keyOf, build) {
   }
 }
 
-const LEVELS = { ok: "OK", warning: "Needs attention", problem: "Problem" };
+const LEVELS = { ok: "OK", quiet: "OK", warning: "Needs attention", problem: "Problem" };
 
-function showSummary(status) {
-  const { text } = status.summary;
-  const level = overallLevel(status);
+function showSummary({ headline }) {
+  const { text, advice } = headline;
+  const level = look(headline.level);
   document.body.dataset.level = level;
   $("summary-icon").setAttribute("href", `#icon-${level}`);
   say($("summary-level"), LEVELS[level]);
   say($("summary-text"), text);
-  say($("summary-advice"), advice(status));
+  say($("summary-advice"), advice);
   document.title = `${LEVELS[level]} - prism-relay`;
-  const colour = { ok: "1a7f4e", warning: "d98a00", problem: "c4281e" }[level];
+  const colour = { ok: "1a7f4e", quiet: "5c6b73", warning: "d98a00", problem: "c4281e" }[level];
   const triangle = "<path d='M8 1l7 14H1z'/>";
   const square = "<path d='M1 1h14v14H1z'/>";
-  const shape = { ok: "<circle cx='8' cy='8' r='7'/>", warning: triangle, problem: square }[level];
+  const circle = "<circle cx='8' cy='8' r='7'/>";
+  const shape = { ok: circle, quiet: circle, warning: triangle, problem: square }[level];
   const svg = `<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16' fill='%23${colour}'>${shape}</svg>`;
   $("favicon").href = `data:image/svg+xml,${svg}`;
   announce(`${LEVELS[level]}. ${text}`);
@@ -371,26 +169,29 @@ function announce(text) {
   $("announcer").textContent = text;
 }
 
-function makeAnswers() {
-  $("answer-list").append(...QUESTIONS.map(([name, question]) => el("li", { class: "answer", "data-question": name },
+function makeAnswer({ id, question }) {
+  return el("li", { class: "answer", "data-question": id },
     el("h2", {}, question), el("p", { class: "word" }, icon("quiet"), el("span", {}, "…")),
-    el("p", { class: "detail" }, el("span"), " ", el("a", { hidden: "" }), " ", el("span")))));
+    el("p", { class: "detail" }), el("p", { class: "remedy" }), el("p", { class: "more" }, el("a", { hidden: "" })));
 }
 
-function showAnswers(status) {
-  QUESTIONS.forEach(([, , answer], place) => {
-    const card = $("answer-list").children[place];
-    const [level, word, detail, link] = answer(status);
-    card.dataset.level = level;
-    setIcon(card.querySelector(".icon"), level);
+function showAnswers({ answers }) {
+  const list = $("answer-list");
+  const ids = answers.map(({ id }) => id).join();
+  if (list.dataset.ids !== ids) list.replaceChildren(...answers.map(makeAnswer));
+  list.dataset.ids = ids;
+  answers.forEach(({ id, level, word, detail, remedy }, place) => {
+    const card = list.children[place];
+    card.dataset.level = look(level);
+    setIcon(card.querySelector(".icon"), look(level));
     say(card.querySelector(".word span"), word);
-    const [before, anchor, after] = card.querySelector(".detail").children;
-    const [target, label, rest] = link ?? [];
-    say(before, detail);
-    anchor.hidden = !link;
-    if (link && anchor.getAttribute("href") !== target) anchor.setAttribute("href", target);
+    say(card.querySelector(".detail"), detail);
+    say(card.querySelector(".remedy"), remedy ?? "");
+    const anchor = card.querySelector("a");
+    const [target, label] = (level !== "ok" && LINKS[id]) || [];
+    anchor.hidden = !target;
+    if (target && anchor.getAttribute("href") !== target) anchor.setAttribute("href", target);
     say(anchor, label ?? "");
-    say(after, rest ?? "");
   });
 }
 
@@ -421,17 +222,15 @@ function parkedRow(event) {
     cell("", "", el("div", { class: "buttons" }, button("retry", "Retry…"), button("remove", "Remove…"))));
 }
 
-function showRefusals(status) {
-  const refusals = Object.entries(status.webhooks.refused).filter(([, times]) => times > 0);
-  refusals.sort((a, b) => b[1] - a[1]);
-  placeRefusals(Boolean(status.refusing));
+function showRefusals({ refusals, refusing, last }) {
+  placeRefusals(refusing);
   $("refusals-table").hidden = !refusals.length;
-  const latest = status.last.refused_at ? agoText(status.last.refused_at) : "long ago";
+  const latest = last.refused_at ? agoText(last.refused_at) : "long ago";
   say($("refusals-lead"), refusals.length ? `Since the start; the last one ${latest}.` : "None since the start.");
-  fill($("refusals-rows"), refusals, ([reason]) => reason, ([reason, times]) => row(
+  fill($("refusals-rows"), refusals, ({ reason }) => reason, ({ reason, count: times, meaning }) => row(
     cell("", "nowrap", mono(reason)),
     cell("Count:", "number", whole.format(times)),
-    cell("", "", REFUSALS[reason] ?? OTHER_REFUSAL)));
+    cell("", "", meaning)));
 }
 
 /** Moves the section up while webhooks are refused: in the document, so that the reading and tab order follow. */
@@ -709,13 +508,12 @@ function makeFullness() {
 function showFullness(status) {
   const share = fullness(status);
   const words = `${bytes(status.spool.bytes)} of ${bytes(status.spool.max_bytes)} used (${percent(share)})`;
-  const { fullIn } = forecast(status);
-  $("fullness").dataset.level = share >= 0.95 ? "problem" : share >= 0.8 ? "warning" : "ok";
+  const level = look(status.answers.find(({ id }) => id === "accepting")?.level);
+  $("fullness").dataset.level = level;
   $("fullness-track").setAttribute("aria-valuenow", String(Math.min(100, Math.floor(share * 100))));
   $("fullness-track").setAttribute("aria-valuetext", words);
   $("fullness-track").firstChild.style.width = `${Math.min(100, share * 100)}%`;
-  const outlook = fullIn === undefined ? "" : `; at this rate full in about ${duration(fullIn)}`;
-  say($("fullness").lastChild, words + outlook);
+  say($("fullness").lastChild, words);
 }
 
 // ---- actions --------------------------------------------------------------------------------------------------------
@@ -899,7 +697,6 @@ function listen() {
 // ---- start ----------------------------------------------------------------------------------------------------------
 
 function start() {
-  makeAnswers();
   CHARTS.forEach(makeChart);
   $("ask-form").addEventListener("submit", act);
   $("ask-cancel").addEventListener("click", () => $("ask").close());

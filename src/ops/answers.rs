@@ -1,0 +1,755 @@
+//! The one judge of the relay's health: turns facts into a headline and the answers to seven questions. Console, `top`
+//! and `check` show them and judge nothing themselves. Pure.
+//!
+//! The thresholds are those of the alert rules in deploy/prometheus: a problem here is what pages there, a warning is
+//! what makes a ticket.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use bytesize::ByteSize;
+use serde::Serialize;
+
+use super::refusals::{self, Refusing};
+use super::words::{about, ago, count, events, events_are, percent, rate};
+use crate::spool::{AppendError, EVENT_OVERHEAD_BYTES, Ledger};
+use crate::text::{grouped, span};
+
+/// The used share of the spool from which on it is nearly full (PrismRelaySpoolNearlyFull).
+const NEARLY_FULL: f64 = 0.8;
+/// The room for events, in time, below which it is scarce (PrismRelaySpoolFullWithinTwoHours, ...TwelveHours).
+const ROOM_FOR_A_PROBLEM: Duration = Duration::from_secs(2 * 3600);
+const ROOM_FOR_A_WARNING: Duration = Duration::from_secs(12 * 3600);
+/// The age of the oldest pending event from which on deliveries are late (PrismRelayDeliversLate).
+const LATE: Duration = Duration::from_secs(30);
+/// The time without a confirm after which a connection delivers nothing (PrismRelayNothingConfirmed).
+const NOTHING_CONFIRMED: Duration = Duration::from_secs(300);
+/// An outage shorter than this is only a warning: a reconnect usually takes less.
+const BRIEF: Duration = Duration::from_secs(5);
+/// How many refusals without any acceptance mean that every webhook is refused: within 5 min, or within 30 min
+/// (PrismRelayEverySignatureFails). Prism tries each event four times.
+const REFUSED_IN_5_MINUTES: u64 = 20;
+const REFUSED_IN_30_MINUTES: u64 = 8;
+/// The share and the number of failed signatures within an hour that are worth a look (PrismRelaySomeSignaturesFail).
+const UNVERIFIED_SHARE: f64 = 0.05;
+const UNVERIFIED_MIN: u64 = 4;
+/// Other refusals within 5 min that are worth a look.
+const REFUSED_MIN: u64 = 5;
+/// No webhook for this long is worth a note (PrismRelayNoWebhooks).
+const SILENT: Duration = Duration::from_secs(6 * 3600);
+/// No webhook for this long is normal while no user scans.
+const QUIET: Duration = Duration::from_secs(300);
+/// How long a loss stays a problem (PrismRelayEventsLost). It cannot be undone, so it is only a note afterwards.
+const LOSS_SHOWN: Duration = Duration::from_secs(24 * 3600);
+/// How long messages may wait without any worker before that is a problem (PrismRelayNoWorkers).
+const NO_WORKER: Duration = Duration::from_secs(300);
+
+const SEE_BROKER: &str = "See why RabbitMQ accepts no events.";
+
+/// How serious something is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Level {
+    Ok,
+    /// Worth knowing, or not known yet.
+    Note,
+    /// No event is lost, but an operator should look.
+    Warning,
+    /// Webhooks are being lost or refused, or events do not reach the workers.
+    Problem,
+}
+
+/// The answer to one question.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(super) struct Answer {
+    pub id: &'static str,
+    pub question: &'static str,
+    pub level: Level,
+    /// The answer in a few words.
+    pub word: String,
+    /// Full sentences.
+    pub detail: String,
+    /// What to do, if there is something to do.
+    pub remedy: Option<String>,
+}
+
+/// The most important fact in one or more sentences.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(super) struct Headline {
+    /// The worst level of the answers.
+    pub level: Level,
+    pub text: String,
+    /// What to do next.
+    pub advice: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Judgement {
+    pub headline: Headline,
+    pub answers: Vec<Answer>,
+}
+
+/// The facts. Ages are measured now.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Facts {
+    pub uptime: Duration,
+    pub draining: bool,
+    /// Why a webhook would be refused now.
+    pub blocker: Option<AppendError>,
+    pub ledger: Ledger,
+    /// Events lost because the spool file was damaged. `ledger.removed` includes them.
+    pub damaged: u64,
+    pub max_bytes: u64,
+    /// Age of the oldest pending event.
+    pub oldest: Option<Duration>,
+    pub outlook: Outlook,
+    pub broker: Broker,
+    pub last_confirm: Option<Duration>,
+    pub last_accepted: Option<Duration>,
+    pub accepted_last_minute: u64,
+    pub confirmed_last_minute: u64,
+    pub last_5_minutes: Window,
+    pub last_30_minutes: Window,
+    pub last_hour: Window,
+    pub turned_away: TurnedAway,
+    pub queues: Vec<Queue>,
+    /// Exchanges, queues and bindings that do not exist.
+    pub missing: Vec<String>,
+    /// Why The relay does not look at the queues.
+    pub unwatched: Option<String>,
+}
+
+/// Where the spool is going at the current rate.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Outlook {
+    #[default]
+    Unclear,
+    FullIn(Duration),
+    EmptyIn(Duration),
+}
+
+/// The connection to RabbitMQ.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Broker {
+    pub connected: bool,
+    /// RabbitMQ's reason for blocking the connection.
+    pub blocked: Option<String>,
+    /// Why the relay is not connected.
+    pub error: Option<String>,
+    /// Whether no broker answers at all.
+    pub unreachable: bool,
+    /// Time since the connection was last made, lost, blocked or unblocked.
+    pub age: Duration,
+}
+
+impl Broker {
+    /// Whether no connection was tried yet.
+    fn is_new(&self) -> bool {
+        !self.connected && self.error.is_none()
+    }
+}
+
+/// Webhooks within some time.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Window {
+    pub accepted: u64,
+    /// By `code`, without requests that cannot be webhooks.
+    pub refused: BTreeMap<&'static str, u64>,
+}
+
+/// Webhooks that were refused since the start of the process.
+#[derive(Clone, Debug, Default)]
+pub(super) struct TurnedAway {
+    /// Authentic events that were refused within the last minute and not accepted since: Prism may try again.
+    pub waiting: u64,
+    /// Events that were refused, and that Prism has given up since.
+    pub lost: u64,
+    /// Requests that could not be recognised if they came again.
+    pub unrecognisable: u64,
+    /// The `code` of the last loss.
+    pub reason: Option<&'static str>,
+    /// Time since the last loss.
+    pub age: Option<Duration>,
+}
+
+/// A queue on the broker.
+#[derive(Clone, Debug)]
+pub(super) struct Queue {
+    pub name: String,
+    pub role: Role,
+    pub state: QueueState,
+}
+
+/// What a queue is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Role {
+    /// Workers take its messages.
+    Work,
+    /// It keeps dead letters.
+    Dead,
+    /// It keeps events that match no queue.
+    Unrouted,
+    /// The relay or RabbitMQ moves its messages on, or keeps them.
+    Inner,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum QueueState {
+    /// Not looked at yet, or the leader does not answer.
+    Unknown,
+    /// It cannot take messages: what completes the sentence "the queue ...", and what to do.
+    Trouble { text: String, remedy: String },
+    /// `unattended`: how long there has been no worker.
+    Counted { messages: u64, consumers: u64, unattended: Duration },
+}
+
+/// Judges the facts.
+pub(super) fn judge(facts: &Facts) -> Judgement {
+    let answers = vec![
+        facts.sending(),
+        facts.accepting(),
+        facts.broker(),
+        facts.lag(),
+        facts.parked(),
+        facts.lost(),
+        facts.workers(),
+    ];
+    Judgement { headline: facts.headline(&answers), answers }
+}
+
+/// Makes an answer.
+fn answer(id: &'static str, level: Level, word: impl Into<String>, detail: impl Into<String>) -> Answer {
+    let question = match id {
+        "sending" => "Is Prism sending?",
+        "accepting" => "Are we accepting webhooks?",
+        "broker" => "Is RabbitMQ accepting events?",
+        "lag" => "How far behind are we?",
+        "parked" => "Is anything parked?",
+        "lost" => "Did we lose anything?",
+        _ => "Are workers taking events?",
+    };
+    Answer { id, question, level, word: word.into(), detail: detail.into(), remedy: None }
+}
+
+impl Answer {
+    fn remedy(self, remedy: impl Into<String>) -> Self {
+        Self { remedy: Some(remedy.into()), ..self }
+    }
+}
+
+impl Facts {
+    fn sending(&self) -> Answer {
+        let answer = |level, word: &str, detail: String| answer("sending", level, word, detail);
+        if let Some(refusing) = self.refusing().filter(|refusing| refusing.all) {
+            let webhooks = count(refusing.count, "webhook", "webhooks");
+            let detail = format!("{webhooks} in the last {} minutes, all of them refused.", refusing.minutes);
+            return answer(Level::Note, "Yes", detail);
+        }
+        let Some(age) = self.last_accepted else {
+            let detail = format!("No webhook was accepted since the start, {}.", ago(self.uptime));
+            return answer(Level::Ok, "Not yet", detail);
+        };
+        let latest = format!("the last one {}", ago(age));
+        if age >= SILENT {
+            let detail = format!("No webhook was accepted for {}.", span(age));
+            let remedy = "If users scan, check the URL in your Prism account; prism-relay send --url URL tests the way \
+                          to the relay.";
+            return answer(Level::Note, "Not now", detail).remedy(remedy);
+        }
+        if age > QUIET {
+            let detail = format!("No webhook was accepted recently, {latest}. That is normal while no user scans.");
+            return answer(Level::Ok, "Not now", detail);
+        }
+        let pace = match self.accepted_last_minute {
+            minute @ 60.. => format!("{} webhooks per second", rate(minute as f64 / 60.0)),
+            minute => format!("{} in the last minute", count(minute, "webhook", "webhooks")),
+        };
+        answer(Level::Ok, "Yes", format!("{pace}, {latest}."))
+    }
+
+    fn accepting(&self) -> Answer {
+        let answer = |level, word: &str, detail: String| answer("accepting", level, word, detail);
+        let share = percent(self.share());
+        if self.draining {
+            let detail = "The relay is shutting down. Prism retries, but only for about 35 s.".to_owned();
+            let remedy = "Start the relay again, or let the service manager do it. It then delivers the events that \
+                          wait on disk.";
+            return answer(Level::Warning, "Not any more", detail).remedy(remedy);
+        }
+        match self.blocker {
+            Some(AppendError::Full) => {
+                let detail = format!("The spool is full ({}): webhooks are answered 503.", ByteSize(self.max_bytes));
+                return answer(Level::Problem, "No", detail).remedy(self.make_room());
+            }
+            Some(AppendError::Unavailable | AppendError::Closed) => {
+                let detail = "The spool cannot be written: webhooks are answered 503.".to_owned();
+                let remedy = "Free space on the spool's disk, or repair it; the log says why. Accepting resumes by \
+                              itself.";
+                return answer(Level::Problem, "No", detail).remedy(remedy);
+            }
+            None => {}
+        }
+        let refusing = self.refusing();
+        if let Some(refusing) = refusing.as_ref().filter(|refusing| refusing.all) {
+            let detail = format!("Every webhook is refused: {}.", refusals::cause(refusing.reason));
+            return answer(Level::Problem, "No", detail).remedy(refusals::meaning(refusing.reason));
+        }
+        let (scarcity, room) = self.room();
+        if scarcity > Level::Ok {
+            let word = match self.outlook {
+                Outlook::FullIn(time) => format!("Yes, for about {}", about(time)),
+                Outlook::Unclear | Outlook::EmptyIn(_) => "Yes, for now".to_owned(),
+            };
+            return answer(scarcity, &word, format!("The spool is {share} full.{room}")).remedy(self.make_room());
+        }
+        if let Some(refusing) = refusing {
+            return answer(Level::Warning, "Yes, but not all", refusing.text())
+                .remedy(refusals::meaning(refusing.reason));
+        }
+        let accepted = count(self.ledger.accepted, "event", "events");
+        answer(Level::Ok, "Yes", format!("{accepted} so far. The spool is {share} full.{room}"))
+    }
+
+    /// How scarce the room for events is, and a sentence about it.
+    fn room(&self) -> (Level, String) {
+        let nearly_full = if self.share() >= NEARLY_FULL { Level::Warning } else { Level::Ok };
+        let Outlook::FullIn(time) = self.outlook else { return (nearly_full, String::new()) };
+        let by_time = match time {
+            _ if time < ROOM_FOR_A_PROBLEM => Level::Problem,
+            _ if time < ROOM_FOR_A_WARNING => Level::Warning,
+            _ => Level::Ok,
+        };
+        (nearly_full.max(by_time), format!(" Room for about {}.", about(time)))
+    }
+
+    fn make_room(&self) -> &'static str {
+        if self.is_delivering() {
+            "More events come in than RabbitMQ accepts: find out why, or raise spool.max_bytes if the disk has room."
+        } else {
+            "Restore RabbitMQ so that the spool drains, or raise spool.max_bytes if the disk has room."
+        }
+    }
+
+    fn broker(&self) -> Answer {
+        let answer = |level, word: &str, detail: String| answer("broker", level, word, detail);
+        let Broker { connected, blocked, error, unreachable, age } = &self.broker;
+        let time = span(*age);
+        if let (true, Some(reason)) = (connected, blocked) {
+            return answer(Level::Problem, "No, it is blocked", format!("Blocked for {time}: {reason}."))
+                .remedy("Free memory or disk on the RabbitMQ node; deliveries then resume by themselves.");
+        }
+        if !connected {
+            let level = if *age < BRIEF { Level::Warning } else { Level::Problem };
+            return match error {
+                None => answer(Level::Note, "Connecting", "There is no connection yet.".to_owned()),
+                Some(error) if *unreachable => answer(level, "No", format!("Not connected for {time}: {error}."))
+                    .remedy("Start RabbitMQ, or correct broker.urls; deliveries then resume by themselves."),
+                Some(error) => answer(level, "No", format!("Nothing delivered for {time}: {error}."))
+                    .remedy("Fix the cause; deliveries then resume by themselves. prism-relay check looks for it."),
+            };
+        }
+        if let Some(time) = self.nothing_confirmed() {
+            let detail = format!("Connected, but nothing was confirmed for {}.", span(time));
+            return answer(Level::Problem, "No", detail)
+                .remedy("Check with rabbitmqctl list_queues name state leader whether a queue is down or full.");
+        }
+        let detail = match (self.confirmed_last_minute, self.last_confirm) {
+            (minute @ 60.., _) => format!("{} events confirmed per second.", rate(minute as f64 / 60.0)),
+            (_, Some(age)) => format!("Connected; the last event was confirmed {}.", ago(age)),
+            (_, None) => "Connected; there was nothing to deliver yet.".to_owned(),
+        };
+        answer(Level::Ok, "Yes", detail)
+    }
+
+    /// How long a connection that works has confirmed nothing, although events wait.
+    fn nothing_confirmed(&self) -> Option<Duration> {
+        let waited = self.oldest?;
+        let time = self.last_confirm.map_or(waited, |age| age.min(waited)).min(self.broker.age);
+        (self.broker.connected && time >= NOTHING_CONFIRMED).then_some(time)
+    }
+
+    fn is_delivering(&self) -> bool {
+        self.broker.connected && self.broker.blocked.is_none() && self.nothing_confirmed().is_none()
+    }
+
+    fn lag(&self) -> Answer {
+        let answer = |level, word: String, detail: String| answer("lag", level, word, detail);
+        let pending = self.ledger.pending;
+        if pending == 0 {
+            return answer(Level::Ok, "Not at all".to_owned(), "No event is waiting for delivery.".to_owned());
+        }
+        let waiting = events_are(pending);
+        let Some(age) = self.oldest else {
+            let detail = "Waiting, safe on disk. Their age is not known yet.".to_owned();
+            return if self.is_delivering() || self.broker.is_new() {
+                answer(Level::Note, events(pending), detail)
+            } else {
+                answer(Level::Warning, events(pending), detail).remedy(SEE_BROKER)
+            };
+        };
+        if age < LATE {
+            let word = if age < Duration::from_secs(1) { "Less than 1 s".to_owned() } else { span(age) };
+            let now = if self.is_delivering() { "being delivered" } else { "waiting, safe on disk" };
+            return answer(Level::Ok, word, format!("{waiting} {now}."));
+        }
+        let outlook = match self.outlook {
+            Outlook::EmptyIn(time) => format!(" Caught up in about {}.", about(time)),
+            Outlook::FullIn(time) => format!(" Room for about {}.", about(time)),
+            Outlook::Unclear => String::new(),
+        };
+        let late = answer(Level::Warning, span(age), format!("{waiting} waiting, safe on disk.{outlook}"));
+        late.remedy(match (self.is_delivering(), self.outlook) {
+            (true, Outlook::EmptyIn(_)) => "Nothing: the relay catches up.",
+            (true, _) => "More events come in than RabbitMQ accepts: check its load and its disks.",
+            (false, _) => SEE_BROKER,
+        })
+    }
+
+    fn parked(&self) -> Answer {
+        if self.ledger.parked == 0 {
+            return answer("parked", Level::Ok, "No", "No event is parked.");
+        }
+        let detail =
+            "RabbitMQ does not accept them. They stay on disk and are tried again; other events are delivered.";
+        answer("parked", Level::Warning, events(self.ledger.parked), detail).remedy(
+            "Read the reason: usually a queue is not bound or a permission is missing. Fix that, then retry them.",
+        )
+    }
+
+    fn parked_text(&self) -> String {
+        let parked = events_are(self.ledger.parked);
+        let them = if self.ledger.parked == 1 { "it" } else { "them" };
+        format!("{parked} parked because RabbitMQ does not accept {them}")
+    }
+
+    fn lost(&self) -> Answer {
+        let answer = |level, word: &str, detail: String| answer("lost", level, word, detail);
+        let ledger = self.ledger_text();
+        if self.damaged > 0 {
+            let level = if self.uptime < LOSS_SHOWN { Level::Problem } else { Level::Note };
+            let were = count(self.damaged, "accepted event was", "accepted events were");
+            let detail = format!("{were} lost because the spool file was damaged. {ledger}");
+            return answer(level, "Yes", detail)
+                .remedy("The relay's log says what was damaged, and where the damaged file is kept. Check the disk.");
+        }
+        if let Some(gap) = self.gap() {
+            return answer(Level::Problem, "Perhaps", format!("The totals differ by {}. {ledger}", events(gap)))
+                .remedy("Run prism-relay spool verify on this machine, and keep its output.");
+        }
+        let TurnedAway { waiting, lost, unrecognisable, reason, age } = &self.turned_away;
+        let meaning = refusals::meaning(reason.unwrap_or_default());
+        let level = if age.is_some_and(|age| age < LOSS_SHOWN) { Level::Problem } else { Level::Note };
+        if *lost > 0 {
+            let were = count(*lost, "webhook was", "webhooks were");
+            let last = age.map(|age| format!(", the last one {}", ago(age))).unwrap_or_default();
+            let detail = format!(
+                "{were} refused since the start and not accepted later{last}: Prism has given up on them. {ledger}"
+            );
+            return answer(level, "Yes", detail).remedy(meaning);
+        }
+        if *waiting > 0 {
+            let are = count(*waiting, "webhook was", "webhooks were");
+            let detail = format!("{are} refused just now. Prism gives up on each after about 35 s. {ledger}");
+            return answer(Level::Warning, "Not yet", detail).remedy(meaning);
+        }
+        if *unrecognisable > 0 {
+            let were = count(*unrecognisable, "request was", "requests were");
+            let detail = format!("{were} refused since the start before the body was read; Prism's may be among them.");
+            return answer(level.min(Level::Warning), "Perhaps", format!("{detail} {ledger}")).remedy(meaning);
+        }
+        answer(Level::Ok, "No", ledger)
+    }
+
+    /// By how many events the totals differ, if they do.
+    fn gap(&self) -> Option<u64> {
+        let Ledger { accepted, confirmed, pending, parked, removed, .. } = self.ledger;
+        let parts = [confirmed, pending, parked, removed].iter().fold(0u64, |sum, part| sum.saturating_add(*part));
+        (accepted != parts).then(|| accepted.abs_diff(parts))
+    }
+
+    fn ledger_text(&self) -> String {
+        let Ledger { accepted, confirmed, pending, parked, removed, .. } = self.ledger;
+        let [accepted, confirmed, pending, parked, all_removed] =
+            [accepted, confirmed, pending, parked, removed].map(grouped);
+        let removed = match self.damaged {
+            0 => format!("{all_removed} removed."),
+            lost => format!(
+                "{all_removed} removed ({} lost, {} by an operator).",
+                grouped(lost),
+                grouped(removed.saturating_sub(lost))
+            ),
+        };
+        format!("{accepted} accepted = {confirmed} in RabbitMQ + {pending} waiting + {parked} parked + {removed}")
+    }
+
+    fn workers(&self) -> Answer {
+        if let Some(missing) = self.missing.first() {
+            let more = match self.missing.len() - 1 {
+                0 => String::new(),
+                more => format!(" and {more} more"),
+            };
+            return answer("workers", Level::Problem, "No", format!("Missing in RabbitMQ: {missing}{more}."))
+                .remedy("prism-relay topology diff prints what creates it.");
+        }
+        if let Some(why) = &self.unwatched {
+            let detail = format!("The relay does not look at the queues: {why}.");
+            return answer("workers", Level::Note, "Not known", detail);
+        }
+        let worst = self.queues.iter().filter_map(Queue::complaint).max_by_key(|(level, ..)| *level);
+        let others = self.queues.iter().filter(|queue| queue.complaint().is_some()).count().saturating_sub(1);
+        if let Some((level, word, detail, remedy)) = worst {
+            let more = match others {
+                0 => String::new(),
+                others => format!(" {} more to look at.", count(others as u64, "queue is", "queues are")),
+            };
+            return answer("workers", level, word, detail + &more).remedy(remedy);
+        }
+        let work = || self.queues.iter().filter(|queue| queue.role == Role::Work);
+        let (mut waiting, mut consuming) = (0, 0);
+        for queue in work() {
+            if let QueueState::Counted { messages, consumers, .. } = queue.state {
+                waiting += messages;
+                consuming += consumers;
+            }
+        }
+        if work().next().is_none() || work().any(|queue| queue.state == QueueState::Unknown) {
+            let detail = "The queues have not answered yet.";
+            return answer("workers", Level::Note, "Not known yet", detail);
+        }
+        let messages = count(waiting, "message waits", "messages wait");
+        match consuming {
+            0 => answer("workers", Level::Ok, "Nothing waits", "No worker is connected, and no message waits for one."),
+            workers => answer(
+                "workers",
+                Level::Ok,
+                "Yes",
+                format!("{}; {messages} for them.", count(workers, "worker is connected", "workers are connected")),
+            ),
+        }
+    }
+}
+
+impl Queue {
+    /// What is wrong with a queue: level, word, detail, remedy.
+    fn complaint(&self) -> Option<(Level, String, String, String)> {
+        let name = &self.name;
+        match (self.role, &self.state) {
+            (_, QueueState::Trouble { text, remedy }) => {
+                Some((Level::Problem, "No".to_owned(), format!("{name} {text}."), remedy.clone()))
+            }
+            (Role::Work, QueueState::Counted { messages: 1.., consumers: 0, unattended }) => {
+                let level = if *unattended >= NO_WORKER { Level::Problem } else { Level::Warning };
+                let detail = format!("{name}: {}, no worker connected.", self.waiting());
+                Some((level, "No".to_owned(), detail, "Start the workers of this queue.".to_owned()))
+            }
+            (Role::Dead, QueueState::Counted { messages: messages @ 1.., .. }) => {
+                let letters = count(*messages, "dead letter", "dead letters");
+                let detail = format!("{letters} in {name}: workers rejected them, or they waited too long.");
+                let remedy = "Look at them with prism-relay redrive --dry-run; fix the worker, then redrive them.";
+                Some((Level::Warning, letters, detail, remedy.to_owned()))
+            }
+            (Role::Unrouted, QueueState::Counted { messages: messages @ 1.., .. }) => {
+                let unrouted = count(*messages, "unrouted event", "unrouted events");
+                let detail = format!("{unrouted} in {name}: no queue is bound for their type.");
+                let remedy = format!(
+                    "Look at them with prism-relay redrive --from {name} --dry-run; bind a queue in topology.queues, \
+                     then redrive them."
+                );
+                Some((Level::Warning, unrouted, detail, remedy))
+            }
+            (_, QueueState::Unknown | QueueState::Counted { .. }) => None,
+        }
+    }
+
+    fn waiting(&self) -> String {
+        match self.state {
+            QueueState::Counted { messages, .. } => count(messages, "waits", "wait"),
+            QueueState::Unknown | QueueState::Trouble { .. } => String::new(),
+        }
+    }
+}
+
+impl Facts {
+    /// The headline: a sentence about the worst fact, and a short one about each other fact worth a look.
+    fn headline(&self, answers: &[Answer]) -> Headline {
+        let of = |id: &str| answers.iter().find(|answer| answer.id == id);
+        let level = answers.iter().map(|answer| answer.level).max().unwrap_or(Level::Ok);
+        // The order of importance among answers of one level. Scarce room is a consequence of missing deliveries.
+        let is_open = self.blocker.is_none() && !self.refusing().is_some_and(|refusing| refusing.all);
+        let (one, two) = if is_open { ("broker", "accepting") } else { ("accepting", "broker") };
+        let order = [one, two, "lost", "workers", "lag", "parked", "sending"];
+        let worst = order.iter().filter_map(|id| of(id)).find(|answer| answer.level == level);
+        let first = worst.filter(|_| level > Level::Ok).map(|answer| answer.id);
+        let mut text = match first {
+            Some("accepting") => self.not_accepting_text(),
+            Some("broker") => self.not_delivering_text(),
+            Some("lag") => self.behind_text(),
+            Some("parked") => self.parked_first_text(),
+            Some("sending") => worst.map(|answer| answer.detail.clone()).unwrap_or_default(),
+            Some(_) | None => self.well_text(),
+        };
+        for id in order.iter().filter(|id| Some(**id) != first || matches!(**id, "lost" | "workers")) {
+            let other = of(id).filter(|answer| answer.level > Level::Note);
+            if let Some(note) = other.and_then(|other| self.note(other, first)) {
+                text = format!("{text} {note}");
+            }
+        }
+        let nothing = if level == Level::Ok { "Nothing to do." } else { "" };
+        let advice = worst.and_then(|answer| answer.remedy.clone()).unwrap_or_else(|| nothing.to_owned());
+        Headline { level, text, advice }
+    }
+
+    /// A short sentence about an answer, behind a first sentence that is about the answer `first`.
+    fn note(&self, answer: &Answer, first: Option<&str>) -> Option<String> {
+        let is_told = |id: &str| first == Some(id);
+        match answer.id {
+            "lost" if self.damaged > 0 => {
+                let lost = count(self.damaged, "event was", "events were");
+                Some(format!("{lost} lost because the spool file was damaged."))
+            }
+            "lost" if self.gap().is_some() => Some("The totals of the spool do not add up.".to_owned()),
+            "lost" if self.turned_away.lost > 0 => {
+                let lost = count(self.turned_away.lost, "webhook is", "webhooks are");
+                Some(format!("{lost} lost: refused, and not accepted later."))
+            }
+            // The sentence about accepting says it.
+            "lost" if is_told("accepting") => None,
+            "lost" => answer.detail.split_once(". ").map(|(first, _)| format!("{first}.")),
+            "workers" => Some(answer.detail.clone()),
+            "broker" => Some(format!("{}.", self.why_not_delivering()?)),
+            // Said by the sentence about deliveries, or its consequence.
+            "lag" if is_told("broker") || !self.is_delivering() => None,
+            "lag" => Some(self.behind_text()),
+            "parked" => Some(format!("{}.", self.parked_text())),
+            "accepting" if self.draining => Some("The relay is shutting down.".to_owned()),
+            "accepting" if is_told("broker") && self.refusing().is_some() => None,
+            "accepting" => match self.refusing() {
+                Some(refusing) => Some(refusing.text()),
+                None if self.share() >= NEARLY_FULL => Some(format!("The spool is {} full.", percent(self.share()))),
+                None => None,
+            },
+            _ => None,
+        }
+    }
+
+    fn not_accepting_text(&self) -> String {
+        if self.draining {
+            let pending = grouped(self.ledger.pending);
+            return format!("The relay is shutting down. Undelivered events stay on disk: {pending}.");
+        }
+        match (self.blocker, self.refusing()) {
+            (Some(AppendError::Full), _) => {
+                "Webhooks are being refused now: the spool is full. Prism gives up on each after 35 s.".to_owned()
+            }
+            (Some(AppendError::Unavailable | AppendError::Closed), _) => {
+                "Webhooks are being refused now: the spool cannot be written. Prism gives up on each after 35 s. Check \
+                 the disk."
+                    .to_owned()
+            }
+            (None, Some(refusing)) => refusing.text(),
+            (None, None) => {
+                let (_, room) = self.room();
+                let waiting = events_are(self.ledger.pending);
+                format!("The spool is {} full; {waiting} safe on disk.{room}", percent(self.share()))
+            }
+        }
+    }
+
+    fn not_delivering_text(&self) -> String {
+        let Some(why) = self.why_not_delivering() else { return "There is no connection to RabbitMQ yet.".to_owned() };
+        let waiting = match (self.ledger.pending, self.oldest) {
+            (0, _) => "no event is waiting".to_owned(),
+            (count, Some(oldest)) => format!("{} safe on disk, the oldest for {}", events_are(count), span(oldest)),
+            (count, None) => format!("{} safe on disk", events_are(count)),
+        };
+        let webhooks = match self.refusing() {
+            Some(refusing) => refusing.text(),
+            None => format!("Webhooks are still accepted.{}", self.room().1),
+        };
+        format!("{why}; {waiting}. {webhooks}")
+    }
+
+    fn why_not_delivering(&self) -> Option<String> {
+        let Broker { connected, blocked, error, unreachable, age } = &self.broker;
+        let time = span(*age);
+        match (connected, blocked, error) {
+            (true, Some(reason), _) => Some(format!("RabbitMQ has been refusing messages for {time} ({reason})")),
+            (true, None, _) => {
+                let time = span(self.nothing_confirmed()?);
+                Some(format!("RabbitMQ has confirmed nothing for {time}"))
+            }
+            (false, _, None) => None,
+            (false, _, Some(_)) if *unreachable => Some(format!("RabbitMQ has been unreachable for {time}")),
+            (false, _, Some(error)) => Some(format!("Nothing has been delivered to RabbitMQ for {time} ({error})")),
+        }
+    }
+
+    fn behind_text(&self) -> String {
+        let waiting = events_are(self.ledger.pending);
+        match self.oldest {
+            Some(oldest) => format!("Deliveries are behind: {waiting} waiting, the oldest for {}.", span(oldest)),
+            None => format!("{waiting} waiting, safe on disk."),
+        }
+    }
+
+    fn parked_first_text(&self) -> String {
+        let last = self.last_confirm.map(|age| format!(", the last one {}", ago(age))).unwrap_or_default();
+        match self.ledger.pending {
+            0 => format!("{}; all others are in RabbitMQ{last}.", self.parked_text()),
+            _ => format!("{}.", self.parked_text()),
+        }
+    }
+
+    fn well_text(&self) -> String {
+        match (self.ledger.pending, self.last_confirm, self.last_accepted) {
+            // Removed events are not there, so "all" would be wrong.
+            (0, Some(confirm), _) if self.ledger.removed > 0 => {
+                format!("Nothing is waiting; the last event reached RabbitMQ {}.", ago(confirm))
+            }
+            (0, None, Some(_)) if self.ledger.removed > 0 => "Nothing is waiting.".to_owned(),
+            (0, Some(confirm), _) => format!("All accepted events are in RabbitMQ; the last one {}.", ago(confirm)),
+            (0, None, None) => "All is well; no event has come in since the relay started.".to_owned(),
+            (0, None, Some(_)) => "All accepted events are in RabbitMQ.".to_owned(),
+            (count, ..) => format!("{} on the way to RabbitMQ.", events_are(count)),
+        }
+    }
+
+    /// Recent refusals, if there are enough to report.
+    pub(super) fn refusing(&self) -> Option<Refusing> {
+        let all = |window: &Window, minutes, min| {
+            let refusing = window.refusing(minutes, |_| true)?;
+            (window.accepted == 0 && refusing.count >= min).then_some(Refusing { all: true, ..refusing })
+        };
+        all(&self.last_5_minutes, 5, REFUSED_IN_5_MINUTES)
+            .or_else(|| all(&self.last_30_minutes, 30, REFUSED_IN_30_MINUTES))
+            .or_else(|| {
+                let others = self.last_5_minutes.refusing(5, |code| !refusals::is_unverified(code))?;
+                (others.count >= REFUSED_MIN).then_some(others)
+            })
+            .or_else(|| {
+                let unverified = self.last_hour.refusing(60, refusals::is_unverified)?;
+                let webhooks = self.last_hour.accepted + self.last_hour.refused.values().sum::<u64>();
+                let share = unverified.count as f64 / webhooks as f64;
+                (unverified.count >= UNVERIFIED_MIN && share > UNVERIFIED_SHARE).then_some(unverified)
+            })
+    }
+
+    /// The used share of the spool; 1 if the next event would not fit.
+    fn share(&self) -> f64 {
+        let used = self.ledger.bytes + EVENT_OVERHEAD_BYTES;
+        if used > self.max_bytes { 1.0 } else { self.ledger.bytes as f64 / self.max_bytes.max(1) as f64 }
+    }
+}
+
+impl Window {
+    /// The refusals whose code is selected.
+    fn refusing(&self, minutes: u64, select: impl Fn(&str) -> bool) -> Option<Refusing> {
+        let selected = || self.refused.iter().filter(|(code, _)| select(code));
+        let (reason, _) = selected().max_by_key(|(_, count)| **count)?;
+        let count = selected().map(|(_, count)| count).sum();
+        Some(Refusing { reason, count, minutes, all: false })
+    }
+}
+
+#[cfg(test)]
+mod tests;

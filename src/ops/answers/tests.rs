@@ -1,0 +1,337 @@
+//! Tables of facts and what they must say, and properties over all facts.
+
+use proptest::collection::vec;
+use proptest::option;
+use proptest::prelude::*;
+
+use super::*;
+
+const MINUTE: Duration = Duration::from_secs(60);
+const SECOND: Duration = Duration::from_secs(1);
+
+fn well() -> Facts {
+    Facts {
+        uptime: 600 * MINUTE,
+        ledger: Ledger { accepted: 100, confirmed: 100, ..Ledger::default() },
+        max_bytes: 1 << 30,
+        broker: Broker { connected: true, age: 60 * MINUTE, ..Broker::default() },
+        last_confirm: Some(3 * SECOND),
+        last_accepted: Some(3 * SECOND),
+        queues: vec![queue("prism.scan", Role::Work, 0, 2), queue("prism.dead", Role::Dead, 0, 0)],
+        ..Facts::default()
+    }
+}
+
+fn queue(name: &str, role: Role, messages: u64, consumers: u64) -> Queue {
+    let state = QueueState::Counted { messages, consumers, unattended: Duration::ZERO };
+    Queue { name: name.to_owned(), role, state }
+}
+
+fn down(age: Duration) -> Broker {
+    let error = Some("cannot reach 127.0.0.1:5672: connection refused".to_owned());
+    Broker { connected: false, blocked: None, error, unreachable: true, age }
+}
+
+fn pending(count: u64) -> Ledger {
+    Ledger { accepted: 100 + count, confirmed: 100, pending: count, bytes: 1000 * count, ..Ledger::default() }
+}
+
+fn refused(counts: &[(&'static str, u64)], accepted: u64) -> Facts {
+    let window = Window { accepted, refused: counts.iter().copied().collect() };
+    let (last_30_minutes, last_hour) = (window.clone(), window.clone());
+    Facts { last_5_minutes: window, last_30_minutes, last_hour, ..well() }
+}
+
+#[track_caller]
+fn headline(facts: &Facts, level: Level, text: &str) {
+    let Headline { level: found, text: said, .. } = judge(facts).headline;
+    assert_eq!((found, said.as_str()), (level, text));
+}
+
+#[track_caller]
+fn says(facts: &Facts, id: &str, level: Level, word: &str) -> String {
+    let answers = judge(facts).answers;
+    let answer = answers.iter().find(|answer| answer.id == id).expect("every question has an answer");
+    assert_eq!((answer.level, answer.word.as_str()), (level, word), "{answer:?}");
+    answer.detail.clone()
+}
+
+#[test]
+fn there_are_seven_answers_and_all_are_well() {
+    let Judgement { headline: first, answers } = judge(&well());
+    let ids: Vec<_> = answers.iter().map(|answer| (answer.id, answer.level)).collect();
+    let expected = ["sending", "accepting", "broker", "lag", "parked", "lost", "workers"].map(|id| (id, Level::Ok));
+    assert_eq!(ids, expected);
+    assert_eq!((first.level, first.advice.as_str()), (Level::Ok, "Nothing to do."));
+    headline(&well(), Level::Ok, "All accepted events are in RabbitMQ; the last one 3 s ago.");
+    let one = Facts { ledger: pending(1), oldest: Some(SECOND), ..well() };
+    headline(&one, Level::Ok, "1 event is on the way to RabbitMQ.");
+    let fresh = Facts { last_confirm: None, last_accepted: None, uptime: 5 * SECOND, ..well() };
+    headline(&fresh, Level::Ok, "All is well; no event has come in since the relay started.");
+    assert_eq!(says(&fresh, "sending", Level::Ok, "Not yet"), "No webhook was accepted since the start, 5 s ago.");
+}
+
+#[test]
+fn rabbitmq_is_down_or_blocked() {
+    let kept = Facts { ledger: pending(1204), oldest: Some(230 * SECOND), ..well() };
+    let text = "1,204 events are safe on disk, the oldest for 3 min 50 s. Webhooks are still accepted.";
+    let away = Facts { broker: down(4 * MINUTE), ..kept.clone() };
+    headline(&away, Level::Problem, &format!("RabbitMQ has been unreachable for 4 min; {text}"));
+    let blocked = Broker { blocked: Some("low on memory".to_owned()), age: 4 * MINUTE, ..well().broker };
+    let blocked = Facts { broker: blocked, ..kept.clone() };
+    let why = "RabbitMQ has been refusing messages for 4 min (low on memory)";
+    headline(&blocked, Level::Problem, &format!("{why}; {text}"));
+    let error = Some("the broker rejected a publish (nack): a queue is full, or has no leader".to_owned());
+    let nacked = Facts { broker: Broker { error, unreachable: false, ..down(4 * MINUTE) }, ..kept.clone() };
+    let why = "Nothing has been delivered to RabbitMQ for 4 min (the broker rejected a publish (nack): a queue is \
+               full, or has no leader)";
+    headline(&nacked, Level::Problem, &format!("{why}; {text}"));
+    let brief = Facts { broker: down(2 * SECOND), ..well() };
+    says(&brief, "broker", Level::Warning, "No");
+    let silent = Facts { oldest: Some(6 * MINUTE), last_confirm: Some(7 * MINUTE), ..kept };
+    says(&silent, "broker", Level::Problem, "No");
+    assert!(judge(&silent).headline.text.starts_with("RabbitMQ has confirmed nothing for 6 min; 1,204 events"));
+    let late = Facts { last_confirm: Some(SECOND), ..silent };
+    says(&late, "broker", Level::Ok, "Yes");
+}
+
+#[test]
+fn the_room_is_in_the_headline_at_any_rate() {
+    let outage = Facts {
+        broker: down(4 * MINUTE),
+        ledger: pending(5),
+        oldest: Some(4 * MINUTE),
+        outlook: Outlook::FullIn(560 * SECOND),
+        ..well()
+    };
+    let text = "RabbitMQ has been unreachable for 4 min; 5 events are safe on disk, the oldest for 4 min. Webhooks are \
+                still accepted. Room for about 9 min.";
+    headline(&outage, Level::Problem, text);
+    says(&outage, "accepting", Level::Problem, "Yes, for about 9 min");
+    let hours = Facts { outlook: Outlook::FullIn(300 * MINUTE), ..outage.clone() };
+    says(&hours, "accepting", Level::Warning, "Yes, for about 5 h");
+    let days = Facts { outlook: Outlook::FullIn(3 * 24 * 60 * MINUTE), ..outage };
+    says(&days, "accepting", Level::Ok, "Yes");
+    assert!(judge(&days).headline.text.ends_with("Room for about 3 d."));
+}
+
+#[test]
+fn full_is_not_nearly_full() {
+    let nearly = Facts { ledger: Ledger { bytes: 966 << 20, ..pending(5) }, oldest: Some(SECOND), ..well() };
+    headline(&nearly, Level::Warning, "The spool is 94 % full; 5 events are safe on disk.");
+    says(&nearly, "accepting", Level::Warning, "Yes, for now");
+    let full = Facts {
+        ledger: Ledger { bytes: 1 << 30, ..pending(5) },
+        blocker: Some(AppendError::Full),
+        broker: down(100 * MINUTE),
+        oldest: Some(100 * MINUTE),
+        ..well()
+    };
+    let text = "Webhooks are being refused now: the spool is full. Prism gives up on each after 35 s. RabbitMQ has \
+                been unreachable for 1 h 40 min.";
+    headline(&full, Level::Problem, text);
+    says(&full, "accepting", Level::Problem, "No");
+    let unwritable = Facts { blocker: Some(AppendError::Unavailable), ..well() };
+    assert!(
+        judge(&unwritable).headline.text.starts_with("Webhooks are being refused now: the spool cannot be written")
+    );
+    let draining = Facts { draining: true, blocker: Some(AppendError::Closed), ledger: pending(1), ..well() };
+    let text = "The relay is shutting down. Undelivered events stay on disk: 1.";
+    headline(&Facts { oldest: Some(SECOND), ..draining }, Level::Warning, text);
+}
+
+#[test]
+fn refusals_count_as_in_the_alert_rules() {
+    // One other refusal must not hide the main cause.
+    let facts = refused(&[("invalid-signature", 86), ("unreadable-body", 1)], 0);
+    let text = "Every webhook is being refused (87 in the last 5 min): they are signed with another secret, or a proxy \
+                changes them. Prism gives up on each after 35 s.";
+    headline(&facts, Level::Problem, text);
+    let mut both = facts.clone();
+    both.broker = down(MINUTE);
+    let said = judge(&both).headline.text;
+    assert!(
+        said.contains("Every webhook") && said.contains("unreachable") && !said.contains("still accepted"),
+        "{said}"
+    );
+
+    for (counts, accepted, level, word) in [
+        (("invalid-signature", 7), 0, Level::Warning, "Yes, but not all"),
+        (("invalid-signature", 8), 0, Level::Problem, "No"),
+        (("invalid-signature", 4), 76, Level::Ok, "Yes"),
+        (("invalid-signature", 4), 75, Level::Warning, "Yes, but not all"),
+        (("invalid-signature", 3), 5, Level::Ok, "Yes"),
+        (("body-too-large", 4), 5, Level::Ok, "Yes"),
+        (("body-too-large", 5), 5000, Level::Warning, "Yes, but not all"),
+    ] {
+        let facts = refused(&[counts], accepted);
+        let answers = judge(&facts).answers;
+        assert_eq!((answers[1].level, answers[1].word.as_str()), (level, word), "{counts:?} {accepted}");
+    }
+}
+
+#[test]
+fn a_refused_webhook_that_is_not_accepted_later_is_lost() {
+    let lost = TurnedAway { lost: 12, reason: Some("spool-full"), age: Some(3 * MINUTE), ..TurnedAway::default() };
+    let facts = Facts { turned_away: lost.clone(), ..well() };
+    let detail = says(&facts, "lost", Level::Problem, "Yes");
+    assert!(detail.starts_with("12 webhooks were refused since the start and not accepted later"), "{detail}");
+    let text = "All accepted events are in RabbitMQ; the last one 3 s ago. 12 webhooks are lost: refused, and not \
+                accepted later.";
+    headline(&facts, Level::Problem, text);
+    let old = Facts { turned_away: TurnedAway { age: Some(25 * 60 * MINUTE), ..lost.clone() }, ..well() };
+    says(&old, "lost", Level::Note, "Yes");
+    let waiting = Facts { turned_away: TurnedAway { lost: 0, waiting: 2, ..lost }, ..well() };
+    says(&waiting, "lost", Level::Warning, "Not yet");
+    let damaged = Facts { damaged: 2, ledger: Ledger { accepted: 102, removed: 2, ..well().ledger }, ..well() };
+    says(&Facts { uptime: MINUTE, ..damaged.clone() }, "lost", Level::Problem, "Yes");
+    says(&Facts { uptime: 25 * 60 * MINUTE, ..damaged }, "lost", Level::Note, "Yes");
+    let gap = Facts { ledger: Ledger { accepted: 101, ..well().ledger }, ..well() };
+    says(&gap, "lost", Level::Problem, "Perhaps");
+}
+
+#[test]
+fn events_are_parked_or_late() {
+    let parked = Facts { ledger: Ledger { accepted: 103, parked: 3, ..well().ledger }, ..well() };
+    let text = "3 events are parked because RabbitMQ does not accept them; all others are in RabbitMQ, the last one \
+                3 s ago.";
+    headline(&parked, Level::Warning, text);
+    let late = Facts { ledger: pending(70), oldest: Some(2 * MINUTE), ..well() };
+    headline(&late, Level::Warning, "Deliveries are behind: 70 events are waiting, the oldest for 2 min.");
+    for (age, level) in [(15, Level::Ok), (29, Level::Ok), (30, Level::Warning), (700, Level::Warning)] {
+        let facts = Facts { oldest: Some(age * SECOND), ..late.clone() };
+        let Judgement { headline, answers } = judge(&facts);
+        assert_eq!((answers[3].level, headline.level), (level, level), "{age} s");
+    }
+}
+
+#[test]
+fn the_seventh_answer_sees_through_to_the_workers() {
+    let with = |queues: Vec<Queue>| Facts { queues, ..well() };
+    let waiting = queue("prism.scan", Role::Work, 1990, 0);
+    let detail = says(&with(vec![waiting.clone()]), "workers", Level::Warning, "No");
+    assert_eq!(detail, "prism.scan: 1,990 wait, no worker connected.");
+    let state = QueueState::Counted { messages: 1990, consumers: 0, unattended: 5 * MINUTE };
+    let facts = with(vec![Queue { state, ..waiting.clone() }, queue("prism.dead", Role::Dead, 10, 0)]);
+    let detail = says(&facts, "workers", Level::Problem, "No");
+    assert_eq!(detail, "prism.scan: 1,990 wait, no worker connected. 1 queue is more to look at.");
+    let said = judge(&facts).headline.text;
+    assert!(said.contains("are in RabbitMQ") && said.contains("1,990 wait, no worker connected"), "{said}");
+    let dead = with(vec![queue("prism.scan", Role::Work, 0, 1), queue("prism.dead", Role::Dead, 10, 0)]);
+    says(&dead, "workers", Level::Warning, "10 dead letters");
+    let unrouted = with(vec![queue("prism.unrouted", Role::Unrouted, 1, 0)]);
+    says(&unrouted, "workers", Level::Warning, "1 unrouted event");
+    for (state, level, word) in [
+        (QueueState::Unknown, Level::Note, "Not known yet"),
+        (QueueState::Trouble { text: "is full".to_owned(), remedy: "wait".to_owned() }, Level::Problem, "No"),
+    ] {
+        says(&with(vec![Queue { state, ..waiting.clone() }]), "workers", level, word);
+    }
+    says(&with(Vec::new()), "workers", Level::Note, "Not known yet");
+    let missing = vec!["queue prism.scan".to_owned(), "exchange prism.dead".to_owned()];
+    let detail = says(&Facts { missing, ..well() }, "workers", Level::Problem, "No");
+    assert_eq!(detail, "Missing in RabbitMQ: queue prism.scan and 1 more.");
+    says(&Facts { unwatched: Some("one channel only".to_owned()), ..well() }, "workers", Level::Note, "Not known");
+    says(&with(vec![queue("prism.scan", Role::Work, 0, 0)]), "workers", Level::Ok, "Nothing waits");
+    let detail = says(&with(vec![queue("prism.scan", Role::Work, 7, 2)]), "workers", Level::Ok, "Yes");
+    assert_eq!(detail, "2 workers are connected; 7 messages wait for them.");
+}
+
+fn any_age() -> impl Strategy<Value = Duration> {
+    prop_oneof![0..120u64, 0..100_000u64].prop_map(Duration::from_secs)
+}
+
+fn any_window() -> impl Strategy<Value = Window> {
+    let code = prop_oneof![Just("invalid-signature"), Just("missing-signature"), Just("spool-full"), Just("odd")];
+    (0..50u64, proptest::collection::btree_map(code, 1..60u64, 0..3))
+        .prop_map(|(accepted, refused)| Window { accepted, refused })
+}
+
+fn any_queue() -> impl Strategy<Value = Queue> {
+    let role = prop_oneof![Just(Role::Work), Just(Role::Dead), Just(Role::Unrouted)];
+    let counted = (0..3u64, 0..2u64, any_age()).prop_map(|(messages, consumers, unattended)| QueueState::Counted {
+        messages,
+        consumers,
+        unattended,
+    });
+    let trouble = QueueState::Trouble { text: "is down".to_owned(), remedy: "start it".to_owned() };
+    let state = prop_oneof![Just(QueueState::Unknown), Just(trouble), counted];
+    (role, state).prop_map(|(role, state)| Queue { name: "prism.scan".to_owned(), role, state })
+}
+
+prop_compose! {
+    fn any_broker()(
+        connected in any::<bool>(),
+        blocked in option::of(Just("low on memory".to_owned())),
+        error in option::of(Just("no".to_owned())),
+        unreachable in any::<bool>(),
+        age in any_age(),
+    ) -> Broker {
+        Broker { connected, blocked: blocked.filter(|_| connected), error, unreachable, age }
+    }
+}
+
+prop_compose! {
+    fn any_turned_away()(
+        waiting in 0..3u64, lost in 0..3u64, unrecognisable in 0..3u64, age in option::of(any_age()),
+    ) -> TurnedAway {
+        TurnedAway { waiting, lost, unrecognisable, reason: age.map(|_| "spool-full"), age }
+    }
+}
+
+prop_compose! {
+    fn any_facts()(
+        (uptime, oldest, last_confirm, last_accepted) in
+            (any_age(), option::of(any_age()), option::of(any_age()), option::of(any_age())),
+        (draining, damaged, bytes) in (any::<bool>(), 0..2u64, 0..2000u64),
+        blocker in option::of(prop_oneof![
+            Just(AppendError::Full), Just(AppendError::Unavailable), Just(AppendError::Closed),
+        ]),
+        (confirmed, pending, parked, removed, gap) in (0..3u64, 0..3u64, 0..3u64, 0..3u64, 0..2u64),
+        outlook in prop_oneof![
+            Just(Outlook::Unclear), any_age().prop_map(Outlook::FullIn), any_age().prop_map(Outlook::EmptyIn),
+        ],
+        (broker, turned_away) in (any_broker(), any_turned_away()),
+        (queues, missing) in (vec(any_queue(), 0..3), vec(Just("queue q".to_owned()), 0..2)),
+        (last_5_minutes, last_30_minutes, last_hour) in (any_window(), any_window(), any_window()),
+    ) -> Facts {
+        let accepted = confirmed + pending + parked + removed + gap;
+        let ledger = Ledger { accepted, confirmed, pending, parked, removed, duplicates: 0, bytes };
+        Facts {
+            uptime, draining, blocker, ledger, damaged, max_bytes: 2000, oldest, outlook, broker, last_confirm,
+            last_accepted, accepted_last_minute: 0, confirmed_last_minute: 0, last_5_minutes, last_30_minutes,
+            last_hour, turned_away, queues, missing, unwatched: None,
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn no_answer_is_worse_than_the_headline(facts in any_facts()) {
+        let Judgement { headline, answers } = judge(&facts);
+        let worst = answers.iter().map(|answer| answer.level).max();
+        prop_assert_eq!(Some(headline.level), worst);
+        // What the headline says is never better than its level.
+        let is_green = headline.text.starts_with("All ") && !headline.text.trim_end_matches('.').contains(". ");
+        prop_assert!(!(headline.level >= Level::Warning && is_green), "{:?} {:?}", headline, answers);
+        prop_assert!(headline.level < Level::Warning || !headline.advice.is_empty(), "{:?}", headline);
+        for answer in &answers {
+            prop_assert!(answer.level < Level::Warning || answer.remedy.is_some(), "{:?}", answer);
+            prop_assert!(!answer.word.is_empty() && answer.detail.ends_with('.'), "{:?}", answer);
+        }
+    }
+
+    /// A relay that refuses every webhook, or delivers nothing, is never well.
+    #[test]
+    fn what_loses_events_is_a_problem(facts in any_facts()) {
+        let level = judge(&facts).headline.level;
+        let refuses = facts.blocker.is_some() && !facts.draining;
+        let loses = facts.damaged > 0 && facts.uptime < LOSS_SHOWN;
+        if refuses || loses {
+            prop_assert_eq!(level, Level::Problem);
+        }
+        if facts.turned_away.lost > 0 || facts.turned_away.waiting > 0 || facts.draining {
+            prop_assert!(level > Level::Ok);
+        }
+    }
+}
