@@ -1,9 +1,11 @@
 //! `topology`: shows, declares, compares or exports the exchanges, queues and bindings that the relay needs.
 
 use std::path::Path;
+use std::time::{Duration, Instant};
 
+use serde_json::{Value, json};
 use thiserror::Error;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use super::connect::connect;
 use super::failure::Failure;
@@ -12,8 +14,8 @@ use crate::broker::{BrokerConnection, BrokerUrl, Management};
 use crate::config::Config;
 use crate::text::chain;
 use crate::topology::{
-    self, Commands, Comparison, Declare, Difference, Kind, Live, Plan, Remedy, TopologyError, compare, definitions,
-    differences, quote, show,
+    self, Commands, Comparison, Declare, Difference, Kind, Live, Loss, Plan, Remedy, TopologyError, compare,
+    definitions, differences, losses, quote, show,
 };
 
 #[derive(clap::Subcommand)]
@@ -23,7 +25,11 @@ pub(super) enum Action {
     /// Create what is missing on the broker, even if topology.declare is not active
     Declare,
     /// Compare the broker with the configuration; print fixes, exit with 1 if they differ
-    Diff,
+    Diff {
+        /// Print JSON: for each difference the entity, the kind, what differs, and what fixes it
+        #[arg(long)]
+        json: bool,
+    },
     /// Print definitions for `rabbitmqctl import_definitions`, with policies for arguments
     Export,
 }
@@ -45,7 +51,7 @@ pub(super) async fn run(config: &Config, file: Option<&Path>, action: Action) ->
             Ok(printed.out()?)
         }
         Action::Declare => declare(config, &plan).await,
-        Action::Diff => diff(config, file, &plan).await,
+        Action::Diff { json } => diff(config, file, &plan, json).await,
         Action::Export => {
             let definitions = definitions(&plan, config.broker.urls[0].vhost());
             let mut printed = Printed::default();
@@ -68,40 +74,67 @@ async fn declare(config: &Config, plan: &Plan) -> Result<(), Failure> {
     Ok(printed.out()?)
 }
 
-async fn diff(config: &Config, file: Option<&Path>, plan: &Plan) -> Result<(), Failure> {
-    let mut printed = Printed::default();
+async fn diff(config: &Config, file: Option<&Path>, plan: &Plan, json: bool) -> Result<(), Failure> {
     let broker = connect(config, "prism-relay topology").await?;
-    let found = match compare_by_api(config, file, plan, &broker.url).await {
-        Ok(found) => Ok(found),
+    let (found, not_compared) = match compare_by_api(config, file, plan, &broker.url).await {
+        Ok(compared) => {
+            let reason = (!compared.unsettled.is_empty())
+                .then(|| format!("policies of {} are not known yet; try again in 10 s", compared.unsettled.join(", ")));
+            (Ok(compared.differences), reason)
+        }
         Err(reason) => {
-            printed.line(format!(
-                "bindings and policies are not compared, because the management API is not available: {reason}"
-            ));
             let limit = config.broker.connect_timeout * (plan.steps() + 1);
-            match timeout(limit, compare_over_amqp(config, &broker, plan, &commands(config, file, &broker.url))).await {
+            let commands = commands(config, file, &broker.url);
+            let found = match timeout(limit, compare_over_amqp(config, &broker, plan, &commands)).await {
                 Ok(found) => found,
                 Err(_) => Err(BrokerError::Timeout.into()),
-            }
+            };
+            let reason = format!(
+                "bindings and policies are not compared, because the management API is not available: {reason}"
+            );
+            (found, Some(reason))
         }
     };
     broker.close().await;
     let found = found?;
-    print_all(&mut printed, found.iter().filter(|difference| !difference.kind.is_last()));
+    let mut printed = Printed::default();
+    if json {
+        printed.line(serde_json::to_string_pretty(&diff_json(&found, not_compared.as_deref(), file))?);
+    } else {
+        print_diff(&mut printed, &found, not_compared, file);
+    }
+    printed.out()?;
+    if found.iter().all(|difference| difference.kind == Kind::Advice) { Ok(()) } else { Err(Failure::Reported) }
+}
+
+fn diff_json(found: &[Difference], not_compared: Option<&str>, file: Option<&Path>) -> Value {
+    let declare = format!("{} topology declare", command(file));
+    let difference = |found: &Difference| {
+        let kind = match found.kind {
+            Kind::Missing => "missing",
+            Kind::Changed => "changed",
+            Kind::Surplus => "surplus",
+            Kind::Unavailable => "unavailable",
+            Kind::Advice => "advice",
+        };
+        let (entity, what, remedy) = (&found.entity, &found.what, found.remedy.text(&declare));
+        json!({ "entity": entity, "kind": kind, "what": what, "remedy": remedy })
+    };
+    let differences: Vec<_> = found.iter().map(difference).collect();
+    json!({ "differences": differences, "not_compared": not_compared })
+}
+
+fn print_diff(printed: &mut Printed, found: &[Difference], not_compared: Option<String>, file: Option<&Path>) {
+    not_compared.into_iter().for_each(|reason| printed.line(reason));
+    print_all(printed, found.iter().filter(|difference| !difference.kind.is_last()));
     if found.iter().any(|difference| difference.remedy.needs_declare()) {
         printed.line(format!("then create what is missing:\n    {} topology declare", command(file)));
     }
-    print_all(&mut printed, found.iter().filter(|difference| difference.kind.is_last()));
-    match found.iter().filter(|difference| difference.kind != Kind::Advice).count() {
-        0 => {
-            printed.line("the broker is as configured".to_owned());
-            Ok(printed.out()?)
-        }
-        count => {
-            printed.line(format!("differences: {count}"));
-            printed.out()?;
-            Err(Failure::Reported)
-        }
-    }
+    print_all(printed, found.iter().filter(|difference| difference.kind.is_last()));
+    printed.line(match found.iter().filter(|difference| difference.kind != Kind::Advice).count() {
+        0 => "the broker is as configured".to_owned(),
+        count => format!("differences: {count}"),
+    });
 }
 
 /// Prints each difference with its remedy below it. A remedy that consecutive differences share is printed once, below
@@ -120,16 +153,44 @@ fn print_all<'a>(printed: &mut Printed, found: impl Iterator<Item = &'a Differen
     }
 }
 
+/// What the management API shows.
+pub(super) struct Compared {
+    pub differences: Vec<Difference>,
+    pub losses: Vec<Loss>,
+    /// Queues whose policies the API does not know yet.
+    pub unsettled: Vec<String>,
+    /// How many queues the virtual host has, and may have.
+    pub queues: usize,
+    pub queues_max: Option<usize>,
+}
+
+/// How long to wait for the policies of queues that were declared just now, and how often to ask.
+const POLICIES_PATIENCE: Duration = Duration::from_secs(10);
+const POLICIES_EVERY: Duration = Duration::from_millis(500);
+
 /// Compares through the management API. The error says why the API is not available.
 pub(super) async fn compare_by_api(
     config: &Config,
     file: Option<&Path>,
     plan: &Plan,
     url: &BrokerUrl,
-) -> Result<Vec<Difference>, String> {
+) -> Result<Compared, String> {
     let management = Management::new(&config.broker, url).map_err(|error| chain(&error))?;
-    let live = Live::read(&management).await.map_err(|error| chain(&error))?;
-    Ok(differences(plan, &live, &commands(config, file, url)))
+    let begun = Instant::now();
+    loop {
+        let live = Live::read(&management).await.map_err(|error| chain(&error))?;
+        let unsettled = live.unsettled(plan);
+        if unsettled.is_empty() || begun.elapsed() > POLICIES_PATIENCE {
+            return Ok(Compared {
+                differences: differences(plan, &live, &commands(config, file, url)),
+                losses: losses(plan, &live),
+                unsettled,
+                queues: live.queue_count(),
+                queues_max: live.queues_max,
+            });
+        }
+        sleep(POLICIES_EVERY).await;
+    }
 }
 
 async fn compare_over_amqp(

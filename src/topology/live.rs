@@ -3,7 +3,9 @@
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
+use super::plan::Plan;
 use crate::broker::{Management, ManagementError, encoded};
+use crate::text::clean;
 
 /// Everything in a virtual host that can be compared with a plan.
 #[derive(Debug, Deserialize)]
@@ -14,6 +16,9 @@ pub(crate) struct Live {
     pub(super) queues: Vec<LiveEntity>,
     pub(super) bindings: Vec<LiveBinding>,
     pub(super) policies: Vec<LivePolicy>,
+    /// The most queues that the virtual host may have; `None`: any number, or the user may not see the limit.
+    #[serde(default)]
+    pub(crate) queues_max: Option<usize>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -90,7 +95,20 @@ impl Live {
             queues: Self::read_queues(api).await?,
             bindings: Self::read_bindings(api).await?,
             policies: api.get(&format!("policies/{vhost}")).await?,
+            queues_max: queues_max(api, &vhost).await,
         })
+    }
+
+    /// How many queues the virtual host has.
+    pub(crate) fn queue_count(&self) -> usize {
+        self.queues.len()
+    }
+
+    /// The queues of the plan about which the API does not know the policies yet, which takes some seconds after their
+    /// declaration. Their message counts come at the same time.
+    pub(crate) fn unsettled(&self, plan: &Plan) -> Vec<String> {
+        let queues = self.queues.iter().filter(|there| there.messages.is_none() && plan.has_queue(&there.name));
+        queues.map(|there| format!("queue {}", clean(&there.name))).collect()
     }
 
     /// An entity of a kind, `exchange` or `queue`.
@@ -113,4 +131,11 @@ impl Live {
             .or_else(|| named().map(|policy| policy.definition.clone()))
             .unwrap_or_default()
     }
+}
+
+/// The limit `max-queues` of a virtual host. A user that may not see it gets an answer that is not a list.
+async fn queues_max(api: &Management, vhost: &str) -> Option<usize> {
+    let limits: Value = api.get(&format!("vhost-limits/{vhost}")).await.ok()?;
+    let max = limits.as_array()?.iter().find_map(|limit| limit["value"]["max-queues"].as_u64())?;
+    usize::try_from(max).ok()
 }

@@ -8,6 +8,7 @@
 mod harness;
 
 mod broker;
+mod check;
 mod clock;
 mod cluster;
 mod command_line;

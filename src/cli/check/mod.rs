@@ -1,0 +1,54 @@
+//! `check`: answers whether the relay would work. It changes nothing on disk or on the broker.
+
+mod broker;
+mod findings;
+mod listeners;
+mod spool;
+
+use std::path::Path;
+
+use super::failure::Failure;
+use super::output::Printed;
+use crate::config::Config;
+use crate::spool::SpoolState;
+use findings::{Finding, Findings, Level};
+
+#[derive(clap::Args)]
+pub(super) struct Options {
+    /// Skip the broker: check only what the relay needs to start
+    #[arg(long)]
+    offline: bool,
+    /// Print JSON: the findings, each with its area, level (ok, note or WRONG), text and remedy
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) async fn run(config: &Config, file: Option<&Path>, options: Options) -> Result<(), Failure> {
+    let mut findings = Findings(vec![Finding::ok("configuration", "every key is valid"), signature(config)]);
+    findings.0.extend(config.notes.iter().map(|note| Finding::note(&note.key, &note.text)));
+    let state = SpoolState::of(&config.spool.path);
+    findings.0.extend(spool::findings(config, &state));
+    findings.0.extend(listeners::findings(config, &state).await);
+    if !options.offline {
+        broker::check(config, file, &mut findings).await?;
+    }
+    let mut printed = Printed::default();
+    printed.line(if options.json { serde_json::to_string_pretty(&findings.json())? } else { findings.table() });
+    printed.out()?;
+    if findings.count(Level::Wrong) == 0 { Ok(()) } else { Err(Failure::Reported) }
+}
+
+/// How many secrets there are, and how long each is: enough to see a line too many, and nothing of the secret.
+fn signature(config: &Config) -> Finding {
+    let signature = &config.signature;
+    let lengths: Vec<_> = signature.secrets.iter().map(|secret| secret.expose().chars().count().to_string()).collect();
+    let secrets = match lengths.len() {
+        1 => format!("1 secret of {} characters", lengths[0]),
+        count => format!("{count} secrets of {} characters", lengths.join(", ")),
+    };
+    match (lengths.len(), signature.required) {
+        (0, _) => Finding::note("signature", "not checked: signature.required is false and there is no secret"),
+        (_, true) => Finding::ok("signature", format!("required; {secrets}")),
+        (_, false) => Finding::note("signature", format!("checked where present, but not required; {secrets}")),
+    }
+}
