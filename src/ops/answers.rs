@@ -99,7 +99,11 @@ pub(super) struct Facts {
     pub ledger: Ledger,
     /// Events lost because the spool file was damaged. `ledger.removed` includes them.
     pub damaged: u64,
+    /// Bytes that count against the maximum: the events, and a log that has grown.
+    pub used: u64,
     pub max_bytes: u64,
+    /// What is wrong with the spool's file or disk, and what to do, divided by a semicolon.
+    pub disk: Option<&'static str>,
     /// Age of the oldest pending event.
     pub oldest: Option<Duration>,
     pub outlook: Outlook,
@@ -231,6 +235,13 @@ fn answer(id: &'static str, level: Level, word: impl Into<String>, detail: impl 
     Answer { id, question, level, word: word.into(), detail: detail.into(), remedy: None }
 }
 
+/// `why it fails` as `Why it fails.`
+fn sentence(text: &str) -> String {
+    let mut chars = text.chars();
+    let first = chars.next().map(|first| first.to_uppercase().to_string()).unwrap_or_default();
+    format!("{first}{}.", chars.as_str())
+}
+
 impl Answer {
     fn remedy(self, remedy: impl Into<String>) -> Self {
         Self { remedy: Some(remedy.into()), ..self }
@@ -282,10 +293,9 @@ impl Facts {
                 return answer(Level::Problem, "No", detail).remedy(self.make_room());
             }
             Some(AppendError::Unavailable | AppendError::Closed) => {
-                let detail = "The spool cannot be written: webhooks are answered 503.".to_owned();
-                let remedy = "Free space on the spool's disk, or repair it; the log says why. Accepting resumes by \
-                              itself.";
-                return answer(Level::Problem, "No", detail).remedy(remedy);
+                let (why, what) = self.disk_trouble().unwrap_or(("the spool cannot be written", "check its disk"));
+                let detail = format!("Webhooks are answered 503: {why}.");
+                return answer(Level::Problem, "No", detail).remedy(sentence(what));
             }
             None => {}
         }
@@ -302,12 +312,21 @@ impl Facts {
             };
             return answer(scarcity, &word, format!("The spool is {share} full.{room}")).remedy(self.make_room());
         }
+        if let Some((why, what)) = self.disk_trouble() {
+            return answer(Level::Warning, "Yes, for now", sentence(why)).remedy(sentence(what));
+        }
         if let Some(refusing) = refusing {
             return answer(Level::Warning, "Yes, but not all", refusing.text())
                 .remedy(refusals::meaning(refusing.reason));
         }
         let accepted = count(self.ledger.accepted, "event", "events");
         answer(Level::Ok, "Yes", format!("{accepted} so far. The spool is {share} full.{room}"))
+    }
+
+    /// What is wrong with the spool's file or disk, and what to do.
+    fn disk_trouble(&self) -> Option<(&'static str, &'static str)> {
+        let reason = self.disk?;
+        Some(reason.split_once("; ").unwrap_or((reason, "see the log")))
     }
 
     /// How scarce the room for events is, and a sentence about it.
@@ -626,7 +645,7 @@ impl Facts {
             "accepting" => match self.refusing() {
                 Some(refusing) => Some(refusing.text()),
                 None if self.share() >= NEARLY_FULL => Some(format!("The spool is {} full.", percent(self.share()))),
-                None => None,
+                None => self.disk_trouble().map(|(why, _)| sentence(why)),
             },
             _ => None,
         }
@@ -642,11 +661,13 @@ impl Facts {
                 "Webhooks are being refused now: the spool is full. Prism gives up on each after 35 s.".to_owned()
             }
             (Some(AppendError::Unavailable | AppendError::Closed), _) => {
-                "Webhooks are being refused now: the spool cannot be written. Prism gives up on each after 35 s. Check \
-                 the disk."
-                    .to_owned()
+                let (why, _) = self.disk_trouble().unwrap_or(("the spool cannot be written", ""));
+                format!("Webhooks are being refused now: {why}. Prism gives up on each after 35 s.")
             }
             (None, Some(refusing)) => refusing.text(),
+            (None, None) if self.room().0 == Level::Ok => {
+                self.disk_trouble().map(|(why, _)| sentence(why)).unwrap_or_default()
+            }
             (None, None) => {
                 let (_, room) = self.room();
                 let waiting = events_are(self.ledger.pending);
@@ -736,8 +757,8 @@ impl Facts {
 
     /// The used share of the spool; 1 if the next event would not fit.
     fn share(&self) -> f64 {
-        let used = self.ledger.bytes + EVENT_OVERHEAD_BYTES;
-        if used > self.max_bytes { 1.0 } else { self.ledger.bytes as f64 / self.max_bytes.max(1) as f64 }
+        let next = self.used.saturating_add(EVENT_OVERHEAD_BYTES);
+        if next > self.max_bytes { 1.0 } else { self.used as f64 / self.max_bytes.max(1) as f64 }
     }
 }
 

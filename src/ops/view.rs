@@ -161,7 +161,9 @@ impl View {
             blocker: self.sources.health.blocker(),
             ledger: *ledger,
             damaged: self.sources.spool.status().lost(),
+            used: self.sources.spool.status().used_bytes(),
             max_bytes,
+            disk: self.sources.spool.status().reason(),
             oldest: oldest.map(Duration::from_secs_f64),
             outlook: history.outlook(max_bytes),
             broker: Broker {

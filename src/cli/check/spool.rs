@@ -8,13 +8,10 @@ use bytesize::ByteSize;
 
 use super::findings::{Finding, Level};
 use crate::config::Config;
-use crate::spool::{FileSystem, Inspector, Ledger, SpoolState, check_mount};
+use crate::spool::{FileSystem, Inspector, Ledger, Shortage, SpoolState, check_mount};
 use crate::text::chain;
 
 const AREA: &str = "spool";
-
-/// What the relay needs besides the events: the reserve (8 MiB) and a log of some MiB.
-const ROOM_MIN: u64 = 32 << 20;
 
 /// The log is given back to this size or less, unless another process reads the spool.
 const LOG_LARGE: u64 = 64 << 20;
@@ -29,7 +26,8 @@ struct Facts<'a> {
     ledger: Option<Result<Ledger, String>>,
     /// Size of the write-ahead log.
     log_bytes: u64,
-    has_reserve: bool,
+    /// Whether the disk has too little room for the reserve.
+    shortage: Option<Shortage>,
     /// Free space on the disk; `None` if it is not known.
     free: Option<u64>,
     max_bytes: u64,
@@ -58,7 +56,7 @@ pub(super) fn findings(config: &Config, state: &SpoolState) -> Vec<Finding> {
         access: try_access(path, &folder, exists),
         ledger,
         log_bytes: fs::metadata(sibling(path, "-wal")).map_or(0, |log| log.len()),
-        has_reserve: sibling(path, ".reserve").exists(),
+        shortage: Shortage::of(&config.spool).unwrap_or(None),
         free: rustix::fs::statvfs(&folder).ok().map(|disk| disk.f_bavail * disk.f_frsize),
         max_bytes: config.spool.max_bytes,
         place: match check_mount(configured) {
@@ -120,21 +118,17 @@ impl Facts<'_> {
 
     fn room(&self) -> Option<Finding> {
         let area = "disk of the spool";
-        let free = self.free?;
-        if *self.state == SpoolState::InUse && !self.has_reserve {
-            let text = format!(
-                "the reserve of the spool is missing, and the disk has {} free: the relay answers webhooks 503 until \
-                 there is room for it",
-                ByteSize(free)
-            );
-            return Some(Finding::wrong(area, text).remedy("free space on the disk; the relay resumes by itself"));
-        }
-        if free < ROOM_MIN {
-            let text = format!("only {} are free; the relay needs {} to start", ByteSize(free), ByteSize(ROOM_MIN));
+        if let Some(Shortage { needed, free }) = self.shortage {
+            let what = match self.state {
+                SpoolState::InUse => "the relay answers webhooks 503 until there is room for its reserve",
+                SpoolState::Absent(_) | SpoolState::Damaged | SpoolState::Idle => "the relay would answer webhooks 503",
+            };
+            let text = format!("{} are free, and {} are needed: {what}", ByteSize(free), ByteSize(needed));
             return Some(
                 Finding::wrong(area, text).remedy("free space on the disk, or move spool.path to another one"),
             );
         }
+        let free = self.free?;
         let used = self.ledger.as_ref().and_then(|ledger| ledger.as_ref().ok()).map_or(0, |ledger| ledger.bytes);
         let wanted = self.max_bytes.saturating_sub(used);
         if free < wanted {
@@ -174,7 +168,7 @@ mod tests {
             access: Ok(()),
             ledger: Some(Ok(ledger)),
             log_bytes: 4 * MIB,
-            has_reserve: true,
+            shortage: None,
             free: Some(1024 * MIB),
             max_bytes: 100 * MIB,
             place: None,
@@ -207,10 +201,11 @@ mod tests {
         assert_eq!(memory, (Level::Wrong, "the spool is in memory".to_owned()));
         let (level, text) = first_that_is_not_ok(|facts| facts.max_bytes = 10 * MIB);
         assert!(level == Level::Wrong && text.contains("is full (10.0 MiB): webhooks are answered 503"), "{text}");
-        let (level, text) = first_that_is_not_ok(|facts| facts.has_reserve = false);
-        assert!(level == Level::Wrong && text.starts_with("the reserve of the spool is missing"), "{text}");
-        let (level, text) = first_that_is_not_ok(|facts| facts.free = Some(3 * MIB));
-        assert_eq!((level, text.as_str()), (Level::Wrong, "only 3.0 MiB are free; the relay needs 32.0 MiB to start"));
+        let shortage = Some(Shortage { needed: 9 * MIB, free: 3 * MIB });
+        let (level, text) = first_that_is_not_ok(|facts| facts.shortage = shortage);
+        let expected = "3.0 MiB are free, and 9.0 MiB are needed: the relay answers webhooks 503 until there is room \
+                        for its reserve";
+        assert_eq!((level, text.as_str()), (Level::Wrong, expected));
         let (level, text) = first_that_is_not_ok(|facts| facts.log_bytes = 300 * MIB);
         assert_eq!((level, text.as_str()), (Level::Wrong, "the write-ahead log has grown to 300.0 MiB"));
         let wrong = Ledger { accepted: 3, pending: 2, ..Ledger::default() };

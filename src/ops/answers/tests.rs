@@ -117,11 +117,12 @@ fn the_room_is_in_the_headline_at_any_rate() {
 
 #[test]
 fn full_is_not_nearly_full() {
-    let nearly = Facts { ledger: Ledger { bytes: 966 << 20, ..pending(5) }, oldest: Some(SECOND), ..well() };
+    let nearly = Facts { ledger: pending(5), used: 966 << 20, oldest: Some(SECOND), ..well() };
     headline(&nearly, Level::Warning, "The spool is 94 % full; 5 events are safe on disk.");
     says(&nearly, "accepting", Level::Warning, "Yes, for now");
     let full = Facts {
-        ledger: Ledger { bytes: 1 << 30, ..pending(5) },
+        ledger: pending(5),
+        used: 1 << 30,
         blocker: Some(AppendError::Full),
         broker: down(100 * MINUTE),
         oldest: Some(100 * MINUTE),
@@ -135,6 +136,13 @@ fn full_is_not_nearly_full() {
     assert!(
         judge(&unwritable).headline.text.starts_with("Webhooks are being refused now: the spool cannot be written")
     );
+    let locked = Facts { disk: Some("another process has locked the spool file; stop it"), ..unwritable };
+    let text =
+        "Webhooks are being refused now: another process has locked the spool file. Prism gives up on each after 35 s.";
+    headline(&locked, Level::Problem, text);
+    let growing = Facts { disk: Some("another process reads the spool; stop that process"), ..well() };
+    headline(&growing, Level::Warning, "Another process reads the spool.");
+    assert_eq!(judge(&growing).headline.advice, "Stop that process.");
     let draining = Facts { draining: true, blocker: Some(AppendError::Closed), ledger: pending(1), ..well() };
     let text = "The relay is shutting down. Undelivered events stay on disk: 1.";
     headline(&Facts { oldest: Some(SECOND), ..draining }, Level::Warning, text);
@@ -283,7 +291,8 @@ prop_compose! {
     fn any_facts()(
         (uptime, oldest, last_confirm, last_accepted) in
             (any_age(), option::of(any_age()), option::of(any_age()), option::of(any_age())),
-        (draining, damaged, bytes) in (any::<bool>(), 0..2u64, 0..2000u64),
+        (draining, damaged, used) in (any::<bool>(), 0..2u64, 0..2000u64),
+        disk in option::of(Just("the disk is full; make room")),
         blocker in option::of(prop_oneof![
             Just(AppendError::Full), Just(AppendError::Unavailable), Just(AppendError::Closed),
         ]),
@@ -296,9 +305,10 @@ prop_compose! {
         (last_5_minutes, last_30_minutes, last_hour) in (any_window(), any_window(), any_window()),
     ) -> Facts {
         let accepted = confirmed + pending + parked + removed + gap;
-        let ledger = Ledger { accepted, confirmed, pending, parked, removed, duplicates: 0, bytes };
+        let ledger = Ledger { accepted, confirmed, pending, parked, removed, duplicates: 0, bytes: used };
         Facts {
-            uptime, draining, blocker, ledger, damaged, max_bytes: 2000, oldest, outlook, broker, last_confirm,
+            uptime, draining, blocker, ledger, damaged, used, max_bytes: 2000, disk, oldest, outlook, broker,
+            last_confirm,
             last_accepted, accepted_last_minute: 0, confirmed_last_minute: 0, last_5_minutes, last_30_minutes,
             last_hour, turned_away, queues, missing, unwatched: None,
         }
