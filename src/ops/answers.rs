@@ -104,7 +104,7 @@ pub(super) struct Facts {
     pub max_bytes: u64,
     /// What is wrong with the spool's file or disk, and what to do, divided by a semicolon.
     pub disk: Option<&'static str>,
-    /// Age of the oldest pending event.
+    /// Age of the oldest pending event; `None` also if all of them wait behind a parked one.
     pub oldest: Option<Duration>,
     pub outlook: Outlook,
     pub broker: Broker,
@@ -290,7 +290,13 @@ impl Facts {
         match self.blocker {
             Some(AppendError::Full) => {
                 let detail = format!("The spool is full ({}): webhooks are answered 503.", ByteSize(self.max_bytes));
-                return answer(Level::Problem, "No", detail).remedy(self.make_room());
+                // The events may take little, and a log that cannot shrink the rest.
+                return match self.disk_trouble() {
+                    Some((why, what)) => {
+                        answer(Level::Problem, "No", format!("{detail} {}", sentence(why))).remedy(sentence(what))
+                    }
+                    None => answer(Level::Problem, "No", detail).remedy(self.make_room()),
+                };
             }
             Some(AppendError::Unavailable | AppendError::Closed) => {
                 let (why, what) = self.disk_trouble().unwrap_or(("the spool cannot be written", "check its disk"));
@@ -398,6 +404,10 @@ impl Facts {
             return answer(Level::Ok, "Not at all".to_owned(), "No event is waiting for delivery.".to_owned());
         }
         let waiting = events_are(pending);
+        if self.oldest.is_none() && self.ledger.parked > 0 && self.is_delivering() {
+            let detail = "They wait behind a parked event of the same scan or prediction, so that the order is kept.";
+            return answer(Level::Note, events(pending), detail.to_owned());
+        }
         let Some(age) = self.oldest else {
             let detail = "Waiting, safe on disk. Their age is not known yet.".to_owned();
             return if self.is_delivering() || self.broker.is_new() {
@@ -658,7 +668,8 @@ impl Facts {
         }
         match (self.blocker, self.refusing()) {
             (Some(AppendError::Full), _) => {
-                "Webhooks are being refused now: the spool is full. Prism gives up on each after 35 s.".to_owned()
+                let why = self.disk_trouble().map(|(why, _)| format!(" {}", sentence(why))).unwrap_or_default();
+                format!("Webhooks are being refused now: the spool is full. Prism gives up on each after 35 s.{why}")
             }
             (Some(AppendError::Unavailable | AppendError::Closed), _) => {
                 let (why, _) = self.disk_trouble().unwrap_or(("the spool cannot be written", ""));

@@ -100,7 +100,7 @@ async fn a_log_that_a_reader_holds_counts_against_the_limit_and_shrinks_when_it_
     let reason = report["spool"]["reason"].as_str().unwrap();
     assert!(reason.contains("another process reads the spool file") && reason.contains("max_bytes"), "{reason}");
     assert_eq!(report["ready"], false);
-    assert!(report["summary"]["text"].as_str().unwrap().contains("nother process reads the spool file"), "{report}");
+    assert!(report["headline"]["text"].as_str().unwrap().contains("nother process reads the spool file"), "{report}");
     relay.eventually_logs("the write-ahead log of the spool fills spool.max_bytes").await;
     drop(reading);
     relay.eventually_accepts(scan(1_000_000, 3000)).await;
@@ -122,7 +122,7 @@ async fn a_disk_without_room_for_the_reserve_is_not_ready_from_the_first_instant
     assert_eq!(relay.post(scan(0, 10)).await.expect(503).json()["code"], "spool-unavailable");
     assert_eq!(relay.status().await["spool"]["condition"], "full");
     let checked = relay.run(&["check", "--offline"]).await;
-    assert!(checked.code == Some(1) && checked.stdout.contains("webhooks would get 503"), "{checked:?}");
+    assert!(checked.code == Some(1) && checked.stdout.contains("the relay answers webhooks 503"), "{checked:?}");
     disk.remount("size=40m");
     relay.eventually_accepts(scan(1, 10)).await;
     relay.ops_get("/readyz").await.expect(200);
