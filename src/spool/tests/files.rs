@@ -33,17 +33,21 @@ async fn every_file_of_a_spool_is_private() {
     opened.spool.recover_at_next_start();
     let expected = ["spool.db", "spool.db-shm", "spool.db-wal", "spool.db.recover", "spool.db.reserve"];
     assert_eq!(names(&path), expected);
+    assert_private(&path);
     opened.close().await;
     // The next one copies the events into a new file, and keeps the old one.
     let opened = Opened::open(&path, 1 << 20, WINDOW);
     assert!(names(&path).iter().any(|name| name.contains("damaged")));
-    for name in names(&path) {
-        let mode = fs::metadata(path.with_file_name(&name)).unwrap().permissions().mode();
-        assert_eq!(mode & 0o777, 0o600, "{name}");
-    }
-    let mode = fs::metadata(path.parent().unwrap()).unwrap().permissions().mode();
-    assert_eq!(mode & 0o777, 0o700, "the folder");
+    assert_private(&path);
     opened.close().await;
+}
+
+fn assert_private(path: &Path) {
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    for name in names(path) {
+        assert_eq!(mode(&path.with_file_name(&name)), 0o600, "{name}");
+    }
+    assert_eq!(mode(path.parent().unwrap()), 0o700, "the folder");
 }
 
 /// Another name of the file leads to the same lock.
@@ -249,6 +253,22 @@ async fn a_kill_alone_loses_nothing() {
     let path = left_by_a_kill(folder.path(), 3).await;
     assert_eq!(found(&path).await, (3, 0));
     assert_eq!(found(&path).await, (3, 0), "after a stop");
+}
+
+/// The log is copied into the file every few MiB. Later commits are only in the log again.
+#[tokio::test]
+async fn a_log_that_was_copied_can_be_lost_as_well() {
+    let folder = TempDir::new().unwrap();
+    let (path, left) = (folder.path().join("spool.db"), folder.path().join("left.db"));
+    let opened = Opened::open(&path, 1 << 30, WINDOW);
+    for number in 0..40u8 {
+        opened.spool.append(event(vec![number; 200_000]), None).await.unwrap();
+    }
+    opened.spool.flush().await;
+    fs::copy(&path, &left).unwrap();
+    opened.close().await;
+    let (pending, lost) = found(&left).await;
+    assert!((1..40).contains(&pending) && lost == 1, "{pending} pending, {lost} lost");
 }
 
 /// The log restarts when a failed commit is over. Later commits are only in the log again.
