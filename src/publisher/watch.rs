@@ -23,6 +23,12 @@ use crate::topology::{
 /// The shortest time between two looks, however many are requested.
 const PAUSE: Duration = Duration::from_secs(1);
 
+/// How long after a line about a nack without a known reason the next one follows.
+const UNEXPLAINED_AGAIN: Duration = Duration::from_secs(600);
+
+/// For so many intervals a nack counts as recent.
+const NACK_COUNTS_FOR: u32 = 4;
+
 /// How long the management API is left alone after it refused: RabbitMQ logs each refused login.
 const API_PAUSE: Duration = Duration::from_secs(600);
 
@@ -45,8 +51,10 @@ pub(super) struct Watch {
     off: Option<String>,
     /// The latest state that was logged.
     state: WatchState,
-    /// A nack was logged whose reason is not known.
-    unexplained: bool,
+    /// When the broker last rejected a message, as far as a look has seen it.
+    nacked_at: Option<Instant>,
+    /// When a nack was last logged whose reason is not known.
+    unexplained_at: Option<Instant>,
     /// When the management API last gave no answer.
     api_failed_at: Option<Instant>,
 }
@@ -143,9 +151,17 @@ impl ConnectionWatch<'_> {
             Declare::Off => {}
         }
         let queues = self.ask(async |api| Live::read_queues(api).await).await;
-        let nacked = status.take_nacked();
-        let is_full = |seen: &QueueLook| Trouble::by_counts(seen.counts, seen.max_length, false).is_some();
-        let unexplained = nacked && !look.queues.iter().any(is_full);
+        if status.take_nacked() {
+            self.watch.nacked_at = Some(Instant::now());
+        }
+        // The publisher pauses between two nacks.
+        let recently = self.watched.interval * NACK_COUNTS_FOR;
+        let nacked = self.watch.nacked_at.is_some_and(|at| at.elapsed() < recently);
+        let is_explained = |seen: &QueueLook| known_trouble(seen, queues.as_deref()).is_some();
+        let unexplained = nacked && !look.queues.iter().any(is_explained);
+        if !unexplained {
+            self.watch.nacked_at = None;
+        }
         let state = WatchState {
             looked_at: Some(Timestamp::now()),
             off: None,
@@ -219,15 +235,14 @@ impl Watch {
             }
         }
         let troubles = state.queues.iter().filter(|queue| queue.trouble.is_some()).count();
-        let unexplained = nacked && troubles == 0;
-        if unexplained && !self.unexplained {
+        if nacked && troubles == 0 && self.unexplained_at.is_none_or(|at| at.elapsed() >= UNEXPLAINED_AGAIN) {
+            self.unexplained_at = Some(Instant::now());
             warn!(
                 "the broker rejects messages or does not confirm them, and no queue is known to be full or down; \
                  events are kept on disk. \
                  prism-relay topology diff names the queue, with a user who may read the management API"
             );
         }
-        self.unexplained = unexplained;
         watched.metrics.broker.missing.set(state.missing.len() as f64);
         watched.metrics.broker.queues_unavailable.set(troubles as f64);
         watched.status.on_look(state.clone(), watched.interval);
@@ -238,11 +253,12 @@ impl Watch {
 /// What is known about a queue. `there`: what the management API says, if it answers. `unexplained`: messages are
 /// rejected, and no queue is known to be full.
 fn judge(seen: &QueueLook, there: Option<&[LiveEntity]>, unexplained: bool, commands: &Commands) -> QueueState {
-    let there = there.and_then(|there| there.iter().find(|there| there.name == seen.name));
-    let trouble = match there {
-        Some(there) => Trouble::by_api(there),
-        // The others are empty most of the time.
-        None => Trouble::by_counts(seen.counts, seen.max_length, unexplained && seen.role == QueueRole::Work),
+    let trouble = match known_trouble(seen, there) {
+        // Only work queues: the others are empty most of the time.
+        None if unexplained && seen.role == QueueRole::Work => {
+            Trouble::by_counts(seen.counts, seen.max_length, unexplained)
+        }
+        known => known,
     };
     // Without a leader the counts are zero, which means that they are not known.
     let counts = match trouble {
@@ -261,4 +277,10 @@ fn judge(seen: &QueueLook, there: Option<&[LiveEntity]>, unexplained: bool, comm
         consumers: counts.map(|counts| counts.consumers),
         trouble,
     }
+}
+
+/// What is certain about a queue: by the management API, whose statistics may be old, or by its own counts.
+fn known_trouble(seen: &QueueLook, there: Option<&[LiveEntity]>) -> Option<Trouble> {
+    let there = there.and_then(|there| there.iter().find(|there| there.name == seen.name));
+    there.and_then(Trouble::by_api).or_else(|| Trouble::by_counts(seen.counts, seen.max_length, false))
 }
