@@ -345,3 +345,26 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn the_alert_rules_have_the_same_thresholds() {
+    let rules = include_str!("../../../deploy/prometheus/prism-relay.rules.yml");
+    let rules = rules.split_whitespace().collect::<Vec<_>>().join(" ");
+    let hours = |time: Duration| time.as_secs() / 3600;
+    let minutes = |time: Duration| time.as_secs() / 60;
+    for threshold in [
+        format!("last_over_time(prism_relay_spool_max_bytes[5m]) > {NEARLY_FULL} "),
+        format!("spool_seconds_left:deriv15m < {} * 3600 ", hours(ROOM_FOR_A_PROBLEM)),
+        format!("spool_seconds_left:deriv1h < {} * 3600 ", hours(ROOM_FOR_A_WARNING)),
+        format!("delivery_lag_seconds_bucket[15m])) > {} ", LATE.as_secs()),
+        format!("min_over_time(prism_relay_spool_events[{}m]) > 0 ", minutes(NOTHING_CONFIRMED)),
+        format!("-timestamp\"}}[5m]) ) >= {REFUSED_IN_5_MINUTES} "),
+        format!("-timestamp\"}}[30m]) ) >= {REFUSED_IN_30_MINUTES} "),
+        format!(" > {UNVERIFIED_SHARE} "),
+        format!("-timestamp\"}}[1h]) ) >= {UNVERIFIED_MIN} "),
+        format!("\"accepted|duplicate\"}}[{}h]) ) > 0 for: 15m", hours(SILENT)),
+        format!("max_over_time(prism_relay_queue_consumers[{}m])) == 0 ", minutes(NO_WORKER)),
+    ] {
+        assert!(rules.contains(&threshold), "{threshold:?} is not in the alert rules");
+    }
+}
