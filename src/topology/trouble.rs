@@ -38,7 +38,8 @@ impl Trouble {
         if is_down || (online == 0 && !there.members.is_empty()) {
             return Some(Self::Down);
         }
-        if online * 2 <= there.members.len() && there.r#type == "quorum" {
+        // Right after its declaration the API does not know the nodes of a queue.
+        if !there.members.is_empty() && online * 2 <= there.members.len() && there.r#type == "quorum" {
             return Some(Self::Minority { online, members: there.members.clone() });
         }
         let policy = there.effective_policy_definition.as_ref().and_then(|policy| policy.get("max-length"));
