@@ -96,6 +96,18 @@ impl Management {
         Ok(overview["rabbitmq_version"].as_str().unwrap_or_default().to_owned())
     }
 
+    /// The answer of a health check below `/api/health/checks/`: 503 says that something is wrong.
+    pub(crate) async fn health_check(&self, path: &str) -> Result<Value, ManagementError> {
+        let url = format!("{}/api/health/checks/{path}", self.base);
+        let answer = get(&self.client, &url, Some(&self.login), &LIMITS).await?;
+        match answer.status.as_u16() {
+            200 | 503 => {
+                serde_json::from_slice(&answer.body).map_err(|source| ManagementError::Unexpected { url, source })
+            }
+            status => Err(ManagementError::Refused { url, status }),
+        }
+    }
+
     /// The JSON at this path below `/api/`.
     pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ManagementError> {
         let url = format!("{}/api/{path}", self.base);

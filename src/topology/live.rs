@@ -73,12 +73,30 @@ pub(super) struct LivePolicy {
     pub definition: Map<String, Value>,
 }
 
+/// Marks the queues that a health check lists. Without a majority a queue has no leader either, and the reason counts.
+fn mark_down(queues: &mut [LiveEntity], checked: &Value) {
+    let listed: Vec<_> = checked["queues"].as_array().into_iter().flatten().map(|queue| &queue["name"]).collect();
+    for queue in queues.iter_mut().filter(|queue| queue.state.as_deref() != Some("minority")) {
+        if listed.iter().any(|name| **name == *queue.name) {
+            queue.state = Some("down".to_owned());
+        }
+    }
+}
+
 impl Live {
     /// Reads the queues of the virtual host only, without most of their statistics.
     pub(crate) async fn read_queues(api: &Management) -> Result<Vec<LiveEntity>, ManagementError> {
         const COLUMNS: &str = "name,type,durable,arguments,effective_policy_definition,policy,operator_policy,messages,\
                                messages_ready,messages_dlx,state,members,online";
-        api.get(&format!("queues/{}?columns={COLUMNS}", encoded(api.vhost()))).await
+        let vhost = encoded(api.vhost());
+        let mut queues: Vec<LiveEntity> = api.get(&format!("queues/{vhost}?columns={COLUMNS}")).await?;
+        // RabbitMQ 4.3 shows a queue that lost its leader as it was before. This check, which 4.1 and later have, asks
+        // the queues themselves.
+        let check = format!("quorum-queues-without-elected-leaders/vhost/{vhost}/pattern/{}", encoded(".*"));
+        if let Ok(checked) = api.health_check(&check).await {
+            mark_down(&mut queues, &checked);
+        }
+        Ok(queues)
     }
 
     /// Reads the bindings of the virtual host only.
@@ -138,4 +156,24 @@ async fn queues_max(api: &Management, vhost: &str) -> Option<usize> {
     let limits: Value = api.get(&format!("vhost-limits/{vhost}")).await.ok()?;
     let max = limits.as_array()?.iter().find_map(|limit| limit["value"]["max-queues"].as_u64())?;
     usize::try_from(max).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_health_check_tells_which_queues_have_no_leader() {
+        let queue =
+            |name: &str, state: &str| json!({ "name": name, "state": state, "type": "quorum", "durable": true });
+        let queues = json!([queue("a", "running"), queue("b", "minority"), queue("c", "running")]);
+        let mut queues: Vec<LiveEntity> = serde_json::from_value(queues).unwrap();
+        let states = |queues: &[LiveEntity]| -> Vec<_> { queues.iter().filter_map(|q| q.state.clone()).collect() };
+        mark_down(&mut queues, &json!({ "status": "ok" }));
+        assert_eq!(states(&queues), ["running", "minority", "running"]);
+        mark_down(&mut queues, &json!({ "status": "failed", "queues": [{ "name": "a" }, { "name": "b" }] }));
+        assert_eq!(states(&queues), ["down", "minority", "running"]);
+    }
 }
