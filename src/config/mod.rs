@@ -83,7 +83,7 @@ impl ConfigError {
             1 => "a mistake".to_owned(),
             count => format!("{count} mistakes"),
         };
-        let hints = self.notes.iter().map(|Note { key, text }| format!("\n  hint: {key}: {text}"));
+        let hints = self.notes.iter().map(|Note { key, text }| format!("\n  hint: {key} {text}"));
         let (mistakes, hints) = (self.mistakes.join("\n  "), hints.collect::<String>());
         format!("the configuration has {count} ({}):\n  {mistakes}{hints}", self.read_from)
     }

@@ -5,7 +5,7 @@
 pub struct Note {
     /// The configuration key, or the name of a variable.
     pub key: String,
-    /// What the value means, and what to do.
+    /// What the value means, and what to do: the rest of a sentence that begins with the key.
     pub text: String,
 }
 

@@ -271,7 +271,7 @@ impl Raw {
         }
         for name in std::mem::take(&mut self.ignored) {
             if let Some(meant) = self.meant(&name) {
-                self.note(&name, format_args!("this variable is ignored; write {meant}"));
+                self.note(&name, format_args!("is ignored; write {meant}"));
             }
         }
         Findings { mistakes: std::mem::take(&mut self.mistakes), notes: std::mem::take(&mut self.notes) }

@@ -395,7 +395,7 @@ fn another_format_and_a_variable_with_one_underscore_are_named() {
     assert!(!mistakes("[http]\nlisten = \n", &[]).contains("looks like"));
     for name in ["PRISM_RELAY_SIGNATURE_SECRETS", "prism_relay__signature__secrets", "PRISM_RELAY_SIGNATURE__SECRETS"] {
         let text = load("", &[(name, "whsec_0123456789")], Purpose::Serve).unwrap_err();
-        let hint = format!("hint: {name}: this variable is ignored; write PRISM_RELAY__SIGNATURE__SECRETS");
+        let hint = format!("hint: {name} is ignored; write PRISM_RELAY__SIGNATURE__SECRETS");
         assert!(text.contains("signature.secrets: is empty") && text.contains(&hint), "{text}");
         assert!(!text.contains("whsec_"), "{text}");
     }

@@ -232,7 +232,7 @@ fn raise_descriptor_limit(connections_max: usize) {
 /// Logs what `check` shows as notes.
 fn warn_of_weak_settings(config: &Config, ops_is_private: bool) {
     for Note { key, text } in &config.notes {
-        warn!(key, note = text, "check this setting: it is valid, but may not be what you mean");
+        warn!(key, "{key} {text}");
     }
     if !ops_is_private && config.ops.token.is_none() {
         warn!("ops.listen is not on loopback and ops.token is not set: the console and /api are closed");

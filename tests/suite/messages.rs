@@ -133,7 +133,7 @@ async fn the_message_carries_the_properties_and_headers_of_the_contract() {
 async fn signed_and_unsigned_events_are_marked_as_such() {
     let vhost = Vhost::new(Node::shared().await).await;
     let relay = Setup::new(&vhost.url()).set("signature.required", false).start().await;
-    relay.eventually_logs("is false: any client that knows the address can post events").await;
+    relay.eventually_logs("signature.required is false: any client that knows the address can post events").await;
     relay.post_with(&[], r#"{"eventType":"scan.a","payload":{}}"#).await.expect(200);
     relay.post(r#"{"eventType":"scan.b","payload":{}}"#).await.expect(200);
     let deliveries = vhost.messages("prism.scan", 2).await;

@@ -98,7 +98,7 @@ async fn a_captured_request_is_refused_once_its_signature_is_too_old() {
 #[tokio::test]
 async fn without_a_dedupe_window_no_request_is_recognised() {
     let relay = Setup::without_broker().set("dedupe.window", "0s").start().await;
-    assert_eq!(relay.eventually_logs("check this setting").await["key"], "dedupe.window");
+    assert_eq!(relay.eventually_logs("dedupe.window is 0s").await["key"], "dedupe.window");
     let (_, captured) = signed(&relay, 0).await;
     assert_eq!(send(&relay, &captured).await.expect(200).json()["duplicate"], Value::Null);
     assert_eq!(relay.spool().await.accepted, 2);
