@@ -8,7 +8,7 @@ use super::page::root;
 use crate::harness::browser::Browser;
 use crate::harness::{Node, Relay, Vhost, samples};
 
-const SIZE: (u32, u32) = (1280, 500);
+const SIZE: (u32, u32) = (1280, 550);
 
 #[tokio::test]
 async fn the_console_of_the_readme_shows_a_relay_that_works() {
