@@ -168,6 +168,10 @@ async fn a_file_size_limit_is_a_disk_without_room() {
 
     // Started below the size of the reserve: it runs, and is not ready.
     relay.kill9().await;
+    let reserve = relay.folder().join("spool.db.reserve");
+    if reserve.exists() {
+        std::fs::remove_file(reserve).unwrap();
+    }
     let inner = relay.setup().command(&["serve"]);
     let mut command = leash::command("/bin/bash");
     // Without the gate of the inner command, which is the shell, its script and its name.
