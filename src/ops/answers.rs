@@ -144,6 +144,8 @@ pub(super) struct Broker {
     pub unreachable: bool,
     /// Time since the connection was last made, lost, blocked or unblocked.
     pub age: Duration,
+    /// Time since the first fault after the last confirm. New connections that deliver nothing do not shorten it.
+    pub failing: Option<Duration>,
 }
 
 impl Broker {
@@ -357,19 +359,20 @@ impl Facts {
 
     fn broker(&self) -> Answer {
         let answer = |level, word: &str, detail: String| answer("broker", level, word, detail);
-        let Broker { connected, blocked, error, unreachable, age } = &self.broker;
+        let Broker { connected, blocked, error, unreachable, age, .. } = &self.broker;
         let time = span(*age);
         if let (true, Some(reason)) = (connected, blocked) {
             return answer(Level::Problem, "No, it is blocked", format!("Blocked for {time}: {reason}."))
                 .remedy("Free memory or disk on the RabbitMQ node; deliveries then resume by themselves.");
         }
         if !connected {
-            let level = if *age < BRIEF { Level::Warning } else { Level::Problem };
+            let failing = self.failing();
+            let level = if failing < BRIEF { Level::Warning } else { Level::Problem };
             return match error {
                 None => answer(Level::Note, "Connecting", "There is no connection yet.".to_owned()),
                 Some(error) if *unreachable => answer(level, "No", format!("Not connected for {time}: {error}."))
                     .remedy("Start RabbitMQ, or correct broker.urls; deliveries then resume by themselves."),
-                Some(error) => answer(level, "No", format!("Nothing delivered for {time}: {error}."))
+                Some(error) => answer(level, "No", format!("Nothing delivered for {}: {error}.", span(failing)))
                     .remedy("Fix the cause; deliveries then resume by themselves. prism-relay check looks for it."),
             };
         }
@@ -386,10 +389,17 @@ impl Facts {
         answer(Level::Ok, "Yes", detail)
     }
 
+    /// How long deliveries may have failed. While no event waits none fails, so that an old fault counts only as long
+    /// as the oldest event waits.
+    fn failing(&self) -> Duration {
+        let failed = self.broker.failing.unwrap_or_default().min(self.oldest.unwrap_or_default());
+        failed.max(self.broker.age)
+    }
+
     /// How long a connection that works has confirmed nothing, although events wait.
     fn nothing_confirmed(&self) -> Option<Duration> {
         let waited = self.oldest?;
-        let time = self.last_confirm.map_or(waited, |age| age.min(waited)).min(self.broker.age);
+        let time = self.last_confirm.map_or(waited, |age| age.min(waited)).min(self.failing());
         (self.broker.connected && time >= NOTHING_CONFIRMED).then_some(time)
     }
 
@@ -702,7 +712,7 @@ impl Facts {
     }
 
     fn why_not_delivering(&self) -> Option<String> {
-        let Broker { connected, blocked, error, unreachable, age } = &self.broker;
+        let Broker { connected, blocked, error, unreachable, age, .. } = &self.broker;
         let time = span(*age);
         match (connected, blocked, error) {
             (true, Some(reason), _) => Some(format!("RabbitMQ has been refusing messages for {time} ({reason})")),
@@ -712,7 +722,10 @@ impl Facts {
             }
             (false, _, None) => None,
             (false, _, Some(_)) if *unreachable => Some(format!("RabbitMQ has been unreachable for {time}")),
-            (false, _, Some(error)) => Some(format!("Nothing has been delivered to RabbitMQ for {time} ({error})")),
+            (false, _, Some(error)) => {
+                let time = span(self.failing());
+                Some(format!("Nothing has been delivered to RabbitMQ for {time} ({error})"))
+            }
         }
     }
 

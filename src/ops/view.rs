@@ -172,6 +172,7 @@ impl View {
                 error: broker.error.clone(),
                 unreachable: broker.unreachable,
                 age: age(broker.since),
+                failing: self.sources.broker.failing_since().map(age),
             },
             last_confirm: self.sources.broker.last_confirm().map(age),
             last_accepted: counts.last_accepted.map(age),

@@ -133,6 +133,8 @@ struct Deliveries {
     /// The last confirmed events by sequence number, with the time of the confirm; the newest last.
     confirms: VecDeque<(u64, Timestamp)>,
     last: Option<Timestamp>,
+    /// The first fault since the last confirm.
+    failing_since: Option<Timestamp>,
     lags: Lags,
 }
 
@@ -182,6 +184,7 @@ impl Status {
     /// messages.
     pub(super) fn on_nack(&self) {
         self.nacked.store(true, Ordering::Relaxed);
+        self.note_fault();
         self.request_look();
     }
 
@@ -230,6 +233,12 @@ impl Status {
         locked(&self.deliveries).last
     }
 
+    /// When deliveries began to fail: the first loss or block of the connection, rejected publish or missing confirm
+    /// since the last confirm. A new connection alone ends nothing.
+    pub fn failing_since(&self) -> Option<Timestamp> {
+        locked(&self.deliveries).failing_since
+    }
+
     /// The last confirmed events by sequence number, with the time of the confirm.
     pub fn confirms(&self) -> Vec<(u64, Timestamp)> {
         locked(&self.deliveries).confirms.iter().copied().collect()
@@ -260,6 +269,7 @@ impl Status {
             }
             deliveries.confirms.push_back((seq, now));
             deliveries.last = Some(now);
+            deliveries.failing_since = None;
             deliveries.lags.add(lag);
         }
     }
@@ -292,6 +302,7 @@ impl Status {
         state.blocked = None;
         state.error = Some(error);
         state.unreachable = unreachable;
+        self.note_fault();
         self.set_in_flight(0);
     }
 
@@ -299,7 +310,10 @@ impl Status {
     pub(super) fn on_blocked(&self, reason: Option<String>) {
         let mut state = locked(&self.state);
         match &reason {
-            Some(reason) => self.record(ConnectionEventKind::Blocked, reason.clone()),
+            Some(reason) => {
+                self.note_fault();
+                self.record(ConnectionEventKind::Blocked, reason.clone());
+            }
             None => self.record(ConnectionEventKind::Unblocked, String::new()),
         }
         state.blocked = reason;
@@ -314,6 +328,10 @@ impl Status {
         self.waiting.store(count, Ordering::Relaxed);
     }
 
+    fn note_fault(&self) {
+        locked(&self.deliveries).failing_since.get_or_insert_with(Timestamp::now);
+    }
+
     fn record(&self, what: ConnectionEventKind, detail: String) {
         let mut timeline = locked(&self.timeline);
         if timeline.len() == TIMELINE_MAX {
@@ -325,4 +343,35 @@ impl Status {
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn deliveries_fail_from_the_first_fault_until_a_confirm() {
+        let url = BrokerUrl::parse("amqp://broker").unwrap();
+        let faults: [fn(&Status); 3] = [
+            |status| status.on_nack(),
+            |status| status.on_disconnected("access refused (403)".to_owned(), false),
+            |status| status.on_blocked(Some("low on memory".to_owned())),
+        ];
+        for first in faults {
+            let status = Status::new();
+            status.on_connected(&url);
+            assert_eq!(status.failing_since(), None);
+            first(&status);
+            let since = status.failing_since();
+            assert!(since.is_some());
+            for again in faults {
+                status.on_connected(&url);
+                status.on_delivered(std::iter::empty());
+                again(&status);
+                assert_eq!(status.failing_since(), since, "neither a connection nor a later fault begins it again");
+            }
+            status.on_delivered([(1, Duration::ZERO)].into_iter());
+            assert_eq!(status.failing_since(), None);
+        }
+    }
 }

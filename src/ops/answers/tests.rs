@@ -29,7 +29,7 @@ fn queue(name: &str, role: Role, messages: u64, consumers: u64) -> Queue {
 
 fn down(age: Duration) -> Broker {
     let error = Some("cannot reach 127.0.0.1:5672: connection refused".to_owned());
-    Broker { connected: false, blocked: None, error, unreachable: true, age }
+    Broker { connected: false, blocked: None, error, unreachable: true, age, failing: None }
 }
 
 fn pending(count: u64) -> Ledger {
@@ -93,6 +93,35 @@ fn rabbitmq_is_down_or_blocked() {
     assert!(judge(&silent).headline.text.starts_with("RabbitMQ has confirmed nothing for 6 min; 1,204 events"));
     let late = Facts { last_confirm: Some(SECOND), ..silent };
     says(&late, "broker", Level::Ok, "Yes");
+}
+
+/// Confirm timeouts, nacks and refusals of RabbitMQ come in loops: each new connection is seconds old.
+#[test]
+fn a_new_connection_does_not_end_an_outage() {
+    let hours = |hours: u32| hours * 60 * MINUTE;
+    let error = Some("the broker rejected a publish (nack): a queue is full, or has no leader".to_owned());
+    let (connected, lost) = (well().broker, Broker { error, unreachable: false, ..down(Duration::ZERO) });
+    for (broker, age, failing, oldest, level, said) in [
+        (&connected, 9, Some(hours(2)), Some(hours(2)), Level::Problem, "nothing was confirmed for 2 h."),
+        (&connected, 9, Some(hours(2)), Some(6 * MINUTE), Level::Problem, "nothing was confirmed for 6 min."),
+        (&connected, 9, Some(4 * MINUTE), Some(hours(2)), Level::Ok, "Connected; the last event was confirmed"),
+        // An old fault, and no event to deliver since.
+        (&connected, 9, Some(hours(2)), None, Level::Ok, "Connected; the last event was confirmed"),
+        // The events of an earlier process.
+        (&connected, 1, None, Some(hours(2)), Level::Ok, "Connected; the last event was confirmed"),
+        (&lost, 3, Some(hours(2)), Some(hours(2)), Level::Problem, "Nothing delivered for 2 h: the broker rejected"),
+        (&lost, 3, Some(hours(2)), Some(SECOND), Level::Warning, "Nothing delivered for 3 s: the broker rejected"),
+    ] {
+        let broker = Broker { age: age * SECOND, failing, ..broker.clone() };
+        let facts = Facts { broker, oldest, last_confirm: Some(hours(2)), ledger: pending(5), ..well() };
+        let Judgement { headline, answers } = judge(&facts);
+        assert_eq!(answers[2].level, level, "{facts:?}");
+        assert!(answers[2].detail.contains(said), "{said:?} {:?}", answers[2]);
+        if level == Level::Problem {
+            let time = span(oldest.unwrap_or_default());
+            assert!(headline.level == level && headline.text.contains(&format!(" for {time}")), "{headline:?}");
+        }
+    }
 }
 
 #[test]
@@ -274,8 +303,9 @@ prop_compose! {
         error in option::of(Just("no".to_owned())),
         unreachable in any::<bool>(),
         age in any_age(),
+        failing in option::of(any_age()),
     ) -> Broker {
-        Broker { connected, blocked: blocked.filter(|_| connected), error, unreachable, age }
+        Broker { connected, blocked: blocked.filter(|_| connected), error, unreachable, age, failing }
     }
 }
 
