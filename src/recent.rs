@@ -52,6 +52,8 @@ struct TurnedAway {
 pub struct Losses {
     /// Refused recently: Prism may send them again.
     pub waiting: u64,
+    /// When the last one of those was refused, and the code of its refusal.
+    pub last_waiting: Option<(Timestamp, &'static str)>,
     /// Refused, and not accepted within a minute.
     pub lost: u64,
     /// When the last event was lost, and the code of its refusal.
@@ -68,6 +70,8 @@ pub struct Counts {
     /// Refused requests, by the `code` of the answer.
     pub refused: BTreeMap<&'static str, u64>,
     pub last_refused: Option<(Timestamp, &'static str)>,
+    /// When a request was last refused, by the `code` of the answer.
+    pub refused_at: BTreeMap<&'static str, Timestamp>,
     pub last_accepted: Option<Timestamp>,
     pub accepted: u64,
     pub duplicates: u64,
@@ -148,6 +152,7 @@ impl Recent {
         let mut counts = locked(&self.counts);
         *counts.refused.entry(code).or_default() += 1;
         counts.last_refused = Some((now, code));
+        counts.refused_at.insert(code, now);
     }
 
     /// An event that may be Prism's was refused with this code.
@@ -164,7 +169,8 @@ impl Recent {
     pub fn losses(&self, now: Timestamp) -> Losses {
         let mut turned_away = locked(&self.turned_away);
         turned_away.give_up(now);
-        Losses { waiting: turned_away.waiting.len() as u64, ..turned_away.losses }
+        let last_waiting = turned_away.waiting.values().max().copied();
+        Losses { waiting: turned_away.waiting.len() as u64, last_waiting, ..turned_away.losses }
     }
 
     /// Counts a valid signature. `position` is that of its secret, from 0.
@@ -274,8 +280,9 @@ mod tests {
         recent.turned_away(event(2), "spool-full", at(1));
         recent.turned_away(event(2), "spool-full", at(35));
         recent.taken_after_all(&event(1));
-        assert_eq!(recent.losses(at(40)), Losses { waiting: 1, lost: 0, last: None });
-        let lost = Losses { waiting: 0, lost: 1, last: Some((at(1), "spool-full")) };
+        let waiting = Losses { waiting: 1, last_waiting: Some((at(1), "spool-full")), ..Losses::default() };
+        assert_eq!(recent.losses(at(40)), waiting);
+        let lost = Losses { lost: 1, last: Some((at(1), "spool-full")), ..Losses::default() };
         assert_eq!(recent.losses(at(62)), lost);
         recent.taken_after_all(&event(2));
         assert_eq!(recent.losses(at(63)), lost, "too late");

@@ -59,6 +59,13 @@ pub(super) enum Level {
     Problem,
 }
 
+impl Level {
+    /// A loss of this age.
+    fn of_loss(age: Duration) -> Self {
+        if age < LOSS_SHOWN { Self::Problem } else { Self::Note }
+    }
+}
+
 /// The answer to one question.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(super) struct Answer {
@@ -164,7 +171,7 @@ pub(super) struct Window {
 }
 
 /// Webhooks that were refused since the start of the process.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct TurnedAway {
     /// Authentic events that were refused within the last minute and not accepted since: Prism may try again.
     pub waiting: u64,
@@ -172,10 +179,30 @@ pub(super) struct TurnedAway {
     pub lost: u64,
     /// Requests that could not be recognised if they came again.
     pub unrecognisable: u64,
-    /// The `code` of the last loss.
-    pub reason: Option<&'static str>,
-    /// Time since the last loss.
-    pub age: Option<Duration>,
+    /// The last one of those that are lost.
+    pub last_lost: Option<Refusal>,
+    /// The last one of those that may come again.
+    pub last_waiting: Option<Refusal>,
+    pub last_unrecognisable: Option<Refusal>,
+}
+
+/// A webhook that was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Refusal {
+    /// The `code` of the answer.
+    pub reason: &'static str,
+    /// Time since then.
+    pub age: Duration,
+}
+
+/// One way in which events are lost, or may be.
+struct Loss {
+    level: Level,
+    word: &'static str,
+    detail: String,
+    remedy: &'static str,
+    /// The sentence of the headline.
+    note: String,
 }
 
 /// A queue on the broker.
@@ -462,41 +489,47 @@ impl Facts {
     }
 
     fn lost(&self) -> Answer {
-        let answer = |level, word: &str, detail: String| answer("lost", level, word, detail);
+        let losses = self.losses();
         let ledger = self.ledger_text();
+        let Some(worst) = losses.first() else { return answer("lost", Level::Ok, "No", ledger) };
+        // What is certain stays so beside a newer doubt.
+        let is_certain = losses.iter().any(|loss| loss.word == "Yes");
+        let word = if is_certain { "Yes" } else { worst.word };
+        let said: Vec<_> = losses.iter().map(|loss| loss.detail.as_str()).collect();
+        answer("lost", worst.level, word, format!("{} {ledger}", said.join(" "))).remedy(worst.remedy)
+    }
+
+    /// Everything that is or may be lost, the worst first.
+    fn losses(&self) -> Vec<Loss> {
+        let mut losses = Vec::new();
         if self.damaged > 0 {
-            let level = if self.uptime < LOSS_SHOWN { Level::Problem } else { Level::Note };
-            let were = count(self.damaged, "accepted event was", "accepted events were");
-            let detail = format!("{were} lost because the spool file was damaged. {ledger}");
-            return answer(level, "Yes", detail)
-                .remedy("The relay's log says what was damaged, and where the damaged file is kept. Check the disk.");
+            losses.push(Loss {
+                level: Level::of_loss(self.uptime),
+                word: "Yes",
+                detail: format!(
+                    "{} lost because the spool file was damaged.",
+                    count(self.damaged, "accepted event was", "accepted events were")
+                ),
+                remedy: "The relay's log says what was damaged, and where the damaged file is kept. Check the disk.",
+                note: format!(
+                    "{} lost because the spool file was damaged.",
+                    count(self.damaged, "event was", "events were")
+                ),
+            });
         }
         if let Some(gap) = self.gap() {
-            return answer(Level::Problem, "Perhaps", format!("The totals differ by {}. {ledger}", events(gap)))
-                .remedy("Run prism-relay spool verify on this machine, and keep its output.");
+            losses.push(Loss {
+                level: Level::Problem,
+                word: "Perhaps",
+                detail: format!("The totals differ by {}.", events(gap)),
+                remedy: "Run prism-relay spool verify on this machine, and keep its output.",
+                note: "The totals of the spool do not add up.".to_owned(),
+            });
         }
-        let TurnedAway { waiting, lost, unrecognisable, reason, age } = &self.turned_away;
-        let meaning = refusals::meaning(reason.unwrap_or_default());
-        let level = if age.is_some_and(|age| age < LOSS_SHOWN) { Level::Problem } else { Level::Note };
-        if *lost > 0 {
-            let were = count(*lost, "webhook was", "webhooks were");
-            let last = age.map(|age| format!(", the last one {}", ago(age))).unwrap_or_default();
-            let detail = format!(
-                "{were} refused since the start and not accepted later{last}: Prism has given up on them. {ledger}"
-            );
-            return answer(level, "Yes", detail).remedy(meaning);
-        }
-        if *waiting > 0 {
-            let are = count(*waiting, "webhook was", "webhooks were");
-            let detail = format!("{are} refused just now. Prism gives up on each after about 35 s. {ledger}");
-            return answer(Level::Warning, "Not yet", detail).remedy(meaning);
-        }
-        if *unrecognisable > 0 {
-            let were = count(*unrecognisable, "request was", "requests were");
-            let detail = format!("{were} refused since the start before the body was read; Prism's may be among them.");
-            return answer(level.min(Level::Warning), "Perhaps", format!("{detail} {ledger}")).remedy(meaning);
-        }
-        answer(Level::Ok, "No", ledger)
+        losses.extend(self.turned_away.losses());
+        // Stable: among equals the first one counts.
+        losses.sort_by_key(|loss| std::cmp::Reverse(loss.level));
+        losses
     }
 
     /// By how many events the totals differ, if they do.
@@ -565,6 +598,53 @@ impl Facts {
                 format!("{}; {messages} for them.", count(workers, "worker is connected", "workers are connected")),
             ),
         }
+    }
+}
+
+impl TurnedAway {
+    /// What is lost, or may be, because it was refused.
+    fn losses(&self) -> Vec<Loss> {
+        let mut losses = Vec::new();
+        let meaning = |last: &Option<Refusal>| refusals::meaning(last.as_ref().map_or("", |last| last.reason));
+        let level = |last: &Option<Refusal>| last.as_ref().map_or(Level::Note, |last| Level::of_loss(last.age));
+        if self.lost > 0 {
+            let were = count(self.lost, "webhook was", "webhooks were");
+            let last = self.last_lost.map(|last| format!(", the last one {}", ago(last.age))).unwrap_or_default();
+            losses.push(Loss {
+                level: level(&self.last_lost),
+                word: "Yes",
+                detail: format!(
+                    "{were} refused since the start and not accepted later{last}: Prism has given up on them."
+                ),
+                remedy: meaning(&self.last_lost),
+                note: format!(
+                    "{} lost: refused, and not accepted later.",
+                    count(self.lost, "webhook is", "webhooks are")
+                ),
+            });
+        }
+        if self.waiting > 0 {
+            let note = format!("{} refused just now.", count(self.waiting, "webhook was", "webhooks were"));
+            losses.push(Loss {
+                level: Level::Warning,
+                word: "Not yet",
+                detail: format!("{note} Prism gives up on each after about 35 s."),
+                remedy: meaning(&self.last_waiting),
+                note,
+            });
+        }
+        if self.unrecognisable > 0 {
+            let were = count(self.unrecognisable, "request was", "requests were");
+            let note = format!("{were} refused since the start before the body was read; Prism's may be among them.");
+            losses.push(Loss {
+                level: level(&self.last_unrecognisable).min(Level::Warning),
+                word: "Perhaps",
+                detail: note.clone(),
+                remedy: meaning(&self.last_unrecognisable),
+                note,
+            });
+        }
+        losses
     }
 }
 
@@ -642,18 +722,11 @@ impl Facts {
     fn note(&self, answer: &Answer, first: Option<&str>) -> Option<String> {
         let is_told = |id: &str| first == Some(id);
         match answer.id {
-            "lost" if self.damaged > 0 => {
-                let lost = count(self.damaged, "event was", "events were");
-                Some(format!("{lost} lost because the spool file was damaged."))
+            // The sentence about accepting says what may still be lost.
+            "lost" => {
+                let worst = self.losses().into_iter().next()?;
+                (worst.level == Level::Problem || !is_told("accepting")).then_some(worst.note)
             }
-            "lost" if self.gap().is_some() => Some("The totals of the spool do not add up.".to_owned()),
-            "lost" if self.turned_away.lost > 0 => {
-                let lost = count(self.turned_away.lost, "webhook is", "webhooks are");
-                Some(format!("{lost} lost: refused, and not accepted later."))
-            }
-            // The sentence about accepting says it.
-            "lost" if is_told("accepting") => None,
-            "lost" => answer.detail.split_once(". ").map(|(first, _)| format!("{first}.")),
             "workers" => Some(answer.detail.clone()),
             "broker" => Some(format!("{}.", self.why_not_delivering()?)),
             // Said by the sentence about deliveries, or its consequence.

@@ -8,7 +8,7 @@ use jiff::Timestamp;
 use thiserror::Error;
 use uuid::Uuid;
 
-use super::answers::{Broker, Facts, TurnedAway, judge};
+use super::answers::{Broker, Facts, Refusal, TurnedAway, judge};
 use super::history::{Counters, Held, History, Point};
 use super::queues::Unattended;
 use super::refusals::UNRECOGNISABLE;
@@ -20,7 +20,7 @@ use crate::health::Health;
 use crate::logging;
 use crate::metrics::Metrics;
 use crate::publisher::{BrokerState, Status};
-use crate::recent::{Arrival, Counts, Recent};
+use crate::recent::{Arrival, Counts, Losses, Recent};
 use crate::server::Admission;
 use crate::signature::Verifier;
 use crate::spool::{ChangeError, Inspector, Ledger, OpenError, ReadError, Spool, Undelivered};
@@ -181,25 +181,10 @@ impl View {
             last_5_minutes: history.window(5 * MINUTE, &counters),
             last_30_minutes: history.window(30 * MINUTE, &counters),
             last_hour: history.window(60 * MINUTE, &counters),
-            turned_away: self.turned_away(counts, now),
+            turned_away: turned_away(counts, &self.sources.recent.losses(now), now),
             queues,
             missing: watch.missing,
             unwatched: watch.off,
-        }
-    }
-
-    fn turned_away(&self, counts: &Counts, now: Timestamp) -> TurnedAway {
-        let losses = self.sources.recent.losses(now);
-        let unrecognisable = UNRECOGNISABLE.iter().filter_map(|code| counts.refused.get(code)).sum();
-        // A refusal that cannot be recognised later has its code and time only among the latest refusals.
-        let latest = counts.last_refused.filter(|(_, code)| UNRECOGNISABLE.contains(code));
-        let last = losses.last.or(latest);
-        TurnedAway {
-            waiting: losses.waiting,
-            lost: losses.lost,
-            unrecognisable,
-            reason: last.map(|(_, code)| code),
-            age: last.map(|(at, _)| now.duration_since(at).unsigned_abs()),
         }
     }
 
@@ -311,6 +296,20 @@ fn counters(counts: &Counts, confirmed: u64) -> Counters {
     Counters { accepted: counts.accepted + counts.duplicates, refused, refused_by_code: counts.mistaken(), confirmed }
 }
 
+fn turned_away(counts: &Counts, losses: &Losses, now: Timestamp) -> TurnedAway {
+    let refusal =
+        |(at, reason): (Timestamp, &'static str)| Refusal { reason, age: now.duration_since(at).unsigned_abs() };
+    let last = UNRECOGNISABLE.iter().filter_map(|code| Some((*counts.refused_at.get(code)?, *code))).max();
+    TurnedAway {
+        waiting: losses.waiting,
+        lost: losses.lost,
+        unrecognisable: UNRECOGNISABLE.iter().filter_map(|code| counts.refused.get(code)).sum(),
+        last_lost: losses.last.map(refusal),
+        last_waiting: losses.last_waiting.map(refusal),
+        last_unrecognisable: last.map(refusal),
+    }
+}
+
 fn days(until: Timestamp, now: Timestamp) -> f64 {
     until.duration_since(now).as_secs_f64() / 86_400.0
 }
@@ -320,4 +319,21 @@ async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, ViewError> + Send + 'static,
 ) -> Result<T, ViewError> {
     tokio::task::spawn_blocking(work).await.map_err(|_| ViewError::Interrupted)?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn another_refusal_does_not_hide_when_one_could_not_be_recognised() {
+        let (recent, start) = (Recent::default(), Timestamp::UNIX_EPOCH);
+        let at = |seconds: u64| start + Duration::from_secs(seconds);
+        for (second, code) in [(10, "overloaded"), (20, "request-timeout"), (30, "not-found"), (40, "spool-full")] {
+            recent.refused(code, at(second));
+        }
+        let found = turned_away(&recent.counts(), &recent.losses(at(50)), at(50));
+        let last = Refusal { reason: "request-timeout", age: Duration::from_secs(30) };
+        assert_eq!(found, TurnedAway { unrecognisable: 2, last_unrecognisable: Some(last), ..TurnedAway::default() });
+    }
 }

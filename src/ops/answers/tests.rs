@@ -209,14 +209,18 @@ fn refusals_count_as_in_the_alert_rules() {
 
 #[test]
 fn a_refused_webhook_that_is_not_accepted_later_is_lost() {
-    let lost = TurnedAway { lost: 12, reason: Some("spool-full"), age: Some(3 * MINUTE), ..TurnedAway::default() };
+    let last = Refusal { reason: "spool-full", age: 3 * MINUTE };
+    let lost = TurnedAway { lost: 12, last_lost: Some(last), ..TurnedAway::default() };
     let facts = Facts { turned_away: lost.clone(), ..well() };
     let detail = says(&facts, "lost", Level::Problem, "Yes");
     assert!(detail.starts_with("12 webhooks were refused since the start and not accepted later"), "{detail}");
     let text = "All accepted events are in RabbitMQ; the last one 3 s ago. 12 webhooks are lost: refused, and not \
                 accepted later.";
     headline(&facts, Level::Problem, text);
-    let old = Facts { turned_away: TurnedAway { age: Some(25 * 60 * MINUTE), ..lost.clone() }, ..well() };
+    let old = Facts {
+        turned_away: TurnedAway { last_lost: Some(Refusal { age: 25 * 60 * MINUTE, ..last }), ..lost.clone() },
+        ..well()
+    };
     says(&old, "lost", Level::Note, "Yes");
     let waiting = Facts { turned_away: TurnedAway { lost: 0, waiting: 2, ..lost }, ..well() };
     says(&waiting, "lost", Level::Warning, "Not yet");
@@ -225,6 +229,28 @@ fn a_refused_webhook_that_is_not_accepted_later_is_lost() {
     says(&Facts { uptime: 25 * 60 * MINUTE, ..damaged }, "lost", Level::Note, "Yes");
     let gap = Facts { ledger: Ledger { accepted: 101, ..well().ledger }, ..well() };
     says(&gap, "lost", Level::Problem, "Perhaps");
+}
+
+#[test]
+fn an_old_loss_does_not_hide_a_new_one() {
+    let (old, fresh) = (25 * 60 * MINUTE, 3 * MINUTE);
+    let refusal = |reason, age| Some(Refusal { reason, age });
+    let ledger = Ledger { accepted: 102, removed: 2, ..well().ledger };
+    let damaged = Facts { uptime: old, damaged: 2, ledger, ..well() };
+    let long_ago = TurnedAway { lost: 12, last_lost: refusal("spool-full", old), ..TurnedAway::default() };
+    let lost = TurnedAway { last_lost: refusal("spool-full", fresh), ..long_ago.clone() };
+    let detail = says(&Facts { turned_away: lost, ..damaged.clone() }, "lost", Level::Problem, "Yes");
+    let both = "12 webhooks were refused since the start and not accepted later, the last one 3 min ago: Prism has \
+                given up on them. 2 accepted events were lost because the spool file was damaged. 102 accepted = ";
+    assert!(detail.starts_with(both), "{detail}");
+    let waiting = TurnedAway { waiting: 1, last_waiting: refusal("shutting-down", SECOND), ..long_ago.clone() };
+    let facts = Facts { turned_away: waiting, ..well() };
+    says(&facts, "lost", Level::Warning, "Yes");
+    let text = "All accepted events are in RabbitMQ; the last one 3 s ago. 1 webhook was refused just now.";
+    headline(&facts, Level::Warning, text);
+    assert!(judge(&facts).headline.advice.contains("The relay was shutting down"));
+    let unknown = TurnedAway { unrecognisable: 1, last_unrecognisable: refusal("overloaded", fresh), ..long_ago };
+    says(&Facts { turned_away: unknown, ..well() }, "lost", Level::Warning, "Yes");
 }
 
 #[test]
@@ -309,11 +335,16 @@ prop_compose! {
     }
 }
 
+fn any_refusal() -> impl Strategy<Value = Option<Refusal>> {
+    option::of(any_age().prop_map(|age| Refusal { reason: "spool-full", age }))
+}
+
 prop_compose! {
     fn any_turned_away()(
-        waiting in 0..3u64, lost in 0..3u64, unrecognisable in 0..3u64, age in option::of(any_age()),
+        (waiting, lost, unrecognisable) in (0..3u64, 0..3u64, 0..3u64),
+        (last_lost, last_waiting, last_unrecognisable) in (any_refusal(), any_refusal(), any_refusal()),
     ) -> TurnedAway {
-        TurnedAway { waiting, lost, unrecognisable, reason: age.map(|_| "spool-full"), age }
+        TurnedAway { waiting, lost, unrecognisable, last_lost, last_waiting, last_unrecognisable }
     }
 }
 
@@ -370,9 +401,27 @@ proptest! {
         if refuses || loses {
             prop_assert_eq!(level, Level::Problem);
         }
-        if facts.turned_away.lost > 0 || facts.turned_away.waiting > 0 || facts.draining {
-            prop_assert!(level > Level::Ok);
-        }
+        prop_assert!(!facts.draining || level > Level::Ok);
+    }
+
+    /// No fact about losses hides a worse one.
+    #[test]
+    fn the_worst_loss_decides(facts in any_facts()) {
+        let TurnedAway { waiting, lost, unrecognisable, last_lost, last_unrecognisable, .. } = facts.turned_away;
+        let aged = |last: Option<Refusal>, fresh| match last {
+            Some(last) if last.age < LOSS_SHOWN => fresh,
+            Some(_) | None => Level::Note,
+        };
+        let since_start = if facts.uptime < LOSS_SHOWN { Level::Problem } else { Level::Note };
+        let expected = [
+            (facts.damaged > 0, since_start),
+            (facts.gap().is_some(), Level::Problem),
+            (lost > 0, aged(last_lost, Level::Problem)),
+            (waiting > 0, Level::Warning),
+            (unrecognisable > 0, aged(last_unrecognisable, Level::Warning)),
+        ];
+        let expected = expected.iter().filter(|(is_so, _)| *is_so).map(|(_, level)| *level).max();
+        prop_assert_eq!(facts.lost().level, expected.unwrap_or(Level::Ok));
     }
 }
 
