@@ -588,6 +588,11 @@ impl Facts {
             let detail = "The queues have not answered yet.";
             return answer("workers", Level::Note, "Not known yet", detail);
         }
+        let is_unknown = |queue: &&Queue| queue.role != Role::Inner && queue.state == QueueState::Unknown;
+        if let Some(Queue { name, .. }) = self.queues.iter().find(is_unknown) {
+            let detail = format!("{name} has not answered, so the number of its messages is not known.");
+            return answer("workers", Level::Note, "Not known", detail);
+        }
         let messages = count(waiting, "message waits", "messages wait");
         match consuming {
             0 => answer("workers", Level::Ok, "Nothing waits", "No worker is connected, and no message waits for one."),

@@ -291,6 +291,16 @@ fn the_seventh_answer_sees_through_to_the_workers() {
         says(&with(vec![Queue { state, ..waiting.clone() }]), "workers", level, word);
     }
     says(&with(Vec::new()), "workers", Level::Note, "Not known yet");
+    let fine = queue("prism.scan", Role::Work, 7, 2);
+    for (name, role, level, word) in [
+        ("prism.dead", Role::Dead, Level::Note, "Not known"),
+        ("prism.unrouted", Role::Unrouted, Level::Note, "Not known"),
+        ("prism.scan.retry.1", Role::Inner, Level::Ok, "Yes"),
+    ] {
+        let unknown = Queue { name: name.to_owned(), role, state: QueueState::Unknown };
+        let detail = says(&with(vec![fine.clone(), unknown]), "workers", level, word);
+        assert!(level == Level::Ok || detail.starts_with(name), "{detail}");
+    }
     let missing = vec!["queue prism.scan".to_owned(), "exchange prism.dead".to_owned()];
     let detail = says(&Facts { missing, ..well() }, "workers", Level::Problem, "No");
     assert_eq!(detail, "Missing in RabbitMQ: queue prism.scan and 1 more.");
