@@ -13,7 +13,7 @@ use crate::topology::QueueRole;
 pub(super) struct Unattended(HashMap<String, Instant>);
 
 impl Unattended {
-    /// The queues of the answers. To be called at every look.
+    /// The queues of the answers. To be called every few seconds, also while nobody asks.
     pub(super) fn queues(&mut self, watch: &WatchState, now: Instant) -> Vec<Queue> {
         self.0.retain(|name, _| watch.queues.iter().any(|queue| queue.name == *name));
         watch.queues.iter().map(|queue| self.queue(queue, now)).collect()

@@ -8,7 +8,7 @@ use jiff::Timestamp;
 use thiserror::Error;
 use uuid::Uuid;
 
-use super::answers::{Broker, Facts, Refusal, TurnedAway, judge};
+use super::answers::{Broker, Facts, Queue, Refusal, TurnedAway, judge};
 use super::history::{Counters, Held, History, Point};
 use super::queues::Unattended;
 use super::refusals::UNRECOGNISABLE;
@@ -19,7 +19,7 @@ use super::report::{
 use crate::health::Health;
 use crate::logging;
 use crate::metrics::Metrics;
-use crate::publisher::{BrokerState, Status};
+use crate::publisher::{BrokerState, Status, WatchState};
 use crate::recent::{Arrival, Counts, Losses, Recent};
 use crate::server::Admission;
 use crate::signature::Verifier;
@@ -93,6 +93,8 @@ impl View {
 
     /// Adds a point to the charts, and returns it.
     pub(super) fn sample(&self) -> Option<Point> {
+        // How long queues have had no worker is measured also while nobody asks.
+        self.queues(&self.sources.broker.watch(), Instant::now());
         let ledger = self.sources.spool.status().ledger();
         let counters = counters(&self.sources.recent.counts(), ledger.confirmed);
         let lags = self.sources.broker.take_lags();
@@ -152,7 +154,7 @@ impl View {
         let age = |at: Timestamp| now.duration_since(at).unsigned_abs();
         let (max_bytes, counters) = (self.sources.spool.max_bytes(), counters(counts, ledger.confirmed));
         let watch = self.sources.broker.watch();
-        let queues = self.unattended.lock().unwrap_or_else(PoisonError::into_inner).queues(&watch, Instant::now());
+        let queues = self.queues(&watch, Instant::now());
         let history = self.history();
         let last_minute = history.recent_increase(MINUTE, &counters);
         Facts {
@@ -186,6 +188,10 @@ impl View {
             missing: watch.missing,
             unwatched: watch.off,
         }
+    }
+
+    fn queues(&self, watch: &WatchState, now: Instant) -> Vec<Queue> {
+        self.unattended.lock().unwrap_or_else(PoisonError::into_inner).queues(watch, now)
     }
 
     fn certificate(&self, now: Timestamp) -> Option<CertificateReport> {
@@ -323,7 +329,50 @@ async fn blocking<T: Send + 'static>(
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
+    use tokio_util::sync::CancellationToken;
+
+    use super::super::answers;
     use super::*;
+    use crate::publisher::QueueState;
+    use crate::spool::{self, Durability, dedupe};
+    use crate::topology::QueueRole;
+
+    /// A view of a relay without events in this folder.
+    fn view(folder: &Path) -> View {
+        let (metrics, path) = (Arc::new(Metrics::new()), folder.join("spool.db"));
+        let settings =
+            spool::Settings { path, max_bytes: 1 << 20, durability: Durability::Process, body_bytes_max: 1024 };
+        let dedupe = dedupe::Settings { window: Duration::ZERO, entries_max: 0 };
+        let (spool, _) = Spool::open(&settings, &dedupe, Arc::clone(&metrics)).unwrap();
+        View::new(Sources {
+            health: Health::new(spool.clone(), CancellationToken::new()),
+            spool,
+            broker: Arc::new(Status::new()),
+            recent: Arc::default(),
+            verifier: Arc::new(Verifier::new(&[], false, MINUTE)),
+            connections: Admission::new(1, 1, Vec::new()),
+            tls: None,
+            metrics,
+        })
+    }
+
+    #[tokio::test]
+    async fn the_time_without_a_worker_is_measured_while_nobody_asks() {
+        let folder = tempfile::tempdir().unwrap();
+        let view = view(folder.path());
+        let (messages, consumers) = (Some(5), Some(0));
+        let queue =
+            QueueState { name: "prism.scan".to_owned(), role: QueueRole::Work, messages, consumers, trouble: None };
+        let watch = WatchState { queues: vec![queue], ..WatchState::default() };
+        view.sources.broker.on_look(watch.clone(), MINUTE);
+        view.sample();
+        match view.queues(&watch, Instant::now() + 5 * MINUTE)[0].state {
+            answers::QueueState::Counted { unattended, .. } => assert!(unattended >= 5 * MINUTE, "{unattended:?}"),
+            ref other => panic!("{other:?}"),
+        }
+    }
 
     #[test]
     fn another_refusal_does_not_hide_when_one_could_not_be_recognised() {

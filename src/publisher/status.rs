@@ -139,7 +139,7 @@ struct Deliveries {
 }
 
 impl Status {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let state = BrokerState {
             connected: false,
             blocked: None,
@@ -175,7 +175,7 @@ impl Status {
     }
 
     /// Stores a look. `interval`: when the next one is due.
-    pub(super) fn on_look(&self, state: WatchState, interval: Duration) {
+    pub(crate) fn on_look(&self, state: WatchState, interval: Duration) {
         let valid_until = Instant::now() + interval * LOOKS_MISSED_MAX;
         *locked(&self.watched) = Watched { state, valid_until };
     }
