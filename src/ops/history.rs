@@ -54,7 +54,7 @@ pub(super) struct Point {
     pub lag_p50_ms: Option<u64>,
     /// Time from acceptance to confirm, for events confirmed since the previous point: 99 of 100 took at most this.
     pub lag_p99_ms: Option<u64>,
-    /// Bytes that events take in the spool.
+    /// Bytes that count against the maximum of the spool.
     #[serde(skip)]
     bytes: u64,
     #[serde(skip)]
@@ -66,6 +66,7 @@ pub(super) struct Point {
 pub(super) struct Held {
     /// Pending events.
     pub depth: u64,
+    /// Bytes that count against the maximum: the events, and a log that has grown.
     pub bytes: u64,
 }
 

@@ -98,7 +98,7 @@ impl View {
         let ledger = self.sources.spool.status().ledger();
         let counters = counters(&self.sources.recent.counts(), ledger.confirmed);
         let lags = self.sources.broker.take_lags();
-        let held = Held { depth: ledger.pending, bytes: ledger.bytes };
+        let held = Held { depth: ledger.pending, bytes: self.sources.spool.status().used_bytes() };
         self.history().add(counters, held, &lags, Timestamp::now(), Instant::now())
     }
 
