@@ -424,13 +424,14 @@ start_relay() {
     fail 'The relay did not become ready.' "$state/relay.log" "To find the problem: $relay check"
   await 'The relay connects' 30 "$relay_pid" "$state/relay.log" is_connected ||
     fail 'The relay cannot reach RabbitMQ.' "$state/relay.log" "To find the problem: $relay check"
-  done_with Relay "http://127.0.0.1:$http_port, connected to RabbitMQ"
+  path=$("$relay" config show | sed -n '/^\[http\]/,/^$/s/^path = "\([^"]*\)".*/\1/p')
+  done_with Relay "http://127.0.0.1:$http_port$path, connected to RabbitMQ"
 }
 
 # shellcheck disable=SC2317 # await calls these three
 is_ready() { [[ $(http_get "$ops_port" /readyz) == HTTP/1.1\ 200* ]]; }
 # shellcheck disable=SC2317
-is_connected() { [[ $(http_get "$ops_port" /api/status) =~ \"broker\".*\"connected\":\ *true ]]; }
+is_connected() { [[ $(http_get "$ops_port" /metrics) == *$'\nprism_relay_broker_connected 1'* ]]; } # needs no ops.token
 
 # shellcheck disable=SC2317
 http_get() (
@@ -478,9 +479,9 @@ print_next_steps() {
   printf '\n%sConsole%s   http://127.0.0.1:%s/\n' "$bold" "$plain" "$ops_port"
   cat <<EOF
 
-${bold}Prism${plain}     has to reach http://127.0.0.1:$http_port/webhooks/prism. Give that a public HTTPS address by a tunnel, for example
+${bold}Prism${plain}     has to reach http://127.0.0.1:$http_port$path. Give that a public HTTPS address by a tunnel, for example
           cloudflared tunnel --url http://127.0.0.1:$http_port
-          and enter the address, with /webhooks/prism behind it, in your Prism account.
+          and enter the address, with $path behind it, in your Prism account.
 EOF
   if [[ $unsigned ]]; then
     printf '          Webhooks are accepted without a signature: any client that knows the address can post.\n'
@@ -521,7 +522,7 @@ clean_up() {
 
 # ------------------------------------------------------------------------------------------------------ processes
 
-job='' relay_pid='' tail_pid='' build_pid='' stopping='' missing=''
+job='' relay_pid='' tail_pid='' build_pid='' stopping='' missing='' path=''
 broker_way='' broker_url='' broker_is='' broker_port='' broker_ui='' broker_pid='' epmd_pid='' container='' container_engine=''
 start_dir=$PWD
 

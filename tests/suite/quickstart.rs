@@ -67,10 +67,12 @@ async fn the_quickstart_consumes_nothing_and_keeps_a_file_that_people_edit() {
     }
 
     let config = checkout.path(".quickstart/relay.toml");
-    let edited = format!("{}# edited\n", fs::read_to_string(&config).unwrap());
+    let edits = "# edited\n[http]\npath = \"/hooks\"\n[ops]\ntoken = \"0123456789abcdef\"\n";
+    let edited = fs::read_to_string(&config).unwrap() + edits;
     fs::write(&config, &edited).unwrap();
     let second = checkout.quickstart(&["--once", "--unsigned", "--broker", &vhost.url()]).await;
     assert_eq!(second.code, Some(0), "{second:?}");
+    assert!(second.stdout.contains("/hooks, connected to RabbitMQ"), "{}", second.stdout);
     assert_eq!(fs::read_to_string(&config).unwrap(), edited);
     // Both runs sent three events of each family, and took none from the queues.
     for queue in ["prism.scan", "prism.future_me"] {
