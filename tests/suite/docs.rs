@@ -26,6 +26,14 @@ fn the_readme_is_read_in_three_minutes() {
 }
 
 #[test]
+fn prose_is_wrapped_at_120_columns() {
+    for page in page::all() {
+        let wide = page.prose_wider_than(120);
+        assert!(wide.is_empty(), "{} has lines over 120 columns: {wide:#?}", page.name);
+    }
+}
+
+#[test]
 fn links_and_anchors_lead_somewhere() {
     let pages: BTreeMap<_, _> = page::all().into_iter().map(|page| (page.name.clone(), page)).collect();
     let (mut dead, mut followed) = (Vec::new(), 0);
@@ -217,13 +225,17 @@ fn every_metric_in_a_page_exists() {
     let source = source.split("#[cfg(test)]").next().unwrap_or_default();
     let strings = source.split('"').skip(1).step_by(2);
     let names: BTreeSet<_> = strings.filter_map(|text| text.strip_prefix("prism_relay_")).collect();
-    let documented: BTreeSet<_> = {
+    let rows: Vec<_> = {
         let reference = page("deploy/reference.md");
         let metrics = reference.text.split("\n## Metrics").nth(1).expect("a section on metrics");
         let rows = metrics.lines().take_while(|line| !line.starts_with("## "));
-        let names = rows.filter_map(|row| row.strip_prefix("| `")?.split(['`', '{']).next().map(str::to_owned));
-        names.collect()
+        rows.filter_map(|row| row.strip_prefix("| `")?.split(['`', '{']).next().map(str::to_owned)).collect()
     };
+    let mut documented = BTreeSet::new();
+    for name in rows {
+        assert!(!documented.contains(&name), "deploy/reference.md has the metric {name} twice");
+        documented.insert(name);
+    }
     for name in &documented {
         assert!(names.contains(name.as_str()), "deploy/reference.md has the metric {name}, which does not exist");
     }

@@ -88,6 +88,15 @@ impl Page {
         prose.flat_map(str::split_whitespace).filter(|word| word.chars().any(char::is_alphanumeric)).count()
     }
 
+    /// The lines of prose over this width, with their numbers. Tables and HTML have a line for each part.
+    pub fn prose_wider_than(&self, columns: usize) -> Vec<(usize, &str)> {
+        let numbered = (1..).zip(&self.lines).filter_map(|(number, line)| match line {
+            Line::Prose(prose) if !prose.trim_start().starts_with(['|', '<']) => Some((number, prose.as_str())),
+            Line::Prose(_) | Line::Code(_) | Line::Fence(_) => None,
+        });
+        numbered.filter(|(_, prose)| prose.chars().count() > columns).collect()
+    }
+
     fn prose(&self) -> impl Iterator<Item = &str> {
         self.lines.iter().filter_map(|line| match line {
             Line::Prose(prose) => Some(prose.trim_start()),
