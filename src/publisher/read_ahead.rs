@@ -31,6 +31,8 @@ pub(super) struct ReadAhead {
     /// How many events had been removed when the events in memory were read.
     removed: Option<u64>,
     validity: Validity,
+    /// Events may wait for a parked one whose delivery the spool could not record. They are read when it can.
+    recheck: bool,
 }
 
 /// Whether the events in memory are still those of the spool.
@@ -55,6 +57,7 @@ impl ReadAhead {
             committed_while_reading: false,
             removed: None,
             validity: Validity::Valid,
+            recheck: false,
         }
     }
 
@@ -74,6 +77,8 @@ impl ReadAhead {
             && self.backlog.len() < self.batch.saturating_mul(BATCHES_MAX)
             && self.backlog.bytes() < BODY_BYTES_MAX;
         if has_room && !self.exhausted && self.reading.is_none() && self.validity == Validity::Valid {
+            let status = self.spool.status();
+            self.recheck |= status.ledger().parked > 0 && !status.takes_settlements();
             let (spool, cursor, batch) = (self.spool.clone(), self.cursor, self.batch);
             #[expect(clippy::disallowed_methods, reason = "the read must go on while the session does other work")]
             let reading = tokio::spawn(async move { spool.pending_after(cursor, batch).await });
@@ -133,8 +138,13 @@ impl ReadAhead {
 
     // -- reading again ------------------------------------------------------------------------------------------------
 
-    /// Looks whether events were removed since the ones in memory were read.
-    pub(super) async fn check_removed(&mut self) -> Result<(), ReadError> {
+    /// Looks whether events were removed since the ones in memory were read, and whether the spool records deliveries
+    /// again.
+    pub(super) async fn check_spool(&mut self) -> Result<(), ReadError> {
+        if self.recheck && self.spool.status().takes_settlements() {
+            self.recheck = false;
+            self.on_parked_delivered();
+        }
         if let Some(removed) = self.removed
             && !self.is_stale()
             && !self.backlog.knows_of_none()
@@ -160,11 +170,16 @@ impl ReadAhead {
         self.validity != Validity::Valid
     }
 
-    /// Drops the events in memory, to be read again. Call it while nothing is in flight. Does nothing while the spool
-    /// cannot record what was delivered and that matters.
+    /// Drops the events in memory, to be read again. Call it while nothing is in flight. While the spool cannot record
+    /// what was delivered, the events in memory go on and the rest is read later, unless too many subjects are held
+    /// back.
     pub(super) async fn read_again(&mut self) {
         self.spool.flush().await;
         if self.validity == Validity::StaleUntilCommit && !self.spool.status().takes_settlements() {
+            if self.backlog.parked_subjects() <= PARKED_SUBJECTS_MAX {
+                self.validity = Validity::Valid;
+                self.recheck = true;
+            }
             return;
         }
         let cursor = self.backlog.oldest().map_or(self.cursor, |oldest| oldest - 1);

@@ -126,7 +126,7 @@ impl<'a> Session<'a> {
             if ticked_at.elapsed() >= TICK {
                 ticked_at = Instant::now();
                 self.check_connection()?;
-                self.pending.check_removed().await?;
+                self.pending.check_spool().await?;
                 self.retry_due |= !draining && self.is_retry_due();
                 self.parts.parking_log.report_rest();
             }

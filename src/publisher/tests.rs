@@ -2,16 +2,19 @@
 //! channels: no returned event is confirmed, none is forgotten, and the events of a subject arrive in order.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
-use std::time::Instant;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use proptest::prelude::*;
 use uuid::Uuid;
 
 use super::backlog::Backlog;
+use super::read_ahead::ReadAhead;
 use super::window::{Flight, Lane, Settled, Verdict, Window};
 use crate::event::{Event, Fingerprint, SubjectKey};
-use crate::spool::{Settlement, Stored};
+use crate::metrics::Metrics;
+use crate::spool::{self, Settlement, Spool, Stored};
 
 fn stored(seq: u64, subject: Option<i64>) -> Stored {
     let body = Bytes::from_static(b"{}");
@@ -344,4 +347,58 @@ fn a_released_event_goes_before_younger_ones() {
     assert_eq!(backlog.pop().map(|stored| stored.seq), Some(1));
     backlog.delivered(Some(SubjectKey(7)));
     assert_eq!(backlog.pop().map(|stored| stored.seq), Some(2));
+}
+
+/// The delivery of a parked event was confirmed, but the disk could not record it before the connection was lost.
+#[tokio::test]
+async fn what_waited_for_a_parked_event_is_read_once_the_disk_has_recorded_its_delivery() {
+    let folder = tempfile::TempDir::new().unwrap();
+    let path = folder.path().join("spool.db");
+    let settings = spool::Settings {
+        path: path.clone(),
+        max_bytes: 1 << 20,
+        durability: spool::Durability::Disk,
+        body_bytes_max: 1 << 10,
+    };
+    let dedupe = spool::dedupe::Settings { window: Duration::ZERO, entries_max: 0 };
+    let (spool, _end) = Spool::open(&settings, &dedupe, Arc::new(Metrics::new())).unwrap();
+    for (number, subject) in [(1, Some(7)), (2, Some(7)), (3, Some(8)), (4, Some(8))] {
+        spool.append(stored(number, subject).event, None).await.unwrap();
+    }
+    spool.settle(vec![Settlement::Parked { seq: 1, reason: "returned".to_owned() }]).await;
+    spool.flush().await;
+    let disk = rusqlite::Connection::open(&path).unwrap();
+    disk.execute_batch("CREATE TRIGGER f BEFORE DELETE ON event BEGIN SELECT RAISE(ABORT, 'fails'); END").unwrap();
+    spool.settle(vec![Settlement::Confirmed(1)]).await;
+    spool.flush().await;
+    assert!(!spool.status().takes_settlements() && spool.status().ledger().parked == 1);
+
+    // The next connection. The other subject goes on.
+    let mut pending = ReadAhead::new(spool.clone(), 10);
+    let out = |pending: &mut ReadAhead| pending.backlog().pop().map(|stored| stored.seq);
+    pending.read_on();
+    pending.finish_read().await.unwrap();
+    assert_eq!((out(&mut pending), out(&mut pending), pending.left_out()), (Some(3), None, 1));
+    spool.settle(vec![Settlement::Confirmed(3)]).await;
+    pending.backlog().delivered(Some(SubjectKey(8)));
+    assert_eq!(out(&mut pending), Some(4));
+    pending.check_spool().await.unwrap();
+    assert!(!pending.is_stale());
+    // The same over the old connection.
+    let mut earlier = ReadAhead::new(spool.clone(), 10);
+    earlier.on_parked_delivered();
+    earlier.read_again().await;
+    assert!(!earlier.is_stale(), "the other subjects go on");
+
+    disk.execute_batch("DROP TRIGGER f").unwrap();
+    spool.settle(vec![Settlement::Confirmed(4)]).await;
+    spool.flush().await;
+    assert!(spool.status().takes_settlements());
+    pending.check_spool().await.unwrap();
+    earlier.check_spool().await.unwrap();
+    assert!(pending.is_stale() && earlier.is_stale());
+    pending.read_again().await;
+    pending.read_on();
+    pending.finish_read().await.unwrap();
+    assert_eq!((out(&mut pending), out(&mut pending)), (Some(2), None));
 }
