@@ -29,7 +29,7 @@ const UNEXPLAINED_AGAIN: Duration = Duration::from_secs(600);
 /// For so many intervals a nack counts as recent.
 const NACK_COUNTS_FOR: u32 = 4;
 
-/// How long the management API is left alone after it refused: RabbitMQ logs each refused login.
+/// How long the management API is left alone after it refused a login: RabbitMQ logs each one.
 const API_PAUSE: Duration = Duration::from_secs(600);
 
 /// What the watch needs from its publisher.
@@ -55,8 +55,18 @@ pub(super) struct Watch {
     nacked_at: Option<Instant>,
     /// When a nack was last logged whose reason is not known.
     unexplained_at: Option<Instant>,
-    /// When the management API last gave no answer.
-    api_failed_at: Option<Instant>,
+    /// Until when the management API is left alone, because it gave no answer.
+    api_again_at: Option<Instant>,
+    /// What it said last.
+    known: Known,
+}
+
+/// What the management API said last. It stays true until the API says something else, because a failed request says
+/// nothing about queues and bindings.
+#[derive(Default)]
+struct Known {
+    missing_bindings: Vec<String>,
+    queues: Vec<LiveEntity>,
 }
 
 /// The watch over one connection.
@@ -142,22 +152,24 @@ impl ConnectionWatch<'_> {
             Declare::Off => None,
             Declare::Active | Declare::Passive => self.ask(async |api| Live::read_bindings(api).await).await,
         };
-        let missing = bindings.as_ref().map(|there| missing_bindings(plan, there)).unwrap_or_default();
+        let missing = bindings.as_ref().map(|there| missing_bindings(plan, there));
         let mut look = self.looker.look(plan, declare).await?;
         match declare {
             // The look has bound them again.
-            Declare::Active => look.created.extend(missing),
-            Declare::Passive => look.missing.extend(missing),
+            Declare::Active => look.created.extend(missing.unwrap_or_default()),
+            Declare::Passive => look.missing.extend(self.watch.known.missing_bindings(missing)),
             Declare::Off => {}
         }
         let queues = self.ask(async |api| Live::read_queues(api).await).await;
+        self.watch.known.update(queues, &look.queues);
+        let queues = &self.watch.known.queues;
         if status.take_nacked() {
             self.watch.nacked_at = Some(Instant::now());
         }
         // The publisher pauses between two nacks.
         let recently = self.watched.interval * NACK_COUNTS_FOR;
         let nacked = self.watch.nacked_at.is_some_and(|at| at.elapsed() < recently);
-        let is_explained = |seen: &QueueLook| known_trouble(seen, queues.as_deref()).is_some();
+        let is_explained = |seen: &QueueLook| known_trouble(seen, queues).is_some();
         let unexplained = nacked && !look.queues.iter().any(is_explained);
         if !unexplained {
             self.watch.nacked_at = None;
@@ -167,11 +179,7 @@ impl ConnectionWatch<'_> {
             off: None,
             missing: look.missing,
             bindings_checked: declare == Declare::Active || bindings.is_some(),
-            queues: look
-                .queues
-                .iter()
-                .map(|seen| judge(seen, queues.as_deref(), unexplained, &self.commands))
-                .collect(),
+            queues: look.queues.iter().map(|seen| judge(seen, queues, unexplained, &self.commands)).collect(),
         };
         self.watch.report(&look.created, state, nacked, &self.watched);
         Ok(())
@@ -179,7 +187,7 @@ impl ConnectionWatch<'_> {
 
     /// Asks the management API, unless it gave no answer a short time ago.
     async fn ask<T>(&mut self, question: impl AsyncFnOnce(&Management) -> Result<T, ManagementError>) -> Option<T> {
-        let api = self.api.as_ref().filter(|_| self.watch.api_failed_at.is_none_or(|at| at.elapsed() >= API_PAUSE))?;
+        let api = self.api.as_ref().filter(|_| self.watch.api_again_at.is_none_or(|at| at <= Instant::now()))?;
         let answer = async {
             if !self.api_verified {
                 api.version().await?;
@@ -193,10 +201,44 @@ impl ConnectionWatch<'_> {
             }
             Err(error) => {
                 debug!(error = %chain(&error), "the management API does not answer: missing bindings are not seen");
-                self.watch.api_failed_at = Some(Instant::now());
+                self.watch.api_again_at = Some(Instant::now() + api_pause(&error, self.watched.interval));
                 None
             }
         }
+    }
+}
+
+impl Known {
+    /// The missing bindings, after this answer.
+    fn missing_bindings(&mut self, answer: Option<Vec<String>>) -> Vec<String> {
+        if let Some(missing) = answer {
+            self.missing_bindings = missing;
+        }
+        self.missing_bindings.clone()
+    }
+
+    /// Takes in an answer about queues. Without one, drops what the queues' own counts contradict by now.
+    fn update(&mut self, answer: Option<Vec<LiveEntity>>, looks: &[QueueLook]) {
+        match answer {
+            Some(queues) => self.queues = queues,
+            None => self.queues.retain(|there| {
+                let counts = looks.iter().find(|seen| seen.name == there.name).and_then(|seen| seen.counts);
+                match (Trouble::by_api(there), counts) {
+                    (Some(Trouble::Full { limit, .. }), Some(counts)) => u64::from(counts.messages) >= limit,
+                    // A queue without a leader reports zeros.
+                    (Some(_), Some(counts)) => counts.messages == 0 && counts.consumers == 0,
+                    (trouble, _) => trouble.is_some(),
+                }
+            }),
+        }
+    }
+}
+
+/// How long the management API is left alone after this error.
+fn api_pause(error: &ManagementError, interval: Duration) -> Duration {
+    match error {
+        ManagementError::Refused { status: 401, .. } => API_PAUSE.max(interval),
+        _ => interval,
     }
 }
 
@@ -250,9 +292,9 @@ impl Watch {
     }
 }
 
-/// What is known about a queue. `there`: what the management API says, if it answers. `unexplained`: messages are
+/// What is known about a queue. `there`: what the management API said last. `unexplained`: messages are
 /// rejected, and no queue is known to be full.
-fn judge(seen: &QueueLook, there: Option<&[LiveEntity]>, unexplained: bool, commands: &Commands) -> QueueState {
+fn judge(seen: &QueueLook, there: &[LiveEntity], unexplained: bool, commands: &Commands) -> QueueState {
     let trouble = match known_trouble(seen, there) {
         // Only work queues: the others are empty most of the time.
         None if unexplained && seen.role == QueueRole::Work => {
@@ -280,7 +322,70 @@ fn judge(seen: &QueueLook, there: Option<&[LiveEntity]>, unexplained: bool, comm
 }
 
 /// What is certain about a queue: by the management API, whose statistics may be old, or by its own counts.
-fn known_trouble(seen: &QueueLook, there: Option<&[LiveEntity]>) -> Option<Trouble> {
-    let there = there.and_then(|there| there.iter().find(|there| there.name == seen.name));
+fn known_trouble(seen: &QueueLook, there: &[LiveEntity]) -> Option<Trouble> {
+    let there = there.iter().find(|there| there.name == seen.name);
     there.and_then(Trouble::by_api).or_else(|| Trouble::by_counts(seen.counts, seen.max_length, false))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::broker::Counts;
+
+    fn look(counts: Option<(u32, u32)>) -> QueueLook {
+        let counts = counts.map(|(messages, consumers)| Counts { messages, consumers });
+        QueueLook { name: "q".to_owned(), role: QueueRole::Work, counts, max_length: None }
+    }
+
+    fn there(what: serde_json::Value) -> Vec<LiveEntity> {
+        let mut queue = json!({ "name": "q", "type": "quorum", "durable": true });
+        queue.as_object_mut().unwrap().extend(what.as_object().unwrap().clone());
+        vec![serde_json::from_value(queue).unwrap()]
+    }
+
+    #[test]
+    fn a_failed_request_does_not_mean_that_nothing_is_missing() {
+        let mut known = Known::default();
+        assert_eq!(known.missing_bindings(None), [""; 0]);
+        for (answer, expected) in [(Some(vec!["a"]), vec!["a"]), (None, vec!["a"]), (Some(vec![]), vec![])] {
+            let answer = answer.map(|names: Vec<&str>| names.into_iter().map(str::to_owned).collect());
+            assert_eq!(known.missing_bindings(answer), expected);
+        }
+    }
+
+    #[test]
+    fn a_failed_request_does_not_mean_that_a_queue_takes_messages_again() {
+        let down = json!({ "state": "down" });
+        let minority = json!({ "online": ["a"], "members": ["a", "b", "c"] });
+        let full = json!({ "arguments": { "x-max-length": 5 }, "messages_ready": 6 });
+        for (before, counts, stays) in [
+            (&down, None, true),
+            (&down, Some((0, 0)), true),
+            (&down, Some((1, 0)), false),
+            (&minority, Some((0, 0)), true),
+            (&minority, Some((0, 1)), false),
+            (&full, None, true),
+            (&full, Some((5, 1)), true),
+            (&full, Some((4, 1)), false),
+        ] {
+            let (mut known, seen) = (Known::default(), [look(counts)]);
+            known.update(Some(there(before.clone())), &seen);
+            let trouble = known_trouble(&seen[0], &known.queues).expect("the API says so");
+            known.update(None, &seen);
+            assert_eq!(known_trouble(&seen[0], &known.queues), stays.then_some(trouble), "{before} {counts:?}");
+            known.update(Some(there(json!({ "state": "running" }))), &seen);
+            assert_eq!(known_trouble(&seen[0], &known.queues), None);
+        }
+    }
+
+    #[test]
+    fn only_after_a_refused_login_the_management_api_is_left_alone_for_long() {
+        let interval = Duration::from_secs(15);
+        for (status, expected) in [(401, API_PAUSE), (404, interval), (500, interval), (503, interval)] {
+            let error = ManagementError::Refused { url: String::new(), status };
+            assert_eq!(api_pause(&error, interval), expected);
+        }
+    }
 }
