@@ -125,7 +125,8 @@ impl Commands {
 
     /// Every tool finds the queue by its name, so the new one gets the same. The queue is unbound first, because a
     /// message that arrives between the move and the deletion would be lost. Without the binding nothing is lost:
-    /// the broker returns unrouted events and the relay parks them, and dead letters stay in their work queue.
+    /// the broker returns unrouted events and the relay parks them, and dead letters stay in their work queue. An
+    /// active relay binds it again within seconds, so there must be none.
     fn same_name(&self, plan: &Plan, queue: &str) -> String {
         let (redrive, delete, relay) = (self.redrive(queue), self.delete_queue(queue), &self.relay);
         let target = Target::Queue(queue.to_owned());
@@ -139,11 +140,13 @@ impl Commands {
         format!(
             "a queue cannot be changed, and the name of this one is fixed: set topology.declare to \"passive\" to \
              take it as it is, or\n\
-             1. unbind it, so that no message arrives any more: {unbind}\n\
-             2. move its messages to a queue of your own: {redrive} --to OTHER\n\
-             3. check that it holds 0 messages: rabbitmqctl list_queues -p {vhost} name messages\n\
-             4. delete it: {delete}\n\
-             5. create it again, with its binding: {relay} topology declare"
+             1. stop every relay whose topology.declare is \"active\", or restart it with \"passive\": an active relay \
+             binds the queue again, and you would delete what arrives then\n\
+             2. unbind it, so that no message arrives any more: {unbind}\n\
+             3. move its messages to a queue of your own: {redrive} --to OTHER\n\
+             4. check that it holds 0 messages: rabbitmqctl list_queues -p {vhost} name messages\n\
+             5. delete it: {delete}\n\
+             6. create it again, with its binding: {relay} topology declare; then start the relays as before"
         )
     }
 
@@ -279,14 +282,18 @@ mod tests {
             let remedy = commands.replace(&plan, plan.entity("queue", queue).expect("it is planned"));
             let steps: Vec<_> = remedy.text("").lines().skip(1).collect();
             let expected = [
+                "1. stop every relay whose topology.declare is \"active\", or restart it with \"passive\": an active \
+                 relay binds the queue again, and you would delete what arrives then"
+                    .to_owned(),
                 format!(
-                    "1. unbind it, so that no message arrives any more: curl -fsS -u me -X DELETE \
+                    "2. unbind it, so that no message arrives any more: curl -fsS -u me -X DELETE \
                      http://broker:15672/api/bindings/%2F/e/{path}"
                 ),
-                format!("2. move its messages to a queue of your own: prism-relay redrive --from {queue} --to OTHER"),
-                "3. check that it holds 0 messages: rabbitmqctl list_queues -p / name messages".to_owned(),
-                format!("4. delete it: rabbitmqctl delete_queue -p / {queue}"),
-                "5. create it again, with its binding: prism-relay topology declare".to_owned(),
+                format!("3. move its messages to a queue of your own: prism-relay redrive --from {queue} --to OTHER"),
+                "4. check that it holds 0 messages: rabbitmqctl list_queues -p / name messages".to_owned(),
+                format!("5. delete it: rabbitmqctl delete_queue -p / {queue}"),
+                "6. create it again, with its binding: prism-relay topology declare; then start the relays as before"
+                    .to_owned(),
             ];
             assert_eq!(steps, expected);
         }

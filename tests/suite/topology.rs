@@ -469,6 +469,7 @@ async fn a_queue_with_a_fixed_name_is_replaced_and_nothing_is_lost() {
     let vhost = Vhost::new(node).await;
     let active = watched(node, &vhost);
     assert_eq!(active.run(&["topology", "declare"]).await.code, Some(0));
+    // The first step.
     let setup = watched(node, &vhost).set("topology.declare", "passive").set("broker.parked_retry", "1s");
     let relay = setup.start().await;
     vhost.create_queue("other", json!({})).await;
@@ -480,9 +481,11 @@ async fn a_queue_with_a_fixed_name_is_replaced_and_nothing_is_lost() {
         let printed = active.run(&["topology", "diff"]).await;
         let is_step = |line: &&str| line.starts_with("    ") && line[4..].starts_with(|c: char| c.is_ascii_digit());
         let steps: Vec<_> = printed.stdout.lines().filter(is_step).collect();
-        assert!(printed.code == Some(1) && steps.len() == 5, "{printed:?}");
-        for (index, step) in steps.into_iter().enumerate() {
-            let command = step.split_once(": ").expect("a step ends with a command").1;
+        assert!(printed.code == Some(1) && steps.len() == 6, "{printed:?}");
+        assert!(steps[0].contains("or restart it with \"passive\""), "{printed:?}");
+        for (index, step) in steps.into_iter().skip(1).enumerate() {
+            let command = step.split_once(": ").expect("a step has a command").1;
+            let command = command.split_once("; then ").map_or(command, |(command, _)| command);
             fix(node, &active, &format!("    {}", command.replace("OTHER", "other"))).await;
             if index == 0 {
                 // A message that has no other way than this queue.
