@@ -23,6 +23,9 @@ pub enum PublisherError {
     /// The channel or the connection failed, for a reason that concerns no single message.
     #[error("the connection was lost: {0}")]
     Lost(String),
+    /// The broker closed the channel, for a reason that concerns no single message.
+    #[error("the broker refuses publishes: {0}")]
+    Rejected(String),
     /// A publish got neither an ack nor a nack in time.
     #[error("the broker did not confirm a publish within {0:?}")]
     ConfirmTimeout(Duration),
@@ -47,6 +50,7 @@ impl PublisherError {
             | Self::SetUpTimeout(_)
             | Self::ConfirmTimeout(_)
             | Self::Nacked
+            | Self::Rejected(_)
             | Self::Refused(_)
             | Self::Spool(_) => false,
         }

@@ -5,7 +5,7 @@ use lapin::{Confirmation, ErrorKind};
 use uuid::Uuid;
 
 use super::error::PublisherError;
-use crate::broker::{reply_code, reply_text};
+use crate::broker::{concerns_a_channel, reply_code, reply_text};
 
 /// The outcome of one publish.
 #[derive(Debug)]
@@ -58,6 +58,7 @@ pub(super) fn classify(error: &lapin::Error) -> PublisherError {
         // this routing key. Any other 403 concerns the exchange and would hit every message.
         Some(406 | 311) => PublisherError::Refused(text),
         Some(403) if text.contains("access to topic") => PublisherError::Refused(text),
+        _ if concerns_a_channel(error) => PublisherError::Rejected(text),
         _ => PublisherError::Lost(text),
     }
 }
@@ -74,21 +75,27 @@ mod tests {
 
     #[test]
     fn only_a_reply_about_the_message_itself_blames_the_message() {
+        const TOO_LARGE: &str = "message size 20 is larger than max size 16";
+        const NO_TOPIC: &str = "write access to topic 'a' in exchange 'b' refused";
+        const NO_EXCHANGE: &str = "write access to exchange 'b' refused";
         let soft = AMQPErrorKind::Soft;
-        for (error, blames_the_message) in [
-            (reply(soft(AMQPSoftError::PRECONDITIONFAILED), "message size 20 is larger than max size 16"), true),
-            (reply(soft(AMQPSoftError::CONTENTTOOLARGE), "too large"), true),
-            (reply(soft(AMQPSoftError::ACCESSREFUSED), "write access to topic 'a' in exchange 'b' refused"), true),
-            (reply(soft(AMQPSoftError::ACCESSREFUSED), "write access to exchange 'b' refused"), false),
-            (reply(soft(AMQPSoftError::NOTFOUND), "no exchange 'b'"), false),
-            (reply(AMQPErrorKind::Hard(AMQPHardError::CONNECTIONFORCED), "shutdown"), false),
-            (ErrorKind::InvalidConnectionState(lapin::ConnectionState::Closed).into(), false),
+        let refused = |text: &str| PublisherError::Refused(text.to_owned());
+        let rejected = |text: &str| PublisherError::Rejected(text.to_owned());
+        let lost = |text: &str| PublisherError::Lost(text.to_owned());
+        let closed: lapin::Error = ErrorKind::InvalidConnectionState(lapin::ConnectionState::Closed).into();
+        let closed_text = closed.to_string();
+        for (error, expected, is_unreachable) in [
+            (reply(soft(AMQPSoftError::PRECONDITIONFAILED), TOO_LARGE), refused(TOO_LARGE), false),
+            (reply(soft(AMQPSoftError::CONTENTTOOLARGE), "too large"), refused("too large"), false),
+            (reply(soft(AMQPSoftError::ACCESSREFUSED), NO_TOPIC), refused(NO_TOPIC), false),
+            (reply(soft(AMQPSoftError::ACCESSREFUSED), NO_EXCHANGE), rejected(NO_EXCHANGE), false),
+            (reply(soft(AMQPSoftError::NOTFOUND), "no exchange 'b'"), rejected("no exchange 'b'"), false),
+            (reply(AMQPErrorKind::Hard(AMQPHardError::CONNECTIONFORCED), "shutdown"), lost("shutdown"), true),
+            (closed, lost(&closed_text), true),
         ] {
             let class = classify(&error);
-            match blames_the_message {
-                true => assert!(matches!(class, PublisherError::Refused(_)), "{error}: {class:?}"),
-                false => assert!(matches!(class, PublisherError::Lost(_)), "{error}: {class:?}"),
-            }
+            assert_eq!(format!("{class:?}"), format!("{expected:?}"));
+            assert_eq!(class.is_unreachable(), is_unreachable, "{class:?}");
         }
     }
 
