@@ -133,8 +133,8 @@ impl Publisher {
             }
             let delay = backoff.next(fastrand::f64());
             let (text, wait) = (chain(&error), rounded(delay));
-            if watch.is_on() && CHANNEL_LIMITS.iter().any(|limit| text.contains(limit)) {
-                watch.turn_off(&text, &self.watched());
+            if CHANNEL_LIMITS.iter().any(|limit| text.contains(limit)) && watch.is_on(started_at) {
+                watch.turn_off(&text, &self.watched(), Instant::now());
             }
             // The same error is logged once, not at each try.
             if text == warned[index] {
@@ -162,7 +162,7 @@ impl Publisher {
         drain: &CancellationToken,
     ) -> Result<(), Interruption> {
         let Connected { broker, channel, looks } = tokio::select! {
-            connected = self.connect(index, watch.is_on()) => connected?,
+            connected = self.connect(index, watch.is_on(Instant::now())) => connected?,
             () = self.drained_before_connecting(drain) => return Ok(()),
         };
         let url = self.access.url(index);

@@ -1,8 +1,8 @@
 //! Looks at queues, exchanges and bindings while the relay delivers, and reports what is missing and what cannot take
 //! messages.
 //!
-//! It has a channel of its own on the publisher's connection. Where the broker allows a user one channel only, it is
-//! off. It never deletes anything.
+//! It has a channel of its own on the publisher's connection. Where the broker does not allow a second channel, it is
+//! off for that connection. It never deletes anything.
 
 use std::convert::Infallible;
 use std::time::{Duration, Instant};
@@ -32,6 +32,10 @@ const NACK_COUNTS_FOR: u32 = 4;
 /// How long the management API is left alone after it refused a login: RabbitMQ logs each one.
 const API_PAUSE: Duration = Duration::from_secs(600);
 
+/// How long after the broker did not allow a second channel a new connection asks for one again. The channels of a dead
+/// connection may have counted, until the broker noticed.
+const OFF_AT_LEAST: Duration = Duration::from_secs(300);
+
 /// What the watch needs from its publisher.
 #[derive(Clone, Copy)]
 pub(super) struct Watched<'a> {
@@ -47,8 +51,8 @@ pub(super) struct Watched<'a> {
 /// What a watch remembers from one connection to the next.
 #[derive(Default)]
 pub(super) struct Watch {
-    /// Why it does not look.
-    off: Option<String>,
+    /// Why it does not look, and since when.
+    off: Option<(String, Instant)>,
     /// The latest state that was logged.
     state: WatchState,
     /// When the broker last rejected a message, as far as a look has seen it.
@@ -82,19 +86,27 @@ pub(super) struct ConnectionWatch<'a> {
 }
 
 impl Watch {
-    pub(super) fn is_on(&self) -> bool {
-        self.off.is_none()
+    /// Whether the next connection opens a channel for looks.
+    pub(super) fn is_on(&self, now: Instant) -> bool {
+        self.off.as_ref().is_none_or(|(_, since)| now.saturating_duration_since(*since) >= OFF_AT_LEAST)
     }
 
-    /// Stops looking, until the relay is restarted.
-    pub(super) fn turn_off(&mut self, why: &str, watched: &Watched<'_>) {
-        warn!(
-            why,
-            "queues and bindings are not watched: the broker allows this user one channel only. Webhooks are not \
-             affected; to see missing queues and counts, allow the user two channels and restart the relay"
-        );
-        self.off = Some(why.to_owned());
-        watched.status.on_look(WatchState { off: self.off.clone(), ..WatchState::default() }, watched.interval);
+    /// The broker did not allow a channel for looks: the next connections go without, for some minutes.
+    pub(super) fn turn_off(&mut self, why: &str, watched: &Watched<'_>, now: Instant) {
+        match &self.off {
+            Some((before, _)) if before == why => debug!(why, "queues and bindings are still not watched"),
+            _ => warn!(
+                why,
+                "queues and bindings are not watched: the broker does not allow this user another channel. Webhooks \
+                 are not affected; to see missing queues and counts, allow the user two channels for each relay and \
+                 restart the relay. A connection that is opened after five minutes tries it again"
+            ),
+        }
+        self.off = Some((why.to_owned(), now));
+        self.state = WatchState { off: Some(why.to_owned()), ..WatchState::default() };
+        watched.metrics.broker.missing.set(0.0);
+        watched.metrics.broker.queues_unavailable.set(0.0);
+        watched.status.on_look(self.state.clone(), watched.interval);
     }
 
     /// Watches over this connection, with a channel that nothing else uses.
@@ -112,6 +124,9 @@ impl Watch {
             user: broker.url.expose().authority.userinfo.username.clone(),
             active: watched.declare == Declare::Active,
         };
+        if self.off.take().is_some() {
+            info!("queues and bindings are watched again");
+        }
         let looker = Looker::new(&broker.connection, channel);
         ConnectionWatch { watch: self, watched, looker, api, api_verified: false, commands }
     }
@@ -333,6 +348,7 @@ mod tests {
 
     use super::*;
     use crate::broker::Counts;
+    use crate::topology::Spec;
 
     fn look(counts: Option<(u32, u32)>) -> QueueLook {
         let counts = counts.map(|(messages, consumers)| Counts { messages, consumers });
@@ -378,6 +394,30 @@ mod tests {
             known.update(Some(there(json!({ "state": "running" }))), &seen);
             assert_eq!(known_trouble(&seen[0], &known.queues), None);
         }
+    }
+
+    #[test]
+    fn without_a_second_channel_the_watch_is_off_and_says_nothing_until_a_later_connection() {
+        let (metrics, status) = (Metrics::new(), Status::new());
+        let plan = Plan::new(&Spec::of_queue(|_| {}), "e");
+        let interval = Duration::from_secs(15);
+        let watched = Watched {
+            plan: &plan,
+            declare: Declare::Passive,
+            interval,
+            limit: interval,
+            status: &status,
+            metrics: &metrics,
+        };
+        let (mut watch, now) = (Watch::default(), Instant::now());
+        let state = WatchState { missing: vec!["queue q".to_owned()], ..WatchState::default() };
+        watch.report(&[], state, false, &watched);
+        let gauge = |value: u32| metrics.render().contains(&format!("prism_relay_topology_missing {value}\n"));
+        assert!(watch.is_on(now) && gauge(1));
+        watch.turn_off("the maximum number of channels", &watched, now);
+        assert!(gauge(0) && status.watch().off.is_some() && status.watch().missing.is_empty());
+        let later = [Duration::ZERO, OFF_AT_LEAST / 2, OFF_AT_LEAST].map(|after| watch.is_on(now + after));
+        assert_eq!(later, [false, false, true]);
     }
 
     #[test]

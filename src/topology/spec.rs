@@ -54,7 +54,7 @@ pub struct ArchiveSpec {
 #[cfg(test)]
 impl Spec {
     /// One queue, `q`, bound by `a.#`, which `change` may change.
-    pub(super) fn of_queue(change: impl FnOnce(&mut QueueSpec)) -> Self {
+    pub(crate) fn of_queue(change: impl FnOnce(&mut QueueSpec)) -> Self {
         let mut queue = QueueSpec {
             name: "q".to_owned(),
             bindings: vec!["a.#".to_owned()],
