@@ -97,6 +97,11 @@ impl Pacing {
         self.parked_tried_at.is_none_or(|at| now.saturating_duration_since(at) >= interval)
     }
 
+    /// An operator asks for a retry, which begins a new round: everything is really tried.
+    pub(super) fn on_retry_request(&mut self) {
+        self.retrying = false;
+    }
+
     /// Some of the parked events are about to be retried. In each round a refused key or size is tried once more.
     pub(super) fn on_retry(&mut self) {
         if !std::mem::replace(&mut self.retrying, true) {
@@ -209,6 +214,10 @@ mod tests {
         refuse(&mut pacing, KEY_REFUSED, &[accused(1, "b")]);
         pacing.on_retry();
         assert!(is_refused(&pacing), "the next batch of the same round");
+        pacing.on_retry_request();
+        pacing.on_retry();
+        assert!(!is_refused(&pacing), "an operator asks for a retry during the round");
+        refuse(&mut pacing, KEY_REFUSED, &[accused(1, "b")]);
         pacing.on_parked_tried(now);
         pacing.on_retry();
         assert!(!is_refused(&pacing));

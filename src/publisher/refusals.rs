@@ -61,7 +61,7 @@ struct Refusal {
 impl Refusals {
     /// Remembers a refusal for as long as parked events wait for a retry.
     pub(super) fn remember(&mut self, blame: &Blame, reason: &str, keep: Duration, now: Instant) {
-        // A deadline beyond what the clock can tell is as good as none: the refusal is found out again.
+        // The sum is too large for an `Instant`. Without an entry the refusal is only found out again.
         let Some(until) = now.checked_add(keep) else { return };
         let refusal = Refusal { until, reason: reason.to_owned() };
         match blame {
@@ -84,7 +84,7 @@ impl Refusals {
         current.map(|refusal| refusal.reason.as_str())
     }
 
-    /// Forgets everything: an operator asks for a retry.
+    /// Forgets everything: a round of retries begins.
     pub(super) fn forget(&mut self) {
         *self = Self::default();
     }

@@ -211,29 +211,38 @@ impl<'a> Session<'a> {
         // The outcomes of the last round must be committed, or the same events would be read once more.
         self.parts.spool.flush().await;
         let retry_ms = i64::try_from(self.parts.settings.parked_retry.as_millis()).unwrap_or(i64::MAX);
-        let count = self.pacing.window(self.parts.settings.window.min(PARKED_BATCH));
+        let count = self.parts.settings.window.min(PARKED_BATCH);
         let now_ms = Timestamp::now().as_millisecond();
-        let Batch { events, more } = self.parts.spool.parked_due(now_ms, retry_ms, count).await?;
-        if !more {
-            self.pacing.on_parked_tried(Instant::now());
-        }
+        let Batch { events, mut more } = self.parts.spool.parked_due(now_ms, retry_ms, count).await?;
+        let window = self.pacing.window(count);
         let mut parked = Parked::default();
         for stored in events {
+            // Events that are not published, because the broker would refuse them, do not count.
+            if self.window.in_flight() >= window {
+                more = true;
+                break;
+            }
             self.publish(stored, Lane::Parked, &mut parked).await;
+        }
+        if !more {
+            self.pacing.on_parked_tried(Instant::now());
         }
         self.settle_parked(parked).await;
         Ok(())
     }
 
     /// Whether to look for parked events that are due for a retry.
-    fn is_retry_due(&self) -> bool {
+    fn is_retry_due(&mut self) -> bool {
         let status = self.parts.spool.status();
         // While the spool cannot record a delivery, the same events would be tried without end.
         if status.ledger().parked == 0 || !status.takes_settlements() {
             return false;
         }
-        self.parts.status.take_retry_request()
-            || self.pacing.is_parked_retry_due(self.parts.settings.parked_retry, Instant::now())
+        if self.parts.status.take_retry_request() {
+            self.pacing.on_retry_request();
+            return true;
+        }
+        self.pacing.is_parked_retry_due(self.parts.settings.parked_retry, Instant::now())
     }
 
     /// Publishes an event, or parks it if it is damaged or the broker would refuse it.
