@@ -174,7 +174,7 @@ impl Publisher {
         let mut watch = looks.map(|channel| watch.over(&broker, channel, api, self.watched()));
         // Another nack may end this session before it has seen which queue is to blame.
         if let Some(watch) = watch.as_mut().filter(|_| self.parts.status.was_nacked()) {
-            watch.look().await;
+            watch.look_early(drain).await;
         }
         let watching = async {
             match watch {

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use lapin::Channel;
 use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use super::status::{QueueState, QueueTrouble, Status, WatchState};
@@ -25,6 +26,9 @@ const PAUSE: Duration = Duration::from_secs(1);
 
 /// How long after a line about a nack without a known reason the next one follows.
 const UNEXPLAINED_AGAIN: Duration = Duration::from_secs(600);
+
+/// Maximum time for a look that events wait for.
+const EARLY_LOOK: Duration = Duration::from_secs(2);
 
 /// For so many intervals a nack counts as recent.
 const NACK_COUNTS_FOR: u32 = 4;
@@ -142,6 +146,19 @@ impl ConnectionWatch<'_> {
                 () = tokio::time::sleep(self.watched.interval.saturating_sub(PAUSE)) => {}
                 () = self.watched.status.look_requested() => {}
             }
+        }
+    }
+
+    /// Looks for a short time, before anything is published.
+    pub(super) async fn look_early(&mut self, drain: &CancellationToken) {
+        let finished = tokio::select! {
+            looked = timeout(EARLY_LOOK, self.look()) => looked.is_ok(),
+            () = drain.cancelled() => false,
+        };
+        if !finished {
+            // Either may have been asked without an answer.
+            self.looker.give_up_channel();
+            self.watch.api_again_at = Some(Instant::now() + self.watched.interval);
         }
     }
 
