@@ -247,12 +247,13 @@ impl Publisher {
             tokio::time::sleep(STALL_CHECK).await;
             let ledger = spool.status().ledger();
             // Events behind a parked one wait for a reason that is logged.
-            let is_idle = ledger.pending <= self.parts.status.waiting();
+            let waiting = self.parts.status.waiting();
+            let is_idle = ledger.pending <= waiting;
             let oldest_ms = if is_idle { Ok(None) } else { spool.oldest_pending_ms().await };
             // A spool that cannot be read is reported by the session.
             let Ok(oldest_ms) = oldest_ms else { continue };
             let now_ms = jiff::Timestamp::now().as_millisecond();
-            let backlog = Backlog { oldest_ms, confirmed: ledger.confirmed, now_ms };
+            let backlog = Backlog { oldest_ms, some_wait: waiting > 0, confirmed: ledger.confirmed, now_ms };
             match stall.look(backlog, Instant::now()) {
                 Some(Line::Still(waited)) => warn!(
                     stalled = span(waited),

@@ -1,6 +1,7 @@
 //! When to log that a backlog does not move, and that it is over. Pure.
 //!
-//! A backlog does not move while the oldest pending event stays the same, whatever becomes of younger ones.
+//! A backlog does not move while the oldest pending event stays the same, whatever becomes of younger ones. If events
+//! wait behind a parked one, the oldest may be one of them: then it moves as well when any event is confirmed.
 
 use std::time::{Duration, Instant};
 
@@ -16,6 +17,8 @@ const AGAIN_AFTER: Duration = Duration::from_secs(600);
 pub(super) struct Backlog {
     /// When the oldest pending event was accepted, in milliseconds since 1970; `None` if nothing is pending.
     pub oldest_ms: Option<i64>,
+    /// Whether events wait behind a parked one: the oldest may be one of them.
+    pub some_wait: bool,
     /// Events ever confirmed.
     pub confirmed: u64,
     /// The wall clock, in milliseconds since 1970.
@@ -59,6 +62,7 @@ impl Stall {
         let waited = |since| now.saturating_duration_since(since);
         if let (Some((oldest, since)), Some(now_oldest)) = (self.oldest, backlog.oldest_ms)
             && oldest == now_oldest
+            && !(backlog.some_wait && confirmed != backlog.confirmed)
         {
             let due = match self.logged_at {
                 Some(at) => waited(at) >= AGAIN_AFTER,
@@ -105,10 +109,14 @@ mod tests {
 
     /// Looks at these seconds, with the oldest pending event and the confirmed events at each.
     fn lines(looks: &[(u64, Option<i64>, u64)]) -> Vec<(u64, Line)> {
+        lines_if(false, looks)
+    }
+
+    fn lines_if(some_wait: bool, looks: &[(u64, Option<i64>, u64)]) -> Vec<(u64, Line)> {
         let (mut stall, start) = (Stall::default(), Instant::now());
         let look = |&(second, oldest_s, confirmed): &(u64, Option<i64>, u64)| {
-            let backlog =
-                Backlog { oldest_ms: oldest_s.map(|s| s * 1000), confirmed, now_ms: second.cast_signed() * 1000 };
+            let oldest_ms = oldest_s.map(|s| s * 1000);
+            let backlog = Backlog { oldest_ms, some_wait, confirmed, now_ms: second.cast_signed() * 1000 };
             stall.look(backlog, start + Duration::from_secs(second)).map(|line| (second, line))
         };
         looks.iter().filter_map(look).collect()
@@ -121,6 +129,15 @@ mod tests {
     fn over(second: u64, lasted: u64, events: u64, took: u64) -> (u64, Line) {
         let [lasted, took] = [lasted, took].map(Duration::from_secs);
         (second, Line::Over { lasted, events, took })
+    }
+
+    #[test]
+    fn behind_a_parked_event_the_oldest_one_may_stay_while_the_others_are_delivered() {
+        let flowing: Vec<_> = (0..200).map(|second| (second, Some(0), second)).collect();
+        assert_eq!(lines_if(true, &flowing), []);
+        assert_eq!(lines_if(false, &flowing), [still(60, 60)]);
+        let stopped: Vec<_> = (0..200).map(|second| (second, Some(0), second.min(50))).collect();
+        assert_eq!(lines_if(true, &stopped), [still(110, 60)]);
     }
 
     #[test]
