@@ -23,7 +23,6 @@ mod watch;
 mod window;
 
 use std::convert::Infallible;
-use std::future::pending;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -106,10 +105,13 @@ impl Publisher {
         let (mut pacing, mut watch) = (Pacing::default(), Watch::default());
         // The last warning about each URL.
         let mut warned = vec![String::new(); self.access.count()];
+        // The broker rejected an event right after the last connections were opened.
+        let mut nacks_again = false;
         for index in (0..self.access.count()).cycle() {
             let url = self.access.url(index);
             let started_at = Instant::now();
-            let Err(interruption) = self.deliver_to(index, &mut pacing, &mut watch, drain).await else { return Ok(()) };
+            let ended = self.deliver_to(index, nacks_again, &mut pacing, &mut watch, drain).await;
+            let Err(interruption) = ended else { return Ok(()) };
             let Interruption { error, connection_worked } = interruption;
             match error {
                 PublisherError::Spool(_) => return Err(error),
@@ -137,6 +139,7 @@ impl Publisher {
                 watch.turn_off(&text, &self.watched(), Instant::now());
             }
             // The same error is logged once, not at each try.
+            nacks_again = nacked_at_once && text == warned[index];
             if text == warned[index] {
                 debug!(%url, error = %text, delay = wait, "still not delivering");
             } else {
@@ -153,10 +156,12 @@ impl Publisher {
         unreachable!("the configuration has at least one URL")
     }
 
-    /// Connects, logs in and delivers until the first fault of the connection; `Ok` once drained.
+    /// Connects, logs in and delivers until the first fault of the connection; `Ok` once drained. `nacks_again`: the
+    /// last ones ended with the same nack, so this one is no news.
     async fn deliver_to(
         &self,
         index: usize,
+        nacks_again: bool,
         pacing: &mut Pacing,
         watch: &mut Watch,
         drain: &CancellationToken,
@@ -169,7 +174,11 @@ impl Publisher {
         if self.parts.status.on_connected(&url) == Connect::Again {
             self.parts.metrics.broker.reconnects.increment(1);
         }
-        info!(%url, pending = self.parts.spool.status().ledger().pending, "connected to the broker");
+        let pending = self.parts.spool.status().ledger().pending;
+        match nacks_again {
+            true => debug!(%url, pending, "connected to the broker, which rejected an event the last times"),
+            false => info!(%url, pending, "connected to the broker"),
+        }
         let api = self.access.management(&broker.url).ok();
         let mut watch = looks.map(|channel| watch.over(&broker, channel, api, self.watched()));
         // Another nack may end this session before it has seen which queue is to blame.
@@ -179,7 +188,7 @@ impl Publisher {
         let watching = async {
             match watch {
                 Some(watch) => watch.run().await,
-                None => pending().await,
+                None => std::future::pending().await,
             }
         };
         tokio::select! {
@@ -281,7 +290,7 @@ impl Publisher {
         drain.cancelled().await;
         self.parts.spool.flush().await;
         if self.parts.spool.status().ledger().pending > 0 {
-            pending().await
+            std::future::pending().await
         }
     }
 
