@@ -187,8 +187,7 @@ impl ConnectionWatch<'_> {
         let missing = bindings.as_ref().map(|there| missing_bindings(plan, there));
         let mut look = self.looker.look(plan, declare).await?;
         match declare {
-            // The look has bound them again.
-            Declare::Active => look.created.extend(missing.unwrap_or_default()),
+            Declare::Active => look.created.extend(bound_again(missing.unwrap_or_default(), &look.unbound)),
             Declare::Passive => look.missing.extend(self.watch.known.missing_bindings(missing)),
             Declare::Off => {}
         }
@@ -238,6 +237,11 @@ impl ConnectionWatch<'_> {
             }
         }
     }
+}
+
+/// The bindings that a look has made, out of those that were missing before.
+fn bound_again(missing: Vec<String>, unbound: &[String]) -> Vec<String> {
+    missing.into_iter().filter(|binding| !unbound.contains(binding)).collect()
 }
 
 impl Known {
@@ -435,6 +439,12 @@ mod tests {
         assert!(gauge(0) && status.watch().off.is_some() && status.watch().missing.is_empty());
         let later = [Duration::ZERO, OFF_AT_LEAST / 2, OFF_AT_LEAST].map(|after| watch.is_on(now + after));
         assert_eq!(later, [false, false, true]);
+    }
+
+    #[test]
+    fn a_binding_that_cannot_be_made_does_not_count_as_declared_again() {
+        let bindings = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+        assert_eq!(bound_again(bindings(&["a", "b"]), &bindings(&["b", "c"])), ["a"]);
     }
 
     #[test]

@@ -24,6 +24,8 @@ pub(crate) struct Look {
     pub missing: Vec<String>,
     /// Exchanges and queues that did not exist and were created.
     pub created: Vec<String>,
+    /// Bindings that could not be made.
+    pub unbound: Vec<String>,
 }
 
 /// What a look at the broker found out about a queue.
@@ -90,7 +92,10 @@ impl<'a> Looker<'a> {
                 let channel = self.channel().await?;
                 match self.settled(bind(&channel, binding).await)? {
                     Ok(()) => {}
-                    Err(error) => look.missing.push(described(binding, &error)),
+                    Err(error) => {
+                        look.missing.push(described(binding, &error));
+                        look.unbound.push(binding.to_string());
+                    }
                 }
             }
         }
