@@ -228,7 +228,7 @@ impl View {
         let path = self.sources.spool.path();
         let listing = move || {
             let mut parked = Vec::new();
-            Inspector::open(&path)?.each(true, PARKED_MAX, |entry| parked.push(ParkedEvent::new(entry)))?;
+            Inspector::of_running(&path)?.each(true, PARKED_MAX, |entry| parked.push(ParkedEvent::new(entry)))?;
             Ok(parked)
         };
         let parked = blocking(listing).await?;
@@ -239,7 +239,7 @@ impl View {
     pub(super) async fn act(&self, action: Action, id: Uuid) -> Result<bool, ViewError> {
         let path = self.sources.spool.path();
         let done = blocking(move || {
-            let mut inspector = Inspector::open_for_change(&path)?;
+            let mut inspector = Inspector::of_running_for_change(&path)?;
             let Some(seq) = inspector.parked(id)? else { return Ok(false) };
             Ok(match action {
                 Action::Retry => inspector.retry(seq)?,

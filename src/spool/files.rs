@@ -177,7 +177,8 @@ impl Lock {
         self.is_old
     }
 
-    /// Whether a relay has locked this file. Looks for an instant, and changes nothing.
+    /// Whether a relay has locked this file. Looks for an instant, and changes nothing. Not while this process has the
+    /// file open through SQLite: see [`Lock`].
     pub(super) fn is_held(path: &Path) -> bool {
         File::open(path).is_ok_and(|file| file.try_lock_shared().is_err())
     }

@@ -70,37 +70,49 @@ pub struct Entry {
 }
 
 impl Inspector {
-    /// Opens an existing spool for reading.
+    /// Opens an existing spool for reading. Not for the spool of this process: see [`Self::of_running`].
     pub fn open(path: &Path) -> Result<Self, OpenError> {
-        Self::with(path, open_read_only)
+        Self::look_and_open(path, open_read_only)
     }
 
-    /// Opens an existing spool for [`Self::remove`] and [`Self::retry`].
+    /// Opens an existing spool for [`Self::remove`] and [`Self::retry`]. Not for the spool of this process: see
+    /// [`Self::of_running_for_change`].
     pub fn open_for_change(path: &Path) -> Result<Self, OpenError> {
-        // The events may be being copied right now.
-        if SpoolState::of(path) == SpoolState::Damaged {
-            return Err(OpenError::Damaged { path: path.to_owned() });
-        }
-        Self::with(path, |path| {
-            let connection = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
-            connection.busy_timeout(store::BUSY_TIMEOUT)?;
-            // A removal has to survive a power loss, as an acceptance does. The relay copies the log, because it has
-            // to see the errors.
-            connection.execute_batch("PRAGMA synchronous = FULL; PRAGMA wal_autocheckpoint = 0")?;
-            Ok(connection)
-        })
+        refuse_damaged(path)?;
+        Self::look_and_open(path, open_for_change)
     }
 
-    fn with(path: &Path, open: impl Fn(&Path) -> Result<Connection>) -> Result<Self, OpenError> {
+    /// Opens the spool that the relay of this process uses, for reading.
+    ///
+    /// Opens the file through SQLite alone: when a process closes another descriptor of it, it loses SQLite's locks of
+    /// the file (<https://www.sqlite.org/howtocorrupt.html>, section 2.2). Another process with an older SQLite then
+    /// takes itself for the only one, and deletes the log in use.
+    pub fn of_running(path: &Path) -> Result<Self, OpenError> {
+        Self::connect(path, true, open_read_only)
+    }
+
+    /// As [`Self::of_running`], for [`Self::remove`] and [`Self::retry`].
+    pub fn of_running_for_change(path: &Path) -> Result<Self, OpenError> {
+        refuse_damaged(path)?;
+        Self::connect(path, true, open_for_change)
+    }
+
+    /// The look opens a descriptor of the file, so it comes before the connection.
+    fn look_and_open(path: &Path, open: impl Fn(&Path) -> Result<Connection>) -> Result<Self, OpenError> {
         let path = &files::resolve(path).map_err(|source| OpenError::Io { path: path.to_owned(), source })?;
         // Such a file has a log elsewhere: reading it would show old events, and changing it would damage it.
         check_mount(path)?;
-        if Lock::is_held(path) && files::has_another_name(path) && !files::sibling(path, "-wal").exists() {
+        let is_in_use = Lock::is_held(path);
+        if is_in_use && files::has_another_name(path) && !files::sibling(path, "-wal").exists() {
             return Err(OpenError::OtherName { path: path.clone() });
         }
+        Self::connect(path, is_in_use, open)
+    }
+
+    fn connect(path: &Path, is_in_use: bool, open: impl Fn(&Path) -> Result<Connection>) -> Result<Self, OpenError> {
         let connection = open(path).map_err(|source| unusable(path, source))?;
         store::check_format(&connection, path)?;
-        Ok(Self { connection, is_in_use: SpoolState::of(path) == SpoolState::InUse })
+        Ok(Self { connection, is_in_use })
     }
 
     /// Reads the totals.
@@ -165,6 +177,21 @@ impl Inspector {
     pub fn remove_seq(&mut self, seq: u64) -> Result<bool, ChangeError> {
         Ok(remove(&mut self.connection, seq)?)
     }
+}
+
+fn open_for_change(path: &Path) -> Result<Connection> {
+    let connection = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
+    connection.busy_timeout(store::BUSY_TIMEOUT)?;
+    // A removal has to survive a power loss, as an acceptance does. The relay copies the log, because it has to see the
+    // errors.
+    connection.execute_batch("PRAGMA synchronous = FULL; PRAGMA wal_autocheckpoint = 0")?;
+    Ok(connection)
+}
+
+/// The events of a damaged spool may be being copied right now.
+fn refuse_damaged(path: &Path) -> Result<(), OpenError> {
+    let resolved = files::resolve(path).unwrap_or(path.to_owned());
+    if recovery::is_due(&resolved) { Err(OpenError::Damaged { path: path.to_owned() }) } else { Ok(()) }
 }
 
 fn list(connection: &Connection, parked_only: bool, limit: u64, mut each: impl FnMut(Entry)) -> Result<()> {

@@ -1,13 +1,15 @@
 //! The file of the spool and its folder: mounts, links and names, and what a stop or a kill leaves.
 
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 
+use hyper::Method;
+use rustix::process::{Flock, FlockType, fcntl_getlk};
 use serde_json::{Value, json};
 
 use crate::harness::disk::{Mount, SmallDisk};
-use crate::harness::{Relay, Setup, ports};
+use crate::harness::{Client, Relay, Setup, ports};
 
 fn scan(number: usize) -> String {
     json!({"eventType": "scan.a", "payload": {"scanId": number.to_string()}}).to_string()
@@ -89,6 +91,47 @@ async fn a_spool_has_one_relay_whatever_its_name() {
     assert!(!folder.join("hard.db-wal").exists() && !folder.join("hard.db-shm").exists());
     relay.post(scan(1)).await.expect(200);
     assert_eq!(relay.run(&["spool", "verify"]).await.code, Some(0));
+}
+
+/// Whether other processes see SQLite's lock, which says that the relay has the file open. An older SQLite that does not
+/// find it takes itself for the only one, and deletes the log in use.
+fn is_locked_for_others(spool: &Path) -> bool {
+    // SQLite's SHARED_FIRST and SHARED_SIZE, of which a reader holds all and the last process takes all.
+    let mut wanted = Flock::from(FlockType::WriteLock);
+    (wanted.start, wanted.length) = ((1 << 30) + 2, 510);
+    let file = fs::File::options().read(true).write(true).open(spool).unwrap();
+    fcntl_getlk(&file, &wanted).unwrap().is_some()
+}
+
+/// When a process closes any descriptor of the file, it loses SQLite's locks of it.
+#[tokio::test]
+async fn the_console_leaves_the_locks_of_the_spool() {
+    let relay = Setup::without_broker().start().await;
+    let (spool, log) = (relay.folder().join("spool.db"), relay.folder().join("spool.db-wal"));
+    let inode = || fs::metadata(&log).map(|metadata| metadata.ino()).ok();
+    let before = inode();
+    assert!(before.is_some() && is_locked_for_others(&spool));
+    let page = relay.ops_get("/").await.text();
+    let token = page.split("name=\"prism-token\" content=\"").nth(1).and_then(|rest| rest.split('"').next()).unwrap();
+    let unknown = uuid::Uuid::now_v7();
+    for (number, action) in [None, Some("retry"), Some("remove")].into_iter().enumerate() {
+        match action {
+            None => relay.ops_get("/api/parked").await.expect(200),
+            Some(action) => {
+                let url = format!("{}/api/parked/{unknown}/{action}", relay.ops());
+                let headers = [("x-prism-token", token), ("origin", relay.ops())];
+                Client::http1().send(Method::POST, &url, &headers, "").await.unwrap().expect(404)
+            }
+        };
+        assert!(is_locked_for_others(&spool), "after {action:?}");
+        let id = relay.post(scan(number)).await.id();
+        let removed = relay.run(&["spool", "remove", "--yes", "--pending", &id]).await;
+        assert_eq!(removed.code, Some(0), "{removed:?}");
+        assert_eq!(inode(), before, "after {action:?} and a removal");
+    }
+    relay.post(scan(100)).await.expect(200);
+    let spool = relay.spool().await;
+    assert_eq!((spool.accepted, spool.pending, spool.removed), (4, 1, 3));
 }
 
 /// SQLite would take such a name for a URI, here for a database in memory.
