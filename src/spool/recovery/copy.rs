@@ -9,7 +9,7 @@ use super::super::dedupe::{self, EntryBytes};
 use super::super::error::{Result, StoreError};
 use super::super::ledger::Ledger;
 use super::super::reader::{COLUMNS, stored_at_least};
-use super::super::store::{NUMBER_MAX, Store, lost};
+use super::super::store::{BUSY_TIMEOUT, NUMBER_MAX, Store, lost};
 use super::super::types::{Stored, cost};
 
 /// Maximum number of failed look-ups of single numbers. Each takes a microsecond or two.
@@ -269,8 +269,51 @@ impl Copier<'_> {
         if self.ledger.bytes - self.committed >= COMMIT_BYTES {
             self.committed = self.ledger.bytes;
             self.store.commit()?;
+            // Nothing else copies it, and all events in it would take as much disk space again.
+            self.store.truncate_log(BUSY_TIMEOUT)?;
             self.store.begin(false)?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use tempfile::TempDir;
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::event::{Event, Fingerprint};
+    use crate::spool::Durability;
+    use crate::spool::files::sibling;
+    use crate::spool::reader::open_read_only;
+
+    #[test]
+    fn the_log_of_the_new_file_stays_small() {
+        const EVENTS: u64 = 60;
+        let folder = TempDir::new().unwrap();
+        let [old, new] = ["old.db", "new.db"].map(|name| folder.path().join(name));
+        let mut store = Store::open(&old, Durability::Disk).unwrap();
+        store.begin(false).unwrap();
+        let mut ledger = Ledger::default();
+        for seq in 1..=EVENTS {
+            let body = Bytes::from(vec![seq as u8; 1 << 20]);
+            let (id, fingerprint) = (Uuid::now_v7(), Fingerprint::of(&body));
+            ledger.accepted += 1;
+            ledger.pending += 1;
+            ledger.bytes += cost(&body);
+            let event = Event { id, accepted_ms: 1, authentic: true, trace: None, fingerprint, subject: None, body };
+            store.insert(seq, &event).unwrap();
+        }
+        store.write_ledger(&ledger).unwrap();
+        store.commit().unwrap();
+        drop(store);
+
+        let mut store = Store::open(&new, Durability::Disk).unwrap();
+        let saved = copy(Some(&open_read_only(&old).unwrap()), &mut store).unwrap();
+        assert_eq!((saved.events, saved.unreadable), (EVENTS, 0));
+        let log = std::fs::metadata(sibling(&new, "-wal")).unwrap().len();
+        assert!(log < 2 * COMMIT_BYTES, "{log} bytes, which never shrank");
     }
 }
