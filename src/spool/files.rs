@@ -99,6 +99,11 @@ impl FileIdentity {
 /// Suffix of the file that reserves disk space.
 pub(super) const RESERVE: &str = ".reserve";
 
+/// Whether a relay has allocated the reserve of this spool.
+pub(super) fn has_reserve(spool: &Path, bytes: u64) -> bool {
+    fs::metadata(sibling(spool, RESERVE)).is_ok_and(|metadata| metadata.len() == bytes)
+}
+
 /// The right to use a spool: a lock of the file itself, so that a relay which reaches the file by another name (a hard
 /// link, another mount) does not get it.
 ///

@@ -3,11 +3,12 @@
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use super::files::{RESERVE, sibling};
+use super::files::{RESERVE, has_reserve, sibling};
+use super::space;
 
 /// How often to try to get the reserve back while the disk is full.
 const EVERY: Duration = Duration::from_secs(1);
@@ -27,7 +28,7 @@ impl Reserve {
     /// The reserve of a spool. An earlier relay may have left it allocated, in this size or in another.
     pub(super) fn of(spool: &Path, bytes: u64) -> Self {
         let path = sibling(spool, RESERVE);
-        let held = is_held(spool, bytes);
+        let held = has_reserve(spool, bytes);
         Self { path, bytes, held, tried: None }
     }
 
@@ -36,11 +37,10 @@ impl Reserve {
         if self.held { self.bytes } else { 0 }
     }
 
-    /// Frees the space. Returns whether there was any.
+    /// Frees the space, also that of a reserve of another size or of half a one. Returns whether there was any.
     pub(super) fn give_up(&mut self) -> bool {
-        let was_held = std::mem::replace(&mut self.held, false);
-        self.tried = Some(Instant::now());
-        was_held && fs::remove_file(&self.path).is_ok()
+        (self.held, self.tried) = (false, Some(Instant::now()));
+        fs::remove_file(&self.path).is_ok()
     }
 
     /// Whether the space is allocated. Tries to allocate it again when the last try is long enough ago.
@@ -52,8 +52,14 @@ impl Reserve {
         self.held
     }
 
-    /// Writes random bytes, because some file systems store zeros without using space.
+    /// Writes random bytes, because some file systems store zeros without using space. Writes nothing if it would not
+    /// fit: it would take the space of other programs every second.
     fn allocate(&self) -> io::Result<()> {
+        // What is there is written again.
+        let there = fs::symlink_metadata(&self.path).map_or(0, |metadata| metadata.blocks() * 512);
+        if !space::may_fit(&self.path, self.bytes.saturating_sub(there)) {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
         let write = || {
             let mut options = OpenOptions::new();
             let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(&self.path)?;
@@ -76,7 +82,45 @@ impl Reserve {
     }
 }
 
-/// Whether a relay has allocated the reserve of this spool.
-pub(super) fn is_held(spool: &Path, bytes: u64) -> bool {
-    fs::metadata(sibling(spool, RESERVE)).is_ok_and(|metadata| metadata.len() == bytes)
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use tempfile::TempDir;
+
+    use super::*;
+
+    #[test]
+    fn a_reserve_of_another_size_is_given_up() {
+        let folder = TempDir::new().unwrap();
+        let spool = folder.path().join("spool.db");
+        for length in [0, 1 << 10, 3 << 20] {
+            fs::write(sibling(&spool, RESERVE), vec![1; length]).unwrap();
+            let mut reserve = Reserve::of(&spool, 2 << 20);
+            assert_eq!(reserve.bytes_held(), 0, "{length}");
+            assert!(reserve.give_up() && !sibling(&spool, RESERVE).exists(), "{length}");
+            assert!(!reserve.give_up(), "there is none");
+        }
+        let mut reserve = Reserve::of(&spool, 2 << 20);
+        assert!(reserve.is_held() && reserve.give_up());
+    }
+
+    #[test]
+    fn a_reserve_of_another_size_is_replaced() {
+        let folder = TempDir::new().unwrap();
+        let spool = folder.path().join("spool.db");
+        fs::write(sibling(&spool, RESERVE), "half").unwrap();
+        assert!(Reserve::of(&spool, 2 << 20).is_held());
+        assert!(has_reserve(&spool, 2 << 20));
+    }
+
+    #[test]
+    fn a_reserve_that_does_not_fit_is_not_begun() {
+        let folder = TempDir::new().unwrap();
+        let spool = folder.path().join("spool.db");
+        // The attempt to write would fail at once, and remove the link.
+        symlink("/dev/full", sibling(&spool, RESERVE)).unwrap();
+        let mut reserve = Reserve::of(&spool, 1 << 60);
+        assert!(!reserve.is_held() && sibling(&spool, RESERVE).is_symlink());
+    }
 }

@@ -3,8 +3,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::files;
 use super::log_keeper::Bounds;
-use super::reserve;
 use super::settings::Settings;
 
 /// Room for the schema and the first events of a new spool.
@@ -24,7 +24,7 @@ impl Shortage {
     /// folder need not exist.
     pub fn of(settings: &Settings) -> io::Result<Option<Self>> {
         let bounds = Bounds::of(settings.body_bytes_max);
-        if reserve::is_held(&settings.path, bounds.reserve) {
+        if files::has_reserve(&settings.path, bounds.reserve) {
             return Ok(None);
         }
         let (needed, free) = (bounds.reserve + FIRST_BYTES, try_free(&existing(&settings.path))?);
@@ -43,8 +43,16 @@ pub(super) fn free(path: &Path) -> u64 {
     try_free(path).unwrap_or(0)
 }
 
+/// Whether this many bytes may fit next to this file. A disk that does not say is worth a try.
+pub(super) fn may_fit(file: &Path, bytes: u64) -> bool {
+    try_free(file.parent().unwrap_or(Path::new("/"))).map_or(true, |free| bytes <= free)
+}
+
 fn try_free(path: &Path) -> io::Result<u64> {
     let stat = rustix::fs::statvfs(path)?;
+    if stat.f_blocks == 0 {
+        return Err(io::Error::other("the file system does not say how large it is"));
+    }
     Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 
