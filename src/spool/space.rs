@@ -23,11 +23,11 @@ impl Shortage {
     /// Looks whether a relay with these settings would have the room to accept webhooks. Changes nothing. The spool's
     /// folder need not exist.
     pub fn of(settings: &Settings) -> io::Result<Option<Self>> {
-        let bounds = Bounds::of(settings.body_bytes_max);
-        if files::has_reserve(&settings.path, bounds.reserve) {
+        let (bounds, path) = (Bounds::of(settings.body_bytes_max), files::resolve(&settings.path)?);
+        if files::has_reserve(&path, bounds.reserve) {
             return Ok(None);
         }
-        let (needed, free) = (bounds.reserve + FIRST_BYTES, try_free(&existing(&settings.path))?);
+        let (needed, free) = (bounds.reserve + FIRST_BYTES, try_free(&existing(&path))?);
         Ok((free < needed).then_some(Self { needed, free }))
     }
 }
@@ -58,12 +58,17 @@ fn try_free(path: &Path) -> io::Result<u64> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    use tempfile::TempDir;
+
     use super::*;
     use crate::spool::Durability;
 
     #[test]
     fn a_disk_with_room_for_the_reserve_is_large_enough() {
-        let folder = tempfile::TempDir::new().unwrap();
+        let folder = TempDir::new().unwrap();
         let mut settings = Settings {
             path: folder.path().join("new/folder/spool.db"),
             max_bytes: 1,
@@ -74,5 +79,20 @@ mod tests {
         settings.body_bytes_max = 1 << 60;
         let shortage = Shortage::of(&settings).unwrap().unwrap();
         assert!(shortage.needed > 1 << 60 && shortage.free > 0);
+    }
+
+    /// The reserve lies next to the file that a link leads to.
+    #[test]
+    fn a_link_is_followed() {
+        let folder = TempDir::new().unwrap();
+        let [link, file] = ["link.db", "data/spool.db"].map(|name| folder.path().join(name));
+        fs::create_dir(folder.path().join("data")).unwrap();
+        symlink(&file, &link).unwrap();
+        let settings = Settings { path: link, max_bytes: 1, durability: Durability::Disk, body_bytes_max: 1 << 40 };
+        assert!(Shortage::of(&settings).unwrap().is_some());
+        let reserve = fs::File::create(files::sibling(&file, files::RESERVE)).unwrap();
+        // Takes no space: it has no contents.
+        reserve.set_len(Bounds::of(settings.body_bytes_max).reserve).unwrap();
+        assert_eq!(Shortage::of(&settings).unwrap(), None);
     }
 }
