@@ -51,7 +51,8 @@ impl FileSystem {
         let Ok(path) = files::resolve(path) else { return Self::Local };
         // The nearest folder that exists.
         let found = path.ancestors().find_map(|above| above.canonicalize().ok());
-        found.map_or(Self::Local, |found| Self::by_name(Mounts::read().file_system(&found)))
+        let (Some(found), Some(mounts)) = (found, Mounts::read()) else { return Self::Local };
+        Self::by_name(mounts.file_system(&found))
     }
 
     fn by_name(name: Option<&str>) -> Self {
@@ -86,11 +87,17 @@ pub fn check_mount(path: &Path) -> Result<(), OpenError> {
     let Ok(file) = files::resolve(path).and_then(|path| path.canonicalize()) else { return Ok(()) };
     let Some(folder) = file.parent() else { return Ok(()) };
     let device = |path: &Path| fs::metadata(path).map(|metadata| metadata.dev()).ok();
-    if device(&file) == device(folder) && !Mounts::read().contain(&file) {
+    if !is_mounted(Mounts::read().as_ref(), &file, (device(&file), device(folder))) {
         return Ok(());
     }
     let folder = folder.to_owned();
     Err(OpenError::Mounted { path: file, folder })
+}
+
+/// Whether something is mounted on this file. Its device and that of its folder decide only where the mounts are not
+/// known: on overlayfs, a file may have another device than its folder.
+fn is_mounted(mounts: Option<&Mounts>, file: &Path, devices: (Option<u64>, Option<u64>)) -> bool {
+    mounts.map_or(devices.0 != devices.1, |mounts| mounts.contain(file))
 }
 
 /// The mounts of this process, in the order in which they were made.
@@ -102,8 +109,9 @@ struct Mount {
 }
 
 impl Mounts {
-    fn read() -> Self {
-        Self::parse(&fs::read(MOUNTS).unwrap_or_default())
+    /// `None` if they cannot be read.
+    fn read() -> Option<Self> {
+        Some(Self::parse(&fs::read(MOUNTS).ok()?))
     }
 
     fn parse(text: &[u8]) -> Self {
@@ -180,6 +188,23 @@ half a line";
         let mounts = Mounts::parse(TABLE);
         assert!(mounts.contain(Path::new("/srv/spool.db")));
         assert!(!mounts.contain(Path::new("/srv/spool.db2")) && !mounts.contain(Path::new("/srv")));
+    }
+
+    #[test]
+    fn devices_decide_only_where_the_mounts_are_not_known() {
+        let (mounts, same, other) = (Mounts::parse(TABLE), (Some(1), Some(1)), (Some(1), Some(2)));
+        let (mounted, beside) = (Path::new("/srv/spool.db"), Path::new("/srv/other.db"));
+        for (mounts, file, devices, expected) in [
+            (Some(&mounts), mounted, same, true),
+            (Some(&mounts), mounted, other, true),
+            (Some(&mounts), beside, same, false),
+            // Overlayfs.
+            (Some(&mounts), beside, other, false),
+            (None, mounted, other, true),
+            (None, mounted, same, false),
+        ] {
+            assert_eq!(is_mounted(mounts, file, devices), expected, "{}, {devices:?}", file.display());
+        }
     }
 
     #[test]
