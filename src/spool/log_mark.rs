@@ -2,8 +2,9 @@
 //!
 //! SQLite opens a file whose log is missing without a word: it shows an earlier state. So the relay writes
 //! [`LogMark::Before`] just before it copies the log into the file, and [`LogMark::Within`] just after, which is then
-//! the first commit in the log. Whoever finds `Before` in a file without a log knows that there was one. Another
-//! process that copies the whole log into the file and deletes it (`sqlite3`, `spool remove`) copies `Within` as well.
+//! the first commit in the log. `Before` in a file without a log shows that the log was lost. Another process that
+//! copies the whole log into the file and deletes it (`sqlite3`, `spool remove`) copies `Within` as well. If the relay
+//! was killed between the two marks, there is no `Within`, and such a copy is taken for a lost log.
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -58,7 +59,7 @@ impl LogMark {
     }
 }
 
-/// The process that has the spool, if the file tells.
+/// The process that has the spool, if the file names one.
 ///
 /// Reads the file without its log and without locks (<https://www.sqlite.org/uri.html>, `immutable`): by another name
 /// the file has another log.

@@ -277,7 +277,7 @@ fn spawn_writer(
     Ok(end)
 }
 
-/// Adds the process that has the spool to the error, if the file tells.
+/// Adds the process that has the spool to the error, if the file names one.
 fn name_owner(error: OpenError, path: &Path) -> OpenError {
     match error {
         OpenError::Locked { path: locked, .. } => {

@@ -194,7 +194,7 @@ impl Store {
     /// all: then the next transaction writes from the beginning of the log. `marked`: a lost log can be noticed from
     /// then on; it takes two pages of the log.
     pub(super) fn copy_log(&mut self, marked: bool) -> Result<bool> {
-        // Without room on the disk the log has to be copied all the same. Then a lost log is not noticed.
+        // The log has to be copied even if the disk has no room for the mark. Then a lost log is not noticed.
         let is_marked = marked && self.mark(LogMark::Before).is_ok();
         let copied = self.checkpoint("PASSIVE")?;
         if is_marked {

@@ -119,7 +119,7 @@ fn open_store(path: &Path, durability: Durability) -> Result<Store, OpenError> {
 fn report_lost_log(path: &Path, store: &mut Store) {
     // Damage is found by those who read more.
     let (Ok(LogMark::Before), Ok(ledger)) = (store.log_mark(), store.ledger()) else { return };
-    // Without room on the disk only the log tells.
+    // If the disk has no room for the count, the line below is the only report.
     let _ = store.count_one_as_lost();
     error!(
         path = %path.display(),
