@@ -93,8 +93,8 @@ async fn a_spool_has_one_relay_whatever_its_name() {
     assert_eq!(relay.run(&["spool", "verify"]).await.code, Some(0));
 }
 
-/// Whether other processes see SQLite's lock, which says that the relay has the file open. An older SQLite that does not
-/// find it takes itself for the only one, and deletes the log in use.
+/// Whether other processes see SQLite's lock, which says that the relay has the file open. An older SQLite that does
+/// not find it takes itself for the only one, and deletes the log in use.
 fn is_locked_for_others(spool: &Path) -> bool {
     // SQLite's SHARED_FIRST and SHARED_SIZE, of which a reader holds all and the last process takes all.
     let mut wanted = Flock::from(FlockType::WriteLock);
