@@ -238,6 +238,7 @@ impl Publisher {
             declare: self.declare,
             interval: settings.watch_interval,
             limit: self.set_up_limit(),
+            nack_pause: settings.confirm_timeout.saturating_add(settings.reconnect_max),
             status,
             metrics,
         }

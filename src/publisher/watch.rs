@@ -30,7 +30,7 @@ const UNEXPLAINED_AGAIN: Duration = Duration::from_secs(600);
 /// Maximum time for a look that events wait for.
 const EARLY_LOOK: Duration = Duration::from_secs(2);
 
-/// For so many intervals a nack counts as recent.
+/// For so many intervals a nack counts as recent, at least.
 const NACK_COUNTS_FOR: u32 = 4;
 
 /// How long the management API is left alone after it refused a login: RabbitMQ logs each one.
@@ -48,6 +48,8 @@ pub(super) struct Watched<'a> {
     pub interval: Duration,
     /// Maximum time for a look.
     pub limit: Duration,
+    /// The longest time between two nacks, or confirms that do not come, of the same trouble.
+    pub nack_pause: Duration,
     pub status: &'a Status,
     pub metrics: &'a Metrics,
 }
@@ -197,8 +199,7 @@ impl ConnectionWatch<'_> {
         if status.take_nacked() {
             self.watch.nacked_at = Some(Instant::now());
         }
-        // The publisher pauses between two nacks.
-        let recently = self.watched.interval * NACK_COUNTS_FOR;
+        let recently = (self.watched.interval * NACK_COUNTS_FOR).max(self.watched.nack_pause);
         let nacked = self.watch.nacked_at.is_some_and(|at| at.elapsed() < recently);
         let is_explained = |seen: &QueueLook| known_trouble(seen, queues).is_some();
         let unexplained = nacked && !look.queues.iter().any(is_explained);
@@ -427,6 +428,7 @@ mod tests {
             declare: Declare::Passive,
             interval,
             limit: interval,
+            nack_pause: interval,
             status: &status,
             metrics: &metrics,
         };
