@@ -110,7 +110,15 @@ impl<'a> Session<'a> {
         if let Err(PublisherError::Refused(reason)) = &end
             && !self.on_refusal(reason, &flights).await
         {
-            end = Err(PublisherError::Lost(reason.clone()));
+            end = Err(PublisherError::Rejected(reason.clone()));
+        }
+        // Nothing else is published during a retry, so the next one must not follow at once.
+        if matches!(end, Err(PublisherError::ConfirmTimeout(_))) {
+            let retried = flights.iter().filter(|flight| flight.lane == Lane::Parked);
+            let tried: Vec<_> = retried.map(|flight| Settlement::Tried(flight.stored.seq)).collect();
+            if !tried.is_empty() {
+                self.parts.spool.settle(tried).await;
+            }
         }
         self.parts.status.set_in_flight(0);
         for flight in flights {
@@ -477,7 +485,8 @@ impl<'a> Session<'a> {
             parked.settlements.push(Settlement::Parked { seq, reason });
         }
         self.settle_parked(parked).await;
-        !flights.is_empty()
+        // What the spool cannot record is published again, and refused again.
+        !flights.is_empty() && self.parts.spool.status().takes_settlements()
     }
 }
 
