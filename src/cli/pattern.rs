@@ -10,6 +10,6 @@ pub(super) fn topic_pattern(text: &str) -> Result<String, String> {
 /// Prints a note on standard error if the pattern matches none of Prism's event types.
 pub(super) fn note_on_pattern(pattern: &str) {
     if let Some(advice) = pattern_advice(pattern) {
-        eprintln!("note: the pattern {pattern} {advice}");
+        eprintln!("note: the pattern {pattern:?} {advice}");
     }
 }

@@ -29,6 +29,9 @@ enum Quote {
     Nothing,
     /// The value is a URL that may contain a password. Mistakes do not quote it.
     UrlWithoutPassword,
+    /// The value is the path of a file with a secret. Mistakes quote it only if it is a path, because the secret itself
+    /// may have been set in its place.
+    SecretPath,
 }
 
 /// Where a value was set. A later origin wins over an earlier one.
@@ -249,10 +252,19 @@ impl Raw {
         self.read(key, parse).unwrap_or(choices[0].1)
     }
 
+    /// Reads the path of a file with a secret.
+    pub(super) fn secret_path<T>(&mut self, key: &str, parse: impl Fn(&str) -> Result<T, String>) -> Option<T> {
+        self.single(key, Quote::SecretPath, &parse)
+    }
+
     /// Reads the secret in the file that `key` names. Returns it with the file's path.
     pub(super) fn file<T>(&mut self, key: &str, parse: impl Fn(&str) -> Result<T, String>) -> Option<(PathBuf, T)> {
-        self.read(key, |path| {
-            let path = PathBuf::from(path);
+        let twin = key.trim_end_matches("_file");
+        self.secret_path(key, |text| {
+            let path = PathBuf::from(text);
+            if !is_path(&path) {
+                return Err(format!("is not the path of a file; a secret itself goes into {twin}"));
+            }
             read_secret(&path, &parse).map(|secret| (path, secret))
         })
     }
@@ -267,7 +279,11 @@ impl Raw {
                 Some(near) => format!("unknown key; did you mean {near}?"),
                 None => "unknown key".to_owned(),
             };
-            self.mistake_in_value(&key, what);
+            if key.is_empty() {
+                self.mistake("\"\"", "is not a key: a name is missing, such as in PRISM_RELAY__");
+            } else {
+                self.mistake_in_value(&key, what);
+            }
         }
         for name in std::mem::take(&mut self.ignored) {
             if let Some(meant) = self.meant(&name) {
@@ -311,7 +327,12 @@ impl Raw {
         text: &str,
         parse: &impl Fn(&str) -> Result<T, String>,
     ) -> Option<T> {
-        let shown = if quote == Quote::Value { format!("{text:?}") } else { "the value".to_owned() };
+        let may_quote = match quote {
+            Quote::Value => true,
+            Quote::SecretPath => is_path(Path::new(text)),
+            Quote::Nothing | Quote::UrlWithoutPassword => false,
+        };
+        let shown = if may_quote { format!("{text:?}") } else { "the value".to_owned() };
         // A shell removes quotation marks; `docker --env-file` and Kubernetes pass them on.
         let parsed = match entry.origin {
             Origin::Environment if is_quoted(text) => Err("is in quotation marks; remove them".to_owned()),
@@ -403,16 +424,31 @@ fn separated(text: &str) -> impl Iterator<Item = String> {
 /// The value without secrets.
 fn shown(value: &Value, quote: Quote) -> Value {
     let kind = match &value.kind {
-        ValueKind::Array(items) => ValueKind::Array(items.iter().map(|item| shown(item, quote)).collect()),
-        ValueKind::Nil => ValueKind::Nil,
-        kind if quote == Quote::Value => kind.clone(),
+        ValueKind::Array(items) => ValueKind::Array(items.iter().map(|item| shown_item(item, quote)).collect()),
+        // Only a text is a list with commas. In the item of an array a comma belongs to the URL.
         kind if quote == Quote::UrlWithoutPassword => {
             let urls: Vec<_> = kind.to_string().split(',').map(without_password).collect();
             ValueKind::String(urls.join(","))
         }
-        _ => ValueKind::String("***".to_owned()),
+        _ => return shown_item(value, quote),
     };
     Value::new(None, kind)
+}
+
+/// A single value without secrets.
+fn shown_item(value: &Value, quote: Quote) -> Value {
+    let kind = match (&value.kind, quote) {
+        (ValueKind::Nil, _) => ValueKind::Nil,
+        (kind, Quote::Value | Quote::SecretPath) => kind.clone(),
+        (kind, Quote::UrlWithoutPassword) => ValueKind::String(without_password(&kind.to_string())),
+        (_, Quote::Nothing) => ValueKind::String("***".to_owned()),
+    };
+    Value::new(None, kind)
+}
+
+/// Whether a text is a path, as far as it shows: the file exists, or one of the folders in front of it.
+fn is_path(path: &Path) -> bool {
+    path.ancestors().any(|part| part.file_name().is_some() && part.symlink_metadata().is_ok())
 }
 
 /// A URL whose password is replaced.
@@ -432,7 +468,7 @@ fn is_quoted(text: &str) -> bool {
 fn unreadable(path: &Path, error: &std::io::Error) -> String {
     let advice = match error.kind() {
         std::io::ErrorKind::PermissionDenied => {
-            "; run the command as a user that may, or name another file with --config"
+            "; run the command as a user who can read it, or name another file with --config"
         }
         _ => "",
     };
@@ -457,7 +493,7 @@ fn other_format(file: &str) -> Option<&'static str> {
     let is_mapping = |line: &str| line.split_once(':').is_some_and(|(name, _)| name.chars().all(is_key_character));
     match line {
         line if line.starts_with('{') => Some("JSON"),
-        line if line.starts_with("---") || is_mapping(line) => Some("YAML"),
+        line if ["---", "- "].iter().any(|mark| line.starts_with(mark)) || is_mapping(line) => Some("YAML"),
         _ => None,
     }
 }

@@ -59,6 +59,10 @@ pub(super) fn token(text: &str) -> Result<Secret, String> {
 
 /// Reads a file that holds a secret. The error completes the sentence "the file ...", and does not quote it.
 pub fn read_secret<T>(path: &Path, parse: impl Fn(&str) -> Result<T, String>) -> Result<T, String> {
+    // To read a pipe would wait for its writer.
+    if std::fs::metadata(path).is_ok_and(|found| !found.is_file() && !found.is_dir()) {
+        return Err("is a pipe, a socket or a device, not a file".to_owned());
+    }
     let bytes = std::fs::read(path).map_err(|error| match error.kind() {
         ErrorKind::PermissionDenied => format!("cannot be read{}: {error}", by_user()),
         _ => format!("cannot be read: {error}"),
@@ -151,6 +155,11 @@ fn secret(text: &str, kind: Kind) -> Result<Secret, String> {
         return Ok(Secret::new(text));
     };
     Err(fault)
+}
+
+/// Whether a secret may be more than the secret: `NAME=secret`, several in one line, or JSON. Base64 may end with `=`.
+pub(super) fn looks_joined(secret: &Secret) -> bool {
+    secret.expose().trim_end_matches('=').contains(['=', ',', '{'])
 }
 
 fn is_quotation_mark(c: char) -> bool {

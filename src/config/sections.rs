@@ -9,7 +9,7 @@ use ipnet::IpNet;
 use jiff::Timestamp;
 
 use super::raw::Raw;
-use super::secrets::{is_invisible, listed_secrets, password, password_in, secrets_in, token, token_in};
+use super::secrets::{is_invisible, listed_secrets, looks_joined, password, password_in, secrets_in, token, token_in};
 use crate::broker::{self, BrokerUrl, SHORT_STRING_BYTES_MAX};
 use crate::ingress::{self, HEALTH_PATH};
 use crate::logging::{self, Format};
@@ -103,6 +103,11 @@ pub(super) fn signature(raw: &mut Raw, purpose: Purpose) -> signature::Settings 
             let text = "is empty: signatures are not checked, not even where they are present";
             raw.note("signature.secrets", text);
         }
+    }
+    let key = if secrets_file.is_some() { "signature.secrets_file" } else { "signature.secrets" };
+    for (position, _) in (1..).zip(&secrets).filter(|(_, secret)| looks_joined(secret)) {
+        let text = "contains `=`, `,` or `{`, as a setting, a list or JSON does; only the bare secret is taken";
+        raw.note(key, format_args!("secret {position} {text}"));
     }
     signature::Settings {
         required,
@@ -298,7 +303,7 @@ pub(super) fn traces(raw: &mut Raw) -> traces::Settings {
 /// not need them, and may lack the permission to read them.
 fn server_files(raw: &mut Raw, purpose: Purpose) -> Option<ServerFiles> {
     let certificate = raw.read("http.tls.certificate", path);
-    let private_key = raw.read("http.tls.private_key", path);
+    let private_key = raw.secret_path("http.tls.private_key", path);
     let client_ca = raw.read("http.tls.client_ca", path);
     let files = match (certificate, private_key) {
         (Some(certificate), Some(private_key)) => ServerFiles { certificate, private_key, client_ca },
@@ -325,7 +330,7 @@ fn server_files(raw: &mut Raw, purpose: Purpose) -> Option<ServerFiles> {
 fn client_files(raw: &mut Raw, urls: &[BrokerUrl]) -> (ClientFiles, Option<String>) {
     let ca = raw.read("broker.tls.ca", path);
     let certificate = raw.read("broker.tls.certificate", path);
-    let private_key = raw.read("broker.tls.private_key", path);
+    let private_key = raw.secret_path("broker.tls.private_key", path);
     let name = |text: &str| tls::server_name(text).map(|_| text.to_owned()).ok_or("is not a host name".to_owned());
     let server_name = raw.read("broker.tls.server_name", name);
     let identity = match (certificate, private_key) {
@@ -377,6 +382,7 @@ fn broker_url(text: &str) -> Result<BrokerUrl, String> {
 fn path(text: &str) -> Result<PathBuf, String> {
     match text {
         "" => Err("is empty".to_owned()),
+        text if text.contains("-----BEGIN") => Err("is a PEM text; write it into a file, and set its path".to_owned()),
         text if text.trim() != text => Err("begins or ends with a blank".to_owned()),
         text => Ok(PathBuf::from(text)),
     }
@@ -411,8 +417,12 @@ fn webhook_path(text: &str) -> Result<String, String> {
     if text == HEALTH_PATH {
         return Err("is reserved: load balancers ask for the relay's health there".to_owned());
     }
-    if let Some(c) = text.chars().find(|c| !c.is_ascii_alphanumeric() && !"/-._~!$&'()*+,;=:@%".contains(*c)) {
-        return Err(format!("contains {c:?}, which a client percent-encodes, so no request would match; write it so"));
+    if let Some(c) = text.chars().find(|c| !c.is_ascii_alphanumeric() && !"/-._~!$&'()*+,;=:@%|[]".contains(*c)) {
+        let encoded: String = c.to_string().bytes().map(|byte| format!("%{byte:02X}")).collect();
+        return Err(format!(
+            "contains {c:?}, which a client percent-encodes, so no request would match; write it percent-encoded, as \
+             {encoded}"
+        ));
     }
     let is_escape = |rest: &str| rest.len() >= 2 && rest.bytes().take(2).all(|byte| byte.is_ascii_hexdigit());
     if !text.split('%').skip(1).all(is_escape) {

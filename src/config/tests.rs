@@ -184,6 +184,76 @@ fn no_mistake_quotes_a_secret() {
 }
 
 #[test]
+fn the_password_of_a_url_is_hidden_with_any_comma_in_it() {
+    let shown = |file: Option<&Path>, environment: Vec<(String, String)>| {
+        let mut raw = Raw::merge(file, environment).unwrap();
+        raw.urls("broker.urls", |_| Ok(()));
+        raw.settings().into_iter().find(|setting| setting.key == "broker.urls").unwrap().value
+    };
+    for password in ["x,y", ",x", "x,", "a@b,c"] {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        write!(file, "[broker]\nurls = [\"amqp://me:{password}@one/v\", \"amqp://me:pw@two/v\"]").unwrap();
+        let urls = shown(Some(file.path()), Vec::new()).into_array().unwrap();
+        let urls: Vec<_> = urls.into_iter().map(|url| url.into_string().unwrap()).collect();
+        assert_eq!(urls, ["amqp://me:***@one/v", "amqp://me:***@two/v"], "{password}");
+    }
+    let variable = ("PRISM_RELAY__BROKER__URLS".to_owned(), "amqp://me:x@one,amqp://me:y@two".to_owned());
+    let urls = shown(None, vec![variable]).into_string().unwrap();
+    assert_eq!(urls, "amqp://me:***@one,amqp://me:***@two");
+}
+
+#[test]
+fn a_secret_in_place_of_a_path_is_not_quoted() {
+    for (variable, secret, expected) in [
+        ("SIGNATURE__SECRETS_FILE", "whsec_hunter2", "signature.secrets_file: the value is not the path of a file; a"),
+        ("SIGNATURE__SECRETS_FILE", "hunter2/+x=", "a secret itself goes into signature.secrets (set in the env"),
+        ("SIGNATURE__SECRETS_FILE", "\"hunter2\"", "signature.secrets_file: the value is in quotation marks"),
+        ("BROKER__PASSWORD_FILE", "/hunter2", "a secret itself goes into broker.password (set in the environment)"),
+        ("OPS__TOKEN_FILE", "hunter2", "a secret itself goes into ops.token (set in the environment)"),
+        (
+            "HTTP__TLS__PRIVATE_KEY",
+            "-----BEGIN X-----\nhunter2",
+            "http.tls.private_key: the value is a PEM text; write",
+        ),
+    ] {
+        let text = mistakes("", &[(&format!("PRISM_RELAY__{variable}"), secret)]);
+        assert!(text.contains(expected) && !text.contains("hunter2"), "{expected:?} is missing in:\n{text}");
+    }
+    let folder = tempfile::TempDir::new().unwrap();
+    let path = folder.path().join("absent");
+    let text = mistakes("", &[("PRISM_RELAY__OPS__TOKEN_FILE", path.to_str().unwrap())]);
+    assert!(text.contains(&format!("ops.token_file: {path:?} cannot be read: No such file")), "{text}");
+}
+
+#[test]
+fn a_pipe_in_place_of_a_file_with_a_secret_is_not_waited_for() {
+    let text = mistakes("[ops]\ntoken_file = \"/dev/zero\"", &[]);
+    assert!(text.contains("ops.token_file: \"/dev/zero\" is a pipe, a socket or a device, not a file"), "{text}");
+}
+
+#[test]
+fn a_name_without_a_key_is_told() {
+    let text = mistakes("", &[("PRISM_RELAY__", "x")]);
+    assert!(text.contains("\"\": is not a key: a name is missing, such as in PRISM_RELAY__"), "{text}");
+}
+
+#[test]
+fn a_secret_that_looks_like_more_than_one_is_noted() {
+    let notes = |lines: &str| {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), lines).unwrap();
+        let toml = format!("[signature]\nsecrets_file = \"{}\"", file.path().display());
+        load(&toml, &[], Purpose::Serve).unwrap().notes
+    };
+    for slip in ["SIGNATURE_SECRET=whsec_1", "whsec_0123456789,whsec_a", "{\"secret\":\"whsec_0123\"}"] {
+        let [note] = &notes(&format!("whsec_0123456789\n{slip}\n"))[..] else { panic!("one note for {slip}") };
+        assert_eq!(note.key, "signature.secrets_file");
+        assert!(note.text.starts_with("secret 2 contains `=`, `,` or `{`"), "{note:?}");
+    }
+    assert_eq!(notes("whsec_0123456789\nMDEyMzQ1Njc4OWFiY2RlZg==\n"), []);
+}
+
+#[test]
 fn broken_or_missing_files_are_told_with_their_place() {
     let text = mistakes("[http]\nlisten = \n", &[]);
     assert!(text.contains("line 2") && text.contains("FILE"), "{text}");
@@ -347,13 +417,17 @@ fn the_path_of_webhooks_is_what_stands_in_a_request() {
         |text: &str| load("", &[("PRISM_RELAY__HTTP__PATH", text)], Purpose::Client).map(|config| config.http.path);
     for (text, expected) in [
         ("/webhooks/prism\n", "/webhooks/prism"),
-        ("/a-b_c.d~e/%C3%BC/!$&'()*+,;=:@", "/a-b_c.d~e/%C3%BC/!$&'()*+,;=:@"),
+        ("/a-b_c.d~e/%C3%BC/!$&'()*+,;=:@|[]", "/a-b_c.d~e/%C3%BC/!$&'()*+,;=:@|[]"),
         ("/", "/"),
     ] {
         assert_eq!(path(text).unwrap(), expected);
     }
     for (text, expected) in [
-        ("/prüfung", "contains 'ü', which a client percent-encodes"),
+        (
+            "/prüfung",
+            "contains 'ü', which a client percent-encodes, so no request would match; write it percent-encoded",
+        ),
+        ("/prüfung", ", as %C3%BC"),
         ("/a b", "contains ' ', which a client percent-encodes"),
         ("/a\nb", "contains '\\n', which a client percent-encodes"),
         ("/webhooks/prism ", "contains ' '"),
@@ -387,6 +461,7 @@ fn another_format_and_a_variable_with_one_underscore_are_named() {
     for (file, expected) in [
         ("# ours\nhttp:\n  listen: 0.0.0.0:8080\n", "the file looks like YAML, but the configuration is TOML"),
         ("---\nhttp: {}\n", "the file looks like YAML"),
+        ("- http: {}\n", "the file looks like YAML"),
         ("{\n \"http\": {}\n}\n", "the file looks like JSON"),
     ] {
         let text = mistakes(file, &[]);

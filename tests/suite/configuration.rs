@@ -133,7 +133,7 @@ async fn slips_in_a_valid_configuration_are_logged_at_the_start() {
     let line = relay.eventually_logs("write PRISM_RELAY__HTTP__LISTEN").await;
     assert_eq!(line["key"], "PRISM_RELAY_HTTP_LISTEN", "{line}");
     let tail = relay.run(&["tail", "scan.*"]).await;
-    assert!(tail.stderr.contains("note: the pattern scan.* matches none of Prism's event types"), "{tail:?}");
+    assert!(tail.stderr.contains("note: the pattern \"scan.*\" matches none of Prism's event types"), "{tail:?}");
     let redrive = relay.run(&["redrive", "--type", "#.a.#.b.#"]).await;
     assert!(redrive.code == Some(64) && redrive.stderr.contains("has 3 words `#`; 2 are allowed"), "{redrive:?}");
 }
