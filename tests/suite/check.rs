@@ -65,7 +65,7 @@ async fn a_user_without_permissions_is_found_before_and_after_the_declaration() 
     assert_eq!(code, Some(1));
     let denied = find(&found, "WRONG", "the broker refuses what the relay needs: ");
     assert!(denied["text"].as_str().unwrap().contains("ACCESS_REFUSED"), "{denied}");
-    let remedy = format!("rabbitmqctl set_permissions -p {} nobody '.*' '.*' '.*'", vhost.name());
+    let remedy = format!("rabbitmqctl set_permissions -p {} nobody '^prism\\.' '^prism\\.' '^prism\\.'", vhost.name());
     assert_eq!(denied["remedy"], remedy.as_str());
     assert_eq!(wrong(&found).len(), 1, "one line for one cause: {found:#?}");
 
@@ -77,7 +77,8 @@ async fn a_user_without_permissions_is_found_before_and_after_the_declaration() 
     assert!(!found.iter().any(|finding| finding["text"].as_str().unwrap().contains("will create")), "{found:#?}");
     assert!(vhost.exchange("prism.events").await.is_none(), "check changed the broker");
 
-    vhost.permit(user, ".*", ".*", ".*").await;
+    let pattern = r"^prism\.";
+    vhost.permit(user, pattern, pattern, pattern).await;
     let (code, found) = findings(&setup).await;
     assert_eq!((code, wrong(&found)), (Some(0), vec![]));
     assert_eq!(setup.run(&["topology", "declare"]).await.code, Some(0));

@@ -198,14 +198,14 @@ impl TopologyCheck<'_> {
             more => format!(" and {more} more"),
         };
         let text = format!("the broker refuses what the relay needs: {}{more}: {reply}", listed.join(", "));
+        let exchange = self.config.publisher.exchange.as_str();
+        let all = pattern_of(self.plan.entities().iter().map(Entity::name).chain([exchange]));
         let (configure, write) = match self.declare() {
-            Declare::Active => (".*".to_owned(), ".*".to_owned()),
-            Declare::Passive | Declare::Off => {
-                (String::new(), format!("^{}$", self.config.publisher.exchange.replace('.', "\\.")))
-            }
+            Declare::Active => (all.to_owned(), all.to_owned()),
+            Declare::Passive | Declare::Off => (String::new(), format!("^{}$", exchange.replace('.', "\\."))),
         };
-        let [vhost, user, configure, write] = [self.url.vhost(), user, &configure, &write].map(quote);
-        let remedy = format!("rabbitmqctl set_permissions -p {vhost} {user} {configure} {write} '.*'");
+        let [vhost, user, configure, write, read] = [self.url.vhost(), user, &configure, &write, all].map(quote);
+        let remedy = format!("rabbitmqctl set_permissions -p {vhost} {user} {configure} {write} {read}");
         Some(Finding::wrong("permissions", text).remedy(remedy))
     }
 
@@ -246,7 +246,7 @@ impl TopologyCheck<'_> {
             Err(reason) => {
                 self.findings.0.extend(will_create(self.plan, seen, None));
                 let remedy = "enable RabbitMQ's management plugin, or set broker.management_url";
-                return self.findings.0.push(Finding::note(area, format!("not looked at: {reason}")).remedy(remedy));
+                return self.findings.0.push(Finding::note(area, format!("not checked: {reason}")).remedy(remedy));
             }
         };
         let found = judged(self.config, self.file, self.plan, seen, &compared);
@@ -256,6 +256,11 @@ impl TopologyCheck<'_> {
             self.findings.0.push(Finding::ok(area, "as configured"));
         }
     }
+}
+
+/// The pattern of a permission on these names.
+fn pattern_of<'a>(mut names: impl Iterator<Item = &'a str>) -> &'static str {
+    if names.all(|name| name.starts_with("prism.")) { r"^prism\." } else { ".*" }
 }
 
 /// What the management API adds to what AMQP shows. Pure.
@@ -326,4 +331,16 @@ fn queue_limit(seen: &Seen, compared: &Compared) -> Option<Finding> {
         Finding::wrong("virtual host", text)
             .remedy("raise the limit with rabbitmqctl set_vhost_limits, or delete queues that are not needed")
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_permission_is_no_wider_than_the_names_allow() {
+        assert_eq!(pattern_of(["prism.events", "prism.dead"].into_iter()), r"^prism\.");
+        assert_eq!(pattern_of(["prism.events", "webhooks"].into_iter()), ".*");
+        assert_eq!(pattern_of(["prismatic"].into_iter()), ".*");
+    }
 }
