@@ -120,6 +120,7 @@ configured() {
   same 'and goes on' "$(readiness) $(property NRestarts)" '200 0'
   eventually 'the watchdog is fed' watchdog_fed
   ok 'the check before the start is in the journal' journal_has 'will be created'
+  ok 'and finds nothing wrong' journal_has_not WRONG
 }
 
 survives_a_kill() {
@@ -249,6 +250,7 @@ accepted() { inside prism-relay --config $config spool stats | awk '$1 == "accep
 send() { inside prism-relay --config $config send --no-retry "$@"; }
 socket_times() { property ActiveEnterTimestampMonotonic prism-relay.socket && property ActiveEnterTimestampMonotonic prism-relay-ops.socket; }
 journal_has() { inside journalctl --no-pager --quiet --unit prism-relay | grep -q "$1"; }
+journal_has_not() { ! journal_has "$1"; }
 socket_failed() { [[ $(property ActiveState prism-relay.socket) == failed ]]; }
 watchdog_fed() { [[ $(property WatchdogTimestampMonotonic) -gt $(property ActiveEnterTimestampMonotonic) ]]; }
 random_hex() { od -An -v -N32 -tx1 /dev/urandom | tr -d ' \n'; }
