@@ -41,6 +41,10 @@ pub(super) fn findings(config: &Config, state: &SpoolState) -> Vec<Finding> {
     // The log and the reserve are next to the file that a symbolic link leads to.
     let resolved = configured.canonicalize().unwrap_or_else(|_| configured.to_owned());
     let path = resolved.as_path();
+    if path.is_dir() {
+        let remedy = format!("set spool.path to a file in it, such as {}", path.join("spool.db").display());
+        return vec![Finding::wrong(AREA, format!("{} is a folder, not a file", path.display())).remedy(remedy)];
+    }
     let folder = match state {
         SpoolState::Absent(folder) => folder.clone(),
         _ => path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new(".")).to_owned(),
@@ -189,6 +193,18 @@ mod tests {
         let texts = ["/data/spool.db: 3 pending, 0 parked, in use by a running relay", "1.0 GiB are free"];
         assert_eq!(found, texts.map(|text| (Level::Ok, text.to_owned())));
         assert_eq!(judged(|facts| facts.ledger = None)[0].1, "/data/spool.db will be created");
+    }
+
+    #[test]
+    fn a_folder_in_place_of_the_spool_is_wrong() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let path = folder.path().canonicalize().unwrap().display().to_string();
+        let variable = ("PRISM_RELAY__SPOOL__PATH".to_owned(), path.clone());
+        let config = Config::load(None, [variable], crate::config::Purpose::Client).unwrap();
+        let found = super::findings(&config, &SpoolState::of(&config.spool.path));
+        let expected = Finding::wrong(AREA, format!("{path} is a folder, not a file"))
+            .remedy(format!("set spool.path to a file in it, such as {path}/spool.db"));
+        assert_eq!(found, [expected]);
     }
 
     #[test]
