@@ -11,17 +11,21 @@ use crate::topology::quote;
 /// Printed in place of a `userToken`.
 const HIDDEN: &str = "[hidden]";
 
-/// The command. The body is written anew, so its bytes, its signature and its fingerprint are not those of the event.
+/// The command. The body is serialised again, so its bytes, its signature and its fingerprint are not those of the event.
 pub(super) fn command(config: &Config, body: &[u8]) -> anyhow::Result<String> {
     let mut json: Value = serde_json::from_slice(body).context("cannot print a body that is not JSON")?;
-    hide(&mut json);
+    let is_hidden = hide(&mut json);
     let url = match listener_url(config.http.listen, "http.listen", &config.http.path) {
         Ok(url) if config.http.tls.is_none() => format!("${{PRISM_URL:-{}}}", quote(&url)),
         _ => "${PRISM_URL:?set PRISM_URL to the URL for webhooks}".to_owned(),
     };
     let is_signed = config.signature.required || !config.signature.secrets.is_empty();
-    Ok(text(&json.to_string(), &url, is_signed))
+    let command = text(&json.to_string(), &url, is_signed);
+    Ok(if is_hidden { format!("{TO_REPLACE}\n{command}") } else { command })
 }
+
+/// The first line of a command whose event is not complete.
+const TO_REPLACE: &str = "# a userToken is hidden: put the real one in before you post";
 
 /// The body goes through a pipe, because an argument of a command must be shorter than 128 KiB.
 fn text(body: &str, url: &str, is_signed: bool) -> String {
@@ -41,21 +45,33 @@ fn text(body: &str, url: &str, is_signed: bool) -> String {
     )
 }
 
-/// Hides every `userToken` at any depth. serde_json limits the depth to 128, so the recursion is safe.
-pub(super) fn hide(json: &mut Value) {
+/// Hides every `userToken` at any depth. Returns whether there was one. serde_json limits the depth to 128, so the recursion is safe.
+pub(super) fn hide(json: &mut Value) -> bool {
     match json {
-        Value::Object(members) => members.iter_mut().for_each(|(name, value)| match name.as_str() {
-            "userToken" => *value = HIDDEN.into(),
-            _ => hide(value),
+        Value::Object(members) => members.iter_mut().fold(false, |found, (name, value)| match name.as_str() {
+            "userToken" => {
+                *value = HIDDEN.into();
+                true
+            }
+            _ => hide(value) || found,
         }),
-        Value::Array(items) => items.iter_mut().for_each(hide),
-        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
+        // Not `any`, which would stop at the first one.
+        Value::Array(items) => items.iter_mut().map(hide).filter(|hidden| *hidden).count() > 0,
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => false,
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_command_with_a_hidden_user_token_says_so_first() {
+        let config = Config::load(None, [], crate::config::Purpose::Client).unwrap();
+        let printed = command(&config, br#"{"a":[{"userToken":"hunter2"},{"userToken":"hunter2"},1],"b":{}}"#).unwrap();
+        assert!(printed.starts_with(&format!("{TO_REPLACE}\nbody=")) && !printed.contains("hunter2"), "{printed}");
+        assert!(command(&config, br#"{"a":[1]}"#).unwrap().starts_with("body="));
+    }
 
     #[test]
     fn an_unsigned_event_needs_no_secret() {
