@@ -24,6 +24,9 @@ const P521: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.132.0.35");
 /// Minimum size of an RSA key, in bits: ring supports no smaller one.
 const RSA_BITS_MIN: usize = 2048;
 
+/// The kinds of keys that are supported.
+pub(super) const KEYS: &str = "P-256, P-384, Ed25519, or RSA with at least 2048 bits";
+
 /// A parsed certificate of a file.
 pub(super) struct Parsed<'a> {
     certificate: x509_cert::Certificate,
@@ -79,9 +82,7 @@ impl<'a> Parsed<'a> {
             },
             _ => "a key of an unusual kind".to_owned(),
         };
-        let reason = format!(
-            "has {fault}, which is not supported; use P-256, P-384, Ed25519, or RSA with at least {RSA_BITS_MIN} bits"
-        );
+        let reason = format!("has {fault}, which is not supported; use {KEYS}");
         Err(TlsError::unusable(self.path, reason))
     }
 }

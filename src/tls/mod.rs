@@ -18,7 +18,7 @@ use rustls::server::{VerifierBuilderError, WebPkiClientVerifier};
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use tokio_rustls::rustls;
 
-use certificate::Parsed;
+use certificate::{KEYS, Parsed};
 pub(crate) use error::TlsError;
 pub(crate) use explain::{Peer, explain};
 use pem::{certificates, private_key};
@@ -181,8 +181,16 @@ pub(crate) fn server_name(host: &str) -> Option<ServerName<'static>> {
 }
 
 fn mismatch(certificate: &Path, private_key: &Path, error: &rustls::Error) -> TlsError {
+    let reason = match error {
+        rustls::Error::InconsistentKeys(_) => "the key belongs to another certificate".to_owned(),
+        // ring cannot load the key. Its words name every kind that it tried.
+        rustls::Error::General(_) => {
+            return TlsError::unusable(private_key, format!("is of a kind that is not supported; use {KEYS}"));
+        }
+        error => explain(error, Peer::Client),
+    };
     let (certificate, private_key) = (certificate.to_owned(), private_key.to_owned());
-    TlsError::Mismatch { certificate, private_key, reason: explain(error, Peer::Client) }
+    TlsError::Mismatch { certificate, private_key, reason }
 }
 
 fn authorities(path: &Path) -> Result<RootCertStore, TlsError> {

@@ -103,7 +103,12 @@ fn files_that_cannot_be_used_are_described_in_one_sentence() {
         (texts(good, &sample("public.key")), "tls.key contains a public key, but no private key"),
         (texts(good, &sample("encrypted.key")), "tls.key is encrypted with a passphrase; decrypt it: openssl pkey"),
         (texts(good, &sample("encrypted-traditional.key")), "tls.key is encrypted with a passphrase; decrypt it"),
-        (texts(good, &other.key), "certificate tls.crt and private key tls.key do not match"),
+        (
+            texts(good, &other.key),
+            "certificate tls.crt and private key tls.key do not match: the key belongs to another certificate",
+        ),
+        (texts(good, &sample("p521.key")), "tls.key is of a kind that is not supported; use P-256, P-384, Ed25519, or"),
+        (texts(good, &sample("rsa1024.key")), "tls.key is of a kind that is not supported; use P-256"),
         (texts("", key), "tls.crt contains no certificate in PEM format"),
         (texts(&joined, key), "tls.crt has 2 certificates, but only 1 can be read: each -----BEGIN must be at the"),
         (texts(&indented, key), "tls.crt has 1 certificates, but only 0 can be read: each -----BEGIN must be at the"),
