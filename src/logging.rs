@@ -101,8 +101,11 @@ impl FromStr for Filter {
         for word in text.split(',').map(str::trim).filter(|word| !word.is_empty()) {
             match word.split_once('=') {
                 Some((name, level)) => targets.push((target(name.trim())?, level_named(level.trim())?)),
-                None if rest.is_some() => return Err(format!("has a second level, {word:?}, for all targets")),
-                None => rest = Some(level_named(word)?),
+                None => {
+                    if rest.replace(level_named(word)?).is_some() {
+                        return Err(format!("has a second level, {word:?}, for all targets"));
+                    }
+                }
             }
         }
         if rest.is_none() && targets.is_empty() {
@@ -134,7 +137,12 @@ fn level_named(word: &str) -> Result<LevelFilter, String> {
 
 fn target(name: &str) -> Result<&str, String> {
     let is_target = !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || "_:-.".contains(c));
-    is_target.then_some(name).ok_or_else(|| format!("has {name:?} in front of a level, which is not a target"))
+    match (is_target, name.contains('-')) {
+        (false, _) => Err(format!("has {name:?} in front of a level, which is not a target")),
+        // A target is the path of a Rust module, so it would match nothing.
+        (true, true) => Err(format!("has the target {name:?}; write it with `_`: {}", name.replace('-', "_"))),
+        (true, false) => Ok(name),
+    }
 }
 
 /// How log lines are written.
@@ -262,6 +270,8 @@ mod tests {
             ("info,lapin=verbose", "has the word \"verbose\""),
             ("lapin", "for a single target write lapin=debug"),
             ("2", "for a single target write 2=debug"),
+            ("info,lapin", "has the word \"lapin\", which is not a level"),
+            ("prism-relay=debug", "has the target \"prism-relay\"; write it with `_`: prism_relay"),
             ("info,debug", "has a second level, \"debug\", for all targets"),
             ("=debug", "has \"\" in front of a level, which is not a target"),
             ("a=b=c", "has the word \"b=c\""),
