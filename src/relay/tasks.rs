@@ -52,7 +52,7 @@ impl Built {
         let log_filter = self.log_filter;
         let reset_log_filter = move || {
             if let Some(previous) = logging::set_filter(&log_filter) {
-                info!(previous, filter = %log_filter, "SIGHUP: the log filter is the configured one again");
+                info!(previous, filter = %log_filter, "SIGHUP: log filter reset to log.filter");
             }
         };
         Tasks {
