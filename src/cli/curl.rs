@@ -11,7 +11,8 @@ use crate::topology::quote;
 /// Printed in place of a `userToken`.
 const HIDDEN: &str = "[hidden]";
 
-/// The command. The body is serialised again, so its bytes, its signature and its fingerprint are not those of the event.
+/// The command. The body is serialised again, so its bytes, its signature and its fingerprint are not those of the
+/// event.
 pub(super) fn command(config: &Config, body: &[u8]) -> anyhow::Result<String> {
     let mut json: Value = serde_json::from_slice(body).context("cannot print a body that is not JSON")?;
     let is_hidden = hide(&mut json);
@@ -45,7 +46,8 @@ fn text(body: &str, url: &str, is_signed: bool) -> String {
     )
 }
 
-/// Hides every `userToken` at any depth. Returns whether there was one. serde_json limits the depth to 128, so the recursion is safe.
+/// Hides every `userToken` at any depth. Returns whether there was one. serde_json limits the depth to 128, so the
+/// recursion is safe.
 pub(super) fn hide(json: &mut Value) -> bool {
     match json {
         Value::Object(members) => members.iter_mut().fold(false, |found, (name, value)| match name.as_str() {

@@ -11,8 +11,8 @@ use super::connection::End;
 use crate::log_limiter::LogLimiter;
 use crate::metrics::Metrics;
 
-const PROXY_PROTOCOL: &str = "a proxy in front sends the PROXY protocol, which the relay does not speak: all its requests \
-                              fail; switch it off there (send_proxy, proxy_protocol, \
+const PROXY_PROTOCOL: &str = "a proxy in front sends the PROXY protocol, which the relay does not speak: all its \
+                              requests fail; switch it off there (send_proxy, proxy_protocol, \
                               proxy-protocol-version), and let the proxy set X-Forwarded-For";
 const TLS_ON_PLAIN_PORT: &str = "a client speaks TLS, but this listener has none: all its requests fail; \
                                  terminate TLS in the proxy in front, or set http.tls";

@@ -164,7 +164,7 @@ async fn the_filter_of_the_log_is_changed_at_run_time_and_sighup_takes_it_back()
     relay.post(scan(1)).await.expect(200);
     relay.eventually_logs("\"message\":\"accepted\"").await;
     relay.signal("HUP");
-    let back = relay.eventually_logs("the log filter is the configured one again").await;
+    let back = relay.eventually_logs("log filter reset to log.filter").await;
     assert_eq!((&back["previous"], &back["filter"]), (&json!("info,prism_relay=debug"), &json!("info")), "{back}");
     let before = relay.log_text().matches("\"message\":\"accepted\"").count();
     relay.post(scan(2)).await.expect(200);
