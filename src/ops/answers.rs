@@ -1,8 +1,9 @@
 //! The one judge of the relay's health: turns facts into a headline and the answers to seven questions. Console, `top`
 //! and `check` show them and judge nothing themselves. Pure.
 //!
-//! The thresholds are those of the alert rules in deploy/prometheus: a problem here is what pages there, a warning is
-//! what makes a ticket.
+//! The thresholds are those of the alert rules in deploy/prometheus, which look at longer times: what pages there is a
+//! problem here, and what makes a ticket there is a warning here. One is not: no webhook for hours is only a note,
+//! because it is normal at night for many, and the time can be set only in the rule.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -35,6 +36,13 @@ const UNVERIFIED_SHARE: f64 = 0.05;
 const UNVERIFIED_MIN: u64 = 4;
 /// Other refusals within 5 min that are worth a look.
 const REFUSED_MIN: u64 = 5;
+/// How many connections in another protocol within 30 min, without any acceptance, mean that no webhook arrives
+/// (PrismRelayWrongProtocol).
+const OTHER_PROTOCOL_IN_30_MINUTES: u64 = 8;
+/// The days until the certificate expires, below which that is a problem or a warning
+/// (PrismRelayCertificateExpires, ...ExpiresSoon).
+const CERTIFICATE_PROBLEM_DAYS: f64 = 3.0;
+const CERTIFICATE_WARNING_DAYS: f64 = 21.0;
 /// No webhook for this long is worth a note (PrismRelayNoWebhooks).
 const SILENT: Duration = Duration::from_secs(6 * 3600);
 /// No webhook for this long is normal while no user scans.
@@ -122,11 +130,13 @@ pub(super) struct Facts {
     pub last_5_minutes: Window,
     pub last_30_minutes: Window,
     pub last_hour: Window,
+    /// Days until the public listener's certificate expires, if it has one; negative afterwards.
+    pub certificate_days: Option<f64>,
     pub turned_away: TurnedAway,
     pub queues: Vec<Queue>,
     /// Exchanges, queues and bindings that do not exist.
     pub missing: Vec<String>,
-    /// Why The relay does not look at the queues.
+    /// Why the relay does not look at the queues.
     pub unwatched: Option<String>,
 }
 
@@ -168,6 +178,8 @@ pub(super) struct Window {
     pub accepted: u64,
     /// By `code`, without requests that cannot be webhooks.
     pub refused: BTreeMap<&'static str, u64>,
+    /// Connections refused because of their protocol.
+    pub other_protocol: u64,
 }
 
 /// Webhooks that were refused since the start of the process.
@@ -193,6 +205,14 @@ pub(super) struct Refusal {
     pub reason: &'static str,
     /// Time since then.
     pub age: Duration,
+}
+
+/// What keeps webhooks from reaching the relay, or soon will.
+struct Barrier {
+    level: Level,
+    word: &'static str,
+    detail: String,
+    remedy: &'static str,
 }
 
 /// One way in which events are lost, or may be.
@@ -234,6 +254,15 @@ pub(super) enum QueueState {
     Trouble { text: String, remedy: String },
     /// `unattended`: how long there has been no worker.
     Counted { messages: u64, consumers: u64, unattended: Duration },
+}
+
+/// How serious it is that the certificate expires in so many days.
+pub(super) fn certificate_level(days: f64) -> Level {
+    match days {
+        _ if days < CERTIFICATE_PROBLEM_DAYS => Level::Problem,
+        _ if days < CERTIFICATE_WARNING_DAYS => Level::Warning,
+        _ => Level::Ok,
+    }
 }
 
 /// Judges the facts.
@@ -339,6 +368,10 @@ impl Facts {
             let detail = format!("Every webhook is refused: {}.", refusals::cause(refusing.reason));
             return answer(Level::Problem, "No", detail).remedy(refusals::meaning(refusing.reason));
         }
+        let barrier = self.barrier();
+        if let Some(Barrier { level: Level::Problem, word, detail, remedy }) = barrier {
+            return answer(Level::Problem, word, detail).remedy(remedy);
+        }
         let (scarcity, room) = self.room();
         if scarcity > Level::Ok {
             let word = match self.outlook {
@@ -350,12 +383,42 @@ impl Facts {
         if let Some((why, what)) = self.disk_trouble() {
             return answer(Level::Warning, "Yes, for now", sentence(why)).remedy(sentence(what));
         }
+        if let Some(Barrier { level, word, detail, remedy }) = barrier {
+            return answer(level, word, detail).remedy(remedy);
+        }
         if let Some(refusing) = refusing {
             return answer(Level::Warning, "Yes, but not all", refusing.text())
                 .remedy(refusals::meaning(refusing.reason));
         }
         let accepted = count(self.ledger.accepted, "event", "events");
         answer(Level::Ok, "Yes", format!("{accepted} so far. The spool is {share} full.{room}"))
+    }
+
+    /// What keeps webhooks from reaching the relay, or soon will.
+    fn barrier(&self) -> Option<Barrier> {
+        let Window { accepted, other_protocol, .. } = &self.last_30_minutes;
+        if *accepted == 0 && *other_protocol >= OTHER_PROTOCOL_IN_30_MINUTES {
+            return Some(Barrier {
+                level: Level::Problem,
+                word: "No",
+                detail: format!(
+                    "No webhook arrives: {} in the last 30 min came in the wrong protocol, the PROXY protocol or TLS.",
+                    count(*other_protocol, "connection", "connections")
+                ),
+                remedy: "Switch off the PROXY protocol in the proxy in front, or let it terminate TLS, or set \
+                         http.tls; the log says which.",
+            });
+        }
+        let days = self.certificate_days?;
+        let level = certificate_level(days);
+        let remedy = "Renew the certificate, then reload.";
+        let (word, detail) = if days < 0.0 {
+            ("No", "The TLS certificate has expired, so Prism cannot connect.".to_owned())
+        } else {
+            let left = span(Duration::try_from_secs_f64(days * 86_400.0).unwrap_or(Duration::MAX));
+            ("Yes, for now", format!("The TLS certificate expires in {left}; then Prism cannot connect."))
+        };
+        (level > Level::Ok).then_some(Barrier { level, word, detail, remedy })
     }
 
     /// What is wrong with the spool's file or disk, and what to do.
@@ -366,7 +429,7 @@ impl Facts {
 
     /// How scarce the room for events is, and a sentence about it.
     fn room(&self) -> (Level, String) {
-        let nearly_full = if self.share() >= NEARLY_FULL { Level::Warning } else { Level::Ok };
+        let nearly_full = if self.share() >= NEARLY_FULL { Level::Problem } else { Level::Ok };
         let Outlook::FullIn(time) = self.outlook else { return (nearly_full, String::new()) };
         let by_time = match time {
             _ if time < ROOM_FOR_A_PROBLEM => Level::Problem,
@@ -699,7 +762,9 @@ impl Facts {
         let of = |id: &str| answers.iter().find(|answer| answer.id == id);
         let level = answers.iter().map(|answer| answer.level).max().unwrap_or(Level::Ok);
         // The order of importance among answers of one level. Scarce room is a consequence of missing deliveries.
-        let is_open = self.blocker.is_none() && !self.refusing().is_some_and(|refusing| refusing.all);
+        let is_open = self.blocker.is_none()
+            && !self.refusing().is_some_and(|refusing| refusing.all)
+            && self.barrier().is_none_or(|barrier| barrier.word != "No");
         let (one, two) = if is_open { ("broker", "accepting") } else { ("accepting", "broker") };
         let order = [one, two, "lost", "workers", "lag", "parked", "sending"];
         let worst = order.iter().filter_map(|id| of(id)).find(|answer| answer.level == level);
@@ -739,6 +804,9 @@ impl Facts {
             "lag" => Some(self.behind_text()),
             "parked" => Some(format!("{}.", self.parked_text())),
             "accepting" if self.draining => Some("The relay is shutting down.".to_owned()),
+            "accepting" if self.barrier().is_some_and(|barrier| barrier.level == answer.level) => {
+                self.barrier().map(|barrier| barrier.detail)
+            }
             "accepting" if is_told("broker") && self.refusing().is_some() => None,
             "accepting" => match self.refusing() {
                 Some(refusing) => Some(refusing.text()),
@@ -754,6 +822,13 @@ impl Facts {
             let pending = grouped(self.ledger.pending);
             return format!("The relay is shutting down. Undelivered events stay on disk: {pending}.");
         }
+        let barrier = self.barrier();
+        let is_first = self.blocker.is_none() && !self.refusing().is_some_and(|refusing| refusing.all);
+        if let Some(Barrier { level: Level::Problem, detail, .. }) = &barrier
+            && is_first
+        {
+            return detail.clone();
+        }
         match (self.blocker, self.refusing()) {
             (Some(AppendError::Full), _) => {
                 let why = self.disk_trouble().map(|(why, _)| format!(" {}", sentence(why))).unwrap_or_default();
@@ -763,11 +838,12 @@ impl Facts {
                 let (why, _) = self.disk_trouble().unwrap_or(("the spool cannot be written", ""));
                 format!("Webhooks are being refused now: {why}. Prism gives up on each after 35 s.")
             }
-            (None, Some(refusing)) => refusing.text(),
-            (None, None) if self.room().0 == Level::Ok => {
-                self.disk_trouble().map(|(why, _)| sentence(why)).unwrap_or_default()
-            }
-            (None, None) => {
+            (None, Some(refusing)) if refusing.all || barrier.is_none() => refusing.text(),
+            (None, _) if self.room().0 == Level::Ok => match self.disk_trouble() {
+                Some((why, _)) => sentence(why),
+                None => barrier.map(|barrier| barrier.detail).unwrap_or_default(),
+            },
+            (None, _) => {
                 let (_, room) = self.room();
                 let waiting = events_are(self.ledger.pending);
                 format!("The spool is {} full; {waiting} safe on disk.{room}", percent(self.share()))

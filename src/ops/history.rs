@@ -37,6 +37,8 @@ pub(super) struct Counters {
     pub refused: u64,
     /// Refused webhooks by code, without requests that cannot be webhooks (another path, another method).
     pub refused_by_code: BTreeMap<&'static str, u64>,
+    /// Connections refused because of their protocol.
+    pub other_protocol: u64,
     pub confirmed: u64,
 }
 
@@ -75,6 +77,7 @@ pub(super) struct Held {
 pub(super) struct Increase {
     pub accepted: u64,
     pub confirmed: u64,
+    pub other_protocol: u64,
     pub refused_by_code: BTreeMap<&'static str, u64>,
 }
 
@@ -89,6 +92,7 @@ impl Counters {
         Increase {
             accepted: self.accepted.saturating_sub(before.accepted),
             confirmed: self.confirmed.saturating_sub(before.confirmed),
+            other_protocol: self.other_protocol.saturating_sub(before.other_protocol),
             refused_by_code,
         }
     }
@@ -156,8 +160,8 @@ impl History {
 
     /// The webhooks of about the last `span`, up to `counters`, which are read now.
     pub(super) fn window(&self, span: Duration, counters: &Counters) -> Window {
-        let Increase { accepted, refused_by_code, .. } = self.recent_increase(span, counters);
-        Window { accepted, refused: refused_by_code }
+        let Increase { accepted, refused_by_code, other_protocol, .. } = self.recent_increase(span, counters);
+        Window { accepted, refused: refused_by_code, other_protocol }
     }
 
     /// The increase within about the last `span`, up to `counters`, which are read now.
@@ -168,6 +172,7 @@ impl History {
         recent.fold(newest, |mut sum, increase| {
             sum.accepted += increase.accepted;
             sum.confirmed += increase.confirmed;
+            sum.other_protocol += increase.other_protocol;
             for (code, count) in &increase.refused_by_code {
                 *sum.refused_by_code.entry(code).or_default() += count;
             }
@@ -207,6 +212,7 @@ mod tests {
             accepted: count,
             refused: 2 * count,
             refused_by_code: [("invalid-signature", count)].into(),
+            other_protocol: 3 * count,
             confirmed: count / 2,
         };
         let mut add = |count, depth, second: i64| {
@@ -220,7 +226,7 @@ mod tests {
         assert_eq!(add(0, 0, 15).unwrap().accepted, 0.0, "a counter that fell gives no rate");
         let recent = history.recent_increase(Duration::from_secs(15), &counters(3));
         let refused_by_code = [("invalid-signature", 103)].into();
-        assert_eq!(recent, Increase { accepted: 103, confirmed: 51, refused_by_code });
+        assert_eq!(recent, Increase { accepted: 103, confirmed: 51, other_protocol: 309, refused_by_code });
         assert_eq!(history.recent_increase(Duration::from_secs(5), &counters(3)).accepted, 3);
         for second in 4..1000 {
             let now = start + Duration::from_secs(second * 5);

@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use serde::Serialize;
 use uuid::Uuid;
 
-use super::answers::{Answer, Headline};
+use super::answers::{Answer, Headline, Level};
 use super::refusals::meaning;
 use crate::event::{Envelope, subject};
 use crate::publisher::{BrokerState, ConnectionEvent, WatchState};
@@ -132,6 +132,8 @@ pub(super) struct CertificateReport {
     pub expires_at: Timestamp,
     /// Whole days until it expires; negative afterwards.
     pub days_left: i64,
+    /// How serious that is.
+    pub level: Level,
 }
 
 /// One event of `/api/events`.

@@ -8,7 +8,7 @@ use jiff::Timestamp;
 use thiserror::Error;
 use uuid::Uuid;
 
-use super::answers::{Broker, Facts, Queue, Refusal, TurnedAway, judge};
+use super::answers::{Broker, Facts, Queue, Refusal, TurnedAway, certificate_level, judge};
 use super::history::{Counters, Held, History, Point};
 use super::queues::Unattended;
 use super::refusals::UNRECOGNISABLE;
@@ -96,7 +96,7 @@ impl View {
         // How long queues have had no worker is measured also while nobody asks.
         self.queues(&self.sources.broker.watch(), Instant::now());
         let ledger = self.sources.spool.status().ledger();
-        let counters = counters(&self.sources.recent.counts(), ledger.confirmed);
+        let counters = self.counters(&self.sources.recent.counts(), ledger.confirmed);
         let lags = self.sources.broker.take_lags();
         let held = Held { depth: ledger.pending, bytes: self.sources.spool.status().used_bytes() };
         self.history().add(counters, held, &lags, Timestamp::now(), Instant::now())
@@ -152,7 +152,7 @@ impl View {
         now: Timestamp,
     ) -> Facts {
         let age = |at: Timestamp| now.duration_since(at).unsigned_abs();
-        let (max_bytes, counters) = (self.sources.spool.max_bytes(), counters(counts, ledger.confirmed));
+        let (max_bytes, counters) = (self.sources.spool.max_bytes(), self.counters(counts, ledger.confirmed));
         let watch = self.sources.broker.watch();
         let queues = self.queues(&watch, Instant::now());
         let history = self.history();
@@ -183,10 +183,21 @@ impl View {
             last_5_minutes: history.window(5 * MINUTE, &counters),
             last_30_minutes: history.window(30 * MINUTE, &counters),
             last_hour: history.window(60 * MINUTE, &counters),
+            certificate_days: self.certificate(now).map(|certificate| days(certificate.expires_at, now)),
             turned_away: turned_away(counts, &self.sources.recent.losses(now), now),
             queues,
             missing: watch.missing,
             unwatched: watch.off,
+        }
+    }
+
+    fn counters(&self, counts: &Counts, confirmed: u64) -> Counters {
+        Counters {
+            accepted: counts.accepted + counts.duplicates,
+            refused: counts.refused.values().sum(),
+            refused_by_code: counts.mistaken(),
+            other_protocol: self.sources.connections.other_protocol(),
+            confirmed,
         }
     }
 
@@ -196,7 +207,8 @@ impl View {
 
     fn certificate(&self, now: Timestamp) -> Option<CertificateReport> {
         let expires_at = self.sources.tls.as_ref()?.identity().expires_at;
-        Some(CertificateReport { expires_at, days_left: days(expires_at, now).floor() as i64 })
+        let days = days(expires_at, now);
+        Some(CertificateReport { expires_at, days_left: days.floor() as i64, level: certificate_level(days) })
     }
 
     /// The latest events that match `find`, newest first.
@@ -295,11 +307,6 @@ impl View {
     fn history(&self) -> std::sync::MutexGuard<'_, History> {
         self.history.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-fn counters(counts: &Counts, confirmed: u64) -> Counters {
-    let refused = counts.refused.values().sum();
-    Counters { accepted: counts.accepted + counts.duplicates, refused, refused_by_code: counts.mistaken(), confirmed }
 }
 
 fn turned_away(counts: &Counts, losses: &Losses, now: Timestamp) -> TurnedAway {

@@ -18,7 +18,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::iter;
 use std::net::{IpAddr, Ipv6Addr};
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -45,6 +45,7 @@ pub struct Admission {
     unlimited_sources: Vec<IpNet>,
     table: Mutex<Table>,
     left: Notify,
+    other_protocol: AtomicU64,
 }
 
 /// How far a connection has come. The lower ones are evicted first.
@@ -103,7 +104,14 @@ pub struct ConnectionCounts {
 impl Admission {
     /// A table without connections. `unlimited_sources` are proxies, to which the limit per source does not apply.
     pub fn new(total_max: usize, source_max: usize, unlimited_sources: Vec<IpNet>) -> Arc<Self> {
-        Arc::new(Self { total_max, source_max, unlimited_sources, table: Mutex::default(), left: Notify::new() })
+        Arc::new(Self {
+            total_max,
+            source_max,
+            unlimited_sources,
+            table: Mutex::default(),
+            left: Notify::new(),
+            other_protocol: AtomicU64::new(0),
+        })
     }
 
     /// Resolves when a new connection could be admitted: a place is free, or a connection can be evicted.
@@ -155,6 +163,16 @@ impl Admission {
         let table = self.table();
         let half_open = table.candidates.half_open.len();
         ConnectionCounts { half_open, established: table.connections.len() - half_open }
+    }
+
+    /// Counts a connection that was refused because of its protocol: the PROXY protocol, or TLS on a plain port.
+    pub(super) fn refused_other_protocol(&self) {
+        self.other_protocol.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How many connections were refused because of their protocol.
+    pub fn other_protocol(&self) -> u64 {
+        self.other_protocol.load(Ordering::Relaxed)
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {

@@ -181,6 +181,9 @@ impl Context {
             end = self.protocol.serve(stream, identity, handler, &shutdown) => end,
             () = place.evicted() => End::Evicted,
         };
+        if matches!(end, End::ProxyProtocol | End::TlsOnPlainPort) {
+            self.admission.refused_other_protocol();
+        }
         self.refusals.on_end(&end, address);
     }
 }

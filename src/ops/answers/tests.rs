@@ -37,7 +37,7 @@ fn pending(count: u64) -> Ledger {
 }
 
 fn refused(counts: &[(&'static str, u64)], accepted: u64) -> Facts {
-    let window = Window { accepted, refused: counts.iter().copied().collect() };
+    let window = Window { accepted, refused: counts.iter().copied().collect(), other_protocol: 0 };
     let (last_30_minutes, last_hour) = (window.clone(), window.clone());
     Facts { last_5_minutes: window, last_30_minutes, last_hour, ..well() }
 }
@@ -147,8 +147,8 @@ fn the_room_is_in_the_headline_at_any_rate() {
 #[test]
 fn full_is_not_nearly_full() {
     let nearly = Facts { ledger: pending(5), used: 966 << 20, oldest: Some(SECOND), ..well() };
-    headline(&nearly, Level::Warning, "The spool is 94 % full; 5 events are safe on disk.");
-    says(&nearly, "accepting", Level::Warning, "Yes, for now");
+    headline(&nearly, Level::Problem, "The spool is 94 % full; 5 events are safe on disk.");
+    says(&nearly, "accepting", Level::Problem, "Yes, for now");
     let full = Facts {
         ledger: pending(5),
         used: 1 << 30,
@@ -204,6 +204,86 @@ fn refusals_count_as_in_the_alert_rules() {
         let facts = refused(&[counts], accepted);
         let answers = judge(&facts).answers;
         assert_eq!((answers[1].level, answers[1].word.as_str()), (level, word), "{counts:?} {accepted}");
+    }
+}
+
+#[test]
+fn webhooks_that_cannot_reach_the_relay_are_not_accepted() {
+    let protocol = |other_protocol, accepted| Facts {
+        last_30_minutes: Window { accepted, other_protocol, ..Window::default() },
+        ..well()
+    };
+    let text = "No webhook arrives: 8 connections in the last 30 min came in the wrong protocol, the PROXY protocol or \
+                TLS.";
+    headline(&protocol(8, 0), Level::Problem, text);
+    says(&protocol(8, 0), "accepting", Level::Problem, "No");
+    says(&protocol(7, 0), "accepting", Level::Ok, "Yes");
+    says(&protocol(800, 1), "accepting", Level::Ok, "Yes");
+
+    let until = |days| Facts { certificate_days: Some(days), ..well() };
+    let away = |days| Facts { broker: down(MINUTE), ..until(days) };
+    let expired = "The TLS certificate has expired, so Prism cannot connect.";
+    headline(&until(-0.5), Level::Problem, expired);
+    headline(&away(-0.5), Level::Problem, &format!("{expired} RabbitMQ has been unreachable for 1 min."));
+    let soon = "The TLS certificate expires in 2 d 12 h; then Prism cannot connect.";
+    headline(&until(2.5), Level::Problem, soon);
+    assert!(judge(&away(2.5)).headline.text.ends_with(&format!("Webhooks are still accepted. {soon}")));
+    let scarce = Facts { last_hour: refused(&[("invalid-signature", 4)], 9).last_hour, ..until(2.5) };
+    headline(&scarce, Level::Problem, soon);
+    for (days, level, word) in
+        [(-0.5, Level::Problem, "No"), (2.5, Level::Problem, "Yes, for now"), (20.9, Level::Warning, "Yes, for now")]
+    {
+        says(&until(days), "accepting", level, word);
+    }
+    says(&until(21.0), "accepting", Level::Ok, "Yes");
+}
+
+/// What pages is a problem, and what makes a ticket is a warning.
+#[test]
+fn the_answers_are_as_serious_as_the_alert_rules() {
+    let rules = include_str!("../../../deploy/prometheus/prism-relay.rules.yml");
+    let severity = |alert: &str| {
+        let (_, rule) = rules.split_once(&format!("- alert: PrismRelay{alert}\n")).expect("the rule exists");
+        let (_, rest) = rule.split_once("severity: ").expect("it has a severity");
+        rest.split_whitespace().next().expect("a word").to_owned()
+    };
+    let signatures = |count, accepted| refused(&[("invalid-signature", count)], accepted);
+    let silent = Facts { ledger: pending(5), oldest: Some(6 * MINUTE), last_confirm: Some(7 * MINUTE), ..well() };
+    let blocked = Broker { blocked: Some("low on memory".to_owned()), ..well().broker };
+    let other = Window { other_protocol: 8, ..Window::default() };
+    let damaged = Facts { damaged: 2, ledger: Ledger { accepted: 102, removed: 2, ..well().ledger }, ..well() };
+    let parked = Ledger { accepted: 103, parked: 3, ..well().ledger };
+    let trouble = QueueState::Trouble { text: "is full".to_owned(), remedy: "wait".to_owned() };
+    let state = QueueState::Counted { messages: 5, consumers: 0, unattended: 5 * MINUTE };
+    let work = |state| vec![Queue { state, ..queue("prism.scan", Role::Work, 0, 0) }];
+    let room = |hours: u32| Facts { outlook: Outlook::FullIn(hours * 60 * MINUTE), ..well() };
+    for (alert, facts) in [
+        ("NotReady", Facts { blocker: Some(AppendError::Full), ..well() }),
+        ("CertificateExpires", Facts { certificate_days: Some(2.0), ..well() }),
+        ("CertificateExpiresSoon", Facts { certificate_days: Some(20.0), ..well() }),
+        ("WrongProtocol", Facts { last_30_minutes: other, ..well() }),
+        ("EverySignatureFails", signatures(20, 0)),
+        ("SomeSignaturesFail", signatures(4, 9)),
+        ("BrokerAway", Facts { broker: down(5 * MINUTE), ..silent.clone() }),
+        ("BrokerBlocks", Facts { broker: blocked, ..silent.clone() }),
+        ("NothingConfirmed", silent.clone()),
+        ("OldestEventWaits", Facts { oldest: Some(11 * MINUTE), last_confirm: Some(SECOND), ..silent.clone() }),
+        ("DeliversLate", Facts { oldest: Some(31 * SECOND), ..silent }),
+        ("EventsParked", Facts { ledger: parked, ..well() }),
+        ("TopologyMissing", Facts { missing: vec!["queue prism.scan".to_owned()], ..well() }),
+        ("QueueUnavailable", Facts { queues: work(trouble), ..well() }),
+        ("EventsLost", damaged),
+        ("SpoolFullWithinTwoHours", room(1)),
+        ("SpoolFullWithinTwelveHours", room(11)),
+        ("SpoolNearlyFull", Facts { used: 900 << 20, ..well() }),
+        ("SpoolLogGrows", Facts { disk: Some("another process reads the spool; stop it"), ..well() }),
+        ("NoWorkers", Facts { queues: work(state), ..well() }),
+        ("DeadLetters", Facts { queues: vec![queue("prism.dead", Role::Dead, 1, 0)], ..well() }),
+        ("Unrouted", Facts { queues: vec![queue("prism.unrouted", Role::Unrouted, 1, 0)], ..well() }),
+    ] {
+        let expected = if severity(alert) == "page" { Level::Problem } else { Level::Warning };
+        let judged = judge(&facts).headline;
+        assert_eq!(judged.level, expected, "{alert}: {judged:?}");
     }
 }
 
@@ -316,8 +396,8 @@ fn any_age() -> impl Strategy<Value = Duration> {
 
 fn any_window() -> impl Strategy<Value = Window> {
     let code = prop_oneof![Just("invalid-signature"), Just("missing-signature"), Just("spool-full"), Just("odd")];
-    (0..50u64, proptest::collection::btree_map(code, 1..60u64, 0..3))
-        .prop_map(|(accepted, refused)| Window { accepted, refused })
+    (0..50u64, proptest::collection::btree_map(code, 1..60u64, 0..3), 0..12u64)
+        .prop_map(|(accepted, refused, other_protocol)| Window { accepted, refused, other_protocol })
 }
 
 fn any_queue() -> impl Strategy<Value = Queue> {
@@ -372,7 +452,8 @@ prop_compose! {
             Just(Outlook::Unclear), any_age().prop_map(Outlook::FullIn), any_age().prop_map(Outlook::EmptyIn),
         ],
         (broker, turned_away) in (any_broker(), any_turned_away()),
-        (queues, missing) in (vec(any_queue(), 0..3), vec(Just("queue q".to_owned()), 0..2)),
+        (queues, missing, certificate_days) in
+            (vec(any_queue(), 0..3), vec(Just("queue q".to_owned()), 0..2), option::of(-9.0..40.0)),
         (last_5_minutes, last_30_minutes, last_hour) in (any_window(), any_window(), any_window()),
     ) -> Facts {
         let accepted = confirmed + pending + parked + removed + gap;
@@ -381,7 +462,7 @@ prop_compose! {
             uptime, draining, blocker, ledger, damaged, used, max_bytes: 2000, disk, oldest, outlook, broker,
             last_confirm,
             last_accepted, accepted_last_minute: 0, confirmed_last_minute: 0, last_5_minutes, last_30_minutes,
-            last_hour, turned_away, queues, missing, unwatched: None,
+            last_hour, certificate_days, turned_away, queues, missing, unwatched: None,
         }
     }
 }
@@ -450,6 +531,9 @@ fn the_alert_rules_have_the_same_thresholds() {
         format!("-timestamp\"}}[5m]) ) >= {REFUSED_IN_5_MINUTES} "),
         format!("-timestamp\"}}[30m]) ) >= {REFUSED_IN_30_MINUTES} "),
         format!(" > {UNVERIFIED_SHARE} "),
+        format!("}}[30m] ) ) >= {OTHER_PROTOCOL_IN_30_MINUTES} "),
+        format!("days_left[15m]) < {CERTIFICATE_PROBLEM_DAYS} for"),
+        format!("days_left[15m]) < {CERTIFICATE_WARNING_DAYS} and"),
         format!("-timestamp\"}}[1h]) ) >= {UNVERIFIED_MIN} "),
         format!("\"accepted|duplicate\"}}[{}h]) ) > 0 for: 15m", hours(SILENT)),
         format!("max_over_time(prism_relay_queue_consumers[{}m])) == 0 ", minutes(NO_WORKER)),

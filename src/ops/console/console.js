@@ -327,8 +327,7 @@ function certificateLine(certificate) {
   if (!certificate) {
     return ["quiet", "No certificate", "The relay listens on plain HTTP. Terminate TLS in a proxy in front of it."];
   }
-  const { days_left: days, expires_at: end } = certificate;
-  const level = days <= 7 ? "problem" : days <= 30 ? "warning" : "ok";
+  const { days_left: days, expires_at: end, level } = certificate;
   const when = dayFormat.format(new Date(end));
   return [level, "Certificate", days < 0 ? `It expired on ${when}.` : `${count(days, "day")} left, until ${when}.`];
 }
