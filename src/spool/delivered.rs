@@ -30,6 +30,12 @@ impl Delivered {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
     }
 
+    /// The first runs of them.
+    pub(super) fn first(&self, runs: usize) -> Runs {
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        Runs(all.0.iter().take(runs).map(|(first, last)| (*first, *last)).collect())
+    }
+
     /// The events now. To leave them out of a read, take them before it begins: a later read may still see an event
     /// that has left this set.
     pub(super) fn runs(&self) -> Runs {
@@ -56,7 +62,7 @@ impl Runs {
         (*last >= seq).then_some(*last)
     }
 
-    fn insert(&mut self, mut first: u64, mut last: u64) {
+    pub(super) fn insert(&mut self, mut first: u64, mut last: u64) {
         // Runs that overlap or touch this one become part of it.
         while let Some((&begin, &end)) = self.0.range(..=last.saturating_add(1)).next_back()
             && end.saturating_add(1) >= first

@@ -14,6 +14,15 @@ const COPY_EVERY: u64 = 4 * MIB;
 /// Maximum bytes of bodies in one transaction, but for the last of them.
 pub(super) const BATCH_BYTES_MAX: u64 = 2 * MIB;
 
+/// Maximum bytes that the settlements of one transaction add to the log, but for the last of them.
+pub(super) const SETTLE_BYTES: u64 = 2 * MIB;
+
+/// At most how much of the log the settlement of neighbouring events takes that count for this many bytes: the page of
+/// an event is written once, and holds at least half a page of events but for the first and the last one.
+pub(super) fn settle_bytes(bytes: u64) -> u64 {
+    2 * bytes + 8 * 1024
+}
+
 /// How often to try again to copy or truncate a log that another process reads.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -29,14 +38,17 @@ pub(super) struct Bounds {
     pub log: u64,
     /// How much one transaction may add to the log and to the file.
     pub batch: u64,
+    /// How much the settlements in one transaction may add to the log. The file does not grow by them.
+    pub settle: u64,
 }
 
 impl Bounds {
     pub(super) fn of(body_bytes_max: u64) -> Self {
         let batch = BATCH_BYTES_MAX + body_bytes_max;
-        // A quarter more, because a row takes more than its body, and the deletion of delivered events some pages.
+        // A quarter more, because a row takes more than its body.
         let reserve = ((COPY_EVERY + batch) * 5 / 4).next_multiple_of(MIB);
-        Self { reserve, log: 2 * reserve, batch: batch * 5 / 4 }
+        let settle = SETTLE_BYTES + body_bytes_max * 5 / 4;
+        Self { reserve, log: 2 * reserve, batch: batch * 5 / 4, settle }
     }
 }
 

@@ -325,9 +325,23 @@ impl Store {
         Ok(())
     }
 
-    /// Deletes the events from `first` to `last`, both included.
-    pub(super) fn delete(&self, first: u64, last: u64) -> Result<Deleted> {
-        delete(&self.connection, first, last)
+    /// Deletes the events from `first` to `last`, both included, or fewer, so that they count for at most `bytes`, but
+    /// at least the first. Returns the number up to which they are deleted.
+    pub(super) fn delete_some(&self, first: u64, last: u64, bytes: u64) -> Result<(Deleted, u64)> {
+        let mut last = last.min(first.saturating_add(bytes / EVENT_OVERHEAD_BYTES));
+        loop {
+            let counted = count(&self.connection, first, last)?;
+            if counted.bytes <= bytes || first == last {
+                delete_counted(&self.connection, first, last)?;
+                return Ok((counted, last));
+            }
+            last = first + (last - first) / 2;
+        }
+    }
+
+    /// The bytes that an event counts for; 0 if it is not in the spool.
+    pub(super) fn cost(&self, seq: u64) -> Result<u64> {
+        Ok(count(&self.connection, seq, seq)?.bytes)
     }
 
     /// Returns whether the event was pending until now.
@@ -536,12 +550,23 @@ fn length(path: &Path) -> u64 {
 /// Counts the events first: a DELETE with RETURNING would keep a journal of its own, in memory that it allocates and
 /// frees each time.
 pub(super) fn delete(connection: &Connection, first: u64, last: u64) -> Result<Deleted> {
+    let counted = count(connection, first, last)?;
+    delete_counted(connection, first, last)?;
+    Ok(counted)
+}
+
+fn delete_counted(connection: &Connection, first: u64, last: u64) -> Result<()> {
+    connection.prepare_cached("DELETE FROM event WHERE seq BETWEEN ?1 AND ?2")?.execute([first, last])?;
+    Ok(())
+}
+
+/// The events from `first` to `last`, as they count if they are deleted.
+fn count(connection: &Connection, first: u64, last: u64) -> Result<Deleted> {
     let mut count = connection.prepare_cached(
         "SELECT count(*), count(parked_reason), coalesce(sum(length(body)), 0) FROM event WHERE seq BETWEEN ?1 AND ?2",
     )?;
     let (events, parked, bodies): (u64, u64, u64) =
         count.query_row([first, last], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?;
-    connection.prepare_cached("DELETE FROM event WHERE seq BETWEEN ?1 AND ?2")?.execute([first, last])?;
     Ok(Deleted { pending: events - parked, parked, bytes: bodies + events * EVENT_OVERHEAD_BYTES })
 }
 

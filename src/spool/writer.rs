@@ -20,7 +20,7 @@ use super::dedupe::{self, Now, Purged, Window};
 use super::delivered::{Delivered, Runs};
 use super::error::{AppendError, Fault, Result, StoreError};
 use super::ledger::Ledger;
-use super::log_keeper::{BATCH_BYTES_MAX, Bounds, LogKeeper, LogStep};
+use super::log_keeper::{BATCH_BYTES_MAX, Bounds, LogKeeper, LogStep, SETTLE_BYTES, settle_bytes};
 use super::reader::Reader;
 use super::reserve::Reserve;
 use super::space;
@@ -48,8 +48,12 @@ const PROBE_EVERY: Duration = Duration::from_secs(1);
 /// take.
 const PATIENCE: Duration = Duration::from_millis(250);
 
-/// Room that the deletion of delivered events needs in the log.
-const SETTLE_BYTES: u64 = 1024 * 1024;
+/// In how many more transactions the writer settles what did not fit into a batch's own, before it takes the next
+/// batch: more than a batch adds, so that a large set shrinks under full load as well.
+const MORE_SLICES: usize = 4;
+
+/// Runs of delivered events that one transaction deletes at most: each counts for at least two pages of the log.
+const RUNS_MAX: usize = 256;
 
 /// Pages to give back in one transaction and in one attempt while the disk is full.
 const FULL_SLICE: u64 = 512;
@@ -119,6 +123,15 @@ struct Transaction {
     appended: u64,
     /// The answer to each append in turn, to be sent once the transaction is committed.
     answers: Vec<Result<Receipt, AppendError>>,
+    settled: Settled,
+}
+
+/// What a transaction settled.
+#[derive(Default)]
+pub(super) struct Settled {
+    pub deleted: Runs,
+    /// The parked and tried events.
+    noted: Vec<u64>,
 }
 
 impl Writer {
@@ -237,6 +250,7 @@ impl Writer {
         let is_idle = appends.is_empty() && flushes.is_empty() && self.nothing_to_settle();
         if !is_idle && self.has_room_to_settle() {
             self.commit_and_answer(appends);
+            self.settle_rest(if flushes.is_empty() { MORE_SLICES } else { usize::MAX });
         } else {
             refuse(appends.drain(..));
         }
@@ -245,6 +259,24 @@ impl Writer {
             let _ = reply.send(());
         }
         self.keep_log();
+    }
+
+    /// Settles what did not fit into the last transaction in more of them, until all is settled or one fails. They are
+    /// not synced.
+    fn settle_rest(&mut self, slices: usize) {
+        for _ in 0..slices {
+            if !self.can_settle() {
+                break;
+            }
+            self.find(Finding::Began, None);
+            self.commit_and_answer(Vec::new());
+            self.keep_log();
+        }
+    }
+
+    /// Whether there is something to settle, and the last transaction did not fail.
+    fn can_settle(&self) -> bool {
+        !self.nothing_to_settle() && self.shared.status.takes_settlements() && self.has_room_to_settle()
     }
 
     fn commit_and_answer(&mut self, appends: Vec<Append>) {
@@ -275,7 +307,7 @@ impl Writer {
         }
     }
 
-    /// Commits the appends and all settlements. A disk that is full may have room once the write-ahead log is copied
+    /// Commits the appends and some settlements. A disk that is full may have room once the write-ahead log is copied
     /// into the file, which has free pages after a backlog: then the same batch is tried once more, before it is
     /// answered.
     fn commit(&mut self, appends: &[Append]) -> Result<Transaction> {
@@ -288,16 +320,19 @@ impl Writer {
         }
     }
 
-    /// Commits the appends and all settlements, or nothing. `durable`: see [`Store::begin`].
+    /// Commits the appends and as many settlements as fit into one transaction, or nothing. `durable`: see
+    /// [`Store::begin`].
     fn transact(&mut self, appends: &[Append], durable: bool) -> Result<Transaction> {
-        let delivered = self.shared.delivered.runs();
+        let delivered = self.shared.delivered.first(RUNS_MAX);
         let mut transaction = Transaction::default();
         let result = self.write(&mut transaction, appends, &delivered, durable);
         match result {
             Ok(()) => {
                 self.window.commit();
-                self.unsettled.clear();
-                self.shared.delivered.remove(&delivered);
+                for seq in &transaction.settled.noted {
+                    self.unsettled.remove(seq);
+                }
+                self.shared.delivered.remove(&transaction.settled.deleted);
                 self.vacuum.on_bytes(transaction.ledger.bytes);
                 self.shared.status.set_ledger(&transaction.ledger);
                 self.shared.status.set_log_bytes(self.store.log_size().file);
@@ -330,7 +365,7 @@ impl Writer {
             }
         }
         // Before the appends, because they make room.
-        settle(&self.store, &mut transaction.ledger, self.unsettled.values(), delivered)?;
+        transaction.settled = settle(&self.store, &mut transaction.ledger, self.unsettled.values(), delivered)?;
         for Append { event, replayable_until_ms, .. } in appends {
             let answer = self.append(&mut transaction.ledger, event, *replayable_until_ms)?;
             transaction.appended += u64::from(matches!(answer, Ok(Receipt { duplicate: false, .. })));
@@ -423,7 +458,7 @@ impl Writer {
         match self.condition() {
             Condition::Healthy if !self.keeper.is_held() => true,
             Condition::Healthy => {
-                match self.has_room_for_log(2 * self.keeper.bounds().batch) {
+                match self.has_room_for_batch() {
                     Ok(true) => {}
                     Ok(false) => self.find(Finding::NoRoom, None),
                     Err(cause) => {
@@ -444,11 +479,18 @@ impl Writer {
         Ok(needed <= self.reserve.bytes_held().saturating_add(space::free(self.store.path())))
     }
 
+    /// Whether there is room for a batch, which grows the log and then the file, and for the settlements that are
+    /// committed with it.
+    fn has_room_for_batch(&self) -> Result<bool> {
+        let bounds = self.keeper.bounds();
+        self.has_room_for_log(2 * bounds.batch + bounds.settle)
+    }
+
     /// Whether there is room to note what became of events. They are not lost without: see [`Delivered`].
     fn has_room_to_settle(&self) -> bool {
         let is_short = self.keeper.is_held() && self.condition() == Condition::Full;
         // If it cannot be found out, the commit fails and says why.
-        !is_short || self.has_room_for_log(SETTLE_BYTES).unwrap_or(true)
+        !is_short || self.has_room_for_log(self.keeper.bounds().settle).unwrap_or(true)
     }
 
     /// Makes sure that the disk works; events are accepted only after that. Returns whether it does.
@@ -470,7 +512,7 @@ impl Writer {
             Restart::IfPossible => self.restart_log_if_possible()?,
             Restart::Must => self.give_back_pages().and_then(|()| self.restart_log())?,
         }
-        if self.keeper.is_held() && !self.has_room_for_log(2 * self.keeper.bounds().batch)? {
+        if self.keeper.is_held() && !self.has_room_for_batch()? {
             return Ok(false);
         }
         self.transact(&[], true)?;
@@ -573,8 +615,13 @@ impl Writer {
         }
     }
 
-    /// Uses a pause between two commands to give free pages back to the disk. Returns whether it did anything.
+    /// Uses a pause between two commands to settle what is left, and to give free pages back to the disk. Returns
+    /// whether it did anything.
     fn use_pause(&mut self) -> bool {
+        if self.can_settle() {
+            self.busy(|writer| writer.settle_rest(1));
+            return true;
+        }
         if !self.vacuum.is_due() || self.condition() != Condition::Healthy || self.keeper.is_held() {
             return false;
         }
@@ -645,28 +692,46 @@ fn refuse(appends: impl IntoIterator<Item = Append>) {
     }
 }
 
-fn settle<'a>(
+/// Settles as much as [`SETTLE_BYTES`] of the log take: a disk that is full has no room for more, and the first
+/// settlements make some for the next.
+pub(super) fn settle<'a>(
     store: &Store,
     ledger: &mut Ledger,
     unsettled: impl Iterator<Item = &'a Settlement>,
     delivered: &Runs,
-) -> Result<()> {
+) -> Result<Settled> {
+    let (mut settled, mut log) = (Settled::default(), 0);
+    // First, because only deletions make room.
+    for (mut first, last) in delivered.iter() {
+        while first <= last && log < SETTLE_BYTES {
+            let (deleted, end) = store.delete_some(first, last, (SETTLE_BYTES - log) / 2)?;
+            ledger.take_out(&deleted)?;
+            ledger.confirmed += deleted.events();
+            settled.deleted.insert(first, end);
+            log += settle_bytes(deleted.bytes);
+            first = end + 1;
+        }
+    }
     for settlement in unsettled {
-        match settlement {
+        if log >= SETTLE_BYTES {
+            break;
+        }
+        let (seq, length) = match settlement {
             Settlement::Parked { seq, reason } => {
                 if store.park(*seq, reason, Timestamp::now().as_millisecond())? {
                     ledger.park()?;
                 }
+                (*seq, reason.len() as u64)
             }
-            Settlement::Tried(seq) => store.tried(*seq, Timestamp::now().as_millisecond())?,
+            Settlement::Tried(seq) => {
+                store.tried(*seq, Timestamp::now().as_millisecond())?;
+                (*seq, 0)
+            }
             // Those are in `delivered`.
-            Settlement::Confirmed(_) => {}
-        }
+            Settlement::Confirmed(_) => continue,
+        };
+        settled.noted.push(seq);
+        log += settle_bytes(store.cost(seq)? + length);
     }
-    for (first, last) in delivered.iter() {
-        let deleted = store.delete(first, last)?;
-        ledger.take_out(&deleted)?;
-        ledger.confirmed += deleted.events();
-    }
-    Ok(())
+    Ok(settled)
 }

@@ -3,6 +3,7 @@
 mod files;
 mod model;
 mod recovery;
+mod settling;
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -37,6 +38,17 @@ fn event(body: impl Into<Vec<u8>>) -> Event {
         subject: None,
         body,
     }
+}
+
+/// Waits until the writer has come to this.
+async fn eventually(holds: impl Fn() -> bool) {
+    for _ in 0..1000 {
+        if holds() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    panic!("still not after 20 s");
 }
 
 struct Opened {
