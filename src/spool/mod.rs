@@ -224,11 +224,10 @@ fn prepare(
 ) -> error::Result<(Spool, Writer, mpsc::Receiver<Command>)> {
     let (bounds, max_bytes) = (Bounds::of(settings.body_bytes_max), settings.max_bytes);
     let status = Arc::new(SpoolStatus::new(store.ledger_of_events()?, store.lost()?, bounds.log, max_bytes));
-    match store.begin_session() {
+    let begun = match store.begin_session() {
         Err(cause) if cause.is_damage() => return Err(cause),
-        // A disk that takes no writes now may take them later. Until then a lost log would not be noticed.
-        Ok(()) | Err(_) => {}
-    }
+        begun => begun,
+    };
     let shared = Shared {
         status,
         delivered: Arc::default(),
@@ -247,7 +246,8 @@ fn prepare(
         path: Arc::from(path),
         max_bytes,
     };
-    let writer = Writer::new(store, path, bounds, max_bytes, dedupe, shared)?;
+    let mut writer = Writer::new(store, path, bounds, max_bytes, dedupe, shared)?;
+    writer.on_begun(begun);
     Ok((spool, writer, commands))
 }
 

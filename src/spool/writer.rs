@@ -161,10 +161,21 @@ impl Writer {
         })
     }
 
+    /// Notes whether the session could begin. A disk that takes no writes now may take them later; until then a lost log
+    /// would not be noticed.
+    pub(super) fn on_begun(&mut self, begun: Result<()>) {
+        if let Err(cause) = begun
+            && self.leaves_log_unknown(&cause)
+        {
+            self.failed(&cause);
+        }
+    }
+
     /// Finds out whether events can be accepted, before the first one comes: truncates the log that an earlier process
     /// left, and allocates the reserve.
     pub(super) fn start(&mut self) {
-        self.busy(|writer| writer.probe(Restart::IfPossible));
+        let restart = self.condition().restart().unwrap_or(Restart::IfPossible);
+        self.busy(|writer| writer.probe(restart));
     }
 
     /// Runs until every sender of commands is gone, the files are gone and their events delivered, or the file is
@@ -313,9 +324,12 @@ impl Writer {
     fn commit(&mut self, appends: &[Append]) -> Result<Transaction> {
         let durable = !appends.is_empty();
         match self.transact(appends, durable) {
-            Err(cause) if self.store.fault(&cause) == Fault::NoRoom && self.restart_log().is_ok() => {
-                self.transact(appends, durable)
-            }
+            Err(cause) if self.store.fault(&cause) == Fault::NoRoom => match self.restart_log() {
+                Ok(()) => self.transact(appends, durable),
+                // Worse than no room: a failed sync is reported only once.
+                Err(worse) if self.leaves_log_unknown(&worse) => Err(worse),
+                Err(_) => Err(cause),
+            },
             outcome => outcome,
         }
     }
@@ -525,9 +539,17 @@ impl Writer {
             match self.store.fault(&cause) {
                 // The reserve is for this.
                 Fault::NoRoom if self.free_reserve(&cause) => {}
-                Fault::LogInUse | Fault::NoRoom | Fault::Locked => return Ok(()),
-                Fault::Io | Fault::Other | Fault::Damage => return Err(cause),
+                _ if self.leaves_log_unknown(&cause) => return Err(cause),
+                _ => return Ok(()),
             }
+        }
+    }
+
+    /// Whether it is unknown after this failure what of the log is on the disk.
+    fn leaves_log_unknown(&self, cause: &StoreError) -> bool {
+        match self.store.fault(cause) {
+            Fault::Io | Fault::Other | Fault::Damage => true,
+            Fault::LogInUse | Fault::NoRoom | Fault::Locked => false,
         }
     }
 

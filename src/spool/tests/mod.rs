@@ -1,5 +1,6 @@
 //! What the model cannot reach: commits that fail or are shared, limits of reading, captured requests.
 
+mod faults;
 mod files;
 mod model;
 mod recovery;
