@@ -154,7 +154,8 @@ impl Spool {
         let _ = self.inbox.send(Command::Settle(settlements)).await;
     }
 
-    /// Returns once everything sent before has been committed.
+    /// Returns once everything sent before has been committed, or a commit has failed: settlements that are not
+    /// committed then are kept for a later one.
     pub async fn flush(&self) {
         let (reply, answer) = oneshot::channel();
         if self.inbox.send(Command::Flush(reply)).await.is_ok() {

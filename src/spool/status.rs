@@ -24,6 +24,8 @@ pub struct SpoolStatus {
     log_bytes: AtomicU64,
     /// Size that the log exceeds only while another process reads the file.
     log_bound: u64,
+    /// An event did not fit, and nothing has left the spool since.
+    has_refused: AtomicBool,
     /// Another process has held up the log for long.
     is_log_held: AtomicBool,
     max_bytes: u64,
@@ -37,6 +39,7 @@ impl SpoolStatus {
             disk: Mutex::default(),
             log_bytes: AtomicU64::new(0),
             log_bound,
+            has_refused: AtomicBool::new(false),
             is_log_held: AtomicBool::new(false),
             max_bytes,
             lost,
@@ -83,9 +86,11 @@ impl SpoolStatus {
         self.ledger().bytes.saturating_add(self.log_excess())
     }
 
-    /// Whether the next event, however small, would exceed `spool.max_bytes`.
+    /// Whether the next event, however small, would exceed `spool.max_bytes`, or one has and nothing has left the spool
+    /// since.
     pub fn is_full(&self) -> bool {
-        self.used_bytes().saturating_add(EVENT_OVERHEAD_BYTES) > self.max_bytes
+        self.has_refused.load(Ordering::Relaxed)
+            || self.used_bytes().saturating_add(EVENT_OVERHEAD_BYTES) > self.max_bytes
     }
 
     /// What is wrong with the file or its disk, and what to do; `None` if nothing is.
@@ -131,12 +136,27 @@ impl SpoolStatus {
         actions
     }
 
-    pub(super) fn set_ledger(&self, ledger: &Ledger) {
+    /// Records what a commit left. `has_refused`: an event did not fit, although it would fit into an empty spool.
+    pub(super) fn on_commit(&self, ledger: &Ledger, log_bytes: u64, has_refused: bool) {
+        let before = self.used_bytes();
         *self.ledger.lock().unwrap_or_else(PoisonError::into_inner) = *ledger;
+        self.log_bytes.store(log_bytes, Ordering::Relaxed);
+        self.on_used(before);
+        if has_refused {
+            self.has_refused.store(true, Ordering::Relaxed);
+        }
     }
 
     pub(super) fn set_log_bytes(&self, bytes: u64) {
+        let before = self.used_bytes();
         self.log_bytes.store(bytes, Ordering::Relaxed);
+        self.on_used(before);
+    }
+
+    fn on_used(&self, before: u64) {
+        if self.used_bytes() < before {
+            self.has_refused.store(false, Ordering::Relaxed);
+        }
     }
 
     /// Returns what it was before.

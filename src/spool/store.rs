@@ -11,11 +11,13 @@ use rusqlite::{Connection, OptionalExtension};
 use uuid::Uuid;
 
 use super::dedupe::{self, EntryBytes};
+use super::delivered::Runs;
 use super::error::{Fault, OpenError, Result, StoreError};
 use super::files::{self, APPLICATION_ID, FileIdentity, sibling};
 use super::ledger::{Deleted, Ledger};
 use super::log_keeper::LogSize;
 use super::log_mark::{self, LogMark};
+use super::reader;
 use super::settings::Durability;
 use super::types::EVENT_OVERHEAD_BYTES;
 use crate::event::{Event, Fingerprint};
@@ -174,6 +176,11 @@ impl Store {
         // Does not wait for processes that read the file.
         self.checkpoint("PASSIVE")?;
         self.mark(LogMark::Within)
+    }
+
+    /// Waits at most this long for another process that has locked the file, from now on.
+    pub(super) fn limit_patience(&self, patience: Duration) -> Result<()> {
+        Ok(self.connection.busy_timeout(patience)?)
     }
 
     /// Copies the whole log into the file, truncates it, and marks the file as complete. Fails if another process
@@ -449,6 +456,11 @@ impl Store {
             gaps.push(next..=last);
         }
         Ok(gaps)
+    }
+
+    /// Whether no pending event is outside of these.
+    pub(super) fn is_all_pending_in(&self, done: &Runs) -> Result<bool> {
+        Ok(reader::oldest_pending_ms(&self.connection, done)?.is_none())
     }
 
     /// The number of the oldest pending event; 0 if there is none.

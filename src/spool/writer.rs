@@ -104,6 +104,8 @@ pub(super) struct Writer {
     vacuum: Vacuum,
     shared: Shared,
     log_limiter: LogLimiter,
+    /// Whether the last transaction waited in vain for another process's lock.
+    is_locked: bool,
 }
 
 /// Why the writer ended.
@@ -121,6 +123,8 @@ pub(super) enum Exit {
 struct Transaction {
     ledger: Ledger,
     appended: u64,
+    /// Whether an event did not fit, although it would fit into an empty spool.
+    has_refused: bool,
     /// The answer to each append in turn, to be sent once the transaction is committed.
     answers: Vec<Result<Receipt, AppendError>>,
     settled: Settled,
@@ -158,6 +162,7 @@ impl Writer {
             vacuum: Vacuum::default(),
             shared,
             log_limiter: LogLimiter::default(),
+            is_locked: false,
         })
     }
 
@@ -182,6 +187,9 @@ impl Writer {
     /// damaged.
     pub(super) fn run(&mut self, mut commands: mpsc::Receiver<Command>, runtime: &Handle) -> Exit {
         while self.condition() != Condition::Damaged {
+            if self.condition() == Condition::Gone && self.is_all_delivered() {
+                return Exit::FilesGone;
+            }
             let first = match commands.try_recv() {
                 Ok(first) => first,
                 Err(TryRecvError::Disconnected) => return Exit::Closed,
@@ -203,16 +211,17 @@ impl Writer {
             };
             let batch = collect(first, &mut commands);
             self.busy(|writer| writer.process(batch));
-            if self.condition() == Condition::Gone && self.shared.status.ledger().pending == 0 {
-                return Exit::FilesGone;
-            }
         }
         Exit::Damaged
     }
 
     /// Leaves everything in the file itself: its log is gone afterwards, unless another process has it open.
     pub(super) fn close(mut self) {
-        if let Err(error) = self.store.end_session(CLOSE_PATIENCE) {
+        // What is delivered would be published again after the next start.
+        let started = Instant::now();
+        let limited = self.store.limit_patience(CLOSE_PATIENCE);
+        while !self.nothing_to_settle() && started.elapsed() < CLOSE_PATIENCE && self.transact(&[], false).is_ok() {}
+        if let Err(error) = limited.and_then(|()| self.store.end_session(CLOSE_PATIENCE)) {
             warn!(
                 %error,
                 "could not copy the write-ahead log of the spool into spool.db: keep both files together. Another \
@@ -235,12 +244,35 @@ impl Writer {
 
     /// Whether there is something to do although no command comes.
     fn is_restless(&self) -> bool {
-        self.condition().restart().is_some() || self.keeper.is_restless(self.store.log_size())
+        let condition = self.condition();
+        condition == Condition::Gone || condition.restart().is_some() || self.keeper.is_restless(self.store.log_size())
+    }
+
+    /// Whether no pending event is left to deliver, noted or not.
+    fn is_all_delivered(&self) -> bool {
+        let mut done = self.shared.delivered.runs();
+        for settlement in self.unsettled.values() {
+            if let Settlement::Parked { seq, .. } = settlement {
+                done.insert(*seq, *seq);
+            }
+        }
+        // If it cannot be read, the publisher cannot read it either, but may hold events in memory.
+        self.store.is_all_pending_in(&done).unwrap_or(self.shared.status.ledger().pending == 0)
     }
 
     fn look_after_disk(&mut self) {
+        if self.condition() == Condition::Gone && !self.nothing_to_settle() {
+            self.commit_and_answer(Vec::new());
+        }
+        self.look_for_files();
         self.may_append();
         self.keep_log();
+    }
+
+    fn look_for_files(&mut self) {
+        if self.condition() != Condition::Gone && !self.store.is_in_place() {
+            self.find(Finding::FilesGone, None);
+        }
     }
 
     fn process(&mut self, batch: Vec<Command>) {
@@ -252,14 +284,14 @@ impl Writer {
                 Command::Flush(reply) => flushes.push(reply),
             }
         }
-        if !appends.is_empty() && self.condition() != Condition::Gone && !self.store.is_in_place() {
-            self.find(Finding::FilesGone, None);
+        if !appends.is_empty() {
+            self.look_for_files();
         }
         if !self.may_append() {
             refuse(appends.drain(..));
         }
         let is_idle = appends.is_empty() && flushes.is_empty() && self.nothing_to_settle();
-        if !is_idle && self.has_room_to_settle() {
+        if !is_idle && !self.is_locked_out() && self.has_room_to_settle() {
             self.commit_and_answer(appends);
             self.settle_rest(if flushes.is_empty() { MORE_SLICES } else { usize::MAX });
         } else {
@@ -283,6 +315,12 @@ impl Writer {
             self.commit_and_answer(Vec::new());
             self.keep_log();
         }
+    }
+
+    /// Whether the disk was just tried and another process has locked the file: waiting for it again would look like a
+    /// stall.
+    fn is_locked_out(&self) -> bool {
+        self.is_locked && self.condition().restart().is_some()
     }
 
     /// Whether there is something to settle, and the last transaction did not fail.
@@ -342,14 +380,15 @@ impl Writer {
         let result = self.write(&mut transaction, appends, &delivered, durable);
         match result {
             Ok(()) => {
+                self.is_locked = false;
                 self.window.commit();
                 for seq in &transaction.settled.noted {
                     self.unsettled.remove(seq);
                 }
                 self.shared.delivered.remove(&transaction.settled.deleted);
                 self.vacuum.on_bytes(transaction.ledger.bytes);
-                self.shared.status.set_ledger(&transaction.ledger);
-                self.shared.status.set_log_bytes(self.store.log_size().file);
+                let log_bytes = self.store.log_size().file;
+                self.shared.status.on_commit(&transaction.ledger, log_bytes, transaction.has_refused);
                 self.find(Finding::Committed, None);
                 Ok(transaction)
             }
@@ -382,6 +421,8 @@ impl Writer {
         transaction.settled = settle(&self.store, &mut transaction.ledger, self.unsettled.values(), delivered)?;
         for Append { event, replayable_until_ms, .. } in appends {
             let answer = self.append(&mut transaction.ledger, event, *replayable_until_ms)?;
+            let is_refused = answer == Err(AppendError::Full);
+            transaction.has_refused |= is_refused && cost(&event.body) <= self.max_bytes;
             transaction.appended += u64::from(matches!(answer, Ok(Receipt { duplicate: false, .. })));
             transaction.answers.push(answer);
         }
@@ -524,7 +565,7 @@ impl Writer {
         match restart {
             Restart::Skip => {}
             Restart::IfPossible => self.restart_log_if_possible()?,
-            Restart::Must => self.give_back_pages().and_then(|()| self.restart_log())?,
+            Restart::Must => self.make_room()?,
         }
         if self.keeper.is_held() && !self.has_room_for_batch()? {
             return Ok(false);
@@ -535,7 +576,7 @@ impl Writer {
 
     fn restart_log_if_possible(&mut self) -> Result<()> {
         loop {
-            let Err(cause) = self.give_back_pages().and_then(|()| self.restart_log()) else { return Ok(()) };
+            let Err(cause) = self.make_room() else { return Ok(()) };
             match self.store.fault(&cause) {
                 // The reserve is for this.
                 Fault::NoRoom if self.free_reserve(&cause) => {}
@@ -550,6 +591,15 @@ impl Writer {
         match self.store.fault(cause) {
             Fault::Io | Fault::Other | Fault::Damage => true,
             Fault::LogInUse | Fault::NoRoom | Fault::Locked => false,
+        }
+    }
+
+    /// Gives free pages back, and begins the log again, which makes room as well: if there is none to give pages back,
+    /// that comes first.
+    fn make_room(&mut self) -> Result<()> {
+        match self.give_back_pages() {
+            Err(cause) if self.store.fault(&cause) != Fault::NoRoom => Err(cause),
+            Ok(()) | Err(_) => self.restart_log(),
         }
     }
 
@@ -671,6 +721,7 @@ impl Writer {
     /// Returns what the failure says about the disk.
     fn failed(&mut self, cause: &StoreError) -> Fault {
         let fault = self.store.fault(cause);
+        self.is_locked = fault == Fault::Locked;
         self.find(Finding::Failed(fault), Some(cause));
         fault
     }

@@ -9,7 +9,7 @@ use crate::spool::delivered::{Delivered, Runs};
 use crate::spool::log_keeper::Bounds;
 use crate::spool::store::Store;
 use crate::spool::writer::{Settled, settle};
-use crate::spool::{Durability, Settlement};
+use crate::spool::{AppendError, Durability, Settlement};
 
 /// A file with events of one size.
 fn filled(path: &Path, count: u64, body_bytes: usize) -> Store {
@@ -89,5 +89,24 @@ async fn everything_is_settled_in_the_end() {
     assert_eq!((ledger.confirmed, ledger.parked, ledger.pending), (2000, 1000, 2000), "a flush waits for all");
     opened.spool.settle(delivered(2001..=4000).collect()).await;
     super::eventually(|| opened.spool.status().ledger().pending == 0).await;
+    opened.close().await;
+}
+
+/// What is left of the room may be too small for any webhook that comes.
+#[tokio::test]
+async fn a_spool_that_refuses_is_full_until_an_event_leaves() {
+    let folder = TempDir::new().unwrap();
+    let opened = Opened::open(&folder.path().join("spool.db"), 11_000, WINDOW);
+    for number in 0..3u8 {
+        opened.spool.append(event(vec![number; 3000]), None).await.unwrap();
+    }
+    let too_large = opened.spool.append(event(vec![3; 11_000]), None).await;
+    assert_eq!((too_large, opened.spool.blocker()), (Err(AppendError::Full), None), "it never fits");
+    let refused = opened.spool.append(event(vec![4; 3000]), None).await;
+    assert_eq!((refused, opened.spool.blocker()), (Err(AppendError::Full), Some(AppendError::Full)));
+    opened.spool.settle(vec![Settlement::Confirmed(1)]).await;
+    opened.spool.flush().await;
+    assert_eq!(opened.spool.blocker(), None);
+    opened.spool.append(event(vec![5; 3000]), None).await.unwrap();
     opened.close().await;
 }
