@@ -166,8 +166,8 @@ impl Writer {
         })
     }
 
-    /// Notes whether the session could begin. A disk that takes no writes now may take them later; until then a lost log
-    /// would not be noticed.
+    /// Notes whether the session could begin. A disk that takes no writes now may take them later; until then a lost
+    /// log would not be noticed.
     pub(super) fn on_begun(&mut self, begun: Result<()>) {
         if let Err(cause) = begun
             && self.leaves_log_unknown(&cause)
