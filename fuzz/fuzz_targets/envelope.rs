@@ -22,6 +22,7 @@ fuzz_target!(|input: &[u8]| {
         authentic: input.len() % 2 == 0,
         trace: TraceContext::from_headers(Some(head), Some(tail)),
         fingerprint: Fingerprint::of(input),
+        subject: Envelope::parse(input).ok().and_then(|envelope| envelope.subject_key()),
         body: Bytes::copy_from_slice(input),
     };
     let message = Message::new(&event, Envelope::parse(&event.body).ok().as_ref(), event.trace.as_ref());
