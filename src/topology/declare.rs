@@ -171,7 +171,10 @@ pub(super) fn explain(what: &impl Display, error: lapin::Error) -> TopologyError
         Some(406 | 530) if is_limit(&reply) => TopologyError::Limit { entity, reply },
         Some(406) if reply.contains("inequivalent arg") => TopologyError::Clash { entity, reply },
         Some(404) => TopologyError::Missing { entity },
-        Some(503) if reply.contains(CONSISTENT_HASH) => TopologyError::NoPlugin { entity, reply },
+        // 503 up to RabbitMQ 3, 406 from 4.
+        Some(406 | 503) if reply.contains("exchange type") && reply.contains(CONSISTENT_HASH) => {
+            TopologyError::NoPlugin { entity, reply }
+        }
         Some(402 | 403 | 405 | 406 | 530 | 540) => TopologyError::Refused { entity, reply },
         _ => TopologyError::Connection(error),
     }
@@ -195,6 +198,8 @@ mod tests {
         assert!(matches!(explained(clash), TopologyError::Clash { reply, .. } if reply == clash));
         let limit = "PRECONDITION_FAILED - cannot declare queue 'q': queue limit in vhost '/' (10) is reached";
         assert!(matches!(explained(limit), TopologyError::Limit { reply, .. } if reply == limit));
+        let no_plugin = "PRECONDITION_FAILED - invalid exchange type 'x-consistent-hash'";
+        assert!(matches!(explained(no_plugin), TopologyError::NoPlugin { reply, .. } if reply == no_plugin));
         let refusal = "PRECONDITION_FAILED - invalid binding key: more than two wildcards '#'";
         assert!(matches!(explained(refusal), TopologyError::Refused { reply, .. } if reply == refusal));
     }

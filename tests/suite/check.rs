@@ -142,9 +142,14 @@ async fn limits_of_the_virtual_host_have_their_own_words() {
     limit(json!({ "max-queues": 0 })).await;
     let (code, found) = findings(&setup).await;
     assert_eq!(code, Some(1));
-    let reached = find(&found, "WRONG", "the broker refuses it, because a limit is reached: PRECONDITION_FAILED");
-    assert!(!reached["text"].as_str().unwrap().contains("other properties"), "{reached}");
-    assert_eq!(wrong(&found).len(), 2, "one line over AMQP, and one from the management API: {found:#?}");
+    find(&found, "WRONG", "it has 0 queues, the relay needs 4 more, and its limit of queues is 0");
+    // RabbitMQ 4 looks at the arguments of a queue before it looks at the limit, so that asking over AMQP shows none.
+    let over_amqp = usize::from(node.version().await < vec![4]);
+    if over_amqp > 0 {
+        let reached = find(&found, "WRONG", "the broker refuses it, because a limit is reached: PRECONDITION_FAILED");
+        assert!(!reached["text"].as_str().unwrap().contains("other properties"), "{reached}");
+    }
+    assert_eq!(wrong(&found).len(), 1 + over_amqp, "{found:#?}");
     limit(json!({ "max-connections": 0 })).await;
     let (code, found) = findings(&setup).await;
     assert_eq!(code, Some(1));
