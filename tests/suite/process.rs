@@ -3,11 +3,12 @@
 use std::collections::HashSet;
 use std::io::{BufRead, BufReader, Write};
 use std::process::Stdio;
+use std::time::Duration;
 
 use crate::harness::leash::Leash;
 use crate::harness::relay::{Sender, sum};
 use crate::harness::samples::nth_of_scan;
-use crate::harness::{Client, Node, Raw, Relay, Setup, Vhost, Wire, eventually, ports};
+use crate::harness::{Client, Node, Raw, Relay, Setup, Vhost, Wire, eventually, eventually_within, ports};
 
 #[tokio::test]
 async fn kill_9_under_load_loses_no_event_that_was_answered_200() {
@@ -162,7 +163,8 @@ async fn a_blocked_standard_error_stops_nothing() {
     let sender = Sender::new(&client, &format!("http://127.0.0.1:{port}/webhooks/prism"));
     let metrics = format!("http://127.0.0.1:{ops}/metrics");
     let mut sent = 0;
-    eventually("dropped log lines", async || {
+    // It takes as many lines as the queue of the log holds.
+    eventually_within(Duration::from_secs(240), "dropped log lines", async || {
         for number in sent..sent + 200 {
             sender.post(nth_of_scan(0, number)).await.expect("an answer").expect(200);
         }
