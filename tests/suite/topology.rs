@@ -267,10 +267,13 @@ async fn each_difference_is_printed_with_what_fixes_it() {
     let same = setup.run(&["topology", "diff"]).await;
     assert!(same.code == Some(0) && same.stdout.ends_with("the broker is as configured"), "{same:?}");
     let checked = setup.run(&["check"]).await;
-    assert!(
-        checked.code == Some(0) && checked.stdout.contains("bindings and policies              as configured"),
-        "{checked:?}"
-    );
+    let words = match node.version().await < vec![4] {
+        true => "bindings and policies              as configured",
+        false => {
+            "note  queue prism.dead                   RabbitMQ 4 drops a message of this queue after it was returned"
+        }
+    };
+    assert!(checked.code == Some(0) && checked.stdout.contains(words), "{checked:?}");
 
     // Several mistakes of operators at once.
     vhost.bind("prism.events", "prism.dead", "scan.#").await;
