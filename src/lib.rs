@@ -19,6 +19,7 @@ pub mod server;
 pub mod ingress;
 pub mod signature;
 pub mod event;
+mod schemas;
 pub mod spool;
 pub mod publisher;
 mod broker;

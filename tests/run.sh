@@ -78,16 +78,24 @@ need_package() {
   as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$package" >/dev/null
 }
 
-# Installs Node.js and the library of the example worker.
+# Installs Node.js, the library of the example worker, and the validators of the schemas and of the AsyncAPI document.
 need_node() {
-  local folder=${XDG_CACHE_HOME:-$HOME/.cache}/prism-relay/node
   command -v node >/dev/null || need_package nodejs /usr/bin/node
-  export PRISM_TEST_NODE_MODULES=$folder/node_modules
-  if cmp -s deploy/workers/node/package.json "$folder/package.json"; then return; fi
+  need_modules deploy/workers/node node
+  export PRISM_TEST_NODE_MODULES=$modules
+  need_modules tests/contract contract
+  export PRISM_TEST_CONTRACT_MODULES=$modules
+}
+
+# Fetches what the package.json of a folder names, to a folder of the cache. Sets $modules to its node_modules.
+need_modules() {
+  local source=$1/package.json folder=${XDG_CACHE_HOME:-$HOME/.cache}/prism-relay/$2
+  modules=$folder/node_modules
+  if cmp -s "$source" "$folder/package.json"; then return; fi
   command -v npm >/dev/null || need_package npm /usr/bin/npm
-  echo 'Fetching what the Node worker needs ...'
+  echo "Fetching the npm packages of $source ..."
   rm -rf "$folder.partial" && mkdir -p "$folder.partial"
-  cp deploy/workers/node/package.json "$folder.partial/"
+  cp "$source" "$folder.partial/"
   npm install --silent --no-audit --no-fund --no-package-lock --prefix "$folder.partial" >/dev/null
   rm -rf "$folder" && mv "$folder.partial" "$folder"
 }

@@ -14,7 +14,7 @@ use crate::broker::{BrokerConnection, BrokerUrl, Management};
 use crate::config::Config;
 use crate::text::chain;
 use crate::topology::{
-    self, Commands, Comparison, Declare, Difference, Kind, Live, Loss, Plan, Remedy, TopologyError, compare,
+    self, Commands, Comparison, Declare, Difference, Kind, Live, Loss, Plan, Remedy, TopologyError, asyncapi, compare,
     definitions, differences, losses, quote, show,
 };
 
@@ -32,6 +32,8 @@ pub(super) enum Action {
     },
     /// Print definitions for `rabbitmqctl import_definitions`, with policies for arguments
     Export,
+    /// Print an AsyncAPI 3 document of the messages and queues, for people who write workers
+    Asyncapi,
 }
 
 #[derive(Debug, Error)]
@@ -52,13 +54,15 @@ pub(super) async fn run(config: &Config, file: Option<&Path>, action: Action) ->
         }
         Action::Declare => declare(config, &plan).await,
         Action::Diff { json } => diff(config, file, &plan, json).await,
-        Action::Export => {
-            let definitions = definitions(&plan, config.broker.urls[0].vhost());
-            let mut printed = Printed::default();
-            printed.line(serde_json::to_string_pretty(&definitions)?);
-            Ok(printed.out()?)
-        }
+        Action::Export => print_json(&definitions(&plan, config.broker.urls[0].vhost())),
+        Action::Asyncapi => print_json(&asyncapi(&plan, &config.broker.urls, &config.publisher.exchange)),
     }
+}
+
+fn print_json(document: &Value) -> Result<(), Failure> {
+    let mut printed = Printed::default();
+    printed.line(serde_json::to_string_pretty(document)?);
+    Ok(printed.out()?)
 }
 
 async fn declare(config: &Config, plan: &Plan) -> Result<(), Failure> {

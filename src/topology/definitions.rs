@@ -61,13 +61,16 @@ pub(super) fn pattern(name: &str) -> String {
 }
 
 /// Writes a binding as definitions and the management API do.
-fn described(binding: &Binding) -> Value {
-    let arguments: Map<_, _> =
-        binding.arguments.inner().iter().map(|(name, value)| (name.to_string(), plain(value))).collect();
+pub(super) fn described(binding: &Binding) -> Value {
     json!({
         "source": binding.exchange, "destination": binding.to.name(), "destination_type": target_kind(&binding.to),
-        "routing_key": binding.key, "arguments": arguments,
+        "routing_key": binding.key, "arguments": plain_table(&binding.arguments),
     })
+}
+
+/// Arguments as definitions and the management API write them.
+pub(super) fn plain_table(arguments: &FieldTable) -> Map<String, Value> {
+    arguments.inner().iter().map(|(name, value)| (name.to_string(), plain(value))).collect()
 }
 
 /// Separates the arguments that no policy can set from those for a policy.

@@ -1,6 +1,7 @@
 //! What must exist on the broker: exchanges, queues and bindings. The relay creates or checks them when it connects, or
 //! leaves them alone, as `topology.declare` says; commands show, export and compare them.
 
+mod asyncapi;
 mod declare;
 mod definitions;
 mod diff;
@@ -15,6 +16,7 @@ mod show;
 mod spec;
 mod trouble;
 
+pub(crate) use asyncapi::asyncapi;
 pub(crate) use declare::{Comparison, TopologyError, compare, establish};
 pub(crate) use definitions::definitions;
 pub(crate) use diff::{Difference, Kind, differences, missing_bindings};

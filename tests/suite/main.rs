@@ -14,6 +14,7 @@ mod cluster;
 mod command_line;
 mod configuration;
 mod console;
+mod contract;
 mod discretion;
 mod disk;
 mod docs;
