@@ -1,5 +1,5 @@
-//! HTTP requests that the relay itself makes: a client for plain and for TLS addresses, and one GET with a deadline and
-//! a limit on the size of the answer.
+//! HTTP requests that the relay itself makes: a client for plain and for TLS addresses, one GET with a deadline and a
+//! limit on the size of the answer, and any request of which only the status counts. Redirects are not followed.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -44,6 +44,19 @@ pub(crate) fn http_client(tls: Arc<ClientConfig>) -> HttpClient {
     let tls = Arc::unwrap_or_clone(tls);
     let connector = HttpsConnectorBuilder::new().with_tls_config(tls).https_or_http().enable_http1().build();
     Client::builder(TokioExecutor::new()).build(connector)
+}
+
+/// The status that a request is answered with. The body of the answer is not read. The error does not quote the URL.
+pub(crate) async fn status_of(
+    client: &HttpClient,
+    request: Request<Full<Bytes>>,
+    deadline: Duration,
+) -> Result<StatusCode, String> {
+    match timeout(deadline, client.request(request)).await {
+        Ok(Ok(response)) => Ok(response.status()),
+        Ok(Err(error)) => Err(explain(&error, Peer::Server)),
+        Err(_) => Err(format!("no answer within {deadline:?}")),
+    }
 }
 
 /// One GET. `authorization` is the value of that header.

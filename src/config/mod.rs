@@ -18,7 +18,7 @@ use note::Findings;
 pub use note::Note;
 pub use raw::DEFAULT_TOML;
 use raw::Raw;
-pub use secrets::{password_in, read_secret, secrets_in, token_in};
+pub use secrets::{notify_secret_in, password_in, read_secret, secrets_in, token_in};
 pub use sections::Purpose;
 use sections::{HOUR, MILLISECOND};
 
@@ -44,6 +44,8 @@ pub struct Config {
     pub topology: topology::Spec,
     /// The operators' listener.
     pub ops: ops::Settings,
+    /// Where notices go.
+    pub notify: ops::NotifySettings,
     /// Format and filter of the log.
     pub log: logging::Settings,
     /// Where spans are exported to.
@@ -132,6 +134,7 @@ fn read(
     let (broker, publisher) = sections::broker(&mut raw);
     let topology = sections::topology(&mut raw, &publisher.exchange);
     let ops = sections::ops(&mut raw);
+    let notify = sections::notify(&mut raw);
     let log = sections::log(&mut raw);
     let traces = sections::traces(&mut raw);
     let shutdown = Shutdown { grace: raw.duration("shutdown.grace", MILLISECOND..=HOUR) };
@@ -146,6 +149,7 @@ fn read(
                 publisher,
                 topology,
                 ops,
+                notify,
                 log,
                 traces,
                 shutdown,

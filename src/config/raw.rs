@@ -29,6 +29,8 @@ enum Quote {
     Nothing,
     /// The value is a URL that may contain a password. Mistakes do not quote it.
     UrlWithoutPassword,
+    /// The value is a URL with a key in its path. Mistakes do not quote it.
+    UrlOrigin,
     /// The value is the path of a file with a secret. Mistakes quote it only if it is a path, because the secret itself
     /// may have been set in its place.
     SecretPath,
@@ -128,6 +130,11 @@ impl Raw {
     /// Reads a URL that may contain a login, so that no mistake may quote it.
     pub(super) fn url<T>(&mut self, key: &str, parse: impl Fn(&str) -> Result<T, String>) -> Option<T> {
         self.single(key, Quote::UrlWithoutPassword, &parse)
+    }
+
+    /// Reads a URL that is a secret but for scheme and host.
+    pub(super) fn secret_url<T>(&mut self, key: &str, parse: impl Fn(&str) -> Result<T, String>) -> Option<T> {
+        self.single(key, Quote::UrlOrigin, &parse)
     }
 
     /// Reads a list of URLs that may contain logins.
@@ -330,7 +337,7 @@ impl Raw {
         let may_quote = match quote {
             Quote::Value => true,
             Quote::SecretPath => is_path(Path::new(text)),
-            Quote::Nothing | Quote::UrlWithoutPassword => false,
+            Quote::Nothing | Quote::UrlWithoutPassword | Quote::UrlOrigin => false,
         };
         let shown = if may_quote { format!("{text:?}") } else { "the value".to_owned() };
         // A shell removes quotation marks; `docker --env-file` and Kubernetes pass them on.
@@ -441,6 +448,7 @@ fn shown_item(value: &Value, quote: Quote) -> Value {
         (ValueKind::Nil, _) => ValueKind::Nil,
         (kind, Quote::Value | Quote::SecretPath) => kind.clone(),
         (kind, Quote::UrlWithoutPassword) => ValueKind::String(without_password(&kind.to_string())),
+        (kind, Quote::UrlOrigin) => ValueKind::String(only_origin(&kind.to_string())),
         (_, Quote::Nothing) => ValueKind::String("***".to_owned()),
     };
     Value::new(None, kind)
@@ -459,6 +467,14 @@ fn without_password(url: &str) -> String {
         Some((user, password)) => format!("{scheme}://{user}:***{}", &rest[user.len() + 1 + password.len()..]),
         None => url.to_owned(),
     }
+}
+
+/// Scheme and host of a URL.
+fn only_origin(url: &str) -> String {
+    let Some((scheme, rest)) = url.split_once("://") else { return "***".to_owned() };
+    let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+    let host = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
+    format!("{scheme}://{host}/***")
 }
 
 fn is_quoted(text: &str) -> bool {

@@ -42,6 +42,11 @@ pub fn token_in(text: &str) -> Result<Secret, String> {
     only_line(text, Kind::Token)
 }
 
+/// Reads a file that holds the secret of the notices.
+pub fn notify_secret_in(text: &str) -> Result<Secret, String> {
+    only_line(text, Kind::Signature)
+}
+
 /// Checks signature secrets from the configuration, in their order.
 pub(super) fn listed_secrets(texts: &[String]) -> Result<Vec<Secret>, String> {
     signature_secrets((1..).zip(texts).map(|(position, text)| (format!("secret {position}"), trimmed(text))))
@@ -55,6 +60,11 @@ pub(super) fn password(text: &str) -> Result<Secret, String> {
 /// Checks the operators' token from the configuration.
 pub(super) fn token(text: &str) -> Result<Secret, String> {
     secret(trimmed(text), Kind::Token)
+}
+
+/// Checks the secret of the notices from the configuration.
+pub(super) fn notify_secret(text: &str) -> Result<Secret, String> {
+    secret(trimmed(text), Kind::Signature)
 }
 
 /// Reads a file that holds a secret. The error completes the sentence "the file ...", and does not quote it.

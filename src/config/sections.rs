@@ -9,10 +9,12 @@ use ipnet::IpNet;
 use jiff::Timestamp;
 
 use super::raw::Raw;
-use super::secrets::{is_invisible, listed_secrets, looks_joined, password, password_in, secrets_in, token, token_in};
+use super::secrets::{is_invisible, listed_secrets, looks_joined, notify_secret, notify_secret_in};
+use super::secrets::{password, password_in, secrets_in, token, token_in};
 use crate::broker::{self, BrokerUrl, SHORT_STRING_BYTES_MAX};
 use crate::ingress::{self, HEALTH_PATH};
 use crate::logging::{self, Format};
+use crate::secret::Secret;
 use crate::signature;
 use crate::spool::{self, Durability, dedupe};
 use crate::text::chain;
@@ -147,15 +149,7 @@ pub(super) fn broker(raw: &mut Raw) -> (broker::Settings, publisher::Settings) {
     if urls.is_empty() && !raw.has_mistake("broker.urls") {
         raw.mistake("broker.urls", "names no broker");
     }
-    let password = raw.secret("broker.password", password);
-    let from_file = raw.file("broker.password_file", password_in);
-    if password.is_some() && from_file.is_some() {
-        raw.mistake("broker.password_file", "is set together with broker.password; set one of them");
-    }
-    let (password_file, password) = match from_file {
-        Some((path, from_file)) => (Some(path), Some(from_file)),
-        None => (None, password),
-    };
+    let (password_file, password) = secret_or_file(raw, "broker.password", password, password_in);
     let heartbeat = raw.duration("broker.heartbeat", SECOND..=HOUR);
     if heartbeat.subsec_nanos() != 0 {
         raw.mistake("broker.heartbeat", "is not a whole number of seconds, as AMQP requires");
@@ -253,16 +247,32 @@ fn archive(raw: &mut Raw) -> Option<ArchiveSpec> {
 }
 
 pub(super) fn ops(raw: &mut Raw) -> ops::Settings {
-    let token = raw.secret("ops.token", token);
-    let from_file = raw.file("ops.token_file", token_in);
-    if token.is_some() && from_file.is_some() {
-        raw.mistake("ops.token_file", "is set together with ops.token; set one of them");
-    }
-    let (token_file, token) = match from_file {
-        Some((path, from_file)) => (Some(path), Some(from_file)),
-        None => (None, token),
-    };
+    let (token_file, token) = secret_or_file(raw, "ops.token", token, token_in);
     ops::Settings { listen: raw.read("ops.listen", address).unwrap_or(UNSPECIFIED), token, token_file }
+}
+
+pub(super) fn notify(raw: &mut Raw) -> ops::NotifySettings {
+    let target = raw.secret_url("notify.url", ops::Target::parse);
+    let (secret_file, secret) = secret_or_file(raw, "notify.secret", notify_secret, notify_secret_in);
+    if secret.is_some() && target.is_none() && !raw.has_mistake("notify.url") {
+        raw.note("notify.secret", "has no effect: notify.url is not set, so no notice is sent");
+    }
+    ops::NotifySettings { target, secret, secret_file }
+}
+
+/// Reads a secret from `key`, or from the file that its twin names.
+fn secret_or_file(
+    raw: &mut Raw,
+    key: &str,
+    in_text: impl Fn(&str) -> Result<Secret, String>,
+    in_file: impl Fn(&str) -> Result<Secret, String>,
+) -> (Option<PathBuf>, Option<Secret>) {
+    let (twin, secret) = (format!("{key}_file"), raw.secret(key, in_text));
+    let Some((path, from_file)) = raw.file(&twin, in_file) else { return (None, secret) };
+    if secret.is_some() {
+        raw.mistake(&twin, format_args!("is set together with {key}; set one of them"));
+    }
+    (Some(path), Some(from_file))
 }
 
 pub(super) fn log(raw: &mut Raw) -> logging::Settings {

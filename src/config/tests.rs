@@ -103,6 +103,30 @@ fn the_environment_wins_over_the_file_and_the_file_over_the_defaults() {
 }
 
 #[test]
+fn the_address_of_the_notices_is_quoted_nowhere_but_for_its_origin() {
+    let toml = "[notify]\nurl = \"https://user:pass@hooks.example.com/T0/key\"\nsecret = \"0123456789abcdef\"\n";
+    let config = load(toml, &[], Purpose::Client).unwrap();
+    let target = config.notify.target.as_ref().unwrap();
+    assert_eq!(target.origin(), "https://hooks.example.com");
+    assert_eq!(config.notify.secret.as_ref().map(Secret::expose), Some("0123456789abcdef"));
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(toml.as_bytes()).unwrap();
+    let shown = shown(Some(file.path()), []).unwrap();
+    assert!(shown.contains("url = \"https://hooks.example.com/***\"") && shown.contains("secret = \"***\""), "{shown}");
+    assert!(!shown.contains("pass") && !shown.contains("key"), "{shown}");
+    for (toml, expected) in [
+        ("url = \"hooks.example.com/key\"", "notify.url: the value is not an address such as https://"),
+        ("secret = \"0123456789\"", "notify.secret: the value is shorter than 16 characters"),
+        ("secret = \"0123456789abcdef\"\nsecret_file = \"/etc/passwd\"", "notify.secret_file:"),
+    ] {
+        let found = mistakes(&format!("[notify]\n{toml}\n"), &[]);
+        assert!(found.contains(expected) && !found.contains("key") && !found.contains("0123456789"), "{found}");
+    }
+    let config = load("[notify]\nsecret = \"0123456789abcdef\"\n", &[], Purpose::Client).unwrap();
+    assert!(config.notes.iter().any(|note| note.key == "notify.secret"), "{:?}", config.notes);
+}
+
+#[test]
 fn all_mistakes_come_in_one_message_each_with_its_key() {
     let toml = "
         [http]

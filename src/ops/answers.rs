@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use bytesize::ByteSize;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::refusals::{self, Refusing};
 use super::words::{about, ago, count, events, events_are, percent, rate};
@@ -55,7 +55,7 @@ const NO_WORKER: Duration = Duration::from_secs(300);
 const SEE_BROKER: &str = "See why RabbitMQ accepts no events.";
 
 /// How serious something is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum Level {
     Ok,
@@ -93,6 +93,8 @@ pub(super) struct Answer {
 pub(super) struct Headline {
     /// The worst level of the answers.
     pub level: Level,
+    /// The answer that it is about; `None` if all is well.
+    pub answer: Option<&'static str>,
     pub text: String,
     /// What to do next.
     pub advice: String,
@@ -785,7 +787,7 @@ impl Facts {
         }
         let nothing = if level == Level::Ok { "Nothing to do." } else { "" };
         let advice = worst.and_then(|answer| answer.remedy.clone()).unwrap_or_else(|| nothing.to_owned());
-        Headline { level, text, advice }
+        Headline { level, answer: first, text, advice }
     }
 
     /// A short sentence about an answer, behind a first sentence that is about the answer `first`.

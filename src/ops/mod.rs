@@ -5,6 +5,8 @@ mod answers;
 mod auth;
 mod console;
 mod history;
+mod notices;
+mod notify;
 mod queues;
 mod refusals;
 mod report;
@@ -38,6 +40,7 @@ use crate::server::{Limits, Peer, Server};
 use crate::text::chain;
 use auth::Denied;
 pub(crate) use auth::OpsAuth;
+pub(crate) use notify::{Notifier, Settings as NotifySettings, Target};
 use response::{Answer, event_stream, json, method_not_allowed, not_found, problem, response, see_other};
 use response::{server_sent_event, text};
 pub(crate) use settings::Settings;
@@ -58,6 +61,8 @@ const LIMITS: Limits = Limits {
 
 /// How often open consoles receive the status.
 const STATUS_EVERY: Duration = Duration::from_secs(1);
+/// How often the relay is judged for the notices.
+const NOTICES_EVERY: Duration = Duration::from_secs(5);
 /// Maximum number of messages kept for a console that reads slowly; older ones are skipped.
 const FEED_CAPACITY: usize = 16;
 
@@ -98,7 +103,13 @@ impl Ops {
             let handler = handler.clone();
             async move { handler.answer(request, peer.address).await }
         };
-        tokio::join!(server.run(handler, shutdown), sampler.sample_and_announce());
+        let (notifier, watcher) = (sampler.view.notifier(), sampler.clone());
+        tokio::join!(
+            server.run(handler, shutdown),
+            sampler.sample_and_announce(),
+            watcher.watch_for_notices(),
+            notifier.run()
+        );
     }
 }
 
@@ -123,6 +134,17 @@ impl OpsHandler {
             };
             // Sending fails when no console is open.
             let _ = message.map(|message| self.feed.send(message));
+        }
+    }
+
+    /// Judges the relay for the notices, also while no console is open.
+    async fn watch_for_notices(self) {
+        let notifier = self.view.notifier();
+        let mut ticks = interval(NOTICES_EVERY);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        while notifier.is_on() {
+            ticks.tick().await;
+            notifier.observe(&self.view.report().await.headline, Instant::now());
         }
     }
 

@@ -7,6 +7,7 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use super::answers::{Answer, Headline, Level};
+use super::notify::NotifyReport;
 use super::refusals::meaning;
 use crate::event::{Envelope, subject};
 use crate::publisher::{BrokerState, ConnectionEvent, WatchState};
@@ -45,6 +46,8 @@ pub(super) struct Report {
     pub certificate: Option<CertificateReport>,
     /// The filter of the log that is in use.
     pub log_filter: String,
+    /// The receiver of the notices, if there is one, and the last notice.
+    pub notify: Option<NotifyReport>,
 }
 
 /// Answers of the public listener since the process started.

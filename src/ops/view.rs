@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 use super::answers::{Broker, Facts, Queue, Refusal, TurnedAway, certificate_level, judge};
 use super::history::{Counters, Held, History, Point};
+use super::notify::Notifier;
 use super::queues::Unattended;
 use super::refusals::UNRECOGNISABLE;
 use super::report::{
@@ -44,6 +45,7 @@ pub(crate) struct Sources {
     /// TLS of the public listener.
     pub tls: Option<Arc<tls::Server>>,
     pub metrics: Arc<Metrics>,
+    pub notifier: Arc<Notifier>,
 }
 
 /// The state of the relay, as operators see it.
@@ -89,6 +91,10 @@ impl View {
 
     pub(super) fn health(&self) -> &Health {
         &self.sources.health
+    }
+
+    pub(super) fn notifier(&self) -> Arc<Notifier> {
+        Arc::clone(&self.sources.notifier)
     }
 
     /// Adds a point to the charts, and returns it.
@@ -140,6 +146,7 @@ impl View {
             secrets: SecretReport::list(&counts, self.sources.verifier.secrets()),
             certificate: self.certificate(now),
             log_filter: logging::filter(),
+            notify: self.sources.notifier.report(),
         }
     }
 
@@ -341,6 +348,7 @@ mod tests {
     use tokio_util::sync::CancellationToken;
 
     use super::super::answers;
+    use super::super::notify::Settings as NotifySettings;
     use super::*;
     use crate::publisher::QueueState;
     use crate::spool::{self, Durability, dedupe};
@@ -349,6 +357,7 @@ mod tests {
     /// A view of a relay without events in this folder.
     fn view(folder: &Path) -> View {
         let (metrics, path) = (Arc::new(Metrics::new()), folder.join("spool.db"));
+        let notifier = Notifier::new(NotifySettings::default(), String::new(), &path);
         let settings =
             spool::Settings { path, max_bytes: 1 << 20, durability: Durability::Process, body_bytes_max: 1024 };
         let dedupe = dedupe::Settings { window: Duration::ZERO, entries_max: 0 };
@@ -362,6 +371,7 @@ mod tests {
             connections: Admission::new(1, 1, Vec::new()),
             tls: None,
             metrics,
+            notifier: Arc::new(notifier),
         })
     }
 

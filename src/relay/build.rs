@@ -15,7 +15,7 @@ use crate::health::Health;
 use crate::ingress::{self, Ingress};
 use crate::logging::Filter;
 use crate::metrics::Metrics;
-use crate::ops::{self, Ops, OpsAuth};
+use crate::ops::{self, Notifier, Ops, OpsAuth};
 use crate::publisher::Publisher;
 use crate::recent::Recent;
 use crate::reload::Watched;
@@ -84,18 +84,24 @@ async fn assemble(config: Config, spool: Spool, metrics: Arc<Metrics>) -> Result
 
     let announcement = Announcement::new(&config, &listener, &ops_listener)?;
 
-    let Config { http, signature, broker, publisher, topology, ops, traces, log, .. } = config;
+    let Config {
+        http, signature, spool: spool_settings, broker, publisher, topology, ops, notify, traces, log, ..
+    } = config;
     let verifier = Arc::new(Verifier::new(&signature.secrets, signature.required, signature.tolerance));
     let tls = http.tls.clone().map(tls::Server::load).transpose()?.map(Arc::new);
     let access = Arc::new(BrokerAccess::new(&broker)?);
     let auth = Arc::new(OpsAuth::new(ops.token, ops_is_private));
     let recent = Arc::new(Recent::default());
     let traces = Arc::new(Traces::new(&traces)?);
+    let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    let notify_secret_file = notify.secret_file.clone();
+    let notifier = Arc::new(Notifier::new(notify, host, &spool_settings.path));
     let stops = Stops::default();
     let reloadable = Reloadable {
         secrets: (signature.secrets_file, Arc::clone(&verifier), Arc::clone(&recent)),
         password: (broker.password_file, Arc::clone(&access)),
         token: (ops.token_file, Arc::clone(&auth)),
+        notify: (notify_secret_file, Arc::clone(&notifier)),
         http_tls: tls.clone(),
         broker_tls: broker.urls.iter().any(BrokerUrl::uses_tls).then(|| broker.tls.paths()),
     };
@@ -120,6 +126,7 @@ async fn assemble(config: Config, spool: Spool, metrics: Arc<Metrics>) -> Result
         connections: ingress.admission(),
         tls: tls.clone(),
         metrics: Arc::clone(&metrics),
+        notifier,
     };
     let ops = Ops::new(ops_listener, auth, sources);
     announcement.log(spool.status().ledger().pending);
@@ -169,6 +176,7 @@ struct Reloadable {
     secrets: (Option<PathBuf>, Arc<Verifier>, Arc<Recent>),
     password: (Option<PathBuf>, Arc<BrokerAccess>),
     token: (Option<PathBuf>, Arc<OpsAuth>),
+    notify: (Option<PathBuf>, Arc<Notifier>),
     http_tls: Option<Arc<tls::Server>>,
     /// The broker's certificate files, if a URL uses TLS.
     broker_tls: Option<Vec<PathBuf>>,
@@ -195,6 +203,10 @@ impl Reloadable {
         }
         if let (Some(file), auth) = token {
             watched.push(secret("ops.token_file", file, config::token_in, move |token| auth.replace(token)));
+        }
+        if let (Some(file), notifier) = self.notify {
+            let replace = move |secret| notifier.set_secret(secret);
+            watched.push(secret("notify.secret_file", file, config::notify_secret_in, replace));
         }
         if let Some(tls) = self.http_tls {
             let files = tls.files().paths();

@@ -50,8 +50,10 @@ const MAY_USE: [(&str, &[&str]); 31] = [
     (
         "ops",
         &[
+            "backoff",
             "event",
             "health",
+            "http_client",
             "log_limiter",
             "logging",
             "metrics",

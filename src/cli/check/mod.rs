@@ -31,11 +31,24 @@ pub(super) async fn run(config: &Config, file: Option<&Path>, options: Options) 
     findings.0.extend(listeners::findings(config, &state).await);
     if !options.offline {
         broker::check(config, file, &mut findings).await?;
+        findings.0.extend(notices(config).await);
     }
     let mut printed = Printed::default();
     printed.line(if options.json { serde_json::to_string_pretty(&findings.json())? } else { findings.table() });
     printed.out()?;
     if findings.count(Level::Wrong) == 0 { Ok(()) } else { Err(Failure::Reported) }
+}
+
+/// Whether the receiver of the notices answers. It gets no notice.
+async fn notices(config: &Config) -> Option<Finding> {
+    let target = config.notify.target.as_ref()?;
+    let origin = target.origin();
+    Some(match target.probe().await {
+        // Any status: many receivers know POST only.
+        Ok(_) => Finding::ok("notify", format!("{origin} answers; no notice was sent")),
+        Err(error) => Finding::wrong("notify", format!("no answer from {origin}: {error}"))
+            .remedy("correct notify.url, or start its receiver; until then notices do not arrive"),
+    })
 }
 
 /// How many secrets there are, and how long each is: enough to see a line too many, and nothing of the secret.
