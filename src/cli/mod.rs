@@ -73,7 +73,7 @@ enum Command {
     Send(send::Options),
     /// Print events as they are published.
     Tail(tail::Options),
-    /// Show the console's numbers in a terminal, live.
+    /// Show the console's answers in a terminal, live.
     Top(top::Options),
     /// Print, declare, compare or export the exchanges, queues and bindings.
     #[command(subcommand)]

@@ -1,31 +1,36 @@
-//! `top`: shows the console's headline, answers and numbers in a terminal, for use over ssh.
+//! `top`: shows the console's headline, answers and numbers in a terminal, for use over ssh. It judges nothing itself.
+//!
+//! Lines of words need no terminal library: ratatui would bring 37 crates, and rustix, which the relay has, sets the
+//! mode of a terminal.
 
-use std::fmt::Write as _;
-use std::io::{self, IsTerminal, Write as _};
+mod page;
+mod screen;
+mod text;
+
+use std::io::{self, IsTerminal};
+use std::pin::pin;
 use std::time::Duration;
 
 use anyhow::Context;
+use futures_util::StreamExt;
+use futures_util::stream;
 use hyper::Uri;
-use jiff::Timestamp;
 use serde_json::Value;
-use tokio::time::interval;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval};
 
 use super::failure::Failure;
 use super::http::{OpsResource, ops_url};
 use super::output::Printed;
 use crate::config::Config;
-use crate::text::{chain, clean, span};
+use crate::text::chain;
+use page::{Seen, failure, page};
+use screen::{Screen, size};
+use text::{Colours, Line};
 
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Moves the cursor to the upper left corner (ECMA-48). The old screen is then overwritten line by line, which does not
-/// flicker.
-const HOME: &str = "\x1b[H";
-const CLEAR_LINE: &str = "\x1b[K";
-const CLEAR_REST: &str = "\x1b[J";
-
-const TYPES_MAX: usize = 8;
-const TIMELINE_MAX: usize = 5;
+/// How often the charts get a new point.
+const HISTORY_EVERY: Duration = Duration::from_secs(5);
 
 #[derive(clap::Args)]
 pub(super) struct Options {
@@ -41,142 +46,103 @@ pub(super) struct Options {
 }
 
 pub(super) async fn run(config: &Config, options: Options) -> Result<(), Failure> {
-    let status = OpsResource::new(config, options.url, "/api/status", ANSWER_TIMEOUT)?;
-    let status = status.with_token(config.ops.token.as_ref());
+    let mut relay = Relay::new(config, &options)?;
     if options.once || !io::stdout().is_terminal() {
+        let seen = relay.look().await?;
         let mut printed = Printed::default();
-        printed.line(picture(&status.get().await?).trim_end().to_owned());
+        page(&seen, None).iter().for_each(|line| printed.line(line.plain()));
         return Ok(printed.out()?);
     }
-    tokio::select! {
-        shown = watch(&status, options.interval) => Ok(shown.context("cannot print")?),
-        // Ctrl-C is the normal end.
-        _ = tokio::signal::ctrl_c() => Ok(()),
-    }
+    Ok(watch(relay).await.context("cannot use the terminal")?)
 }
 
-/// Runs until printing fails. If the relay does not answer, it prints the error and tries again.
-async fn watch(status: &OpsResource, every: Duration) -> io::Result<()> {
-    let mut ticks = interval(every.max(Duration::from_millis(100)));
+/// What a look at the relay brought.
+type Look = anyhow::Result<Seen>;
+
+/// Runs until `q`, Ctrl-C, SIGTERM, or an error of the terminal. If the relay does not answer, it shows the error and
+/// tries again.
+async fn watch(relay: Relay) -> io::Result<()> {
+    let colours = if are_colours_unwanted() { Colours::None } else { Colours::Shown };
+    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    let (mut hangup, mut resized) = (signal(SignalKind::hangup())?, signal(SignalKind::window_change())?);
+    let screen = Screen::enter(colours)?;
+    let mut quit = screen.quit();
+    let mut looks = pin!(stream::unfold(relay, |mut relay| async {
+        relay.ticks.tick().await;
+        Some((relay.look().await, relay))
+    }));
+    let mut last: Option<Look> = None;
     loop {
-        ticks.tick().await;
-        let text = match status.get().await {
-            Ok(status) => picture(&status),
-            Err(error) => format!("{}\n", chain(error.as_ref())),
-        };
-        let lines = text.replace('\n', &format!("{CLEAR_LINE}\n"));
-        let mut terminal = io::stdout().lock();
-        write!(terminal, "{HOME}{lines}{CLEAR_REST}")?;
-        terminal.flush()?;
-    }
-}
-
-/// Renders `/api/status` as text. Shows a missing value as `?`, because the relay may have another version.
-fn picture(status: &Value) -> String {
-    let mut text = String::new();
-    let mut line = |name: &str, value: String| {
-        let _ = writeln!(text, "{name:<22}{value}");
-    };
-    let headline = &status["headline"];
-    line(&level(&headline["level"]), text_of(&headline["text"]));
-    line("", clean(headline["advice"].as_str().unwrap_or_default()));
-    line("", String::new());
-    for answer in status["answers"].as_array().into_iter().flatten() {
-        let mark = if matches!(answer["level"].as_str(), Some("ok" | "note")) { " " } else { "!" };
-        let (question, word) = (text_of(&answer["question"]), text_of(&answer["word"]));
-        line("", format!("{mark} {question:<30}{word}"));
-        if mark == "!" {
-            line("", format!("      {}", text_of(&answer["detail"])));
+        tokio::select! {
+            look = looks.next() => last = look,
+            _ = resized.recv() => {}
+            _ = quit.recv() => return Ok(()),
+            _ = interrupt.recv() => return Ok(()),
+            _ = terminate.recv() => return Ok(()),
+            _ = hangup.recv() => return Ok(()),
+        }
+        if let Some(look) = &last {
+            screen.show(&lines(look, size().columns))?;
         }
     }
-    line("", String::new());
-    let (webhooks, spool, broker) = (&status["webhooks"], &status["spool"], &status["broker"]);
-    let refused: u64 =
-        webhooks["refused"].as_object().into_iter().flatten().filter_map(|(_, count)| count.as_u64()).sum();
-    line(
-        "webhooks since start",
-        format!("{} accepted, {} duplicates, {refused} refused", webhooks["accepted"], webhooks["duplicate"]),
-    );
-    for (code, count) in webhooks["refused"].as_object().into_iter().flatten() {
-        line("", format!("{count:>8}  {code}"));
-    }
-    line("last", format!("accepted {}, confirmed {}", ago(status, "accepted_at"), ago(status, "confirmed_at")));
-    line(
-        "spool, over its life",
-        format!(
-            "{} accepted = {} confirmed + {} pending + {} parked + {} removed",
-            spool["accepted"], spool["confirmed"], spool["pending"], spool["parked"], spool["removed"]
-        ),
-    );
-    let oldest = spool["oldest_age_seconds"].as_f64().map(|age| span(Duration::from_secs_f64(age.max(0.0))));
-    let share = 100.0 * spool["bytes"].as_f64().unwrap_or(0.0) / spool["max_bytes"].as_f64().unwrap_or(1.0).max(1.0);
-    let oldest = oldest.map_or_else(|| "nothing is pending".to_owned(), |age| format!("the oldest has waited {age}"));
-    line("", format!("{share:.1} % full; {oldest}"));
-    let state = match (broker["connected"].as_bool(), broker["blocked"].as_str()) {
-        (Some(true), None) => format!("connected to {}", text_of(&broker["url"])),
-        (Some(true), Some(reason)) => format!("blocked: {}", clean(reason)),
-        _ => format!("not connected: {}", text_of(&broker["error"])),
-    };
-    line("RabbitMQ", format!("{state}; {} in flight", broker["in_flight"]));
-    for entry in status["timeline"].as_array().into_iter().flatten().take(TIMELINE_MAX) {
-        line("", format!("{} {} {}", text_of(&entry["at"]), text_of(&entry["what"]), text_of(&entry["detail"])));
-    }
-    for kind in status["types"].as_array().into_iter().flatten().take(TYPES_MAX) {
-        line("", format!("{:>8}  {}", kind["accepted"], text_of(&kind["type"])));
-    }
-    let up = Duration::from_secs(status["uptime_seconds"].as_u64().unwrap_or(0));
-    line("", format!("prism-relay {}, up for {}", text_of(&status["version"]), span(up)));
-    text
 }
 
-fn level(level: &Value) -> String {
-    match level.as_str() {
-        Some("ok" | "note") => "all is well".to_owned(),
-        Some("warning") => "NEEDS ATTENTION".to_owned(),
-        Some("problem") => "PROBLEM".to_owned(),
-        _ => "?".to_owned(),
+/// Whether the environment has NO_COLOR (<https://no-color.org>).
+#[expect(clippy::disallowed_methods, reason = "a setting of the terminal, not of the relay")]
+fn are_colours_unwanted() -> bool {
+    std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty())
+}
+
+fn lines(look: &Look, width: usize) -> Vec<Line> {
+    match look {
+        Ok(seen) => page(seen, Some(width)),
+        Err(error) => failure(&chain(error.as_ref()), Some(width)),
     }
 }
 
-fn text_of(value: &Value) -> String {
-    clean(value.as_str().unwrap_or("?"))
+/// The resources of the relay that the page shows.
+struct Relay {
+    status: OpsResource,
+    history: OpsResource,
+    parked: OpsResource,
+    ticks: Interval,
+    /// The last history, and when it was read.
+    charts: Option<(Instant, Value)>,
 }
 
-/// The age of a time in `last`, at the time of the status.
-fn ago(status: &Value, key: &str) -> String {
-    let time = |value: &Value| value.as_str()?.parse::<Timestamp>().ok();
-    match (time(&status["last"][key]), time(&status["now"])) {
-        (Some(then), Some(now)) => format!("{} ago", span(now.duration_since(then).unsigned_abs())),
-        _ => "never".to_owned(),
+impl Relay {
+    fn new(config: &Config, options: &Options) -> Result<Self, Failure> {
+        let resource = |path| {
+            let resource = OpsResource::new(config, options.url.clone(), path, ANSWER_TIMEOUT)?;
+            Ok::<_, Failure>(resource.with_token(config.ops.token.as_ref()))
+        };
+        let mut ticks = interval(options.interval.max(Duration::from_millis(100)));
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        Ok(Self {
+            status: resource("/api/status")?,
+            history: resource("/api/history")?,
+            parked: resource("/api/parked")?,
+            ticks,
+            charts: None,
+        })
     }
-}
 
-#[cfg(test)]
-mod tests {
-    use serde_json::json;
+    async fn look(&mut self) -> Look {
+        let status = self.status.get().await?;
+        let history = match self.charts.take() {
+            Some(charts) if charts.0.elapsed() < HISTORY_EVERY => charts,
+            // The page is useful without.
+            _ => (Instant::now(), self.history.get().await.unwrap_or_default()),
+        };
+        let seen = Seen { history: history.1.clone(), parked: self.parked(&status).await, status };
+        self.charts = Some(history);
+        Ok(seen)
+    }
 
-    use super::*;
-
-    #[test]
-    fn a_status_of_any_shape_is_shown_without_control_characters() {
-        assert!(picture(&Value::Null).contains('?'));
-        let status = json!({
-            "now": "2026-11-24T12:00:10Z", "last": { "accepted_at": "2026-11-24T12:00:00Z", "confirmed_at": null },
-            "headline": { "level": "problem", "text": "RabbitMQ \u{1b}[31m is away", "advice": "Start it." },
-            "answers": [
-                {
-                    "question": "Is RabbitMQ accepting events?", "level": "problem", "word": "No",
-                    "detail": "\u{7}Gone.",
-                },
-                { "question": "Is anything parked?", "level": "ok", "word": "No", "detail": "No event is parked." },
-            ],
-            "types": [{ "type": "a\nb", "accepted": 7 }],
-        });
-        let text = picture(&status);
-        assert!(text.starts_with("PROBLEM               RabbitMQ ?[31m is away\n"), "{text}");
-        let answers = "! Is RabbitMQ accepting events? No\n                            ?Gone.\n                        \
-                       Is anything parked?           No\n";
-        assert!(text.contains(answers) && text.contains("Start it."), "{text}");
-        assert!(text.contains("accepted 10 s ago, confirmed never") && text.contains("       7  a?b"), "{text}");
+    async fn parked(&self, status: &Value) -> Value {
+        match status["spool"]["parked"].as_u64() {
+            Some(0) => Value::Null,
+            _ => self.parked.get().await.unwrap_or_default(),
+        }
     }
 }

@@ -25,6 +25,7 @@ mod hostile;
 mod house_rules;
 mod messages;
 mod network;
+mod notices;
 mod operators;
 mod parked;
 mod power;
