@@ -44,6 +44,11 @@ async fn eventful(vhost: &Vhost) -> Relay {
     relay.post_with(&[], scan(2)).await.expect(401);
     Raw::exchange(relay.address(), "no HTTP\r\n\r\n").await;
     relay.eventually_nothing_pending().await;
+    eventually("the counts of queues", async || match relay.metrics().await.contains("prism_relay_queue_messages{") {
+        true => Ok(()),
+        false => Err("none"),
+    })
+    .await;
     relay
 }
 

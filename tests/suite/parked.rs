@@ -140,13 +140,8 @@ async fn user_with_topic_permission(node: &Node, vhost: &Vhost, keys: &str) -> S
     let user = format!("user{}", uuid::Uuid::now_v7().simple());
     node.create_user(&user, "password").await;
     vhost.permit(&user, ".*", ".*", ".*").await;
-    permit_topics(node, vhost, &user, keys).await;
+    vhost.permit_topics(&user, "prism.events", keys).await;
     user
-}
-
-async fn permit_topics(node: &Node, vhost: &Vhost, user: &str, keys: &str) {
-    let permission = json!({"exchange": "prism.events", "write": keys, "read": ".*"});
-    node.management().put(&format!("topic-permissions/{}/{user}", vhost.name()), permission).await;
 }
 
 #[tokio::test]
@@ -263,7 +258,7 @@ async fn parked_events_that_keep_closing_the_channel_do_not_hold_up_others() {
         vhost.messages("prism.scan", depth).await.iter().map(Delivery::id).collect()
     };
     assert_eq!(ids, expected.into_iter().collect());
-    permit_topics(node, &vhost, &user, ".*").await;
+    vhost.permit_topics(&user, "prism.events", ".*").await;
     vhost.messages("prism.future_me", 5).await;
     relay.eventually_parked(0).await;
 }

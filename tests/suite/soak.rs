@@ -18,17 +18,19 @@ use crate::harness::disk::SmallDisk;
 use crate::harness::eventually::poll;
 use crate::harness::{Node, Setup, Vhost, Wire, ports};
 use book::Book;
-use faults::Stage;
+use faults::{DECLARED, Stage, USER};
 
-/// Within this time the seed draws kills of the relay, also at its start, a kill of the broker, lost confirms, a cut
-/// connection, a memory alarm, a process that reads the spool, a backlog that fills the disk, and stops, also on a full
-/// disk.
-const SHORT: Duration = Duration::from_secs(20);
-const SHORT_SEED: u64 = 466_438;
+/// Within this time the seed draws kills of the relay, a stop, a kill of the broker, lost confirms, full queues, a
+/// memory alarm, a full disk, a process that reads the spool, an exchange and a queue that are deleted, a route that is
+/// taken away, and lost permissions.
+const SHORT: Duration = Duration::from_secs(40);
+const SHORT_SEED: u64 = 34_615_456;
 
 /// Size of the spool's disk, far less than `spool.max_bytes`. A process that reads the spool for some seconds makes the
 /// log as large.
 const DISK: &str = "48m";
+
+const PASSWORD: &str = "password";
 
 const PROGRESS_EVERY: Duration = Duration::from_secs(10);
 
@@ -41,14 +43,19 @@ async fn nothing_acknowledged_is_lost() {
     let node = Node::start().await;
     let vhost = Vhost::new(&node).await;
     let wire = Wire::new(vhost.address());
+    node.create_user(USER, PASSWORD).await;
+    vhost.permit(USER, ".*", ".*", ".*").await;
     let setup = setup(&vhost, &wire);
     let disk = SmallDisk::mount(setup.folder(), DISK);
     let relay = setup.set("spool.path", disk.spool()).start().await;
+    relay.eventually_connected().await;
+    pace(DECLARED).await;
 
     let book = Arc::new(Book::new());
     let (sender, senders) = watch::channel(relay.sender());
     let (consuming, consumed) = watch::channel(true);
-    let consumer = tokio::spawn(traffic::consume(vhost.url(), Arc::clone(&book), consumed));
+    let consume = |queue| tokio::spawn(traffic::consume(vhost.url(), queue, Arc::clone(&book), consumed.clone()));
+    let consumers = traffic::QUEUES.map(consume);
     let stop = CancellationToken::new();
     let traffic = traffic::start(seed, &book, &senders, &stop);
     let progress = tokio::spawn(print_progress(Arc::clone(&book)));
@@ -59,7 +66,7 @@ async fn nothing_acknowledged_is_lost() {
     let stuck = join(traffic).await;
     let drained = drain(&stage, &book).await;
     progress.abort();
-    consumer.abort();
+    consumers.iter().for_each(JoinHandle::abort);
 
     let ledger = stage.spool_ledger();
     let minutes = length.as_secs_f64() / 60.0;
@@ -74,12 +81,13 @@ async fn pace(time: Duration) {
 
 fn setup(vhost: &Vhost, wire: &Wire) -> Setup {
     // A fixed port: senders must not reach another test's relay while this one is down.
-    Setup::new(&vhost.url_through(wire))
+    Setup::new(&vhost.url_for(USER, PASSWORD, wire.address()))
         .set("http.listen", format!("127.0.0.1:{}", ports::free()))
         .set("broker.heartbeat", "1s")
         .set("broker.confirm_timeout", "3s")
         .set("broker.connect_timeout", "3s")
         .set("broker.parked_retry", "1s")
+        .set("broker.watch_interval", "2s")
         .set("shutdown.grace", "5s")
         .set("log.filter", "info")
 }

@@ -245,7 +245,15 @@ impl Vhost {
     pub async fn unbind(&self, exchange: &str, queue: &str, routing_key: &str) {
         let of = format!("{}/e/{}/q/{}", self.path_of("bindings"), encode(exchange), encode(queue));
         // The API's name of a binding without arguments.
-        self.management.delete(&format!("{of}/{}", encode(routing_key))).await;
+        let name = if routing_key.is_empty() { "~".to_owned() } else { encode(routing_key) };
+        self.management.delete(&format!("{of}/{name}")).await;
+    }
+
+    /// Unbinds an exchange from the one that its messages come from.
+    pub async fn unbind_exchange(&self, from: &str, to: &str) {
+        let of = format!("{}/e/{}/e/{}", self.path_of("bindings"), encode(from), encode(to));
+        // The API's name of a binding without a key and arguments.
+        self.management.delete(&format!("{of}/~")).await;
     }
 
     /// All bindings as `(exchange, destination, routing key)`, sorted, without those of the default exchange.
@@ -275,6 +283,17 @@ impl Vhost {
     pub async fn permit(&self, user: &str, configure: &str, write: &str, read: &str) {
         let body = json!({"configure": configure, "write": write, "read": read});
         self.management.put(&self.path("permissions", user), body).await;
+    }
+
+    /// Restricts the routing keys with which a user may publish to a topic exchange to a regular expression.
+    pub async fn permit_topics(&self, user: &str, exchange: &str, keys: &str) {
+        let body = json!({"exchange": exchange, "write": keys, "read": ".*"});
+        self.management.put(&self.path("topic-permissions", user), body).await;
+    }
+
+    /// Lets a user publish with all routing keys again.
+    pub async fn permit_all_topics(&self, user: &str) {
+        self.management.delete(&self.path("topic-permissions", user)).await;
     }
 
     /// The open connections, as the API shows them. A new one appears a moment after its handshake.

@@ -10,9 +10,6 @@ use uuid::Uuid;
 use super::spool::SpoolLedger;
 use super::traffic::SUBJECTS;
 
-/// For this long after a queue limit was removed, RabbitMQ may still reject a publish.
-const NACKS_LINGER: Duration = Duration::from_secs(2);
-
 /// For this long after the end of a fault of the disk, webhooks may still be refused: promise 11 says seconds.
 const REFUSALS_LINGER: Duration = Duration::from_secs(5);
 
@@ -57,8 +54,6 @@ struct Pages {
     faults: BTreeMap<&'static str, u64>,
     /// When each fault began, for the report of a failure.
     history: Vec<(Duration, &'static str)>,
-    /// Whether RabbitMQ may reject publishes.
-    rejections: Phase,
     /// Whether the relay may refuse webhooks because of its disk.
     refusals: Phase,
     totals: Totals,
@@ -90,7 +85,6 @@ struct Totals {
     misrouted: u64,
     relay_kills: u64,
     phases_with_nacks: u64,
-    overtaken_after_nack: u64,
     late_redeliveries: u64,
     disorders: u64,
     different_ids: u64,
@@ -101,7 +95,6 @@ struct Totals {
 }
 
 struct Entry {
-    sent_at: Instant,
     /// Requests without an answer. It is unknown whether the relay took them.
     unanswered: u32,
     acknowledged: bool,
@@ -123,8 +116,7 @@ impl Book {
         pages.totals.requests += 1;
         let events = &mut pages.events[key.subject];
         if events.len() == key.number {
-            let sent_at = Instant::now();
-            events.push(Entry { sent_at, unanswered: 0, acknowledged: false, id: None, deliveries: 0 });
+            events.push(Entry { unanswered: 0, acknowledged: false, id: None, deliveries: 0 });
         }
     }
 
@@ -177,7 +169,7 @@ impl Book {
 
     pub fn delivered(&self, queue: &'static str, key: Key, id: Uuid, redelivered: bool) {
         let mut pages = self.pages();
-        let Pages { events, heads, totals, rejections, .. } = &mut *pages;
+        let Pages { events, heads, totals, .. } = &mut *pages;
         totals.deliveries += 1;
         totals.redelivered += u64::from(redelivered);
         let Some(entry) = events[key.subject].get_mut(key.number) else {
@@ -195,8 +187,6 @@ impl Book {
             } else if redelivered {
                 // The broker redelivers what a worker had not acknowledged, in an order that the relay cannot control.
                 totals.late_redeliveries += 1;
-            } else if rejections.may_have_hit(entry.sent_at) {
-                totals.overtaken_after_nack += 1;
             } else {
                 totals.disorders += 1;
                 complaints.push(format!("{key:?} came to {queue} after number {head}"));
@@ -219,14 +209,9 @@ impl Book {
         self.pages().totals.relay_kills += 1;
     }
 
-    pub fn nacks_begin(&self) {
-        self.pages().rejections = Phase::Now;
-    }
-
-    pub fn nacks_end(&self, some: bool) {
-        let mut pages = self.pages();
-        pages.totals.phases_with_nacks += u64::from(some);
-        pages.rejections = Phase::Until(Instant::now() + NACKS_LINGER);
+    /// Whether RabbitMQ rejected publishes while queues were limited.
+    pub fn nacks_seen(&self, some: bool) {
+        self.pages().totals.phases_with_nacks += u64::from(some);
     }
 
     /// The disk has a fault, because of which the relay may refuse webhooks.
@@ -320,7 +305,6 @@ impl Book {
         row("duplicate deliveries", &format!("{duplicates} ({share:.2} %)"));
         row("  marked by the broker as redelivered", &totals.redelivered);
         row("delivered to an unexpected queue", &totals.misrouted);
-        row("overtaken after a nack", &totals.overtaken_after_nack);
         row("overtaken when a worker's messages were requeued", &totals.late_redeliveries);
         row("delivered, but the 200 was lost", &explained);
         row("LOST", &lost);

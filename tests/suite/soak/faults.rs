@@ -15,7 +15,7 @@ use crate::harness::disk::SmallDisk;
 use crate::harness::management::encode;
 use crate::harness::program::Ended;
 use crate::harness::relay::Sender;
-use crate::harness::{Node, Relay, Vhost, Wire};
+use crate::harness::{Node, Relay, Vhost, Wire, eventually, eventually_equal};
 
 /// Pause between two faults, in milliseconds.
 const PAUSE: std::ops::Range<u64> = 200..2000;
@@ -34,6 +34,26 @@ const BACKLOG_BYTES: u64 = 1 << 20;
 /// Starts on a full disk before the disk gets room again, and the pause between two of them.
 const START_TRIES: u32 = 5;
 const START_PAUSE: Duration = Duration::from_millis(200);
+/// The relay's exchanges, any of which may be deleted. Dead letters have their own, which nothing uses here.
+const EXCHANGES: [&str; 3] = ["prism.events", "prism.webhooks", "prism.unrouted"];
+/// Queues that may be deleted, and their bindings.
+const BINDINGS: [(&str, &str, &str); 3] = [
+    ("prism.events", "prism.scan", "scan.#"),
+    ("prism.events", "prism.future_me", "body_shape_prediction.#"),
+    ("prism.unrouted", "prism.unrouted", ""),
+];
+/// The relay's own user.
+pub const USER: &str = "relay";
+/// Permissions to configure and write that are not enough: to declare anything, to publish, or to bind a queue.
+const PERMISSIONS: [(&str, &str); 3] = [("", ".*"), (".*", "^(?!prism[.]webhooks$)"), (".*", "^(?!prism[.]scan$)")];
+/// Routing keys that the broker takes while it refuses others.
+const KEYS: [&str; 3] = ["^body_shape_prediction[.]", "^scan[.]", "^measurements[.]"];
+/// For this long no worker has taken anything from a queue that is deleted, and no message has come. The relay's
+/// connection is stalled, so only what was on its way to the queue may still come.
+const QUIET: Duration = Duration::from_secs(1);
+/// A node that is killed less than a second after a queue was declared may come back without a leader for the queue
+/// (RabbitMQ 3.10).
+pub const DECLARED: Duration = Duration::from_secs(2);
 /// Values of `broker.window`. With the smallest, a backlog still shrinks under the traffic.
 const WINDOWS: [u32; 5] = [4, 20, 100, 500, 1000];
 
@@ -50,6 +70,12 @@ enum Fault {
     AnswersLost,
     ConnectionsClosed,
     ExchangeDeleted,
+    QueueDeleted,
+    BindingRemoved,
+    /// Nothing is bound to the exchange that the relay publishes to, and the relay may not repair it.
+    RouteTaken,
+    PermissionLost,
+    KeysRefused,
     MemoryAlarm,
     QueueFull,
     /// A process reads the spool and does not stop, so that its log cannot begin again.
@@ -60,9 +86,9 @@ enum Fault {
     RelayStoppedOnFullDisk,
 }
 
-/// Relative frequencies. With these, half an hour has about 150 kills of the relay, 30 of the broker and 80 faults of
-/// the disk.
-const WEIGHTS: [(Fault, u32); 17] = [
+/// Relative frequencies. With these, half an hour has about 100 kills of the relay, 25 of the broker, 60 faults of the
+/// disk, and 100 of exchanges, queues, bindings and permissions.
+const WEIGHTS: [(Fault, u32); 22] = [
     (Fault::RelayKilled, 24),
     (Fault::RelayKilledAtStart, 6),
     (Fault::RelayStopped, 8),
@@ -73,7 +99,12 @@ const WEIGHTS: [(Fault, u32); 17] = [
     (Fault::WireStalled, 7),
     (Fault::AnswersLost, 8),
     (Fault::ConnectionsClosed, 5),
-    (Fault::ExchangeDeleted, 6),
+    (Fault::ExchangeDeleted, 8),
+    (Fault::QueueDeleted, 5),
+    (Fault::BindingRemoved, 6),
+    (Fault::RouteTaken, 5),
+    (Fault::PermissionLost, 5),
+    (Fault::KeysRefused, 4),
     (Fault::MemoryAlarm, 3),
     (Fault::QueueFull, 4),
     (Fault::ReaderStays, 6),
@@ -96,6 +127,11 @@ impl Fault {
             Self::AnswersLost => "published, confirms lost",
             Self::ConnectionsClosed => "connections closed by an operator",
             Self::ExchangeDeleted => "exchange deleted",
+            Self::QueueDeleted => "queue deleted",
+            Self::BindingRemoved => "binding removed",
+            Self::RouteTaken => "no route, and no permission to repair it",
+            Self::PermissionLost => "permission lost",
+            Self::KeysRefused => "routing keys refused",
             Self::MemoryAlarm => "memory alarm",
             Self::QueueFull => "queues full (nacks)",
             Self::ReaderStays => "a process reads the spool and stays",
@@ -115,6 +151,8 @@ struct Step {
     kill_meanwhile: bool,
     infancy: Duration,
     window: u32,
+    /// Chooses the exchange, queue, binding or permission.
+    which: u32,
 }
 
 impl Step {
@@ -127,7 +165,12 @@ impl Step {
             kill_meanwhile: rng.u8(..4) == 0,
             infancy: Duration::from_millis(rng.u64(..INFANCY)),
             window: WINDOWS[rng.usize(..WINDOWS.len())],
+            which: rng.u32(..),
         }
+    }
+
+    fn choose<T: Copy, const N: usize>(&self, from: [T; N]) -> T {
+        from[self.which as usize % N]
     }
 }
 
@@ -215,13 +258,56 @@ impl Stage {
                 self.wire.flow();
             }
             Fault::ConnectionsClosed => self.close_connections().await,
-            Fault::ExchangeDeleted => _ = self.vhost.delete_exchange("prism.events").await,
+            Fault::ExchangeDeleted
+            | Fault::QueueDeleted
+            | Fault::BindingRemoved
+            | Fault::RouteTaken
+            | Fault::PermissionLost
+            | Fault::KeysRefused => self.change_broker(step).await,
             Fault::MemoryAlarm => {
                 self.node.memory_alarm(true).await;
                 self.hold(step).await;
                 self.node.memory_alarm(false).await;
             }
             Fault::QueueFull => self.fill_queues(step).await,
+            Fault::ReaderStays | Fault::DiskFull | Fault::BacklogFillsDisk | Fault::RelayStoppedOnFullDisk => {
+                self.disturb_disk(step).await;
+            }
+        }
+    }
+
+    /// What an operator may do to the broker: delete, unbind, and take permissions.
+    async fn change_broker(&mut self, step: &Step) {
+        match step.fault {
+            Fault::ExchangeDeleted => _ = self.vhost.delete_exchange(step.choose(EXCHANGES)).await,
+            Fault::QueueDeleted => self.delete_queue(step).await,
+            Fault::BindingRemoved => {
+                let (exchange, queue, key) = step.choose(BINDINGS);
+                self.vhost.unbind(exchange, queue, key).await;
+                self.hold(step).await;
+                self.vhost.bind(exchange, queue, key).await;
+            }
+            Fault::RouteTaken => {
+                self.vhost.permit(USER, ".*", "^(?!prism[.]events$)", ".*").await;
+                self.vhost.unbind_exchange("prism.webhooks", "prism.events").await;
+                self.hold(step).await;
+                self.vhost.permit(USER, ".*", ".*", ".*").await;
+            }
+            Fault::PermissionLost => {
+                let (configure, write) = step.choose(PERMISSIONS);
+                self.vhost.permit(USER, configure, write, ".*").await;
+                // An open connection may keep its permissions for a minute.
+                self.wire.cut();
+                self.hold(step).await;
+                self.vhost.permit(USER, ".*", ".*", ".*").await;
+            }
+            Fault::KeysRefused => self.refuse_keys(step).await,
+            other => unreachable!("{other:?} is made elsewhere"),
+        }
+    }
+
+    async fn disturb_disk(&mut self, step: &Step) {
+        match step.fault {
             Fault::ReaderStays => {
                 self.book.disk_fails();
                 let reader = StayingReader::start(self.disk.spool().as_ref()).expect("a spool that can be read");
@@ -244,6 +330,7 @@ impl Stage {
                 pace(step.hold / 2).await;
                 self.free_disk();
             }
+            other => unreachable!("{other:?} is made elsewhere"),
         }
     }
 
@@ -320,10 +407,50 @@ impl Stage {
         self.sender.send_replace(self.relay.sender());
     }
 
-    /// Stops the workers and limits the queues, so that RabbitMQ rejects publishes. Later events may overtake
-    /// rejected ones.
+    /// Deletes a queue once it is empty, because the relay cannot know of messages that an operator deletes with their
+    /// queue. The relay declares the queue again.
+    async fn delete_queue(&mut self, step: &Step) {
+        let (_, queue, _) = step.choose(BINDINGS);
+        loop {
+            self.wire.stall();
+            self.vhost.eventually_depth(queue, 0).await;
+            // Deliveries without an acknowledgement are not counted, but they come back when the worker is gone.
+            self.consuming.send_replace(false);
+            eventually_equal("consumers", 0, async || self.vhost.consumers(queue).await).await;
+            pace(QUIET).await;
+            let is_empty = self.vhost.depth(queue).await == 0;
+            if is_empty {
+                self.vhost.delete_queue(queue).await;
+            }
+            self.consuming.send_replace(true);
+            if is_empty {
+                break;
+            }
+            self.wire.flow();
+        }
+        self.hold(step).await;
+        self.wire.flow();
+        eventually("the queue to be declared again", async || match self.vhost.queue(queue).await {
+            Some(_) => Ok(()),
+            None => Err("it does not exist"),
+        })
+        .await;
+        pace(DECLARED).await;
+    }
+
+    /// Lets the relay publish to a topic exchange, where RabbitMQ checks routing keys, and refuses some of them.
+    async fn refuse_keys(&mut self, step: &Step) {
+        self.vhost.permit_topics(USER, "prism.events", step.choose(KEYS)).await;
+        self.relay.reconfigure("broker.exchange", "prism.events");
+        self.restart_relay().await;
+        self.hold(step).await;
+        self.vhost.permit_all_topics(USER).await;
+        self.relay.reconfigure("broker.exchange", "prism.webhooks");
+        self.restart_relay().await;
+    }
+
+    /// Stops the workers and limits the queues, so that RabbitMQ rejects publishes.
     async fn fill_queues(&mut self, step: &Step) {
-        self.book.nacks_begin();
         self.consuming.send_replace(false);
         let policy = json!({"max-length": QUEUE_LIMIT, "overflow": "reject-publish"});
         self.vhost.set_policy("limit", "^prism[.](scan|future_me)$", policy).await;
@@ -331,7 +458,7 @@ impl Stage {
         let nacked = self.relay.metric("prism_relay_publish_total", &[("outcome", "nacked")]).await;
         self.vhost.delete_policy("limit").await;
         self.consuming.send_replace(true);
-        self.book.nacks_end(nacked > 0.0);
+        self.book.nacks_seen(nacked > 0.0);
     }
 
     /// Closes all connections through the management API, including those of workers. Errors of the API are ignored,

@@ -1,11 +1,10 @@
-//! Steady traffic: one sender per subject that retries until it gets a 200, and workers that consume every queue.
+//! Steady traffic: one sender per subject that retries until it gets a 200, and a worker for each queue.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use fastrand::Rng;
 use futures_util::StreamExt;
-use futures_util::stream::select_all;
 use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions};
 use lapin::types::FieldTable;
 use lapin::{Connection, ConnectionProperties};
@@ -36,7 +35,8 @@ const RESEND_ONE_IN: u8 = 40;
 /// The re-sent event is one of this many, so a few seconds old: well within the dedupe window.
 const RESEND_BACK: usize = 20;
 
-const QUEUES: [&str; 4] = ["prism.scan", "prism.future_me", "prism.unrouted", "prism.dead"];
+/// Workers take dead letters and events without a work queue as well.
+pub const QUEUES: [&str; 4] = ["prism.scan", "prism.future_me", "prism.unrouted", "prism.dead"];
 const PREFETCH: u16 = 200;
 const CONSUMER_PATIENCE: Duration = Duration::from_secs(5);
 const CONSUMER_PAUSE: Duration = Duration::from_millis(200);
@@ -137,15 +137,15 @@ fn key(delivery: &Delivery) -> Option<Key> {
     (body(key).as_bytes() == delivery.body).then_some(key)
 }
 
-/// Consumes every queue while `wanted` is true, and reconnects when the broker restarts. Ends when the sender of
-/// `wanted` is dropped.
-pub async fn consume(url: String, book: Arc<Book>, mut wanted: watch::Receiver<bool>) {
+/// Consumes a queue while `wanted` is true, and reconnects when the broker restarts or the queue is deleted. Ends when
+/// the sender of `wanted` is dropped.
+pub async fn consume(url: String, queue: &'static str, book: Arc<Book>, mut wanted: watch::Receiver<bool>) {
     while wanted.wait_for(|wanted| *wanted).await.is_ok() {
         let connecting = Connection::connect(&url, ConnectionProperties::default());
         if let Ok(Ok(connection)) = timeout(CONSUMER_PATIENCE, connecting).await {
             tokio::select! {
                 // The connection fails with the broker, which is a fault of its own.
-                _ = take(&connection, &book) => {}
+                _ = take(&connection, queue, &book) => {}
                 _ = wanted.wait_for(|wanted| !*wanted) => {}
             }
             let _ = timeout(CONSUMER_PATIENCE, connection.close(200, "done".into())).await;
@@ -154,18 +154,14 @@ pub async fn consume(url: String, book: Arc<Book>, mut wanted: watch::Receiver<b
     }
 }
 
-/// Records and acknowledges deliveries, until the connection fails or there was no delivery for [`CONSUMER_PATIENCE`].
-async fn take(connection: &Connection, book: &Book) -> lapin::Result<()> {
+/// Records and acknowledges deliveries, until the connection fails, the queue is deleted, or there was no delivery for
+/// [`CONSUMER_PATIENCE`].
+async fn take(connection: &Connection, queue: &'static str, book: &Book) -> lapin::Result<()> {
     let channel = connection.create_channel().await?;
     channel.basic_qos(PREFETCH, BasicQosOptions::default()).await?;
-    let mut consumers = Vec::new();
-    for queue in QUEUES {
-        let consuming =
-            channel.basic_consume(queue.into(), queue.into(), BasicConsumeOptions::default(), FieldTable::default());
-        consumers.push(consuming.await?.map(move |delivery| (queue, delivery)));
-    }
-    let mut deliveries = select_all(consumers);
-    while let Ok(Some((queue, delivery))) = timeout(CONSUMER_PATIENCE, deliveries.next()).await {
+    let (options, arguments) = (BasicConsumeOptions::default(), FieldTable::default());
+    let mut deliveries = channel.basic_consume(queue.into(), queue.into(), options, arguments).await?;
+    while let Ok(Some(delivery)) = timeout(CONSUMER_PATIENCE, deliveries.next()).await {
         let delivery = delivery?;
         let tag = delivery.delivery_tag;
         let delivery = Delivery::from(delivery);
