@@ -614,7 +614,8 @@ async fn events_that_find_no_exchange_are_delivered_as_soon_as_it_is_declared_ag
     texts.sort();
     assert_eq!(texts, (1..5).map(event).collect::<Vec<_>>());
     relay.eventually_parked(0).await;
-    assert_eq!(relay.metric("prism_relay_broker_reconnects_total", &[]).await, 0.0);
+    let reconnects = relay.metric("prism_relay_broker_reconnects_total", &[]).await;
+    assert_eq!(reconnects, 0.0, "{}", relay.log_text());
 }
 
 #[tokio::test]
