@@ -103,7 +103,7 @@ async fn dashboards_and_alerts_name_only_existing_metrics() {
 fn alerts_pass_their_own_tests() {
     let (good, text) = promtool(&["check", "config", "prometheus.example.yml"], "");
     assert!(good, "{text}");
-    let (good, text) = promtool(&["test", "rules", "prism-relay.tests.yml"], "");
+    let (good, text) = promtool(&["test", "rules", "prism-relay.tests.yml", "prism-relay.days.tests.yml"], "");
     assert!(good, "{text}");
 }
 
