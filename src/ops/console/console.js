@@ -350,7 +350,15 @@ function showStatus() {
   showFullness(status);
   const zone = Intl.DateTimeFormat().resolvedOptions().timeZone;
   const uptime = duration(status.uptime_seconds);
-  say($("about"), `prism-relay ${status.version}, running for ${uptime}. Times are in ${zone}.`);
+  say($("about"), `prism-relay ${status.version}, running for ${uptime}. Times are in ${zone}.${lastNotice(status)}`);
+}
+
+/** The last notice to `notify.url`, as a sentence. */
+function lastNotice({ notify }) {
+  if (!notify?.last) return "";
+  const { level, state, at, error } = notify.last;
+  if (state === "sent") return ` Last notice (${level}) sent to ${notify.to}: ${clock(at)}.`;
+  return ` The last notice (${level}) has not reached ${notify.to}: ${error}.`;
 }
 
 /** Once a second: updates the ages, and notices that the relay is silent. */
