@@ -210,7 +210,7 @@ mod tests {
     }
 
     fn vectors() -> Vec<serde_json::Value> {
-        serde_json::from_str(include_str!("../tests/samples/signatures.json")).unwrap()
+        serde_json::from_str(include_str!("../deploy/workers/vectors/signatures.json")).unwrap()
     }
 
     #[test]

@@ -40,6 +40,7 @@ main() {
   need_package openssl /usr/bin/openssl
   need_package python3-pika /usr/lib/python3/dist-packages/pika
   need_node
+  need_python_tools
   need_promtool
   need_nginx
   # A test mostly waits, for RabbitMQ's statistics and for retries. So more tests than cores run at a time.
@@ -98,6 +99,18 @@ need_modules() {
   cp "$source" "$folder.partial/"
   npm install --silent --no-audit --no-fund --no-package-lock --prefix "$folder.partial" >/dev/null
   rm -rf "$folder" && mv "$folder.partial" "$folder"
+}
+
+# Installs the generator of the Python worker's types.
+need_python_tools() {
+  local folder=${XDG_CACHE_HOME:-$HOME/.cache}/prism-relay/python
+  export PRISM_TEST_PYTHON_TOOLS=$folder/bin
+  if cmp -s tests/types.requirements.txt "$folder/requirements.txt"; then return; fi
+  need_package python3-venv /usr/lib/python3*/ensurepip
+  echo "Fetching the generator of the Python worker's types ..."
+  rm -rf "$folder" && python3 -m venv "$folder"
+  "$folder/bin/pip" install --quiet --disable-pip-version-check --requirement tests/types.requirements.txt
+  cp tests/types.requirements.txt "$folder/requirements.txt"
 }
 
 # Fetches promtool, which checks metrics and alert rules.

@@ -24,6 +24,7 @@ mod tail;
 mod top;
 mod topology;
 mod transfer;
+mod vectors;
 mod verify;
 
 use std::cell::Cell;

@@ -12,6 +12,7 @@ use hdrhistogram::Histogram;
 use http_body_util::{BodyExt, Full};
 use hyper::{Request, StatusCode, Uri};
 use jiff::Timestamp;
+use lapin::types::ShortString;
 use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -20,8 +21,10 @@ use uuid::Uuid;
 
 use super::failure::Failure;
 use super::http::listener_url;
+use super::messages::queue_name;
 use super::output::{Progress, say};
 use super::pace::rate;
+use super::vectors;
 use crate::config::Config;
 use crate::event::DOCUMENTED_TYPES;
 use crate::http_client::{HttpClient, http_client};
@@ -70,6 +73,15 @@ pub(super) struct Options {
     /// Give up an event after its first failure, unlike Prism
     #[arg(long)]
     no_retry: bool,
+    /// Test a worker: publish the test messages to this new queue, and report what the worker did with each
+    #[arg(long, value_name = "QUEUE", value_parser = queue_name, requires = "vectors")]
+    to_queue: Option<ShortString>,
+    /// The test messages that are built in (with --to-queue)
+    #[arg(long, requires = "to_queue", conflicts_with_all = ["url", "types", "count", "rate", "body", "ca", "unsigned"])]
+    vectors: bool,
+    /// With --to-queue: how long to wait for the worker, and then for its answers
+    #[arg(long, value_name = "DURATION", default_value = "1m", value_parser = humantime::parse_duration)]
+    wait: Duration,
     /// Print the summary as one JSON object
     #[arg(long)]
     json: bool,
@@ -92,6 +104,9 @@ struct Fate {
 }
 
 pub(super) async fn run(config: &Config, options: Options) -> Result<(), Failure> {
+    if let Some(queue) = &options.to_queue {
+        return vectors::run(config, queue, options.wait, options.json).await;
+    }
     let secret = match (options.unsigned, config.signature.secrets.first()) {
         (true, _) => None,
         (false, Some(secret)) => Some(secret.clone()),

@@ -117,6 +117,7 @@ const MAY_USE: [(&str, &[&str]); 31] = [
             "event",
             "http_client",
             "logging",
+            "publisher",
             "relay",
             "secret",
             "signature",

@@ -1,16 +1,33 @@
-//! The example workers of `deploy/workers/`: they do, fail, retry and skip messages, reconnect and stop.
+//! The example workers of `deploy/workers/`: they do, fail, retry and skip messages, reconnect and stop. Their kits
+//! pass the vectors, and their types are those of the schemas.
+
+/// The files of the Rust worker, whose own test runs the vectors.
+#[path = "../../deploy/workers/rust/kit.rs"]
+mod kit;
+#[path = "../../deploy/workers/rust/sqlite_store.rs"]
+mod sqlite_store;
+#[path = "../../deploy/workers/rust/types.rs"]
+mod types;
+#[path = "../../deploy/workers/rust/vectors.rs"]
+mod vectors;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use futures_util::StreamExt;
 use lapin::BasicProperties;
-use serde_json::json;
+use lapin::options::BasicConsumeOptions;
+use lapin::types::FieldTable;
+use serde_json::{Value, json};
 
 use crate::harness::program::Program;
+use crate::harness::scratch::Scratch;
 use crate::harness::{Node, Relay, Setup, Vhost, eventually, leash, samples};
 
 const DONE: &str = "done";
+/// A queue that only `send --to-queue` makes.
+const TEST_QUEUE: &str = "prism.scan.test-1";
 
 #[tokio::test]
 async fn the_python_worker_handles_the_life_of_a_message() {
@@ -34,6 +51,11 @@ async fn the_rust_worker_handles_the_life_of_a_message() {
     the_life_of_a_message(worker.to_str().unwrap(), &[]).await;
 }
 
+async fn setup(vhost: &Vhost) -> Setup {
+    let api = format!("http://127.0.0.1:{}", Node::shared().await.management().port);
+    Setup::new(&vhost.url()).set("broker.management_url", api)
+}
+
 fn source(file: &str) -> String {
     format!("{}/deploy/workers/{file}", env!("CARGO_MANIFEST_DIR"))
 }
@@ -46,14 +68,16 @@ struct Worker {
 
 impl Worker {
     async fn start(program: &str, arguments: &[&str], vhost: &Vhost, out: &Path) -> Self {
-        let mut command = leash::command(program);
-        command.args(arguments).env("AMQP_URL", vhost.url()).env("QUEUE", "prism.scan").env("OUT", out);
-        if let Ok(modules) = std::env::var("PRISM_TEST_NODE_MODULES") {
-            command.env("NODE_PATH", modules);
-        }
-        let worker = Self { program: Program::start(command), out: out.to_owned() };
+        let worker = Self::start_on("prism.scan", program, arguments, vhost, out);
         worker.eventually_prints("consuming prism.scan", 1).await;
         worker
+    }
+
+    fn start_on(queue: &str, program: &str, arguments: &[&str], vhost: &Vhost, out: &Path) -> Self {
+        let mut command = leash::command(program);
+        command.args(arguments).env("AMQP_URL", vhost.url()).env("QUEUE", queue).env("OUT", out);
+        with_node_modules(&mut command);
+        Self { program: Program::start(command), out: out.to_owned() }
     }
 
     /// Waits until `count` lines of its output begin with `start`.
@@ -73,14 +97,21 @@ impl Worker {
     }
 }
 
+fn with_node_modules(command: &mut Command) {
+    if let Ok(modules) = std::env::var("PRISM_TEST_NODE_MODULES") {
+        command.env("NODE_PATH", modules);
+    }
+}
+
 async fn post(relay: &Relay, number: usize) -> String {
-    relay.post(samples::event("scan.processing.succeeded", json!({ "number": number }))).await.id()
+    let payload = json!({ "scanId": format!("scan-{number}"), "userId": "user", "state": "READY", "number": number });
+    relay.post(samples::event("scan.processing.succeeded", payload)).await.id()
 }
 
 async fn the_life_of_a_message(program: &str, arguments: &[&str]) {
     let vhost = Vhost::new(Node::shared().await).await;
     let queues = json!([{ "name": "prism.scan", "bindings": ["scan.#"], "retry_delays": ["200ms", "400ms"] }]);
-    let relay = Setup::new(&vhost.url()).set("topology.queues", queues).start().await;
+    let relay = setup(&vhost).await.set("topology.queues", queues).start().await;
     relay.eventually_connected().await;
     let out = relay.folder().join("out");
     std::fs::create_dir(&out).unwrap();
@@ -108,10 +139,14 @@ async fn the_life_of_a_message(program: &str, arguments: &[&str]) {
     let again = BasicProperties::default().with_message_id(first.as_str().into()).with_type("scan.a".into());
     vhost.publish_with("prism.events", "scan.a", "{}", again).await;
     worker.eventually_prints(&format!("again {first} scan.a"), 1).await;
-    // An id that is not a UUID never becomes a path.
+    // An id that is not a UUID never becomes a path. The message is a dead letter at once, without retries.
     let evil = BasicProperties::default().with_message_id("../../evil".into()).with_type("scan.a".into());
     vhost.publish_with("prism.events", "scan.a", "{}", evil).await;
+    worker.eventually_prints("gave up ../../evil scan.a: the message_id is not a UUID", 1).await;
     vhost.eventually_depth("prism.dead", 1).await;
+    let dead = vhost.messages("prism.dead", 1).await.remove(0);
+    assert_eq!((dead.routing_key.as_str(), dead.id().as_str()), ("scan.a", "../../evil"));
+    assert!(dead.properties.headers().as_ref().is_none_or(|headers| !headers.inner().contains_key("x-death")));
 
     // A worker whose connection is closed reconnects.
     eventually("the worker to reconnect", async || {
@@ -124,6 +159,7 @@ async fn the_life_of_a_message(program: &str, arguments: &[&str]) {
     .await;
 
     stop_in_the_middle_of_the_work(&mut worker, &relay, &vhost).await;
+    play_the_vectors(program, arguments, &relay, &vhost).await;
     let words = [worker.program.stdout(), worker.program.stderr()].concat().join("\n");
     assert!(!words.contains("partner-user-42"), "the worker prints a user token: {words}");
 }
@@ -153,4 +189,195 @@ async fn stop_in_the_middle_of_the_work(worker: &mut Worker, relay: &Relay, vhos
     let left: BTreeSet<_> = vhost.messages("prism.scan", left).await.iter().map(|message| message.id()).collect();
     assert!(!done.is_empty() && done.is_disjoint(&left), "{} done, {} left", done.len(), left.len());
     assert_eq!(done.union(&left).cloned().collect::<BTreeSet<_>>(), ids);
+}
+
+/// `send --to-queue` sees what a worker does: all right with a good one, all rejected with one that cannot work.
+async fn play_the_vectors(program: &str, arguments: &[&str], relay: &Relay, vhost: &Vhost) {
+    let out = relay.folder().join("vectors");
+    std::fs::create_dir(&out).unwrap();
+    let mut worker = Worker::start_on(TEST_QUEUE, program, arguments, vhost, &out);
+    let dead = vhost.depth("prism.dead").await;
+    let played = relay.run(&["send", "--to-queue", TEST_QUEUE, "--vectors", "--json"]).await;
+    let report: Value = serde_json::from_str(&played.stdout).unwrap_or_else(|error| panic!("{error}: {played:?}"));
+    assert_eq!((played.code, &report["wrong"]), (Some(0), &json!(0)), "{report:#}");
+    let cases = report["cases"].as_array().unwrap();
+    let rejected = cases.iter().filter(|case| case["seen"] == "reject").count();
+    assert_eq!(report["acks"], json!(cases.len() - rejected), "{report:#}");
+    assert!(cases.iter().any(|case| case["name"] == "body-is-cut" && case["seen"] == "reject"), "{report:#}");
+    // One file less than acks, because one message came twice.
+    assert_eq!(std::fs::read_dir(&out).unwrap().count(), cases.len() - rejected - 1);
+    worker.eventually_prints(&format!("again {}", report["duplicate"].as_str().unwrap()), 1).await;
+    assert_eq!(vhost.depth("prism.dead").await, dead, "a test message is among the dead letters");
+    assert!(vhost.queue(TEST_QUEUE).await.is_none(), "the queue is still there");
+    worker.program.signal("TERM");
+    worker.program.wait().await;
+}
+
+#[tokio::test]
+async fn a_worker_that_settles_nothing_or_everything_wrongly_is_found() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let relay = setup(&vhost).await.start().await;
+    relay.eventually_connected().await;
+    let play = async |wait: &str| {
+        let arguments = ["send", "--to-queue", TEST_QUEUE, "--vectors", "--json", "--wait", wait];
+        let played = relay.run(&arguments).await;
+        assert_eq!(played.code, Some(1), "{played:?}");
+        (serde_json::from_str::<Value>(&played.stdout).unwrap_or_default(), played.stderr)
+    };
+    let seen = |report: &Value, name: &str| {
+        let cases = report["cases"].as_array().cloned().unwrap_or_default();
+        cases.into_iter().find(|case| case["name"] == name).map(|case| case["seen"].clone())
+    };
+
+    // No worker.
+    assert!(play("1s").await.1.contains("no worker consumed"));
+    // A worker whose work fails rejects everything.
+    let nowhere = relay.folder().join("nowhere");
+    let script = source("python/worker.py");
+    let worker = Worker::start_on(TEST_QUEUE, "/usr/bin/python3", &[&script], &vhost, &nowhere);
+    let (report, _) = play("1m").await;
+    assert_eq!(seen(&report, "scan-succeeded"), Some(json!("reject")), "{report:#}");
+    drop(worker);
+    // A worker that takes messages and never answers.
+    let ((report, _), ()) = tokio::join!(play("5s"), silent_consumer(&vhost, false));
+    assert_eq!(seen(&report, "scan-succeeded"), Some(json!("not-settled")), "{report:#}");
+    assert_eq!(report["automatic_acks"], false);
+    // A worker with automatic acks.
+    let ((report, _), ()) = tokio::join!(play("1m"), silent_consumer(&vhost, true));
+    assert_eq!(report["automatic_acks"], true, "{report:#}");
+
+    // Queues that are not for tests.
+    let refused = relay.run(&["send", "--to-queue", "prism.scan", "--vectors"]).await;
+    assert_eq!(refused.code, Some(64), "{refused:?}");
+    vhost.create_queue(TEST_QUEUE, json!({})).await;
+    assert!(play("1s").await.1.contains("exists already"));
+    assert!(vhost.queue(TEST_QUEUE).await.is_some(), "a queue of somebody else was deleted");
+}
+
+/// Consumes the queue once it exists, until it is deleted, and acknowledges nothing.
+async fn silent_consumer(vhost: &Vhost, no_ack: bool) {
+    eventually("the queue of the vectors", async || vhost.queue(TEST_QUEUE).await.map(drop).ok_or("no queue")).await;
+    let channel = vhost.connect().await.create_channel().await.unwrap();
+    let options = BasicConsumeOptions { no_ack, ..Default::default() };
+    let consuming = channel.basic_consume(TEST_QUEUE.into(), "".into(), options, FieldTable::default());
+    let mut deliveries = consuming.await.unwrap();
+    while deliveries.next().await.is_some_and(|delivery| delivery.is_ok()) {}
+}
+
+/// Runs a program to its end, and returns its output.
+async fn output(mut command: Command) -> String {
+    let ended = tokio::task::spawn_blocking(move || command.output().expect("start a program")).await.unwrap();
+    let text = String::from_utf8_lossy(&ended.stdout).into_owned();
+    assert!(ended.status.success(), "{text}{}", String::from_utf8_lossy(&ended.stderr));
+    text
+}
+
+/// The third runner, of the Rust worker, is compiled into this binary.
+#[tokio::test]
+async fn the_kits_of_python_and_node_pass_the_vectors() {
+    for (program, file) in [("/usr/bin/python3", "python/vectors.py"), ("node", "node/vectors.js")] {
+        let mut command = Command::new(program);
+        command.arg(source(file)).env("PYTHONDONTWRITEBYTECODE", "1");
+        with_node_modules(&mut command);
+        let text = output(command).await;
+        assert!(text.contains(" messages and 3 signatures as expected"), "{text}");
+    }
+}
+
+/// With `PRISM_TEST_REWRITE` set, the types are written in place of compared.
+#[tokio::test]
+async fn the_types_of_python_and_node_are_generated_from_the_schemas() {
+    let scratch = Scratch::new();
+    let mut command = Command::new(format!("{}/tests/types.sh", env!("CARGO_MANIFEST_DIR")));
+    command.arg(scratch.path());
+    output(command).await;
+    for (generated, file) in [("prism_types.py", "python/prism_types.py"), ("types.d.ts", "node/types.d.ts")] {
+        let generated = std::fs::read_to_string(scratch.path().join(generated)).unwrap();
+        if std::env::var_os("PRISM_TEST_REWRITE").is_some() {
+            std::fs::write(source(file), generated).unwrap();
+        } else {
+            let message = "is not what tests/types.sh makes of the schemas; PRISM_TEST_REWRITE=1 writes it";
+            assert!(generated == std::fs::read_to_string(source(file)).unwrap(), "deploy/workers/{file} {message}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn the_node_worker_agrees_with_its_types() {
+    let modules = std::env::var("PRISM_TEST_NODE_MODULES").expect("tests/run.sh sets it");
+    let scratch = Scratch::new();
+    for file in std::fs::read_dir(source("node")).unwrap().map(Result::unwrap).filter(|file| file.path().is_file()) {
+        std::fs::copy(file.path(), scratch.path().join(file.file_name())).unwrap();
+    }
+    std::os::unix::fs::symlink(&modules, scratch.path().join("node_modules")).unwrap();
+    let mut command = Command::new(format!("{modules}/.bin/tsc"));
+    command.arg("--project").arg(scratch.path());
+    output(command).await;
+}
+
+#[test]
+fn the_types_of_rust_have_each_field_and_word_of_the_schemas() {
+    fn check<T: serde::Serialize + serde::de::DeserializeOwned>(schema: &str, open: &str) {
+        let schema: Value = serde_json::from_str(schema).unwrap();
+        let example = &schema["examples"][0];
+        let known: BTreeSet<_> = schema["properties"].as_object().unwrap().keys().cloned().collect();
+        let required: BTreeSet<_> =
+            schema["required"].as_array().unwrap().iter().map(|name| name.as_str().unwrap()).collect();
+        assert_eq!(
+            known.iter().map(String::as_str).collect::<BTreeSet<_>>(),
+            required,
+            "Option is for optional fields"
+        );
+        for name in &known {
+            let mut without = example.clone();
+            without.as_object_mut().unwrap().remove(name);
+            assert!(serde_json::from_value::<T>(without).is_err(), "{name} is not a field of the type");
+        }
+        // Each word has a variant of its own, and any other word stays.
+        let words = schema["properties"][open]["anyOf"][0]["enum"].as_array().unwrap();
+        for word in words.iter().chain([&json!("SOMETHING NEW")]) {
+            let mut event = example.clone();
+            event[open] = word.clone();
+            event["added"] = json!([1, { "a": null }]);
+            let typed: T = serde_json::from_value(event.clone()).unwrap_or_else(|error| panic!("{word}: {error}"));
+            assert_eq!(json!(typed), event);
+        }
+    }
+    fn is_known<T: serde::de::DeserializeOwned>(word: &Value, is_unknown: impl Fn(&T) -> bool) {
+        assert!(!is_unknown(&serde_json::from_value(word.clone()).unwrap()), "{word} has no variant");
+    }
+    let words = |schema: &str, field: &str| {
+        let schema: Value = serde_json::from_str(schema).unwrap();
+        schema["properties"][field]["anyOf"][0]["enum"].as_array().unwrap().clone()
+    };
+    const ENVELOPE: &str = include_str!("../../deploy/workers/schemas/envelope.schema.json");
+    const SCAN: &str = include_str!("../../deploy/workers/schemas/scan.schema.json");
+    const PREDICTION: &str = include_str!("../../deploy/workers/schemas/body_shape_prediction.schema.json");
+    check::<types::Envelope>(ENVELOPE, "eventType");
+    check::<types::ScanPayload>(SCAN, "state");
+    check::<types::BodyShapePredictionPayload>(PREDICTION, "state");
+    for word in words(ENVELOPE, "eventType") {
+        is_known(&word, |kind: &types::EventType| matches!(kind, types::EventType::Unknown(_)));
+    }
+    for word in [words(SCAN, "state"), words(PREDICTION, "state")].concat() {
+        is_known(&word, |state: &types::State| matches!(state, types::State::Unknown(_)));
+    }
+}
+
+/// The suite builds the Rust worker with the relay's dependencies, so those that its own Cargo.toml names are the same.
+#[test]
+fn the_crate_of_the_rust_worker_has_the_versions_that_are_tested() {
+    let table = |file: &str| {
+        let text = std::fs::read_to_string(file).unwrap();
+        let versions = text.lines().filter_map(|line| {
+            let (name, rest) = line.split_once(" = ")?;
+            let version = rest.split('"').nth(1)?;
+            version.starts_with(|first: char| first.is_ascii_digit()).then(|| (name.to_owned(), version.to_owned()))
+        });
+        versions.collect::<Vec<_>>()
+    };
+    let (ours, theirs) =
+        (table(&format!("{}/Cargo.toml", env!("CARGO_MANIFEST_DIR"))), table(&source("rust/Cargo.toml")));
+    let wrong: Vec<_> = theirs.iter().filter(|dependency| !ours.contains(dependency)).collect();
+    assert!(theirs.len() > 8 && wrong.is_empty(), "{wrong:?} of {theirs:?}");
 }

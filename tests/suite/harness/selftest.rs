@@ -127,7 +127,8 @@ async fn http_sends_requests_and_raw_bytes() {
 
 #[test]
 fn sign_agrees_with_the_vectors_of_the_vendor() {
-    let vectors: Vec<Value> = serde_json::from_str(include_str!("../../samples/signatures.json")).unwrap();
+    let vectors: Vec<Value> =
+        serde_json::from_str(include_str!("../../../deploy/workers/vectors/signatures.json")).unwrap();
     for vector in vectors {
         let text = |name: &str| vector[name].as_str().unwrap();
         assert_eq!(sign(text("secret"), text("prism-timestamp"), text("body").as_bytes()), text("prism-signature"));

@@ -1,0 +1,334 @@
+//! A kit for workers of prism-relay: takes messages, does each once, acknowledges or rejects, reconnects, and stops
+//! cleanly.
+//!
+//! Copy this file and `types.rs` into your crate. [`run`] is all that a worker calls; [`settle`] is the part without
+//! RabbitMQ, for your own tests.
+//!
+//! The order is: do the work, record it as done, acknowledge. A crash before the record repeats the work; a crash after
+//! it repeats nothing. So a handler must bear being called twice, or record the id itself, in the transaction of its
+//! work.
+#![allow(dead_code, unreachable_pub, reason = "a worker uses what it needs")]
+
+use std::error::Error;
+use std::fmt;
+use std::time::{Duration, Instant};
+
+use futures_util::{FutureExt, StreamExt};
+use lapin::message::Delivery;
+use lapin::options::{
+    BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions, BasicRejectOptions,
+    ConfirmSelectOptions,
+};
+use lapin::types::{AMQPValue, FieldTable, ShortString};
+use lapin::{Confirmation, Connection, ConnectionProperties, uri::AMQPUri};
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+use tokio::signal::{ctrl_c, unix};
+use tokio::time::{sleep, timeout};
+
+use super::types::{BodyShapePredictionPayload, Envelope, ScanPayload};
+
+/// Any error that a retry may repair.
+pub type BoxError = Box<dyn Error + Send + Sync>;
+
+/// The exchange of dead letters.
+const DEAD: &str = "prism.dead";
+/// The header of messages of `prism-relay send --to-queue`.
+const TEST: &str = "prism-test";
+const PAUSE_MIN: Duration = Duration::from_secs(1);
+const PAUSE_MAX: Duration = Duration::from_secs(30);
+/// Limit for connecting, for a confirm and for closing.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Why a message is not done. `?` turns any error into [`Failure::Retry`].
+pub enum Failure {
+    /// The message can never succeed: it becomes a dead letter at once.
+    GiveUp(String),
+    /// The message is rejected and comes back after the retry delay.
+    Retry(BoxError),
+}
+
+impl<E: Into<BoxError>> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Self::Retry(error.into())
+    }
+}
+
+/// What [`settle`] did.
+pub enum Outcome {
+    /// The work is done: acknowledge.
+    Done,
+    /// It was done before: acknowledge.
+    Again,
+    /// Reject, so that it is retried.
+    Failed(BoxError),
+    /// A dead letter.
+    GaveUp(String),
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Done => "done",
+            Self::Again => "again",
+            Self::Failed(_) => "failed",
+            Self::GaveUp(_) => "gave up",
+        })
+    }
+}
+
+/// Which messages are done: see `sqlite_store.rs`, or write one on your own database.
+pub trait Store {
+    /// Whether [`Store::mark_done`] was called for this id.
+    fn is_done(&self, message_id: &str) -> Result<bool, BoxError>;
+    /// Records that the work is done; again for the same id it changes nothing.
+    fn mark_done(&self, message_id: &str) -> Result<(), BoxError>;
+}
+
+/// One event.
+pub struct Message {
+    /// `message_id`; empty if there is none.
+    pub id: String,
+    /// The bytes that Prism sent.
+    pub body: Vec<u8>,
+    /// The headers that are strings, which all of the relay's are.
+    pub headers: Map<String, Value>,
+    /// RabbitMQ delivered it before, for example to a worker that died.
+    pub redelivered: bool,
+    /// The property `type`.
+    pub property: Option<String>,
+}
+
+/// The payload, by the event type.
+pub enum Payload {
+    /// `scan.processing.*`
+    Scan(ScanPayload),
+    /// `body_shape_prediction.processing.*`
+    Prediction(BodyShapePredictionPayload),
+    /// Any other type, which is not documented.
+    Other(Envelope),
+}
+
+impl Message {
+    /// The parsed body. Gives up if it is not an event.
+    pub fn event(&self) -> Result<Envelope, Failure> {
+        let body = self.body.strip_prefix("\u{feff}".as_bytes()).unwrap_or(&self.body);
+        // Without serde's reason, which may quote the body: it contains a userToken.
+        serde_json::from_slice(body).map_err(|_| Failure::GiveUp("the body is not an event".to_owned()))
+    }
+
+    /// The payload, typed. Gives up if a documented field is missing or not a string.
+    pub fn payload(&self) -> Result<Payload, Failure> {
+        let event = self.event()?;
+        // By the type, not by the routing key: a retried message comes back with another routing key.
+        let kind = self.property.clone().unwrap_or_else(|| event.event_type.text());
+        if kind.starts_with("scan.processing.") {
+            typed(event).map(Payload::Scan)
+        } else if kind.starts_with("body_shape_prediction.processing.") {
+            typed(event).map(Payload::Prediction)
+        } else {
+            Ok(Payload::Other(event))
+        }
+    }
+
+    /// Whether the webhook was signed. If not, anybody may have sent it.
+    pub fn is_verified(&self) -> bool {
+        self.headers.get("prism-verified").is_some_and(|value| value == "true")
+    }
+}
+
+fn typed<T: DeserializeOwned>(event: Envelope) -> Result<T, Failure> {
+    serde_json::from_value(Value::Object(event.payload))
+        .map_err(|_| Failure::GiveUp("a documented field of the payload is missing or not a string".to_owned()))
+}
+
+impl From<&Delivery> for Message {
+    fn from(delivery: &Delivery) -> Self {
+        let properties = &delivery.properties;
+        let text = |name: &Option<ShortString>| name.as_ref().map(ShortString::to_string);
+        let headers = properties.headers().iter().flatten().filter_map(|(name, value)| match value {
+            AMQPValue::LongString(text) => Some((name.to_string(), Value::from(text.to_string()))),
+            _ => None,
+        });
+        Self {
+            id: text(properties.message_id()).unwrap_or_default(),
+            property: text(properties.kind()),
+            body: delivery.data.clone(),
+            headers: headers.collect(),
+            redelivered: delivery.redelivered,
+        }
+    }
+}
+
+/// Does the work of one message.
+pub async fn settle(
+    message: &Message,
+    handler: &impl AsyncFn(&Message) -> Result<(), Failure>,
+    store: &impl Store,
+) -> Outcome {
+    let work = async || {
+        let is_uuid = message.id.len() == 36 && message.id.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-');
+        if !is_uuid {
+            return Err(Failure::GiveUp("the message_id is not a UUID".to_owned())); // it did not come from the relay
+        }
+        if store.is_done(&message.id)? {
+            return Ok(Outcome::Again);
+        }
+        message.event()?;
+        handler(message).await?;
+        store.mark_done(&message.id)?;
+        Ok(Outcome::Done)
+    };
+    match work().await {
+        Ok(outcome) => outcome,
+        Err(Failure::GiveUp(reason)) => Outcome::GaveUp(reason),
+        Err(Failure::Retry(error)) => Outcome::Failed(error),
+    }
+}
+
+/// What [`run`] needs to know. `metrics` is called after each message with the time that it took.
+pub struct Options<M: Fn(&Outcome, &Message, Duration)> {
+    /// `amqp://` or `amqps://`.
+    pub url: String,
+    /// The queue to take messages from.
+    pub queue: String,
+    /// Maximum messages received and not acknowledged.
+    pub prefetch: u16,
+    /// The hook for your metrics.
+    pub metrics: M,
+}
+
+/// Works until SIGTERM or Ctrl-C, which finish the current message.
+pub async fn run<M: Fn(&Outcome, &Message, Duration)>(
+    handler: impl AsyncFn(&Message) -> Result<(), Failure>,
+    store: impl Store,
+    options: Options<M>,
+) -> Result<(), BoxError> {
+    let mut uri = options.url.parse::<AMQPUri>().map_err(|_| "AMQP_URL is not an AMQP URL")?;
+    uri.query.heartbeat = Some(10);
+    let queue = ShortString::try_new(options.queue.clone())?;
+    let mut terminate = unix::signal(unix::SignalKind::terminate())?;
+    let stop = FutureExt::shared(async move {
+        tokio::select! { _ = terminate.recv() => {} _ = ctrl_c() => {} }
+    });
+    let worker = Worker { handler, store, options, queue };
+    let mut pause = PAUSE_MIN;
+    while let Err(error) = worker.consume(uri.clone(), stop.clone(), &mut pause).await {
+        eprintln!("connection: {error}");
+        pause = (2 * pause).min(PAUSE_MAX); // longer after each failure
+        let now = PAUSE_MIN + (pause - PAUSE_MIN).mul_f64(fastrand::f64()); // random, to spread the workers
+        tokio::select! { biased; () = stop.clone() => break, () = sleep(now) => {} }
+    }
+    Ok(())
+}
+
+struct Worker<H, S, M: Fn(&Outcome, &Message, Duration)> {
+    handler: H,
+    store: S,
+    options: Options<M>,
+    queue: ShortString,
+}
+
+impl<H, S, M> Worker<H, S, M>
+where
+    H: AsyncFn(&Message) -> Result<(), Failure>,
+    S: Store,
+    M: Fn(&Outcome, &Message, Duration),
+{
+    /// Works until `stop` resolves. Returns an error if the connection fails.
+    async fn consume(
+        &self,
+        uri: AMQPUri,
+        stop: impl Future<Output = ()> + Clone,
+        pause: &mut Duration,
+    ) -> Result<(), BoxError> {
+        let properties = ConnectionProperties::default().with_connection_name(format!("worker {}", self.queue).into());
+        let connection = tokio::select! {
+            () = stop.clone() => return Ok(()),
+            connected = timeout(PATIENCE, Connection::connect_uri(uri, properties)) => connected??,
+        };
+        let channel = connection.create_channel().await?;
+        channel.basic_qos(self.options.prefetch, BasicQosOptions::default()).await?;
+        let consuming = BasicConsumeOptions::default();
+        let mut deliveries =
+            channel.basic_consume(self.queue.clone(), "".into(), consuming, FieldTable::default()).await?;
+        println!("consuming {}", self.queue);
+        *pause = PAUSE_MIN;
+        loop {
+            let delivery = tokio::select! {
+                biased;
+                () = stop.clone() => break,
+                next = deliveries.next() => next.ok_or("the broker cancelled the consumer; the queue may be gone")??,
+            };
+            self.handle(&connection, &delivery).await?;
+        }
+        // An ack has no reply. The broker reads in order, so its reply to the close of the channel shows that it has
+        // the last ack. Prefetched messages without an ack go back to the queue.
+        let goodbye = async {
+            channel.basic_cancel(deliveries.tag(), BasicCancelOptions::default()).await?;
+            channel.close(200, "OK".into()).await?;
+            connection.close(200, "OK".into()).await
+        };
+        timeout(PATIENCE, goodbye).await??;
+        Ok(())
+    }
+
+    async fn handle(&self, connection: &Connection, delivery: &Delivery) -> lapin::Result<()> {
+        let (message, began) = (Message::from(delivery), Instant::now());
+        let mut outcome = settle(&message, &self.handler, &self.store).await;
+        let clean = |name: &str| name.replace(|c: char| !c.is_ascii_graphic(), "?"); // nothing that breaks a log line
+        let id = if message.id.is_empty() { "-".to_owned() } else { clean(&message.id) };
+        let kind = clean(message.property.as_deref().unwrap_or("-"));
+        match &outcome {
+            Outcome::Done | Outcome::Again => println!("{outcome} {id} {kind}"),
+            Outcome::Failed(reason) => println!("{outcome} {id} {kind}: {reason}"),
+            Outcome::GaveUp(reason) => println!("{outcome} {id} {kind}: {reason}"),
+        }
+        if let Outcome::GaveUp(reason) = &outcome
+            && let Err(error) = self.bury(connection, delivery).await
+        {
+            if !message.headers.contains_key(TEST) {
+                eprintln!("cannot publish to {DEAD}, so rejecting: {error}");
+            }
+            outcome = Outcome::Failed(reason.clone().into());
+        }
+        if matches!(outcome, Outcome::Failed(_)) {
+            // To the retry queue, or to prism.dead without one. true would requeue it at once, in a hot loop.
+            delivery.acker.reject(BasicRejectOptions { requeue: false }).await?;
+        } else {
+            delivery.acker.ack(BasicAckOptions::default()).await?; // after the work, so that a crash loses nothing
+        }
+        (self.options.metrics)(&outcome, &message, began.elapsed());
+        Ok(())
+    }
+
+    /// Publishes a copy to prism.dead, because a reject would go through all retries. An error if RabbitMQ did not
+    /// confirm the copy; then the message is rejected.
+    async fn bury(&self, connection: &Connection, delivery: &Delivery) -> Result<(), BoxError> {
+        let mut headers = FieldTable::default();
+        for (name, value) in delivery.properties.headers().iter().flatten() {
+            if name.as_str() == TEST {
+                return Err("the tester counts rejects, and prism.dead is no place for tests".into());
+            }
+            if !name.as_str().starts_with("x-") {
+                headers.insert(name.clone(), value.clone());
+            }
+        }
+        let was_retried = delivery.routing_key.as_str().starts_with(&format!("{}:", self.queue));
+        let key = delivery.properties.kind().clone().filter(|_| was_retried).unwrap_or(delivery.routing_key.clone());
+        let properties = delivery.properties.clone().with_headers(headers);
+        let publish = async {
+            let channel = connection.create_channel().await?;
+            channel.confirm_select(ConfirmSelectOptions::default()).await?;
+            let options = BasicPublishOptions { mandatory: true, ..Default::default() };
+            let sent = channel.basic_publish(DEAD.into(), key, options, &delivery.data, properties).await?;
+            let confirmed = sent.await?;
+            channel.close(200, "OK".into()).await?;
+            lapin::Result::Ok(confirmed)
+        };
+        match timeout(PATIENCE, publish).await?? {
+            Confirmation::Ack(None) => Ok(()),
+            _ => Err("no queue takes it".into()),
+        }
+    }
+}
