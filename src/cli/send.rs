@@ -77,7 +77,7 @@ pub(super) struct Options {
     #[arg(long, value_name = "QUEUE", value_parser = queue_name, requires = "vectors")]
     to_queue: Option<ShortString>,
     /// The test messages that are built in (with --to-queue)
-    #[arg(long, requires = "to_queue", conflicts_with_all = ["url", "types", "count", "rate", "body", "ca", "unsigned"])]
+    #[arg(long, requires = "to_queue", conflicts_with_all = ["url", "types", "count", "rate", "body"])]
     vectors: bool,
     /// With --to-queue: how long to wait for the worker, and then for its answers
     #[arg(long, value_name = "DURATION", default_value = "1m", value_parser = humantime::parse_duration)]
