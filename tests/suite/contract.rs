@@ -1,5 +1,5 @@
-//! The contract of the messages in forms that machines check: the JSON Schemas, judged by Ajv, and the AsyncAPI document,
-//! judged by AsyncAPI's own parser and compared with the topology on a broker.
+//! The contract of the messages in forms that machines check: the JSON Schemas, judged by Ajv, and the AsyncAPI
+//! document, judged by AsyncAPI's own parser and compared with the topology on a broker.
 
 use std::path::Path;
 
