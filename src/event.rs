@@ -196,7 +196,7 @@ impl<'a> Envelope<'a> {
         // RFC 8259, section 8.1: a reader may ignore a byte order mark. It stays in the body.
         let text = text.strip_prefix('\u{feff}').unwrap_or(text);
         let (mut event_type, mut payload) = (None, None);
-        let outcome = for_each_member(text, |name, value| match name {
+        let outcome = members(text, |name, value| match name {
             "eventType" => event_type = Some(value),
             "payload" => payload = Some(value),
             _ => {}
@@ -210,13 +210,13 @@ impl<'a> Envelope<'a> {
             });
         }
         let mut envelope =
-            Self { event_type: event_type.and_then(string).ok_or(NotAnEnvelope::EventType)?, ..Self::default() };
+            Self { event_type: event_type.and_then(text_of).ok_or(NotAnEnvelope::EventType)?, ..Self::default() };
         if let Some(payload) = payload {
             // A payload that is not an object has no fields, which is not an error.
-            let _ = for_each_member(payload.get(), |name, value| match name {
-                "scanId" => envelope.scan_id = string(value),
-                "bodyShapePredictionId" => envelope.prediction_id = string(value),
-                "state" => envelope.state = string(value),
+            let _ = members(payload.get(), |name, value| match name {
+                "scanId" => envelope.scan_id = text_of(value),
+                "bodyShapePredictionId" => envelope.prediction_id = text_of(value),
+                "state" => envelope.state = text_of(value),
                 _ => {}
             });
         }
@@ -257,13 +257,14 @@ fn is_topic_key(text: &str) -> bool {
 #[derive(Deserialize)]
 struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
 
-fn string(value: &RawValue) -> Option<Cow<'_, str>> {
+/// A string without its escapes; `None` for a value of another type.
+pub(crate) fn text_of(value: &RawValue) -> Option<Cow<'_, str>> {
     serde_json::from_str(value.get()).ok().map(|Text(text)| text)
 }
 
 /// Calls `take` with each member of a JSON object. The values stay raw, so that no number is too large and no
 /// nesting too deep.
-fn for_each_member<'a>(json: &'a str, take: impl FnMut(&str, &'a RawValue)) -> Result<(), serde_json::Error> {
+pub(crate) fn members<'a>(json: &'a str, take: impl FnMut(&str, &'a RawValue)) -> Result<(), serde_json::Error> {
     struct Members<F>(F);
 
     impl<'de, F: FnMut(&str, &'de RawValue)> Visitor<'de> for Members<F> {

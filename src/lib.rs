@@ -28,6 +28,7 @@ mod topology;
 mod problem;
 mod health;
 mod recent;
+mod drift;
 mod ops;
 pub mod metrics;
 mod logging;

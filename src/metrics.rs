@@ -55,8 +55,29 @@ pub struct Metrics {
     pub reloads: Reloads,
     /// Log lines that were dropped because standard error was not read.
     pub log_lines_dropped: Counter,
+    /// What Prism sent and its documentation does not have.
+    pub unexpected: Unexpected,
     /// Valid signatures, by the position of their secret in the list.
     verified: RwLock<Vec<Counter>>,
+}
+
+/// Event types, fields, states and JSON types that are not documented, by kind.
+pub struct Unexpected([Counter; 4]);
+
+impl Unexpected {
+    fn new(recorder: &PrometheusRecorder) -> Self {
+        let help = "What Prism sent and its documentation does not have: an event type, a field, a state, or a field \
+                    of another JSON type. Under a flood, not every event is looked at.";
+        Self(
+            ["event_type", "field", "state", "type"]
+                .map(|kind| counter(recorder, "prism_relay_unexpected_total", help, &[("kind", kind)])),
+        )
+    }
+
+    /// The counter of a kind, by its position in the alphabet.
+    pub fn of(&self, kind: usize) -> &Counter {
+        &self.0[kind]
+    }
 }
 
 /// Open connections to the public listener.
@@ -186,6 +207,7 @@ impl Metrics {
                 "Log lines that were dropped because standard error was not read in time.",
                 &[],
             ),
+            unexpected: Unexpected::new(&recorder),
             verified: Default::default(),
             recorder,
         }

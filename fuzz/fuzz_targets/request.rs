@@ -67,7 +67,8 @@ impl Relay {
         // Without a secret, so that bodies get through to the spool.
         let verifier = Arc::new(Verifier::new(&[], false, Duration::from_secs(300)));
         let traces = Arc::new(Traces::new(&config.traces).unwrap());
-        let parts = Parts { verifier, spool: spool.clone(), recent: Arc::default(), traces, metrics };
+        let (recent, drift) = (Arc::default(), Arc::default());
+        let parts = Parts { verifier, spool: spool.clone(), recent, drift, traces, metrics };
         let listener = runtime.block_on(tokio::net::TcpListener::bind(config.http.listen)).unwrap();
         let ingress = Arc::new(Ingress::new(config.http, listener, None, parts, CancellationToken::new()));
         drop(guard);

@@ -28,6 +28,7 @@ use answer::{Refusal, accepted};
 use body::{Buffered, Inbound, Memory};
 pub use settings::{HEALTH_PATH, Settings};
 
+use crate::drift::Drift;
 use crate::event::{DOCUMENTED_TYPES, Envelope, Event, Fingerprint, TraceContext};
 use crate::health::Health;
 use crate::log_limiter::LogLimiter;
@@ -52,6 +53,8 @@ pub struct Parts {
     pub spool: Spool,
     /// Remembers recent webhooks, for operators.
     pub recent: Arc<Recent>,
+    /// Looks for what Prism does not document.
+    pub drift: Arc<Drift>,
     /// Records spans.
     pub traces: Arc<Traces>,
     /// Counts and measures webhooks.
@@ -78,7 +81,7 @@ impl Ingress {
         parts.metrics.expect_secrets(parts.verifier.secrets());
         let memory = Memory::new(http.buffer_bytes_max);
         let health = Health::new(parts.spool.clone(), draining.clone());
-        let Parts { verifier, spool, recent, traces, metrics } = parts;
+        let Parts { verifier, spool, recent, drift, traces, metrics } = parts;
         let refused = Code::ALL.map(|code| metrics.refused_webhooks(code.text()));
         let handler = WebhookHandler {
             http,
@@ -86,6 +89,7 @@ impl Ingress {
             spool,
             health,
             recent,
+            drift,
             traces,
             metrics,
             refused,
@@ -144,6 +148,7 @@ struct WebhookHandler {
     spool: Spool,
     health: Health,
     recent: Arc<Recent>,
+    drift: Arc<Drift>,
     traces: Arc<Traces>,
     metrics: Arc<Metrics>,
     /// Counters of refusals, in the order of [`Code::ALL`].
@@ -266,16 +271,17 @@ impl WebhookHandler {
         self.recent.taken_after_all(&fingerprint);
         debug!(id = %receipt.id, duplicate = receipt.duplicate, "accepted");
         trace.accepted(receipt.id, receipt.duplicate);
-        self.record(&receipt, envelope.as_ref(), now);
+        self.record(&receipt, envelope.as_ref(), &body, now);
         Ok(receipt)
     }
 
     /// Records an accepted webhook for the metrics and the console.
-    fn record(&self, receipt: &Receipt, envelope: Option<&Envelope<'_>>, now: Timestamp) {
+    fn record(&self, receipt: &Receipt, envelope: Option<&Envelope<'_>>, body: &Bytes, now: Timestamp) {
         if receipt.duplicate {
             return self.recent.duplicate(now);
         }
         self.metrics.event(envelope.map(|envelope| &*envelope.event_type));
+        self.drift.offer(body);
         self.recent.accepted(receipt.seq, receipt.id, envelope, now);
     }
 

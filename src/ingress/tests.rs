@@ -38,7 +38,14 @@ impl TestIngress {
             let (spool, _) = Spool::open(&config.spool, &dedupe, Arc::clone(&metrics)).unwrap();
             let verifier = Arc::new(Verifier::new(&[Secret::new(SECRET)], true, Duration::from_secs(300)));
             let traces = Arc::new(Traces::new(&config.traces).unwrap());
-            let parts = Parts { verifier, spool: spool.clone(), recent: Arc::default(), traces, metrics };
+            let parts = Parts {
+                verifier,
+                spool: spool.clone(),
+                recent: Arc::default(),
+                drift: Arc::default(),
+                traces,
+                metrics,
+            };
             let protocol = Protocol::new(&limits(&config.http));
             let listener = TcpListener::bind(config.http.listen).await.unwrap();
             (Ingress::new(config.http, listener, None, parts, CancellationToken::new()), protocol, spool)

@@ -9,6 +9,7 @@ use uuid::Uuid;
 use super::answers::{Answer, Headline, Level};
 use super::notify::NotifyReport;
 use super::refusals::meaning;
+use crate::drift::Unexpected;
 use crate::event::{Envelope, subject};
 use crate::publisher::{BrokerState, ConnectionEvent, WatchState};
 use crate::recent::{Arrival, Counts, Tally};
@@ -40,6 +41,8 @@ pub(super) struct Report {
     /// Changes of the connection to RabbitMQ, newest first.
     pub timeline: Vec<ConnectionEvent>,
     pub types: Vec<TypeReport>,
+    /// What Prism sent since the start and its documentation does not have.
+    pub unexpected: Vec<Unexpected>,
     /// The use of each signature secret, in the order of the configuration.
     pub secrets: Vec<SecretReport>,
     /// The public listener's certificate, if it has TLS.

@@ -17,6 +17,7 @@ use super::report::{
     BrokerReport, CertificateReport, EventReport, EventState, LastReport, ParkedEvent, ParkedReport, RefusalReport,
     Report, SecretReport, SpoolReport, TypeReport, WebhookReport, matches,
 };
+use crate::drift::Drift;
 use crate::health::Health;
 use crate::logging;
 use crate::metrics::Metrics;
@@ -39,6 +40,7 @@ pub(crate) struct Sources {
     pub health: Health,
     pub broker: Arc<Status>,
     pub recent: Arc<Recent>,
+    pub drift: Arc<Drift>,
     pub verifier: Arc<Verifier>,
     /// Connections to the public listener.
     pub connections: Arc<Admission>,
@@ -143,6 +145,7 @@ impl View {
             watch: self.sources.broker.watch(),
             timeline: self.sources.broker.timeline(),
             types: TypeReport::list(&counts),
+            unexpected: self.sources.drift.found(),
             secrets: SecretReport::list(&counts, self.sources.verifier.secrets()),
             certificate: self.certificate(now),
             log_filter: logging::filter(),
@@ -367,6 +370,7 @@ mod tests {
             spool,
             broker: Arc::new(Status::new()),
             recent: Arc::default(),
+            drift: Arc::default(),
             verifier: Arc::new(Verifier::new(&[], false, MINUTE)),
             connections: Admission::new(1, 1, Vec::new()),
             tls: None,

@@ -11,6 +11,7 @@ use tracing::{info, warn};
 use super::error::RelayError;
 use crate::broker::{BrokerAccess, BrokerUrl};
 use crate::config::{self, Config, Note};
+use crate::drift::Drift;
 use crate::health::Health;
 use crate::ingress::{self, Ingress};
 use crate::logging::Filter;
@@ -45,6 +46,7 @@ pub(super) struct Built {
     pub log_filter: Filter,
     pub tls: Option<Arc<tls::Server>>,
     pub traces: Arc<Traces>,
+    pub drift: Arc<Drift>,
     pub metrics: Arc<Metrics>,
     pub stops: Stops,
     /// The service manager holds the public socket open when this relay ends, so that senders wait for the next one.
@@ -91,26 +93,27 @@ async fn assemble(config: Config, spool: Spool, metrics: Arc<Metrics>) -> Result
     let tls = http.tls.clone().map(tls::Server::load).transpose()?.map(Arc::new);
     let access = Arc::new(BrokerAccess::new(&broker)?);
     let auth = Arc::new(OpsAuth::new(ops.token, ops_is_private));
-    let recent = Arc::new(Recent::default());
+    let (recent, drift) = (Arc::new(Recent::default()), Arc::new(Drift::default()));
     let traces = Arc::new(Traces::new(&traces)?);
     let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
     let notify_secret_file = notify.secret_file.clone();
     let notifier = Arc::new(Notifier::new(notify, host, &spool_settings.path));
     let stops = Stops::default();
-    let reloadable = Reloadable {
+    let watched = Reloadable {
         secrets: (signature.secrets_file, Arc::clone(&verifier), Arc::clone(&recent)),
         password: (broker.password_file, Arc::clone(&access)),
         token: (ops.token_file, Arc::clone(&auth)),
         notify: (notify_secret_file, Arc::clone(&notifier)),
         http_tls: tls.clone(),
         broker_tls: broker.urls.iter().any(BrokerUrl::uses_tls).then(|| broker.tls.paths()),
-    };
-    let watched = reloadable.watched(&metrics);
+    }
+    .watched(&metrics);
 
     let ingress_parts = ingress::Parts {
         verifier: Arc::clone(&verifier),
         spool: spool.clone(),
         recent: Arc::clone(&recent),
+        drift: Arc::clone(&drift),
         traces: Arc::clone(&traces),
         metrics: Arc::clone(&metrics),
     };
@@ -122,17 +125,29 @@ async fn assemble(config: Config, spool: Spool, metrics: Arc<Metrics>) -> Result
         health: Health::new(spool.clone(), stops.ingress.clone()),
         broker: publisher.status(),
         recent,
+        drift: Arc::clone(&drift),
         verifier,
         connections: ingress.admission(),
         tls: tls.clone(),
         metrics: Arc::clone(&metrics),
         notifier,
     };
-    let ops = Ops::new(ops_listener, auth, sources);
     announcement.log(spool.status().ledger().pending);
     service_manager::ready();
-    let log_filter = log.filter;
-    Ok(Built { ingress, publisher, ops, spool, watched, log_filter, tls, traces, metrics, stops, is_handed_over })
+    Ok(Built {
+        ingress,
+        publisher,
+        ops: Ops::new(ops_listener, auth, sources),
+        spool,
+        watched,
+        log_filter: log.filter,
+        tls,
+        traces,
+        drift,
+        metrics,
+        stops,
+        is_handed_over,
+    })
 }
 
 /// Opens the spool on a thread that may block: a large file may need recovery, and the disk may not answer. A signal

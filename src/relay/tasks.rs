@@ -47,8 +47,9 @@ impl Built {
     /// Spawns the tasks. `hangup` asks for a reload of secrets and certificates.
     #[expect(clippy::disallowed_methods, reason = "this is the owner of the tasks")]
     pub(super) fn run(self, hangup: Signal, spool_writer: WriterEnd) -> Tasks {
-        let Self { ingress, publisher, ops, spool, watched, tls, traces, metrics, stops, .. } = self;
+        let Self { ingress, publisher, ops, spool, watched, tls, traces, drift, metrics, stops, .. } = self;
         let (exported, status) = (Arc::clone(&traces), Arc::clone(spool.status()));
+        let counters = Arc::clone(&metrics);
         let log_filter = self.log_filter;
         let reset_log_filter = move || {
             if let Some(previous) = logging::set_filter(&log_filter) {
@@ -61,7 +62,8 @@ impl Built {
             ops: tokio::spawn(ops.run(CancellationToken::new())),
             reload: tokio::spawn(reload::run(watched, hangup, Arc::clone(&metrics), reset_log_filter)),
             upkeep: tokio::spawn(async move {
-                tokio::join!(upkeep(metrics, tls, status), service_manager::watchdog(), exported.export());
+                let unexpected = drift.run(&counters);
+                tokio::join!(upkeep(metrics, tls, status), service_manager::watchdog(), exported.export(), unexpected);
             }),
             traces,
             spool,

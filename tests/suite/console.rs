@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::harness::browser::Browser;
-use crate::harness::samples::scan;
+use crate::harness::samples::{event, scan};
 use crate::harness::{Node, Relay, Setup, Vhost, Wire, eventually, eventually_equal};
 
 const PHONE: (u32, u32) = (390, 844);
@@ -81,6 +81,9 @@ async fn the_page_and_its_summary_follow_an_outage_of_the_broker() {
         browser.run("return document.querySelectorAll('#events-rows tr').length").await
     })
     .await;
+    let new = event("scan.processing.started", json!({ "scanId": "scan-1", "quality": "partner-user-42" }));
+    relay.post(new).await.expect(200);
+    browser.shows("#unexpected-rows", "field payload.quality").await;
     let page = browser.run("return document.documentElement.outerHTML").await;
     assert!(!page.as_str().unwrap().contains("partner-user-42"));
     answers(&browser, ["Yes", "Yes", "Yes", "Not at all", "No", "No", ""]).await;

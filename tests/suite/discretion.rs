@@ -52,10 +52,24 @@ async fn no_output_quotes_what_a_sender_sent() {
     raw.write(broken_off).await.unwrap();
     raw.end().await;
     raw.read_to_end().await;
+    // The marks where the documentation has something else.
+    let body = json!({ "eventType": "scan.processing.failed", "payload": {
+        "userToken": [USER_TOKEN], "partner": { USER_TOKEN: USER_TOKEN }, "state": { "user": USER_TOKEN },
+    } });
+    Client::http1().send(hyper::Method::POST, &url, &[], body.to_string()).await.unwrap().expect(200);
     relay.eventually_nothing_pending().await;
+    eventually("the unexpected field to be counted", async || {
+        let fields = relay.metric("prism_relay_unexpected_total", &[("kind", "field")]).await;
+        if fields > 0.0 { Ok(()) } else { Err(fields) }
+    })
+    .await;
     relay.metrics().await;
-    relay.status().await;
-    assert_eq!(vhost.messages("prism.scan", 2).await.len(), 2);
+    let status = relay.status().await;
+    let names: Vec<_> = status["unexpected"].as_array().unwrap().iter().map(|found| &found["name"]).collect();
+    for name in ["payload.userToken: array", "payload.partner", "payload.state: object"] {
+        assert!(names.contains(&&json!(name)), "{name} is not in {names:?}");
+    }
+    assert_eq!(vhost.messages("prism.scan", 3).await.len(), 3);
 }
 
 #[tokio::test]

@@ -381,3 +381,51 @@ fn the_crate_of_the_rust_worker_has_the_versions_that_are_tested() {
     let wrong: Vec<_> = theirs.iter().filter(|dependency| !ours.contains(dependency)).collect();
     assert!(theirs.len() > 8 && wrong.is_empty(), "{wrong:?} of {theirs:?}");
 }
+
+#[tokio::test]
+async fn something_new_from_prism_shows_up_and_breaks_no_worker() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let relay = Setup::new(&vhost.url()).start().await;
+    relay.eventually_connected().await;
+    let out = relay.folder().join("out");
+    std::fs::create_dir(&out).unwrap();
+    let worker = Worker::start("/usr/bin/python3", &[&source("python/worker.py")], &vhost, &out).await;
+    let body = json!({
+        "eventType": "scan.processing.paused", "eventVersion": 2,
+        "payload": { "scanId": "s", "userId": "u", "userToken": "t", "state": "PAUSED" },
+    });
+    let known = body.to_string().replace("paused", "started").replace("scanId", "quality\":0.5,\"scanId");
+    let ids = [relay.post(body.to_string()).await.id(), relay.post(known.as_str()).await.id()];
+    // No queue of a worker gets this one.
+    relay.post(r#"{"eventType":7,"payload":{}}"#).await.expect(200);
+    worker.eventually_prints(DONE, 2).await;
+    assert_eq!(std::fs::read_to_string(out.join(format!("{}.json", ids[1]))).unwrap(), known);
+
+    let expected: [(&str, &str, u64); 5] = [
+        ("event_type", "scan.processing.paused", 1),
+        ("field", "eventVersion", 2),
+        ("field", "payload.quality", 1),
+        ("state", "PAUSED", 1),
+        ("type", "eventType: number", 1),
+    ];
+    eventually("what is new in the status", async || {
+        let status = relay.status().await;
+        let found = status["unexpected"].as_array().unwrap().iter();
+        let mut found: Vec<_> = found.map(|new| json!([new["kind"], new["name"], new["count"]])).collect();
+        found.sort_by_key(ToString::to_string);
+        if found == expected.map(|(kind, name, count)| json!([kind, name, count])) { Ok(()) } else { Err(json!(found)) }
+    })
+    .await;
+    // The log is written by a thread of its own.
+    eventually("a log line for each of them", async || {
+        let logs = relay.logs();
+        let lines = |(kind, name, _): &(&str, &str, u64)| {
+            logs.iter().filter(|line| line["kind"] == *kind && line["name"] == *name).count()
+        };
+        let lines: Vec<_> = expected.iter().map(lines).collect();
+        if lines == [1; 5] { Ok(()) } else { Err(json!(lines)) }
+    })
+    .await;
+    assert_eq!(relay.metric("prism_relay_unexpected_total", &[("kind", "field")]).await, 3.0);
+    assert_eq!(relay.status().await["headline"]["level"], "ok");
+}

@@ -254,6 +254,16 @@ function showTypes({ types }) {
   });
 }
 
+const UNEXPECTED = { event_type: "event type", field: "field", state: "state", type: "type of" };
+
+function showUnexpected({ unexpected }) {
+  $("unexpected").hidden = !unexpected.length;
+  fill($("unexpected-rows"), unexpected, ({ kind, name }) => `${kind} ${name}`, (news) => row(
+    cell("", "", `${UNEXPECTED[news.kind]} `, mono(news.name)),
+    cell("Times:", "number", whole.format(news.count)),
+    cell("First seen:", "number", ago(news.first_seen))));
+}
+
 const CONNECTION_CHANGES = {
   connected: ["ok", "Connected"], lost: ["problem", "Connection lost"],
   blocked: ["warning", "Blocked by RabbitMQ"], unblocked: ["ok", "Unblocked"],
@@ -345,6 +355,7 @@ function showStatus() {
   showAnswers(status);
   showRefusals(status);
   showTypes(status);
+  showUnexpected(status);
   showBroker(status);
   showKeys(status);
   showFullness(status);
