@@ -3,23 +3,25 @@
 
 use std::convert::Infallible;
 use std::error::Error;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::io;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
 use hyper::body::{Body, Incoming};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Request, Response};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
-use tokio::sync::watch;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep_until, timeout};
 use tokio_io_timeout::TimeoutStream;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
@@ -91,8 +93,9 @@ fn is_write_timeout(error: &hyper::Error) -> bool {
 /// Speaks HTTP/1.1 within the limits of a listener.
 pub struct Protocol {
     builder: http1::Builder,
-    /// The deadline of a head, which hyper does not have: its own one begins with the idle time before the head.
+    /// The deadlines of a head and of the pause before it. Hyper has one for both, and sets it again for each request.
     header_timeout: Duration,
+    idle_timeout: Duration,
     write_timeout: Duration,
 }
 
@@ -101,14 +104,13 @@ impl Protocol {
     pub fn new(limits: &Limits) -> Self {
         let mut builder = http1::Builder::new();
         builder
-            .timer(TokioTimer::new())
-            // hyper's deadline includes the idle time, and stands still while an answer is sent.
-            .header_read_timeout(limits.idle_timeout.max(limits.header_timeout))
+            .header_read_timeout(None)
             .max_headers(limits.headers_max)
             .max_buf_size(limits.header_bytes_max)
             // A sender may close its side once it has sent everything.
             .half_close(true);
-        Self { builder, header_timeout: limits.header_timeout, write_timeout: limits.write_timeout }
+        let Limits { header_timeout, idle_timeout, write_timeout, .. } = *limits;
+        Self { builder, header_timeout, idle_timeout, write_timeout }
     }
 
     /// Serves a TCP connection to its end.
@@ -176,7 +178,7 @@ impl Protocol {
         F: Future<Output = Response<B>>,
         B: Body<Data = Bytes, Error: Into<BodyError>> + 'static,
     {
-        let activity = &Activity::default();
+        let activity = &Activity::new();
         let service = service_fn(move |request| {
             let in_progress = activity.begin();
             let answer = handler(request);
@@ -191,12 +193,19 @@ impl Protocol {
         let stream = Watched { stream: Box::pin(stream), activity };
         let mut connection = pin!(self.builder.serve_connection(TokioIo::new(stream), service));
         let end = |ended: hyper::Result<()>| activity.end(ended.map_or_else(|error| End::of(&error), |()| End::Closed));
+        let interrupted = when_woken(async {
+            tokio::select! {
+                () = activity.is_overdue(self.header_timeout, self.idle_timeout) => true,
+                () = shutdown.cancelled() => false,
+            }
+        });
         // What has arrived is read before `shutdown` is checked: it may be a request.
         tokio::select! {
             biased;
             ended = connection.as_mut() => return end(ended),
-            () = activity.head_takes(self.header_timeout) => return activity.end(End::TimedOut),
-            () = shutdown.cancelled() => {}
+            is_overdue = interrupted => if is_overdue {
+                return activity.end(End::TimedOut);
+            },
         }
         // A request may be on its way, and closing now would lose it. Its answer carries `connection: close`.
         tokio::select! {
@@ -206,20 +215,31 @@ impl Protocol {
         }
         connection.as_mut().graceful_shutdown();
         tokio::select! {
+            biased;
             ended = connection => end(ended),
             () = activity.ended_for(GOODBYE) => activity.end(End::TimedOut),
         }
     }
 }
 
-/// The requests on one connection.
-#[derive(Default)]
-struct Activity(watch::Sender<Requests>);
+/// Polls a future only when that future itself was woken, and not each time the connection is: for what happens seldom.
+pub(super) async fn when_woken<T>(future: impl Future<Output = T>) -> T {
+    FuturesUnordered::from_iter([future]).next().await.expect("there is one future")
+}
 
-#[derive(Clone, Copy, Default, PartialEq, Eq)]
+/// The requests on one connection. They change only while the connection is polled, which is always before what is
+/// awaited here, and in the same task: so nobody has to be woken by a change.
+struct Activity {
+    begun: Instant,
+    /// The number of a [`Requests`].
+    requests: AtomicU8,
+    /// When a head or the pause before it began, in milliseconds since `begun`.
+    since: AtomicU64,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Requests {
     /// No request has arrived.
-    #[default]
     None,
     InProgress,
     /// The first bytes of a further request have arrived.
@@ -229,55 +249,94 @@ enum Requests {
 }
 
 impl Activity {
+    fn new() -> Self {
+        let requests = AtomicU8::new(Requests::None as u8);
+        Self { begun: Instant::now(), requests, since: AtomicU64::new(0) }
+    }
+
+    fn are(&self, requests: Requests) -> bool {
+        self.requests.load(Ordering::Relaxed) == requests as u8
+    }
+
+    fn set(&self, requests: Requests) {
+        self.requests.store(requests as u8, Ordering::Relaxed);
+    }
+
+    fn restart_clock(&self) {
+        let since = self.begun.elapsed().as_millis();
+        self.since.store(u64::try_from(since).unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+
     /// Marks a request as in progress until the guard is dropped.
     fn begin(&self) -> InProgress<'_> {
-        self.0.send_replace(Requests::InProgress);
+        self.set(Requests::InProgress);
         InProgress(self)
     }
 
     /// Notes that bytes have arrived: those of a body, or of a request.
     fn bytes_arrived(&self) {
-        if *self.0.borrow() == Requests::Answered {
-            self.0.send_replace(Requests::Arriving);
+        if self.are(Requests::Answered) {
+            self.set(Requests::Arriving);
+            self.restart_clock();
         }
     }
 
-    /// Resolves when the head of a request has not been complete for `limit` after the connection, or after its first
-    /// byte.
-    async fn head_takes(&self, limit: Duration) {
-        let is_awaited = |requests: &Requests| matches!(requests, Requests::None | Requests::Arriving);
-        let mut requests = self.0.subscribe();
+    /// Notes that a piece of an answer was taken: the pause begins after the last one.
+    fn bytes_left(&self) {
+        if self.are(Requests::Answered) {
+            self.restart_clock();
+        }
+    }
+
+    /// Resolves when the head of a request has not been complete for `header` after the connection, or after its first
+    /// byte, or when it has not begun for `idle` after the last answer. Looks at the clock now and then: a timer for
+    /// each request would cost more.
+    async fn is_overdue(&self, header: Duration, idle: Duration) {
+        let mut timer = pin!(sleep_until(self.begun + header));
         loop {
-            let _ = requests.wait_for(is_awaited).await;
-            if timeout(limit, requests.wait_for(|requests| !is_awaited(requests))).await.is_err() {
+            timer.as_mut().await;
+            let now = Instant::now();
+            let since = self.begun + Duration::from_millis(self.since.load(Ordering::Relaxed));
+            let due = if self.are(Requests::InProgress) {
+                now + header
+            } else if self.are(Requests::Answered) {
+                since + idle
+            } else {
+                since + header
+            };
+            if due <= now {
                 return;
             }
+            // A head that begins from now on is not due before.
+            timer.as_mut().reset(due.min(now + header));
         }
     }
 
     /// Resolves when a request is in progress, or after `limit`.
     async fn begins_within(&self, limit: Duration) {
-        let mut requests = self.0.subscribe();
-        let _ = timeout(limit, requests.wait_for(|requests| *requests == Requests::InProgress)).await;
+        let _ = timeout(limit, self.become_busy(true)).await;
     }
 
     /// Resolves when no request has been in progress for `limit`. A request whose head was still arriving may begin
     /// meanwhile: then the time starts again after its answer.
     async fn ended_for(&self, limit: Duration) {
-        let mut requests = self.0.subscribe();
         loop {
-            let _ = requests.wait_for(|requests| *requests != Requests::InProgress).await;
-            let begun = timeout(limit, requests.wait_for(|requests| *requests == Requests::InProgress)).await;
-            if begun.is_err() {
+            self.become_busy(false).await;
+            if timeout(limit, self.become_busy(true)).await.is_err() {
                 return;
             }
         }
     }
 
+    /// Resolves when a request is in progress, or none.
+    async fn become_busy(&self, busy: bool) {
+        poll_fn(|_| if self.are(Requests::InProgress) == busy { Poll::Ready(()) } else { Poll::Pending }).await;
+    }
+
     /// A client that was served and then sent nothing more has not been timed out.
     fn end(&self, end: End) -> End {
         match end {
-            End::TimedOut if *self.0.borrow() != Requests::None => End::Closed,
+            End::TimedOut if !self.are(Requests::None) => End::Closed,
             end => end,
         }
     }
@@ -288,14 +347,28 @@ struct InProgress<'a>(&'a Activity);
 
 impl Drop for InProgress<'_> {
     fn drop(&mut self) {
-        self.0.0.send_replace(Requests::Answered);
+        self.0.set(Requests::Answered);
+        self.0.restart_clock();
     }
 }
 
-/// A stream that notes when bytes arrive.
+/// A stream that notes when bytes come and go.
 struct Watched<'a, S> {
     stream: Pin<Box<TimeoutStream<S>>>,
     activity: &'a Activity,
+}
+
+impl<S> Watched<'_, S> {
+    fn left(
+        &mut self,
+        write: impl FnOnce(Pin<&mut TimeoutStream<S>>) -> Poll<io::Result<usize>>,
+    ) -> Poll<io::Result<usize>> {
+        let written = write(self.stream.as_mut());
+        if written.is_ready() {
+            self.activity.bytes_left();
+        }
+        written
+    }
 }
 
 impl<S: AsyncRead + AsyncWrite> AsyncRead for Watched<'_, S> {
@@ -312,7 +385,8 @@ impl<S: AsyncRead + AsyncWrite> AsyncRead for Watched<'_, S> {
 
 impl<S: AsyncRead + AsyncWrite> AsyncWrite for Watched<'_, S> {
     fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        self.get_mut().stream.as_mut().poll_write(context, bytes)
+        let this = self.get_mut();
+        this.left(|stream| stream.poll_write(context, bytes))
     }
 
     fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -328,7 +402,8 @@ impl<S: AsyncRead + AsyncWrite> AsyncWrite for Watched<'_, S> {
         context: &mut Context<'_>,
         bytes: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.get_mut().stream.as_mut().poll_write_vectored(context, bytes)
+        let this = self.get_mut();
+        this.left(|stream| stream.poll_write_vectored(context, bytes))
     }
 
     fn is_write_vectored(&self) -> bool {

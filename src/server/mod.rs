@@ -179,7 +179,7 @@ impl Context {
         let identity = self.tls.as_ref().map(|tls| tls.identity().config);
         let end = tokio::select! {
             end = self.protocol.serve(stream, identity, handler, &shutdown) => end,
-            () = place.evicted() => End::Evicted,
+            () = connection::when_woken(place.evicted()) => End::Evicted,
         };
         if matches!(end, End::ProxyProtocol | End::TlsOnPlainPort) {
             self.admission.refused_other_protocol();
