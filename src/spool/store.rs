@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use rusqlite::{Connection, OptionalExtension};
+use rusqlite::{CachedStatement, Connection, OptionalExtension};
 use uuid::Uuid;
 
 use super::dedupe::{self, EntryBytes};
@@ -309,27 +309,12 @@ impl Store {
         self.run("UPDATE ledger SET touches = touches + 1")
     }
 
-    pub(super) fn insert(&self, seq: u64, event: &Event) -> Result<()> {
-        let (traceparent, tracestate) = match &event.trace {
-            Some(trace) => (Some(trace.traceparent.as_str()), trace.tracestate.as_deref()),
-            None => (None, None),
-        };
-        let mut statement = self.connection.prepare_cached(
+    /// The statement that inserts events, for all of a transaction.
+    pub(super) fn insertion(&self) -> Result<Insertion<'_>> {
+        Ok(Insertion(self.connection.prepare_cached(
             "INSERT INTO event (seq, id, accepted_ms, authentic, traceparent, tracestate, fingerprint, body, subject)
              VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)",
-        )?;
-        statement.execute((
-            seq,
-            event.id.as_bytes(),
-            event.accepted_ms,
-            event.authentic,
-            traceparent,
-            tracestate,
-            event.fingerprint.0,
-            event.body.as_ref(),
-            event.subject.map(|subject| subject.0),
-        ))?;
-        Ok(())
+        )?))
     }
 
     /// Deletes the events from `first` to `last`, both included, or fewer, so that they count for at most `bytes`, but
@@ -491,6 +476,30 @@ impl Store {
             })?;
             self.synced = synced;
         }
+        Ok(())
+    }
+}
+
+/// See [`Store::insertion`].
+pub(super) struct Insertion<'a>(CachedStatement<'a>);
+
+impl Insertion<'_> {
+    pub(super) fn insert(&mut self, seq: u64, event: &Event) -> Result<()> {
+        let (traceparent, tracestate) = match &event.trace {
+            Some(trace) => (Some(trace.traceparent.as_str()), trace.tracestate.as_deref()),
+            None => (None, None),
+        };
+        self.0.execute((
+            seq,
+            event.id.as_bytes(),
+            event.accepted_ms,
+            event.authentic,
+            traceparent,
+            tracestate,
+            event.fingerprint.0,
+            event.body.as_ref(),
+            event.subject.map(|subject| subject.0),
+        ))?;
         Ok(())
     }
 }

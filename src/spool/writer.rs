@@ -411,7 +411,8 @@ impl Writer {
     ) -> Result<()> {
         self.store.begin(durable)?;
         transaction.ledger = self.store.ledger()?;
-        if let Some(Purged { last, early }) = self.window.purge(Instant::now()) {
+        let now = Now::read();
+        if let Some(Purged { last, early }) = self.window.purge(now.monotonic) {
             self.store.forget(last)?;
             if early {
                 self.warn_of_short_window();
@@ -419,13 +420,7 @@ impl Writer {
         }
         // Before the appends, because they make room.
         transaction.settled = settle(&self.store, &mut transaction.ledger, self.unsettled.values(), delivered)?;
-        for Append { event, replayable_until_ms, .. } in appends {
-            let answer = self.append(&mut transaction.ledger, event, *replayable_until_ms)?;
-            let is_refused = answer == Err(AppendError::Full);
-            transaction.has_refused |= is_refused && cost(&event.body) <= self.max_bytes;
-            transaction.appended += u64::from(matches!(answer, Ok(Receipt { duplicate: false, .. })));
-            transaction.answers.push(answer);
-        }
+        self.append(transaction, appends, now)?;
         self.store.remember(self.window.last(), self.window.uncommitted())?;
         self.store.write_ledger(&transaction.ledger)?;
         if self.condition() != Condition::Healthy {
@@ -434,34 +429,37 @@ impl Writer {
         self.store.commit()
     }
 
-    /// The inner result is the answer to the webhook; the outer error fails the whole transaction.
-    fn append(
-        &mut self,
-        ledger: &mut Ledger,
-        event: &Event,
-        replayable_until_ms: Option<i64>,
-    ) -> Result<Result<Receipt, AppendError>> {
-        let now = Now::read();
-        if let Some(first) = self.window.recognise(event, replayable_until_ms, now) {
-            ledger.duplicates += 1;
-            return Ok(Ok(first));
-        }
-        let cost = cost(&event.body);
+    /// Inserts what is new and fits, and notes the answer to each webhook.
+    fn append(&mut self, transaction: &mut Transaction, appends: &[Append], now: Now) -> Result<()> {
+        let ledger = &mut transaction.ledger;
         // The log beyond its normal size takes the space of events.
-        let used = ledger.bytes.saturating_add(self.shared.status.log_excess());
-        if used.saturating_add(cost) > self.max_bytes {
-            if ledger.bytes.saturating_add(cost) <= self.max_bytes {
-                self.warn_of_full_log();
-            }
-            return Ok(Err(AppendError::Full));
+        let excess = self.shared.status.log_excess();
+        let mut insertion = self.store.insertion()?;
+        for Append { event, replayable_until_ms, .. } in appends {
+            let cost = cost(&event.body);
+            let fits = |used: u64| used.saturating_add(cost) <= self.max_bytes;
+            let answer = if let Some(first) = self.window.recognise(event, *replayable_until_ms, now) {
+                ledger.duplicates += 1;
+                Ok(first)
+            } else if fits(ledger.bytes.saturating_add(excess)) {
+                let seq = ledger.accepted + 1;
+                insertion.insert(seq, event)?;
+                self.window.insert(seq, event, *replayable_until_ms, now);
+                ledger.accepted = seq;
+                ledger.pending += 1;
+                ledger.bytes += cost;
+                transaction.appended += 1;
+                Ok(Receipt { seq, id: event.id, duplicate: false })
+            } else {
+                transaction.has_refused |= fits(0);
+                if fits(ledger.bytes) {
+                    self.warn_of_full_log();
+                }
+                Err(AppendError::Full)
+            };
+            transaction.answers.push(answer);
         }
-        let seq = ledger.accepted + 1;
-        self.store.insert(seq, event)?;
-        self.window.insert(seq, event, replayable_until_ms, now);
-        ledger.accepted = seq;
-        ledger.pending += 1;
-        ledger.bytes += cost;
-        Ok(Ok(Receipt { seq, id: event.id, duplicate: false }))
+        Ok(())
     }
 
     fn warn_of_full_log(&self) {

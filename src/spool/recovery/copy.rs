@@ -259,7 +259,7 @@ impl Copier<'_> {
     }
 
     fn keep(&mut self, RecoveredEvent { stored: Stored { seq, event }, parked_reason }: &RecoveredEvent) -> Result<()> {
-        self.store.insert(*seq, event)?;
+        self.store.insertion()?.insert(*seq, event)?;
         self.ledger.pending += 1;
         self.ledger.bytes += cost(&event.body);
         if let Some(reason) = parked_reason {
@@ -304,7 +304,7 @@ mod tests {
             ledger.pending += 1;
             ledger.bytes += cost(&body);
             let event = Event { id, accepted_ms: 1, authentic: true, trace: None, fingerprint, subject: None, body };
-            store.insert(seq, &event).unwrap();
+            store.insertion().unwrap().insert(seq, &event).unwrap();
         }
         store.write_ledger(&ledger).unwrap();
         store.commit().unwrap();

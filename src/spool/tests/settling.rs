@@ -18,7 +18,7 @@ fn filled(path: &Path, count: u64, body_bytes: usize) -> Store {
     store.begin(false).unwrap();
     for seq in 1..=count {
         let event = event(vec![7; body_bytes]);
-        store.insert(seq, &event).unwrap();
+        store.insertion().unwrap().insert(seq, &event).unwrap();
         ledger.accepted += 1;
         ledger.pending += 1;
         ledger.bytes += crate::spool::types::cost(&event.body);
