@@ -159,14 +159,21 @@ async fn events_answered_200_survive_a_power_loss_at_any_instant() {
     relay.kill9().await;
 
     let calls = read_journal(&journal(&relay));
-    let syncs = calls.iter().filter(|(_, call)| matches!(call, Call::Sync { .. })).count();
-    assert!(syncs > 20 && calls.len() > 1000, "{syncs} syncs among {} calls", calls.len());
-    let started = calls.iter().position(|(_, call)| matches!(call, Call::Sync { file: 1 })).unwrap();
+    let is_sync = |index: &usize| matches!(calls[*index].1, Call::Sync { file: 1 });
+    let syncs: Vec<usize> = (0..calls.len()).filter(is_sync).collect();
+    assert!(syncs.len() > 20 && calls.len() > 1000, "{} syncs among {} calls", syncs.len(), calls.len());
+    let started = syncs[0];
     let seed = std::env::var("PRISM_POWER_SEED").map_or(7, |seed| seed.parse().unwrap());
     let mut random = fastrand::Rng::with_seed(seed);
     let mut expected = 0;
-    for _ in 0..INSTANTS {
-        let instant = random.usize(started + 1..=calls.len());
+    for round in 0..INSTANTS {
+        let instant = match round % 3 {
+            // Just before a commit is synced, when nothing of it may have been answered.
+            0 => syncs[random.usize(1..syncs.len())],
+            // Between the sync and the answers.
+            1 => syncs[random.usize(1..syncs.len())] + 1,
+            _ => random.usize(started + 1..=calls.len()),
+        };
         let length = calls[instant - 1].0;
         let found = reopen(relay.folder(), survivors(&calls[..instant], &mut random));
         for (at, id) in acknowledged.iter().filter(|(at, _)| *at <= length) {
