@@ -15,9 +15,6 @@ use tokio::task::LocalSet;
 use crate::harness::SECRET;
 use crate::harness::http::{now, sign};
 
-/// Concurrent connections of the closed loop.
-const CONNECTIONS: usize = 64;
-
 /// Threads of the open loop. Each has its own connection and sends its share of the rate.
 const STEADY_SENDERS: usize = 16;
 
@@ -88,7 +85,7 @@ pub struct Sent {
 
 /// Sends all webhooks. Each connection sends the next one when the last one is answered. Panics unless the answer is
 /// 200.
-pub fn closed_loop(address: SocketAddr, webhooks: &Webhooks) -> Sent {
+pub fn closed_loop(address: SocketAddr, webhooks: &Webhooks, connections: usize) -> Sent {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().expect("a runtime for the senders");
     let next = Cell::new(0);
     let (started, cpu) = (Instant::now(), own_cpu());
@@ -105,7 +102,7 @@ pub fn closed_loop(address: SocketAddr, webhooks: &Webhooks) -> Sent {
             }
         }
     };
-    runtime.block_on(LocalSet::new().run_until(futures_util::future::join_all((0..CONNECTIONS).map(|_| send()))));
+    runtime.block_on(LocalSet::new().run_until(futures_util::future::join_all((0..connections).map(|_| send()))));
     let seconds = started.elapsed().as_secs_f64();
     Sent { per_second: webhooks.len() as f64 / seconds, busy: (own_cpu() - cpu).as_secs_f64() / seconds }
 }

@@ -32,12 +32,15 @@ use serde_json::json;
 use harness::setup::NO_BROKER;
 use harness::{Node, Relay, Setup, Vhost};
 use load::{HALF_OPEN, HalfOpen, Webhooks, closed_loop, open_loop};
-use references::{BARE_HYPER, BareHyper, lapin_alone, lone_syncs};
+use references::{REFERENCE, Reference as Server, lapin_alone, lone_syncs};
 use report::Report;
 use report::Target::{AtLeast, AtMost, None as Reference};
 
 /// Webhooks per measurement of throughput. Also the size of the small backlog.
 const MANY: usize = 200_000;
+
+/// Connections of the closed loop, where nothing else is said.
+const CONNECTIONS: usize = 64;
 
 const RELAY_READY: &str = "accepting webhooks";
 
@@ -49,8 +52,8 @@ struct Options {
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() {
-    if std::env::args().any(|argument| argument == BARE_HYPER) {
-        serve_bare_hyper();
+    if std::env::args().any(|argument| argument == REFERENCE) {
+        serve_reference();
     }
     let options = options();
     let selected = |part: &str| options.parts.is_empty() || options.parts.iter().any(|wanted| wanted == part);
@@ -91,10 +94,12 @@ async fn main() {
     report.print();
 }
 
-fn serve_bare_hyper() -> ! {
+fn serve_reference() -> ! {
+    let broker_url = std::env::args().skip_while(|argument| argument != REFERENCE).nth(1);
     // With the same number of threads as the relay.
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
-    std::thread::scope(|scope| scope.spawn(|| runtime.block_on(BareHyper::serve())).join()).expect("the server goes on")
+    std::thread::scope(|scope| scope.spawn(|| runtime.block_on(Server::serve(broker_url))).join())
+        .expect("the server goes on")
 }
 
 fn options() -> Options {
@@ -131,47 +136,60 @@ fn setup(broker_url: &str) -> Setup {
 // -- throughput -------------------------------------------------------------------------------------------------------
 
 async fn throughput(node: &Node, report: &mut Report) {
-    let hyper = BareHyper::start().await;
-    let bare = send(hyper.address, Webhooks::new(MANY)).await;
-    report.add("bare hyper", "requests/s", Reference, bare.per_second);
-    report.add("CPU per request, bare hyper", "us", Reference, per_event(machine::cpu(hyper.pid())));
-    drop(hyper);
-    report.add("the senders' share of a processor meanwhile", "", Reference, bare.busy);
+    for (connections, count, target) in [
+        (1, MANY / 20, Reference),
+        (16, MANY, AtLeast(0.4)),
+        (256, MANY, AtLeast(0.65)),
+        (CONNECTIONS, MANY, AtLeast(0.6)),
+    ] {
+        let hyper = Server::bare_hyper().await;
+        let bare = send(hyper.address, Webhooks::new(count), connections).await;
+        let cpu_of_hyper = per_event(machine::cpu(hyper.pid()), count);
+        drop(hyper);
+        let relay = setup(NO_BROKER).start().await;
+        let idle = machine::memory(relay.pid(), "VmRSS");
+        let kept = send(relay.address(), Webhooks::new(count), connections).await;
+        let of = |what: &str| format!("{what}, {connections} connections");
+        report.add(of("bare hyper"), "requests/s", Reference, bare.per_second);
+        report.add(of("durable 200s, broker unreachable"), "/s", Reference, kept.per_second);
+        let ratio = kept.per_second / bare.per_second;
+        report.add(of("durable 200s, broker unreachable : bare hyper"), "", target, ratio);
+        if connections == CONNECTIONS {
+            report.add("CPU per request, bare hyper", "us", Reference, cpu_of_hyper);
+            report.add("the senders' share of a processor meanwhile", "", Reference, bare.busy);
+            report.add("RSS, idle", "MiB", AtMost(25.0), idle);
+            let cpu = per_event(machine::cpu(relay.pid()), count);
+            report.add("CPU per event, broker unreachable", "us", AtMost(17.0), cpu);
+        }
+    }
 
-    let relay = setup(NO_BROKER).start().await;
-    report.add("RSS, idle", "MiB", AtMost(25.0), machine::memory(relay.pid(), "VmRSS"));
-    let kept = send(relay.address(), Webhooks::new(MANY)).await;
-    report.add("durable 200s, broker unreachable", "/s", Reference, kept.per_second);
-    report.add("durable 200s, broker unreachable : bare hyper", "", AtLeast(0.65), kept.per_second / bare.per_second);
-    report.add("CPU per event, broker unreachable", "us", Reference, per_event(machine::cpu(relay.pid())));
-    drop(relay);
+    let non_durable = Server::non_durable(&declared(node).await).await;
+    let passed = send(non_durable.address, Webhooks::new(MANY), CONNECTIONS).await;
+    report.add("200s of a relay that stores nothing, broker up", "/s", Reference, passed.per_second);
+    drop(non_durable);
 
     let vhost = Vhost::new(node).await;
     let relay = setup(&vhost.url()).start().await;
     relay.eventually_connected().await;
     let cpu = machine::cpu(relay.pid());
-    let relayed = send(relay.address(), Webhooks::new(MANY)).await;
+    let relayed = send(relay.address(), Webhooks::new(MANY), CONNECTIONS).await;
     report.add("durable 200s, broker up and draining", "/s", Reference, relayed.per_second);
-    report.add(
-        "durable 200s, broker up and draining : bare hyper",
-        "",
-        AtLeast(0.3),
-        relayed.per_second / bare.per_second,
-    );
+    let ratio = relayed.per_second / passed.per_second;
+    report.add("durable 200s, broker up and draining : the relay that stores nothing", "", AtLeast(0.75), ratio);
     confirmed(&relay, MANY).await;
     let cpu = machine::cpu(relay.pid()) - cpu;
-    report.add("CPU per event, from accept to deletion", "us", AtMost(40.0), per_event(cpu));
+    report.add("CPU per event, from accept to deletion", "us", AtMost(32.0), per_event(cpu, MANY));
     report.add("RSS, highest under this load", "MiB", AtMost(64.0), machine::memory(relay.pid(), "VmHWM"));
 }
 
-/// Microseconds for each of [`MANY`] events.
-fn per_event(cpu: Duration) -> f64 {
-    cpu.as_secs_f64() * 1e6 / MANY as f64
+/// Microseconds for each event.
+fn per_event(cpu: Duration, count: usize) -> f64 {
+    cpu.as_secs_f64() * 1e6 / count as f64
 }
 
 /// Sends on another thread, so that this one can continue to collect output.
-async fn send(address: std::net::SocketAddr, webhooks: Webhooks) -> load::Sent {
-    tokio::task::spawn_blocking(move || closed_loop(address, &webhooks)).await.expect("the senders")
+async fn send(address: std::net::SocketAddr, webhooks: Webhooks, connections: usize) -> load::Sent {
+    tokio::task::spawn_blocking(move || closed_loop(address, &webhooks, connections)).await.expect("the senders")
 }
 
 async fn draining(node: &Node, report: &mut Report) {
@@ -181,7 +199,7 @@ async fn draining(node: &Node, report: &mut Report) {
     report.add("lapin alone, the relay's messages", "/s", Reference, whole);
 
     let mut relay = setup(NO_BROKER).start().await;
-    send(relay.address(), Webhooks::new(MANY)).await;
+    send(relay.address(), Webhooks::new(MANY), CONNECTIONS).await;
     let drained = drain(&mut relay, &Vhost::new(node).await, MANY).await;
     report.add("draining a backlog of 200,000", "/s", Reference, drained.per_second);
     report.add("draining a backlog of 200,000 : lapin alone", "", AtLeast(0.9), drained.per_second / whole);
@@ -322,7 +340,7 @@ async fn worker(node: &Node, report: &mut Report) {
 async fn backlog(node: &Node, events: usize, report: &mut Report) {
     let mut relay = setup(NO_BROKER).start().await;
     for _ in 0..events / MANY {
-        send(relay.address(), Webhooks::new(MANY)).await;
+        send(relay.address(), Webhooks::new(MANY), CONNECTIONS).await;
     }
     let events = events / MANY * MANY;
     report.add("RSS, highest while the backlog grew", "MiB", AtMost(64.0), machine::memory(relay.pid(), "VmHWM"));
@@ -348,7 +366,7 @@ async fn backlog(node: &Node, events: usize, report: &mut Report) {
     drop(relay);
 
     let mut relay = setup(NO_BROKER).start().await;
-    send(relay.address(), Webhooks::new(MANY)).await;
+    send(relay.address(), Webhooks::new(MANY), CONNECTIONS).await;
     let small = drain(&mut relay, &slim_vhost(node).await, MANY).await;
     let (time, cpu) = (small.per_second / large.per_second, large.cpu_per_event / small.cpu_per_event);
     report.add("time per event, large backlog : 200,000", "", AtMost(1.1), time);

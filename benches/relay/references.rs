@@ -1,4 +1,5 @@
-//! The references: hyper without a store, lapin with messages from memory, and single writes to the disk.
+//! The references: hyper without a store, hyper that hands each body to lapin, lapin with messages from memory, and
+//! single writes to the disk.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -17,8 +18,8 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
-use lapin::BasicProperties;
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
+use lapin::{BasicProperties, Channel, Connection, ConnectionProperties};
 use prism_relay::event::{Envelope, Event, Fingerprint};
 use prism_relay::publisher::message::Message;
 use tokio::net::TcpListener;
@@ -28,25 +29,35 @@ use crate::harness::program::Program;
 use crate::harness::{Vhost, eventually};
 use crate::load;
 
-/// The argument that makes this program a [`BareHyper`].
-pub const BARE_HYPER: &str = "--bare-hyper";
+/// The argument that makes this program a [`Reference`]; the URL of a broker may follow.
+pub const REFERENCE: &str = "--reference";
 
 /// Publishes in flight: the relay's default `broker.window`.
 const WINDOW: usize = 1000;
 
 /// A server in its own process that reads each body and answers with as many bytes as the relay.
-pub struct BareHyper {
+pub struct Reference {
     pub address: SocketAddr,
     program: Program,
 }
 
-impl BareHyper {
-    pub async fn start() -> Self {
+impl Reference {
+    /// Nothing becomes of the bodies.
+    pub async fn bare_hyper() -> Self {
+        Self::start(&[REFERENCE]).await
+    }
+
+    /// A relay that stores nothing: each body is published with a confirm, after the answer.
+    pub async fn non_durable(vhost: &Vhost) -> Self {
+        Self::start(&[REFERENCE, &vhost.url()]).await
+    }
+
+    async fn start(arguments: &[&str]) -> Self {
         let own = std::env::current_exe().expect("the path of this program");
         let mut command = leash::command(own.to_str().expect("a path in UTF-8"));
-        command.arg(BARE_HYPER);
+        command.args(arguments);
         let program = Program::start(command);
-        let address = eventually("bare hyper", async || {
+        let address = eventually("a reference", async || {
             let lines = program.stderr();
             lines.first().and_then(|line| line.parse().ok()).ok_or_else(|| lines.join("\n"))
         });
@@ -58,21 +69,44 @@ impl BareHyper {
     }
 
     /// Serves until the process is killed.
-    pub async fn serve() -> ! {
+    pub async fn serve(broker_url: Option<String>) -> ! {
+        let channel = match broker_url {
+            Some(url) => Some(channel(&url).await),
+            None => None,
+        };
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("bind");
         eprintln!("{}", listener.local_addr().expect("an address"));
         loop {
             let (stream, _) = listener.accept().await.expect("accept");
             stream.set_nodelay(true).expect("set TCP_NODELAY");
-            let connection = http1::Builder::new().serve_connection(TokioIo::new(stream), service_fn(answer));
-            tokio::spawn(connection);
+            let channel = channel.clone();
+            let service = service_fn(move |request| answer(request, channel.clone()));
+            tokio::spawn(http1::Builder::new().serve_connection(TokioIo::new(stream), service));
         }
     }
 }
 
-async fn answer(request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
+async fn channel(broker_url: &str) -> Channel {
+    let options = ConnectionProperties::default();
+    let connection = Connection::connect(broker_url, options).await.expect("connect to the broker");
+    let channel = connection.create_channel().await.expect("a channel");
+    channel.confirm_select(ConfirmSelectOptions::default()).await.expect("confirm mode");
+    // The connection lasts as long as the process.
+    std::mem::forget(connection);
+    channel
+}
+
+async fn answer(request: Request<Incoming>, channel: Option<Channel>) -> Result<Response<Full<Bytes>>, Infallible> {
     let body = request.into_body().collect().await.expect("a body").to_bytes();
     assert!(!body.is_empty());
+    if let Some(channel) = channel {
+        tokio::spawn(async move {
+            let (options, properties) = (BasicPublishOptions::default(), BasicProperties::default());
+            let properties = properties.with_delivery_mode(2);
+            let sent = channel.basic_publish("prism.events".into(), "scan.a".into(), options, &body, properties).await;
+            assert!(sent.expect("publish").await.expect("a confirm").is_ack());
+        });
+    }
     let answer = Bytes::from_static(br#"{"ok":true,"id":"01a2083e-b3fc-77d2-8211-db03f5a1bd45"}"#);
     let response = Response::builder().header("content-type", "application/json").body(Full::new(answer));
     Ok(response.expect("a response"))

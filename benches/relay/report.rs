@@ -14,14 +14,15 @@ pub enum Target {
 /// Values by name, in the order in which they were first added. Each round adds one.
 #[derive(Default)]
 pub struct Report {
-    order: Vec<(&'static str, &'static str, Target)>,
-    values: BTreeMap<&'static str, Vec<f64>>,
+    order: Vec<(String, &'static str, Target)>,
+    values: BTreeMap<String, Vec<f64>>,
 }
 
 impl Report {
-    pub fn add(&mut self, what: &'static str, unit: &'static str, target: Target, value: f64) {
-        if !self.values.contains_key(what) {
-            self.order.push((what, unit, target));
+    pub fn add(&mut self, what: impl Into<String>, unit: &'static str, target: Target, value: f64) {
+        let what = what.into();
+        if !self.values.contains_key(&what) {
+            self.order.push((what.clone(), unit, target));
         }
         eprintln!("  {what}: {} {unit}", show(value));
         self.values.entry(what).or_default().push(value);
