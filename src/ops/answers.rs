@@ -23,6 +23,8 @@ const ROOM_FOR_A_PROBLEM: Duration = Duration::from_secs(2 * 3600);
 const ROOM_FOR_A_WARNING: Duration = Duration::from_secs(12 * 3600);
 /// The age of the oldest pending event from which on deliveries are late (PrismRelayDeliversLate).
 const LATE: Duration = Duration::from_secs(30);
+/// The age from which on the runbook has another entry (PrismRelayOldestEventWaits).
+const VERY_LATE: Duration = Duration::from_secs(600);
 /// The time without a confirm after which a connection delivers nothing (PrismRelayNothingConfirmed).
 const NOTHING_CONFIRMED: Duration = Duration::from_secs(300);
 /// An outage shorter than this is only a warning: a reconnect usually takes less.
@@ -84,20 +86,27 @@ pub(super) struct Answer {
     pub word: String,
     /// Full sentences.
     pub detail: String,
-    /// What to do, if there is something to do.
+    /// What to do, if there is something to do. Commands are in backticks.
     pub remedy: Option<String>,
+    /// The entry of the runbook: the name of an alert.
+    pub runbook: Option<&'static str>,
 }
 
-/// The most important fact in one or more sentences.
+/// The most important fact.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(super) struct Headline {
     /// The worst level of the answers.
     pub level: Level,
     /// The answer that it is about; `None` if all is well.
     pub answer: Option<&'static str>,
+    /// One short sentence that seldom changes: the state, and since when.
     pub text: String,
-    /// What to do next.
+    /// What is safe, how long the room lasts, and what else is worth a look; may be empty.
+    pub detail: String,
+    /// The next step.
     pub advice: String,
+    /// The entry of the runbook: the name of an alert.
+    pub runbook: Option<&'static str>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -215,6 +224,7 @@ struct Barrier {
     word: &'static str,
     detail: String,
     remedy: &'static str,
+    runbook: &'static str,
 }
 
 /// One way in which events are lost, or may be.
@@ -292,7 +302,7 @@ fn answer(id: &'static str, level: Level, word: impl Into<String>, detail: impl 
         "lost" => "Did we lose anything?",
         _ => "Are workers taking events?",
     };
-    Answer { id, question, level, word: word.into(), detail: detail.into(), remedy: None }
+    Answer { id, question, level, word: word.into(), detail: detail.into(), remedy: None, runbook: None }
 }
 
 /// `why it fails` as `Why it fails.`
@@ -305,6 +315,11 @@ fn sentence(text: &str) -> String {
 impl Answer {
     fn remedy(self, remedy: impl Into<String>) -> Self {
         Self { remedy: Some(remedy.into()), ..self }
+    }
+
+    /// `entry`: the name of an alert, which has an entry in deploy/runbook.md.
+    fn runbook(self, entry: &'static str) -> Self {
+        Self { runbook: Some(entry), ..self }
     }
 }
 
@@ -323,9 +338,9 @@ impl Facts {
         let latest = format!("the last one {}", ago(age));
         if age >= SILENT {
             let detail = format!("No webhook was accepted for {}.", span(age));
-            let remedy = "If users scan, check the URL in your Prism account; prism-relay send --url URL tests the way \
-                          to the relay.";
-            return answer(Level::Note, "Not now", detail).remedy(remedy);
+            let remedy = "If users scan, check the URL in your Prism account; `prism-relay send --url URL` tests the \
+                          way to the relay.";
+            return answer(Level::Note, "Not now", detail).remedy(remedy).runbook("PrismRelayNoWebhooks");
         }
         if age > QUIET {
             let detail = format!("No webhook was accepted recently, {latest}. That is normal while no user scans.");
@@ -345,34 +360,37 @@ impl Facts {
             let detail = "The relay is shutting down. Prism retries, but only for about 35 s.".to_owned();
             let remedy = "Start the relay again, or let the service manager do it. It then delivers the events that \
                           wait on disk.";
-            return answer(Level::Warning, "Not any more", detail).remedy(remedy);
+            return answer(Level::Warning, "Not any more", detail).remedy(remedy).runbook("PrismRelayDown");
         }
         match self.blocker {
             Some(AppendError::Full) => {
                 let detail = format!("The spool is full ({}): webhooks are answered 503.", ByteSize(self.max_bytes));
                 // The events may take little, and a log that cannot shrink the rest.
-                return match self.disk_trouble() {
+                let full = match self.disk_trouble() {
                     Some((why, what)) => {
                         answer(Level::Problem, "No", format!("{detail} {}", sentence(why))).remedy(sentence(what))
                     }
                     None => answer(Level::Problem, "No", detail).remedy(self.make_room()),
                 };
+                return full.runbook("PrismRelayNotReady");
             }
             Some(AppendError::Unavailable | AppendError::Closed) => {
                 let (why, what) = self.disk_trouble().unwrap_or(("the spool cannot be written", "check its disk"));
                 let detail = format!("Webhooks are answered 503: {why}.");
-                return answer(Level::Problem, "No", detail).remedy(sentence(what));
+                return answer(Level::Problem, "No", detail).remedy(sentence(what)).runbook("PrismRelayNotReady");
             }
             None => {}
         }
         let refusing = self.refusing();
         if let Some(refusing) = refusing.as_ref().filter(|refusing| refusing.all) {
             let detail = format!("Every webhook is refused: {}.", refusals::cause(refusing.reason));
-            return answer(Level::Problem, "No", detail).remedy(refusals::meaning(refusing.reason));
+            return answer(Level::Problem, "No", detail)
+                .remedy(refusals::step(refusing.reason))
+                .runbook(refusals::runbook(refusing.reason, true));
         }
         let barrier = self.barrier();
-        if let Some(Barrier { level: Level::Problem, word, detail, remedy }) = barrier {
-            return answer(Level::Problem, word, detail).remedy(remedy);
+        if let Some(Barrier { level: Level::Problem, word, detail, remedy, runbook }) = barrier {
+            return answer(Level::Problem, word, detail).remedy(remedy).runbook(runbook);
         }
         let (scarcity, room) = self.room();
         if scarcity > Level::Ok {
@@ -380,17 +398,25 @@ impl Facts {
                 Outlook::FullIn(time) => format!("Yes, for about {}", about(time)),
                 Outlook::Unclear | Outlook::EmptyIn(_) => "Yes, for now".to_owned(),
             };
-            return answer(scarcity, &word, format!("The spool is {share} full.{room}")).remedy(self.make_room());
+            let entry = match self.outlook {
+                Outlook::FullIn(time) if time < ROOM_FOR_A_PROBLEM => "PrismRelaySpoolFullWithinTwoHours",
+                _ if self.share() >= NEARLY_FULL => "PrismRelaySpoolNearlyFull",
+                _ => "PrismRelaySpoolFullWithinTwelveHours",
+            };
+            let scarce = answer(scarcity, &word, format!("The spool is {share} full.{room}"));
+            return scarce.remedy(self.make_room()).runbook(entry);
         }
         if let Some((why, what)) = self.disk_trouble() {
-            return answer(Level::Warning, "Yes, for now", sentence(why)).remedy(sentence(what));
+            let trouble = answer(Level::Warning, "Yes, for now", sentence(why)).remedy(sentence(what));
+            return trouble.runbook("PrismRelaySpoolLogGrows");
         }
-        if let Some(Barrier { level, word, detail, remedy }) = barrier {
-            return answer(level, word, detail).remedy(remedy);
+        if let Some(Barrier { level, word, detail, remedy, runbook }) = barrier {
+            return answer(level, word, detail).remedy(remedy).runbook(runbook);
         }
         if let Some(refusing) = refusing {
             return answer(Level::Warning, "Yes, but not all", refusing.text())
-                .remedy(refusals::meaning(refusing.reason));
+                .remedy(refusals::step(refusing.reason))
+                .runbook(refusals::runbook(refusing.reason, false));
         }
         let accepted = count(self.ledger.accepted, "event", "events");
         answer(Level::Ok, "Yes", format!("{accepted} so far. The spool is {share} full.{room}"))
@@ -409,6 +435,7 @@ impl Facts {
                 ),
                 remedy: "Switch off the PROXY protocol in the proxy in front, or let it terminate TLS, or set \
                          http.tls; the log says which.",
+                runbook: "PrismRelayWrongProtocol",
             });
         }
         let days = self.certificate_days?;
@@ -420,7 +447,9 @@ impl Facts {
             let left = span(Duration::try_from_secs_f64(days * 86_400.0).unwrap_or(Duration::MAX));
             ("Yes, for now", format!("The TLS certificate expires in {left}; then Prism cannot connect."))
         };
-        (level > Level::Ok).then_some(Barrier { level, word, detail, remedy })
+        let runbook =
+            if level == Level::Problem { "PrismRelayCertificateExpires" } else { "PrismRelayCertificateExpiresSoon" };
+        (level > Level::Ok).then_some(Barrier { level, word, detail, remedy, runbook })
     }
 
     /// What is wrong with the spool's file or disk, and what to do.
@@ -455,23 +484,26 @@ impl Facts {
         let time = span(*age);
         if let (true, Some(reason)) = (connected, blocked) {
             return answer(Level::Problem, "No, it is blocked", format!("Blocked for {time}: {reason}."))
-                .remedy("Free memory or disk on the RabbitMQ node; deliveries then resume by themselves.");
+                .remedy("Free memory or disk on the RabbitMQ node; deliveries then resume by themselves.")
+                .runbook("PrismRelayBrokerBlocks");
         }
         if !connected {
             let failing = self.failing();
             let level = if failing < BRIEF { Level::Warning } else { Level::Problem };
-            return match error {
+            let answer = match error {
                 None => answer(Level::Note, "Connecting", "There is no connection yet.".to_owned()),
                 Some(error) if *unreachable => answer(level, "No", format!("Not connected for {time}: {error}."))
                     .remedy("Start RabbitMQ, or correct broker.urls; deliveries then resume by themselves."),
                 Some(error) => answer(level, "No", format!("Nothing delivered for {}: {error}.", span(failing)))
-                    .remedy("Fix the cause; deliveries then resume by themselves. prism-relay check looks for it."),
+                    .remedy("Look for the cause with `prism-relay check`; deliveries then resume by themselves."),
             };
+            return answer.runbook("PrismRelayBrokerAway");
         }
         if let Some(time) = self.nothing_confirmed() {
             let detail = format!("Connected, but nothing was confirmed for {}.", span(time));
             return answer(Level::Problem, "No", detail)
-                .remedy("Check with rabbitmqctl list_queues name state leader whether a queue is down or full.");
+                .remedy("Look with `rabbitmqctl list_queues name state leader` for a queue that is down or full.")
+                .runbook("PrismRelayNothingConfirmed");
         }
         let detail = match (self.confirmed_last_minute, self.last_confirm) {
             (minute @ 60.., _) => format!("{} events confirmed per second.", rate(minute as f64 / 60.0)),
@@ -515,7 +547,8 @@ impl Facts {
             return if self.is_delivering() || self.broker.is_new() {
                 answer(Level::Note, events(pending), detail)
             } else {
-                answer(Level::Warning, events(pending), detail).remedy(SEE_BROKER)
+                let answer = answer(Level::Warning, events(pending), detail).remedy(SEE_BROKER);
+                answer.runbook("PrismRelayDeliversLate")
             };
         };
         if age < LATE {
@@ -529,11 +562,13 @@ impl Facts {
             Outlook::Unclear => String::new(),
         };
         let late = answer(Level::Warning, span(age), format!("{waiting} waiting, safe on disk.{outlook}"));
-        late.remedy(match (self.is_delivering(), self.outlook) {
-            (true, Outlook::EmptyIn(_)) => "Nothing: the relay catches up.",
-            (true, _) => "More events come in than RabbitMQ accepts: check its load and its disks.",
-            (false, _) => SEE_BROKER,
-        })
+        late.runbook(if age < VERY_LATE { "PrismRelayDeliversLate" } else { "PrismRelayOldestEventWaits" }).remedy(
+            match (self.is_delivering(), self.outlook) {
+                (true, Outlook::EmptyIn(_)) => "Nothing: the relay catches up.",
+                (true, _) => "More events come in than RabbitMQ accepts: check its load and its disks.",
+                (false, _) => SEE_BROKER,
+            },
+        )
     }
 
     fn parked(&self) -> Answer {
@@ -542,15 +577,9 @@ impl Facts {
         }
         let detail =
             "RabbitMQ does not accept them. They stay on disk and are tried again; other events are delivered.";
-        answer("parked", Level::Warning, events(self.ledger.parked), detail).remedy(
-            "Read the reason: usually a queue is not bound or a permission is missing. Fix that, then retry them.",
-        )
-    }
-
-    fn parked_text(&self) -> String {
-        let parked = events_are(self.ledger.parked);
-        let them = if self.ledger.parked == 1 { "it" } else { "them" };
-        format!("{parked} parked because RabbitMQ does not accept {them}")
+        answer("parked", Level::Warning, events(self.ledger.parked), detail)
+            .remedy("Read why with `prism-relay spool list --parked`; fix it, then retry them.")
+            .runbook("PrismRelayEventsParked")
     }
 
     fn lost(&self) -> Answer {
@@ -561,7 +590,8 @@ impl Facts {
         let is_certain = losses.iter().any(|loss| loss.word == "Yes");
         let word = if is_certain { "Yes" } else { worst.word };
         let said: Vec<_> = losses.iter().map(|loss| loss.detail.as_str()).collect();
-        answer("lost", worst.level, word, format!("{} {ledger}", said.join(" "))).remedy(worst.remedy)
+        let answer = answer("lost", worst.level, word, format!("{} {ledger}", said.join(" ")));
+        answer.remedy(worst.remedy).runbook("PrismRelayEventsLost")
     }
 
     /// Everything that is or may be lost, the worst first.
@@ -587,7 +617,7 @@ impl Facts {
                 level: Level::Problem,
                 word: "Perhaps",
                 detail: format!("The totals differ by {}.", events(gap)),
-                remedy: "Run prism-relay spool verify on this machine, and keep its output.",
+                remedy: "Run `prism-relay spool verify` on this machine, and keep its output.",
                 note: "The totals of the spool do not add up.".to_owned(),
             });
         }
@@ -626,20 +656,23 @@ impl Facts {
                 more => format!(" and {more} more"),
             };
             return answer("workers", Level::Problem, "No", format!("Missing in RabbitMQ: {missing}{more}."))
-                .remedy("prism-relay topology diff prints what creates it.");
+                .remedy("Create it with the commands that `prism-relay topology diff` prints.")
+                .runbook("PrismRelayTopologyMissing");
         }
         if let Some(why) = &self.unwatched {
             let detail = format!("The relay does not look at the queues: {why}.");
             return answer("workers", Level::Note, "Not known", detail);
         }
-        let worst = self.queues.iter().filter_map(Queue::complaint).max_by_key(|(level, ..)| *level);
-        let others = self.queues.iter().filter(|queue| queue.complaint().is_some()).count().saturating_sub(1);
-        if let Some((level, word, detail, remedy)) = worst {
-            let more = match others {
-                0 => String::new(),
-                others => format!(" {} more to look at.", count(others as u64, "queue is", "queues are")),
+        let complaints = || self.queues.iter().filter_map(Queue::complaint);
+        if let Some(worst) = complaints().max_by_key(|complaint| complaint.level) {
+            let detail = match complaints().count() - 1 {
+                0 => worst.detail.clone(),
+                others => {
+                    let others = count(others as u64, "more queue needs", "more queues need");
+                    format!("{} {others} a look.", worst.detail)
+                }
             };
-            return answer("workers", level, word, detail + &more).remedy(remedy);
+            return Answer { detail, ..worst };
         }
         let work = || self.queues.iter().filter(|queue| queue.role == Role::Work);
         let (mut waiting, mut consuming) = (0, 0);
@@ -675,7 +708,7 @@ impl TurnedAway {
     /// What is lost, or may be, because it was refused.
     fn losses(&self) -> Vec<Loss> {
         let mut losses = Vec::new();
-        let meaning = |last: &Option<Refusal>| refusals::meaning(last.as_ref().map_or("", |last| last.reason));
+        let step = |last: &Option<Refusal>| refusals::step(last.as_ref().map_or("", |last| last.reason));
         let level = |last: &Option<Refusal>| last.as_ref().map_or(Level::Note, |last| Level::of_loss(last.age));
         if self.lost > 0 {
             let were = count(self.lost, "webhook was", "webhooks were");
@@ -686,7 +719,7 @@ impl TurnedAway {
                 detail: format!(
                     "{were} refused since the start and not accepted later{last}: Prism has given up on them."
                 ),
-                remedy: meaning(&self.last_lost),
+                remedy: step(&self.last_lost),
                 note: format!(
                     "{} lost: refused, and not accepted later.",
                     count(self.lost, "webhook is", "webhooks are")
@@ -699,7 +732,7 @@ impl TurnedAway {
                 level: Level::Warning,
                 word: "Not yet",
                 detail: format!("{note} Prism gives up on each after about 35 s."),
-                remedy: meaning(&self.last_waiting),
+                remedy: step(&self.last_waiting),
                 note,
             });
         }
@@ -710,7 +743,7 @@ impl TurnedAway {
                 level: level(&self.last_unrecognisable).min(Level::Warning),
                 word: "Perhaps",
                 detail: note.clone(),
-                remedy: meaning(&self.last_unrecognisable),
+                remedy: step(&self.last_unrecognisable),
                 note,
             });
         }
@@ -719,32 +752,34 @@ impl TurnedAway {
 }
 
 impl Queue {
-    /// What is wrong with a queue: level, word, detail, remedy.
-    fn complaint(&self) -> Option<(Level, String, String, String)> {
+    /// What is wrong with a queue, as the answer about workers.
+    fn complaint(&self) -> Option<Answer> {
         let name = &self.name;
+        let answer = |level, word: &str, detail: String| Some(answer("workers", level, word, detail));
         match (self.role, &self.state) {
             (_, QueueState::Trouble { text, remedy }) => {
-                Some((Level::Problem, "No".to_owned(), format!("{name} {text}."), remedy.clone()))
+                let answer = answer(Level::Problem, "No", format!("{name} {text}."))?;
+                Some(answer.remedy(remedy).runbook("PrismRelayQueueUnavailable"))
             }
             (Role::Work, QueueState::Counted { messages: 1.., consumers: 0, unattended }) => {
                 let level = if *unattended >= NO_WORKER { Level::Problem } else { Level::Warning };
-                let detail = format!("{name}: {}, no worker connected.", self.waiting());
-                Some((level, "No".to_owned(), detail, "Start the workers of this queue.".to_owned()))
+                let answer = answer(level, "No", format!("{name}: {}, no worker connected.", self.waiting()))?;
+                Some(answer.remedy("Start the workers of this queue.").runbook("PrismRelayNoWorkers"))
             }
             (Role::Dead, QueueState::Counted { messages: messages @ 1.., .. }) => {
                 let letters = count(*messages, "dead letter", "dead letters");
                 let detail = format!("{letters} in {name}: workers rejected them, or they waited too long.");
-                let remedy = "Look at them with prism-relay redrive --dry-run; fix the worker, then redrive them.";
-                Some((Level::Warning, letters, detail, remedy.to_owned()))
+                let remedy = "Look at them with `prism-relay redrive --dry-run`; fix the worker, then redrive them.";
+                Some(answer(Level::Warning, &letters, detail)?.remedy(remedy).runbook("PrismRelayDeadLetters"))
             }
             (Role::Unrouted, QueueState::Counted { messages: messages @ 1.., .. }) => {
                 let unrouted = count(*messages, "unrouted event", "unrouted events");
                 let detail = format!("{unrouted} in {name}: no queue is bound for their type.");
                 let remedy = format!(
-                    "Look at them with prism-relay redrive --from {name} --dry-run; bind a queue in topology.queues, \
-                     then redrive them."
+                    "Look at them with `prism-relay redrive --from {name} --dry-run`; bind a queue in \
+                     topology.queues, then redrive them."
                 );
-                Some((Level::Warning, unrouted, detail, remedy))
+                Some(answer(Level::Warning, &unrouted, detail)?.remedy(remedy).runbook("PrismRelayUnrouted"))
             }
             (_, QueueState::Unknown | QueueState::Counted { .. }) => None,
         }
@@ -759,162 +794,6 @@ impl Queue {
 }
 
 impl Facts {
-    /// The headline: a sentence about the worst fact, and a short one about each other fact worth a look.
-    fn headline(&self, answers: &[Answer]) -> Headline {
-        let of = |id: &str| answers.iter().find(|answer| answer.id == id);
-        let level = answers.iter().map(|answer| answer.level).max().unwrap_or(Level::Ok);
-        // The order of importance among answers of one level. Scarce room is a consequence of missing deliveries.
-        let is_open = self.blocker.is_none()
-            && !self.refusing().is_some_and(|refusing| refusing.all)
-            && self.barrier().is_none_or(|barrier| barrier.word != "No");
-        let (one, two) = if is_open { ("broker", "accepting") } else { ("accepting", "broker") };
-        let order = [one, two, "lost", "workers", "lag", "parked", "sending"];
-        let worst = order.iter().filter_map(|id| of(id)).find(|answer| answer.level == level);
-        let first = worst.filter(|_| level > Level::Ok).map(|answer| answer.id);
-        let mut text = match first {
-            Some("accepting") => self.not_accepting_text(),
-            Some("broker") => self.not_delivering_text(),
-            Some("lag") => self.behind_text(),
-            Some("parked") => self.parked_first_text(),
-            Some("sending") => worst.map(|answer| answer.detail.clone()).unwrap_or_default(),
-            Some(_) | None => self.well_text(),
-        };
-        for id in order.iter().filter(|id| Some(**id) != first || matches!(**id, "lost" | "workers")) {
-            let other = of(id).filter(|answer| answer.level > Level::Note);
-            if let Some(note) = other.and_then(|other| self.note(other, first)) {
-                text = format!("{text} {note}");
-            }
-        }
-        let nothing = if level == Level::Ok { "Nothing to do." } else { "" };
-        let advice = worst.and_then(|answer| answer.remedy.clone()).unwrap_or_else(|| nothing.to_owned());
-        Headline { level, answer: first, text, advice }
-    }
-
-    /// A short sentence about an answer, behind a first sentence that is about the answer `first`.
-    fn note(&self, answer: &Answer, first: Option<&str>) -> Option<String> {
-        let is_told = |id: &str| first == Some(id);
-        match answer.id {
-            // The sentence about accepting says what may still be lost.
-            "lost" => {
-                let worst = self.losses().into_iter().next()?;
-                (worst.level == Level::Problem || !is_told("accepting")).then_some(worst.note)
-            }
-            "workers" => Some(answer.detail.clone()),
-            "broker" => Some(format!("{}.", self.why_not_delivering()?)),
-            // Said by the sentence about deliveries, or its consequence.
-            "lag" if is_told("broker") || !self.is_delivering() => None,
-            "lag" => Some(self.behind_text()),
-            "parked" => Some(format!("{}.", self.parked_text())),
-            "accepting" if self.draining => Some("The relay is shutting down.".to_owned()),
-            "accepting" if self.barrier().is_some_and(|barrier| barrier.level == answer.level) => {
-                self.barrier().map(|barrier| barrier.detail)
-            }
-            "accepting" if is_told("broker") && self.refusing().is_some() => None,
-            "accepting" => match self.refusing() {
-                Some(refusing) => Some(refusing.text()),
-                None if self.share() >= NEARLY_FULL => Some(format!("The spool is {} full.", percent(self.share()))),
-                None => self.disk_trouble().map(|(why, _)| sentence(why)),
-            },
-            _ => None,
-        }
-    }
-
-    fn not_accepting_text(&self) -> String {
-        if self.draining {
-            let pending = grouped(self.ledger.pending);
-            return format!("The relay is shutting down. Undelivered events stay on disk: {pending}.");
-        }
-        let barrier = self.barrier();
-        let is_first = self.blocker.is_none() && !self.refusing().is_some_and(|refusing| refusing.all);
-        if let Some(Barrier { level: Level::Problem, detail, .. }) = &barrier
-            && is_first
-        {
-            return detail.clone();
-        }
-        match (self.blocker, self.refusing()) {
-            (Some(AppendError::Full), _) => {
-                let why = self.disk_trouble().map(|(why, _)| format!(" {}", sentence(why))).unwrap_or_default();
-                format!("Webhooks are being refused now: the spool is full. Prism gives up on each after 35 s.{why}")
-            }
-            (Some(AppendError::Unavailable | AppendError::Closed), _) => {
-                let (why, _) = self.disk_trouble().unwrap_or(("the spool cannot be written", ""));
-                format!("Webhooks are being refused now: {why}. Prism gives up on each after 35 s.")
-            }
-            (None, Some(refusing)) if refusing.all || barrier.is_none() => refusing.text(),
-            (None, _) if self.room().0 == Level::Ok => match self.disk_trouble() {
-                Some((why, _)) => sentence(why),
-                None => barrier.map(|barrier| barrier.detail).unwrap_or_default(),
-            },
-            (None, _) => {
-                let (_, room) = self.room();
-                let waiting = events_are(self.ledger.pending);
-                format!("The spool is {} full; {waiting} safe on disk.{room}", percent(self.share()))
-            }
-        }
-    }
-
-    fn not_delivering_text(&self) -> String {
-        let Some(why) = self.why_not_delivering() else { return "There is no connection to RabbitMQ yet.".to_owned() };
-        let waiting = match (self.ledger.pending, self.oldest) {
-            (0, _) => "no event is waiting".to_owned(),
-            (count, Some(oldest)) => format!("{} safe on disk, the oldest for {}", events_are(count), span(oldest)),
-            (count, None) => format!("{} safe on disk", events_are(count)),
-        };
-        let webhooks = match self.refusing() {
-            Some(refusing) => refusing.text(),
-            None => format!("Webhooks are still accepted.{}", self.room().1),
-        };
-        format!("{why}; {waiting}. {webhooks}")
-    }
-
-    fn why_not_delivering(&self) -> Option<String> {
-        let Broker { connected, blocked, error, unreachable, age, .. } = &self.broker;
-        let time = span(*age);
-        match (connected, blocked, error) {
-            (true, Some(reason), _) => Some(format!("RabbitMQ has been refusing messages for {time} ({reason})")),
-            (true, None, _) => {
-                let time = span(self.nothing_confirmed()?);
-                Some(format!("RabbitMQ has confirmed nothing for {time}"))
-            }
-            (false, _, None) => None,
-            (false, _, Some(_)) if *unreachable => Some(format!("RabbitMQ has been unreachable for {time}")),
-            (false, _, Some(error)) => {
-                let time = span(self.failing());
-                Some(format!("Nothing has been delivered to RabbitMQ for {time} ({error})"))
-            }
-        }
-    }
-
-    fn behind_text(&self) -> String {
-        let waiting = events_are(self.ledger.pending);
-        match self.oldest {
-            Some(oldest) => format!("Deliveries are behind: {waiting} waiting, the oldest for {}.", span(oldest)),
-            None => format!("{waiting} waiting, safe on disk."),
-        }
-    }
-
-    fn parked_first_text(&self) -> String {
-        let last = self.last_confirm.map(|age| format!(", the last one {}", ago(age))).unwrap_or_default();
-        match self.ledger.pending {
-            0 => format!("{}; all others are in RabbitMQ{last}.", self.parked_text()),
-            _ => format!("{}.", self.parked_text()),
-        }
-    }
-
-    fn well_text(&self) -> String {
-        match (self.ledger.pending, self.last_confirm, self.last_accepted) {
-            // Removed events are not there, so "all" would be wrong.
-            (0, Some(confirm), _) if self.ledger.removed > 0 => {
-                format!("Nothing is waiting; the last event reached RabbitMQ {}.", ago(confirm))
-            }
-            (0, None, Some(_)) if self.ledger.removed > 0 => "Nothing is waiting.".to_owned(),
-            (0, Some(confirm), _) => format!("All accepted events are in RabbitMQ; the last one {}.", ago(confirm)),
-            (0, None, None) => "All is well; no event has come in since the relay started.".to_owned(),
-            (0, None, Some(_)) => "All accepted events are in RabbitMQ.".to_owned(),
-            (count, ..) => format!("{} on the way to RabbitMQ.", events_are(count)),
-        }
-    }
-
     /// Recent refusals, if there are enough to report.
     pub(super) fn refusing(&self) -> Option<Refusing> {
         let all = |window: &Window, minutes, min| {
@@ -952,5 +831,6 @@ impl Window {
     }
 }
 
+mod headline;
 #[cfg(test)]
 mod tests;

@@ -1,32 +1,89 @@
-//! The points of the console's charts, one every five seconds, and what the last hour says about the future. Pure;
-//! takes `now`.
+//! What the console's charts show, and what the last hour says about the future: a sample every five seconds for the
+//! last hour, and a record every thirty seconds for the last day. Pure; takes `now`.
 
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
-use serde::Serialize;
 
 use super::answers::{Outlook, Window};
+use super::record::{Marks, Point, RECORD_SECONDS, RECORDS_MAX, Record};
 use crate::publisher::Lags;
 
-/// The time between two points.
+/// The time between two samples.
 pub(super) const INTERVAL: Duration = Duration::from_secs(5);
 /// An hour, which is the longest window of the answers.
-const POINTS_MAX: usize = 720;
-/// Fifteen minutes, which the charts show.
-const CHART_POINTS: usize = 180;
+const SAMPLES_MAX: usize = 720;
 /// A forecast for longer than this would be a guess.
 const FORECAST_MAX: Duration = Duration::from_secs(30 * 86_400);
 /// Fewer points make no forecast.
 const FORECAST_POINTS_MIN: usize = 4;
 
-/// The latest points, and the counters at the last one.
+/// The latest samples and records, and the counters at the last sample.
 #[derive(Default)]
 pub(super) struct History {
-    points: VecDeque<Point>,
+    samples: VecDeque<Sample>,
     before: Option<(Instant, Counters)>,
+    /// Complete records, the oldest first; at the start those of earlier processes.
+    records: VecDeque<Record>,
+    /// The record that the next samples belong to.
+    open: Option<Record>,
+}
+
+/// What one sample says.
+struct Sample {
+    record: Record,
+    /// Bytes that count against the maximum of the spool.
+    bytes: u64,
+    increase: Increase,
+}
+
+/// The time that the charts show.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Range {
+    Minutes15,
+    Hours2,
+    Hours24,
+}
+
+impl Range {
+    /// The range with this name in a query.
+    pub(super) fn named(name: &str) -> Option<Self> {
+        [Self::Minutes15, Self::Hours2, Self::Hours24].into_iter().find(|range| range.name() == name)
+    }
+
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Minutes15 => "15min",
+            Self::Hours2 => "2h",
+            Self::Hours24 => "24h",
+        }
+    }
+
+    pub(super) fn seconds(self) -> i64 {
+        match self {
+            Self::Minutes15 => 900,
+            Self::Hours2 => 7200,
+            Self::Hours24 => 86_400,
+        }
+    }
+
+    /// The time between two points.
+    pub(super) fn interval_seconds(self) -> i64 {
+        match self {
+            Self::Minutes15 => INTERVAL.as_secs() as i64,
+            Self::Hours2 => RECORD_SECONDS,
+            Self::Hours24 => 300,
+        }
+    }
+}
+
+/// What a sample made.
+pub(super) struct Added {
+    pub point: Point,
+    /// The record that this sample completed.
+    pub complete: Option<Record>,
 }
 
 /// Counters at one moment. Some count since the process started, some since the spool was created.
@@ -42,34 +99,18 @@ pub(super) struct Counters {
     pub confirmed: u64,
 }
 
-/// One point of each chart. Rates are per second, over the time since the previous point.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub(super) struct Point {
-    /// Seconds since 1970.
-    pub at: i64,
-    pub accepted: f64,
-    pub refused: f64,
-    pub confirmed: f64,
-    /// Pending events.
-    pub depth: u64,
-    /// Time from acceptance to confirm, for events confirmed since the previous point: the median.
-    pub lag_p50_ms: Option<u64>,
-    /// Time from acceptance to confirm, for events confirmed since the previous point: 99 of 100 took at most this.
-    pub lag_p99_ms: Option<u64>,
-    /// Bytes that count against the maximum of the spool.
-    #[serde(skip)]
-    bytes: u64,
-    #[serde(skip)]
-    increase: Increase,
-}
-
-/// What the spool holds.
+/// What waits where at one moment, and what happened since the previous one.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Held {
     /// Pending events.
     pub depth: u64,
     /// Bytes that count against the maximum: the events, and a log that has grown.
     pub bytes: u64,
+    /// Messages in the queues of workers; `None`: not known.
+    pub queued: Option<u64>,
+    /// Dead letters and unrouted events; `None`: not known.
+    pub dead: Option<u64>,
+    pub marks: Marks,
 }
 
 /// How much the counters of webhooks grew over some time.
@@ -99,8 +140,18 @@ impl Counters {
 }
 
 impl History {
-    /// Adds a point; the first call only stores the counters. `at` labels the point, `now` measures the time between
-    /// points, because the wall clock may jump.
+    /// Begins with the records of earlier processes, the oldest first.
+    pub(super) fn with(records: Vec<Record>) -> Self {
+        Self { records: records.into(), ..Self::default() }
+    }
+
+    /// Whether this process has no sample yet.
+    pub(super) fn is_empty(&self) -> bool {
+        self.samples.is_empty()
+    }
+
+    /// Adds a sample; the first call only stores the counters. `at` labels the sample, `now` measures the time between
+    /// samples, because the wall clock may jump.
     pub(super) fn add(
         &mut self,
         counters: Counters,
@@ -108,39 +159,83 @@ impl History {
         lags: &Lags,
         at: Timestamp,
         now: Instant,
-    ) -> Option<Point> {
+    ) -> Option<Added> {
         let (then, before) = self.before.replace((now, counters.clone()))?;
-        let seconds = now.saturating_duration_since(then).as_secs_f64().max(0.001);
         let increase = counters.since(&before);
-        let rate = |count: u64| count as f64 / seconds;
-        let point = Point {
+        let record = Record {
             at: at.as_second(),
-            accepted: rate(increase.accepted),
-            refused: rate(counters.refused.saturating_sub(before.refused)),
-            confirmed: rate(increase.confirmed),
+            milliseconds: now.saturating_duration_since(then).as_millis().try_into().unwrap_or(u64::MAX),
+            accepted: increase.accepted,
+            refused: counters.refused.saturating_sub(before.refused),
+            confirmed: increase.confirmed,
             depth: held.depth,
-            bytes: held.bytes,
             lag_p50_ms: lags.quantile(0.5),
             lag_p99_ms: lags.quantile(0.99),
-            increase,
+            queued: held.queued,
+            dead: held.dead,
+            marks: held.marks,
         };
-        if self.points.len() == POINTS_MAX {
-            self.points.pop_front();
+        if self.samples.len() == SAMPLES_MAX {
+            self.samples.pop_front();
         }
-        self.points.push_back(point.clone());
-        Some(point)
+        let point = record.point();
+        let complete = self.collect(&record);
+        self.samples.push_back(Sample { record, bytes: held.bytes, increase });
+        Some(Added { point, complete })
     }
 
-    /// The points of the charts, oldest first.
-    pub(super) fn points(&self) -> Vec<Point> {
-        let skipped = self.points.len().saturating_sub(CHART_POINTS);
-        self.points.iter().skip(skipped).cloned().collect()
+    /// Adds a sample to the open record. Returns that record if the sample belongs to the next one.
+    fn collect(&mut self, sample: &Record) -> Option<Record> {
+        match self.open.take() {
+            Some(open) if open.slot(RECORD_SECONDS) == sample.slot(RECORD_SECONDS) => {
+                self.open = Some(open.merged(sample));
+                None
+            }
+            open => {
+                self.open = Some(sample.clone());
+                let complete = open?;
+                // The clock was set back: what it now calls the future is not known.
+                while self.records.back().is_some_and(|last| last.at >= complete.at) {
+                    self.records.pop_back();
+                }
+                if self.records.len() == RECORDS_MAX {
+                    self.records.pop_front();
+                }
+                self.records.push_back(complete.clone());
+                Some(complete)
+            }
+        }
+    }
+
+    /// The points of the charts, the oldest first. Before the first sample of this process there are records only.
+    pub(super) fn points(&self, range: Range, now: Timestamp) -> Vec<Point> {
+        let from = now.as_second() - range.seconds();
+        let records = self.records.iter().chain(&self.open).filter(|record| record.at > from);
+        match range {
+            Range::Minutes15 => {
+                let first = self.samples.front().map_or(i64::MAX, |sample| sample.record.at);
+                let samples = self.samples.iter().map(|sample| &sample.record).filter(|sample| sample.at > from);
+                records.filter(|record| record.at < first).chain(samples).map(Record::point).collect()
+            }
+            Range::Hours2 => records.map(Record::point).collect(),
+            Range::Hours24 => {
+                let mut merged: Vec<Record> = Vec::new();
+                for record in records {
+                    let slot = |record: &Record| record.slot(range.interval_seconds());
+                    match merged.last_mut() {
+                        Some(last) if slot(last) == slot(record) => *last = last.merged(record),
+                        _ => merged.push(record.clone()),
+                    }
+                }
+                merged.iter().map(Record::point).collect()
+            }
+        }
     }
 
     /// When the spool will be full or empty at the rate at which it grows or shrinks: the rate since it began to, so
     /// that the slowest growth shows. `max_bytes`: the size of the spool.
     pub(super) fn outlook(&self, max_bytes: u64) -> Outlook {
-        let bytes: Vec<u64> = self.points.iter().map(|point| point.bytes).collect();
+        let bytes: Vec<u64> = self.samples.iter().map(|sample| sample.bytes).collect();
         let (Some(start), Some(last), Some(now)) = (turning_point(&bytes), bytes.len().checked_sub(1), bytes.last())
         else {
             return Outlook::Unclear;
@@ -166,9 +261,9 @@ impl History {
 
     /// The increase within about the last `span`, up to `counters`, which are read now.
     pub(super) fn recent_increase(&self, span: Duration, counters: &Counters) -> Increase {
-        let points = (span.as_secs() / INTERVAL.as_secs()) as usize;
+        let samples = (span.as_secs() / INTERVAL.as_secs()) as usize;
         let newest = self.before.as_ref().map(|(_, before)| counters.since(before)).unwrap_or_default();
-        let recent = self.points.iter().rev().take(points).map(|point| &point.increase);
+        let recent = self.samples.iter().rev().take(samples).map(|sample| &sample.increase);
         recent.fold(newest, |mut sum, increase| {
             sum.accepted += increase.accepted;
             sum.confirmed += increase.confirmed;
@@ -217,7 +312,8 @@ mod tests {
         };
         let mut add = |count, depth, second: i64| {
             let now = start + Duration::from_secs(second as u64);
-            history.add(counters(count), Held { depth, bytes: 0 }, &Lags::default(), at(second), now)
+            let held = Held { depth, ..Held::default() };
+            history.add(counters(count), held, &Lags::default(), at(second), now).map(|added| added.point)
         };
         assert_eq!(add(100, 0, 0), None);
         let point = add(150, 7, 5).unwrap();
@@ -228,11 +324,60 @@ mod tests {
         let refused_by_code = [("invalid-signature", 103)].into();
         assert_eq!(recent, Increase { accepted: 103, confirmed: 51, other_protocol: 309, refused_by_code });
         assert_eq!(history.recent_increase(Duration::from_secs(5), &counters(3)).accepted, 3);
-        for second in 4..1000 {
-            let now = start + Duration::from_secs(second * 5);
-            history.add(counters(0), Held::default(), &Lags::default(), at(0), now);
+    }
+
+    /// A history of so many seconds up to `NOW`, with one webhook a second.
+    fn history_of(seconds: i64, before: Vec<Record>) -> (History, Vec<Record>) {
+        let (mut history, mut complete, start) = (History::with(before), Vec::new(), Instant::now());
+        for second in (0..=seconds).step_by(5) {
+            let counters = Counters { accepted: second as u64, ..Counters::default() };
+            let at = Timestamp::from_second(NOW - seconds + second).unwrap();
+            let now = start + Duration::from_secs(second as u64);
+            let held = Held { depth: second as u64 / 5, ..Held::default() };
+            let added = history.add(counters, held, &Lags::default(), at, now);
+            complete.extend(added.and_then(|added| added.complete));
         }
-        assert_eq!((history.points.len(), history.points().len()), (POINTS_MAX, CHART_POINTS));
+        (history, complete)
+    }
+
+    const NOW: i64 = 1_764_376_200;
+
+    #[test]
+    fn each_range_has_its_points_and_goes_on_after_a_restart() {
+        let now = Timestamp::from_second(NOW).unwrap();
+        let (history, complete) = history_of(2 * 86_400, Vec::new());
+        assert_eq!((history.samples.len(), history.records.len()), (SAMPLES_MAX, RECORDS_MAX));
+        for (range, count) in [(Range::Minutes15, 180), (Range::Hours2, 240), (Range::Hours24, 288)] {
+            let points = history.points(range, now);
+            assert!(points.len().abs_diff(count) <= 1, "{range:?}: {}", points.len());
+            assert!(points.iter().all(|point| point.accepted == 1.0), "{range:?}");
+            assert!(points.windows(2).all(|pair| pair[0].at < pair[1].at), "{range:?}");
+            assert_eq!(points.last().map(|point| point.at), Some(NOW), "{range:?}");
+            assert_eq!(Range::named(range.name()), Some(range));
+        }
+        assert_eq!(Range::named("1h"), None);
+
+        // Another process begins a minute ago, four minutes after the end of the first one.
+        let earlier = complete.into_iter().map(|record| Record { at: record.at - 300, ..record });
+        let (history, _) = history_of(60, earlier.collect());
+        let points = history.points(Range::Minutes15, now);
+        let gap = points.windows(2).map(|pair| pair[1].at - pair[0].at).max();
+        assert!((240..300).contains(&gap.unwrap()), "{gap:?}");
+        assert!(points.len() > 30 && points[0].at < NOW - 850, "{} from {}", points.len(), points[0].at);
+        assert!(history.points(Range::Hours24, now).len() > 280);
+    }
+
+    #[test]
+    fn a_clock_that_is_set_back_leaves_the_records_in_order() {
+        let (mut history, _) = history_of(600, Vec::new());
+        let start = Instant::now();
+        for second in (0..120).step_by(5) {
+            let at = Timestamp::from_second(NOW - 300 + second).unwrap();
+            let now = start + Duration::from_secs(1000 + second as u64);
+            history.add(Counters::default(), Held::default(), &Lags::default(), at, now);
+        }
+        let times: Vec<i64> = history.records.iter().map(|record| record.at).collect();
+        assert!(times.is_sorted() && *times.last().unwrap() < NOW - 180, "{times:?}");
     }
 
     /// The outlook of a spool of 1 MB with these sizes, one every five seconds.
@@ -240,7 +385,13 @@ mod tests {
         let (mut history, start) = (History::default(), Instant::now());
         for (number, bytes) in (0..).zip([0].into_iter().chain(sizes)) {
             let now = start + number * INTERVAL;
-            history.add(Counters::default(), Held { depth: 0, bytes }, &Lags::default(), Timestamp::now(), now);
+            history.add(
+                Counters::default(),
+                Held { bytes, ..Held::default() },
+                &Lags::default(),
+                Timestamp::now(),
+                now,
+            );
         }
         history.outlook(1_000_000)
     }

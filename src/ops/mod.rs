@@ -7,7 +7,9 @@ mod console;
 mod history;
 mod notices;
 mod notify;
+mod history_file;
 mod queues;
+mod record;
 mod refusals;
 mod report;
 mod response;
@@ -41,11 +43,12 @@ use crate::text::chain;
 use auth::Denied;
 pub(crate) use auth::OpsAuth;
 pub(crate) use notify::{Notifier, Settings as NotifySettings, Target};
+use history::Range;
 use response::{Answer, event_stream, json, method_not_allowed, not_found, problem, response, see_other};
 use response::{server_sent_event, text};
 pub(crate) use settings::Settings;
-pub(crate) use view::Sources;
 use view::{Action, View, ViewError};
+pub(crate) use view::{Identity, Sources};
 
 /// Operators and scrapers are few, so these limits are not configurable.
 const LIMITS: Limits = Limits {
@@ -204,15 +207,13 @@ impl OpsHandler {
         }
         Ok(match request.uri().path() {
             "/api/status" => json(StatusCode::OK, &self.view.report().await),
-            "/api/history" => {
-                let interval = history::INTERVAL.as_secs();
-                json(StatusCode::OK, &json!({ "interval_seconds": interval, "points": self.view.points() }))
-            }
+            "/api/history" => match Range::named(query(request, "range").as_deref().unwrap_or("15min")) {
+                Some(range) => json(StatusCode::OK, &self.view.history_report(range)),
+                None => problem(StatusCode::BAD_REQUEST, "the range must be 15min, 2h or 24h"),
+            },
             "/api/events" => {
-                let query = request.uri().query().unwrap_or_default();
-                let find = form_urlencoded::parse(query.as_bytes()).find(|(name, _)| name == "find");
-                let find = find.map(|(_, value)| value.trim().to_owned()).unwrap_or_default();
-                json(StatusCode::OK, &json!({ "events": self.view.events(&find).await? }))
+                let find = query(request, "find").unwrap_or_default();
+                json(StatusCode::OK, &json!({ "events": self.view.events(find.trim()).await? }))
             }
             "/api/parked" => json(StatusCode::OK, &self.view.parked().await?),
             "/api/stream" => self.stream().await,
@@ -302,6 +303,13 @@ impl OpsHandler {
             }
         }
     }
+}
+
+/// A parameter of the query.
+fn query(request: &Request<Incoming>, name: &str) -> Option<String> {
+    let query = request.uri().query().unwrap_or_default().as_bytes();
+    let found = form_urlencoded::parse(query).find(|(found, _)| found == name);
+    found.map(|(_, value)| value.into_owned())
 }
 
 /// The body of a form or a command.

@@ -13,77 +13,84 @@ pub(super) fn is_unverified(code: &str) -> bool {
     UNVERIFIED.contains(&code)
 }
 
-/// Completes the sentence "webhooks are refused: ...".
-pub(super) fn cause(code: &str) -> &str {
+/// Why requests with this code are refused, which completes the sentence "webhooks are refused: ...", and what to do.
+fn explained(code: &str) -> (&str, &'static str) {
     match code {
-        "invalid-signature" => "they are signed with another secret, or a proxy changes them",
-        "missing-signature" => "they are not signed",
-        "stale-timestamp" => "their timestamp is too far from this machine's clock",
-        "invalid-timestamp" => "their timestamp cannot be read",
-        "body-too-large" => "they are larger than http.body_bytes_max",
-        "request-timeout" => "they arrive too slowly",
-        "unreadable-body" => "their connections break",
-        "overloaded" => "bodies that arrive slowly use up http.buffer_bytes_max",
-        "spool-full" => "the spool was full",
-        "spool-unavailable" => "the spool could not be written",
-        "shutting-down" => "the relay was shutting down",
-        other => other,
+        "invalid-signature" => (
+            "they are signed with another secret, or a proxy changes them",
+            "Compare signature.secrets with the secret in your Prism account; `prism-relay verify` checks one request.",
+        ),
+        "missing-signature" => (
+            "they are not signed",
+            "If they are Prism's, your Prism account does not sign: set signature.required to false.",
+        ),
+        "stale-timestamp" => (
+            "their timestamp is too far from this machine's clock",
+            "Check this machine's clock (NTP) with `timedatectl`; the limit is signature.tolerance.",
+        ),
+        "invalid-timestamp" => (
+            "their prism-timestamp header is not a time",
+            "Look for a proxy that changes headers; otherwise they are not from Prism.",
+        ),
+        "source-not-allowed" => {
+            ("their address is not in http.allowed_sources", "If it is the address of Prism or of your proxy, add it.")
+        }
+        "body-too-large" => {
+            ("they are larger than http.body_bytes_max", "If they are from Prism, raise http.body_bytes_max.")
+        }
+        "request-timeout" => (
+            "their body did not arrive within http.body_timeout",
+            "Check the network and the proxy in front of the relay.",
+        ),
+        "unreadable-body" => (
+            "their connections broke before the body was complete",
+            "Check the network and the proxy in front of the relay.",
+        ),
+        "overloaded" => (
+            "bodies that arrive slowly use up http.buffer_bytes_max",
+            "Set http.allowed_sources, because they may not be Prism's, or raise http.buffer_bytes_max.",
+        ),
+        "spool-full" => ("the spool was full", "Restore RabbitMQ so that the spool drains, or raise spool.max_bytes."),
+        "spool-unavailable" => (
+            "the spool could not be written: the disk was full, read-only or failing",
+            "Fix the disk; accepting resumes by itself.",
+        ),
+        "shutting-down" => (
+            "the relay was shutting down",
+            "Restart quickly, because Prism retries for about 35 s only, or run a second relay.",
+        ),
+        "not-found" => (
+            "they were for another path than http.path",
+            "If they are from Prism, correct the URL in your Prism account; otherwise ignore them.",
+        ),
+        "method-not-allowed" => ("they were no POST, so probably from a browser or a scanner", "Ignore them."),
+        "invalid-json" => ("they are not signed, and their body is not JSON", "Ignore them: they are hardly Prism's."),
+        "invalid-encoding" => {
+            ("they are not signed, and their body is not UTF-8", "Ignore them: they are hardly Prism's.")
+        }
+        "not-an-envelope" => {
+            ("they are not signed, and their body has no eventType", "Ignore them: they are hardly Prism's.")
+        }
+        other => (other, "See the relay's log for this reason."),
     }
 }
 
-/// What a refusal with this code means, and what to do.
-pub(super) fn meaning(code: &str) -> &'static str {
-    match code {
-        "overloaded" => {
-            "Bodies that arrive slowly used up http.buffer_bytes_max; they may not be Prism's. Set \
-             http.allowed_sources, or raise the limit."
-        }
-        "invalid-signature" => {
-            "The signature does not match: the secret differs from Prism's, or a proxy changes the body. Compare \
-             signature.secrets with your Prism account."
-        }
-        "missing-signature" => {
-            "The request is not signed. Either it is not from Prism, or your Prism account does not sign: then set \
-             signature.required to false."
-        }
-        "invalid-timestamp" => {
-            "The prism-timestamp header is not a time. Either a proxy changes headers, or the request is not from \
-             Prism."
-        }
-        "stale-timestamp" => {
-            "The timestamp is further from this machine's clock than signature.tolerance allows. Check this \
-             machine's clock (NTP) first."
-        }
-        "source-not-allowed" => {
-            "The sender's address is not in http.allowed_sources. If it is Prism or your proxy, add it."
-        }
-        "spool-full" => {
-            "The spool had no room for more events. Restore RabbitMQ so that the spool drains, or raise \
-             spool.max_bytes."
-        }
-        "spool-unavailable" => {
-            "The spool could not be written: the disk is full, read-only or failing. Fix the disk; accepting resumes \
-             by itself."
-        }
-        "shutting-down" => {
-            "The relay was shutting down. Prism retries for about 35 s: restart quickly, or run a second relay."
-        }
-        "body-too-large" => "The body is larger than http.body_bytes_max. If it is from Prism, raise the limit.",
-        "request-timeout" => {
-            "The body did not arrive within http.body_timeout. Check the network and the proxy in front of the relay."
-        }
-        "unreadable-body" => {
-            "The connection broke before the body was complete. Check the network and the proxy in front of the relay."
-        }
-        "not-found" => {
-            "The request was for another path than http.path. If it is from Prism, correct the URL in your Prism \
-             account; otherwise ignore it."
-        }
-        "method-not-allowed" => "The request was not a POST: probably a browser or a scanner. Ignore it.",
-        "invalid-json" => "The body is not JSON, and the request is not signed. It is probably not from Prism.",
-        "invalid-encoding" => "The body is not UTF-8, and the request is not signed. It is probably not from Prism.",
-        "not-an-envelope" => "The body has no eventType, and the request is not signed. It is probably not from Prism.",
-        _ => "See the relay's log for this reason.",
+/// Completes the sentence "webhooks are refused: ...".
+pub(super) fn cause(code: &str) -> &str {
+    explained(code).0
+}
+
+/// What to do about refusals with this code.
+pub(super) fn step(code: &str) -> &'static str {
+    explained(code).1
+}
+
+/// The entry of the runbook about refusals with this code.
+pub(super) fn runbook(code: &str, all: bool) -> &'static str {
+    match is_unverified(code) {
+        true if all => "PrismRelayEverySignatureFails",
+        true => "PrismRelaySomeSignaturesFail",
+        false => "PrismRelayNotReady",
     }
 }
 
@@ -100,20 +107,27 @@ pub(super) struct Refusing {
 }
 
 impl Refusing {
-    /// One or two sentences.
-    pub(super) fn text(&self) -> String {
-        let (count, cause, minutes) = (grouped(self.count), cause(self.reason), self.minutes);
-        if self.all {
-            format!(
-                "Every webhook is being refused ({count} in the last {minutes} min): {cause}. Prism gives up on each \
-                 after 35 s."
-            )
-        } else {
-            format!(
-                "{count} webhooks were refused in the last {minutes} min, most of them because {cause}. Others are \
-                 accepted."
-            )
+    /// That webhooks are refused, and why.
+    pub(super) fn state(&self) -> String {
+        let cause = cause(self.reason);
+        match self.all {
+            true => format!("Every webhook is being refused: {cause}."),
+            false => format!("Some webhooks are being refused, most of them because {cause}."),
         }
+    }
+
+    /// How many, and what becomes of them.
+    pub(super) fn figures(&self) -> String {
+        let (count, minutes) = (grouped(self.count), self.minutes);
+        match self.all {
+            true => format!("{count} in the last {minutes} min. Prism gives up on each after 35 s."),
+            false => format!("{count} in the last {minutes} min; others are accepted."),
+        }
+    }
+
+    /// Both.
+    pub(super) fn text(&self) -> String {
+        format!("{} {}", self.state(), self.figures())
     }
 }
 
@@ -123,9 +137,9 @@ mod tests {
     use crate::problem::Code;
 
     #[test]
-    fn every_code_has_a_meaning() {
+    fn every_code_is_explained() {
         for code in Code::ALL.map(Code::text) {
-            assert!(!meaning(code).starts_with("See the relay's log"), "{code}");
+            assert!(!step(code).starts_with("See the relay's log"), "{code}");
         }
     }
 }

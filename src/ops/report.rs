@@ -8,7 +8,8 @@ use uuid::Uuid;
 
 use super::answers::{Answer, Headline, Level};
 use super::notify::NotifyReport;
-use super::refusals::meaning;
+use super::record::Point;
+use super::refusals::{cause, step};
 use crate::drift::Unexpected;
 use crate::event::{Envelope, subject};
 use crate::publisher::{BrokerState, ConnectionEvent, WatchState};
@@ -19,6 +20,10 @@ use crate::spool::{Condition, Entry, Ledger, SpoolStatus};
 #[derive(Serialize)]
 pub(super) struct Report {
     pub version: &'static str,
+    /// The name of this machine.
+    pub host: String,
+    /// The address of the public listener.
+    pub listen: String,
     pub now: Timestamp,
     pub started_at: Timestamp,
     pub uptime_seconds: u64,
@@ -67,8 +72,10 @@ pub(super) struct WebhookReport {
 pub(super) struct RefusalReport {
     pub reason: &'static str,
     pub count: u64,
-    /// What the code means, and what to do.
-    pub meaning: &'static str,
+    /// Completes the sentence "they are refused: ...".
+    pub cause: &'static str,
+    /// What to do.
+    pub remedy: &'static str,
 }
 
 /// When each kind of outcome last happened.
@@ -106,11 +113,24 @@ pub(super) struct SpoolReport {
     pub oldest_age_seconds: Option<f64>,
 }
 
+/// The answer of `/api/history`.
+#[derive(Serialize)]
+pub(super) struct HistoryReport {
+    pub range: &'static str,
+    pub seconds: i64,
+    /// The time between two points.
+    pub interval_seconds: i64,
+    /// The oldest first. While the relay did not run there are none.
+    pub points: Vec<Point>,
+}
+
 /// The connection to RabbitMQ.
 #[derive(Serialize)]
 pub(super) struct BrokerReport {
     #[serde(flatten)]
     pub state: BrokerState,
+    /// The configured addresses, without passwords.
+    pub urls: Vec<String>,
     /// Events published and not yet confirmed.
     pub in_flight: usize,
 }
@@ -198,7 +218,12 @@ impl WebhookReport {
 
 impl RefusalReport {
     pub(super) fn list(counts: &Counts) -> Vec<Self> {
-        let report = |(reason, count): (&&'static str, &u64)| Self { reason, count: *count, meaning: meaning(reason) };
+        let report = |(reason, count): (&&'static str, &u64)| Self {
+            reason,
+            count: *count,
+            cause: cause(reason),
+            remedy: step(reason),
+        };
         let mut refusals: Vec<_> = counts.refused.iter().map(report).collect();
         refusals.sort_by_key(|refusal| std::cmp::Reverse(refusal.count));
         refusals

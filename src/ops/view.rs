@@ -8,24 +8,26 @@ use jiff::Timestamp;
 use thiserror::Error;
 use uuid::Uuid;
 
-use super::answers::{Broker, Facts, Queue, Refusal, TurnedAway, certificate_level, judge};
-use super::history::{Counters, Held, History, Point};
 use super::notify::Notifier;
+use super::answers::{Broker, Facts, Queue, QueueState, Refusal, Role, TurnedAway, certificate_level, judge};
+use super::history::{Counters, Held, History, Range};
+use super::history_file::HistoryFile;
 use super::queues::Unattended;
+use super::record::{Marks, Point};
 use super::refusals::UNRECOGNISABLE;
 use super::report::{
-    BrokerReport, CertificateReport, EventReport, EventState, LastReport, ParkedEvent, ParkedReport, RefusalReport,
-    Report, SecretReport, SpoolReport, TypeReport, WebhookReport, matches,
+    BrokerReport, CertificateReport, EventReport, EventState, HistoryReport, LastReport, ParkedEvent, ParkedReport,
+    RefusalReport, Report, SecretReport, SpoolReport, TypeReport, WebhookReport, matches,
 };
 use crate::drift::Drift;
 use crate::health::Health;
 use crate::logging;
 use crate::metrics::Metrics;
-use crate::publisher::{BrokerState, Status, WatchState};
+use crate::publisher::{BrokerState, ConnectionEventKind, Status, WatchState};
 use crate::recent::{Arrival, Counts, Losses, Recent};
 use crate::server::Admission;
 use crate::signature::Verifier;
-use crate::spool::{ChangeError, Inspector, Ledger, OpenError, ReadError, Spool, Undelivered};
+use crate::spool::{ChangeError, Inspector, Ledger, OpenError, ReadError, Spool, Undelivered, sibling};
 use crate::tls;
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -48,6 +50,19 @@ pub(crate) struct Sources {
     pub tls: Option<Arc<tls::Server>>,
     pub metrics: Arc<Metrics>,
     pub notifier: Arc<Notifier>,
+    /// What tells this relay from its replicas.
+    pub identity: Identity,
+    /// The configured addresses of RabbitMQ, without passwords.
+    pub broker_urls: Vec<String>,
+}
+
+/// Where this relay runs.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Identity {
+    /// The name of this machine.
+    pub host: String,
+    /// The address of the public listener.
+    pub listen: String,
 }
 
 /// The state of the relay, as operators see it.
@@ -55,6 +70,9 @@ pub(super) struct View {
     sources: Sources,
     started: (Instant, Timestamp),
     history: Mutex<History>,
+    history_file: Arc<Mutex<HistoryFile>>,
+    /// When the connection to RabbitMQ last changed before the last sample; `None`: no sample was taken yet.
+    marked: Mutex<Option<Option<Timestamp>>>,
     unattended: Mutex<Unattended>,
 }
 
@@ -80,10 +98,13 @@ pub(super) enum Action {
 
 impl View {
     pub(super) fn new(sources: Sources) -> Self {
+        let (history_file, records) = HistoryFile::open(sibling(&sources.spool.path(), ".history"), Timestamp::now());
         let view = Self {
             sources,
             started: (Instant::now(), Timestamp::now()),
-            history: Mutex::default(),
+            history: Mutex::new(History::with(records)),
+            history_file: Arc::new(Mutex::new(history_file)),
+            marked: Mutex::default(),
             unattended: Mutex::default(),
         };
         // The first call only stores the counters.
@@ -102,16 +123,50 @@ impl View {
     /// Adds a point to the charts, and returns it.
     pub(super) fn sample(&self) -> Option<Point> {
         // How long queues have had no worker is measured also while nobody asks.
-        self.queues(&self.sources.broker.watch(), Instant::now());
+        let queues = self.queues(&self.sources.broker.watch(), Instant::now());
         let ledger = self.sources.spool.status().ledger();
         let counters = self.counters(&self.sources.recent.counts(), ledger.confirmed);
         let lags = self.sources.broker.take_lags();
-        let held = Held { depth: ledger.pending, bytes: self.sources.spool.status().used_bytes() };
-        self.history().add(counters, held, &lags, Timestamp::now(), Instant::now())
+        let held = Held {
+            depth: ledger.pending,
+            bytes: self.sources.spool.status().used_bytes(),
+            queued: messages(&queues, &[Role::Work]),
+            dead: messages(&queues, &[Role::Dead, Role::Unrouted]),
+            marks: self.marks(),
+        };
+        let added = self.history().add(counters, held, &lags, Timestamp::now(), Instant::now())?;
+        if let Some(record) = added.complete
+            // While the disk does not answer, records are dropped.
+            && self.history_file.try_lock().is_ok()
+        {
+            let file = Arc::clone(&self.history_file);
+            tokio::task::spawn_blocking(move || {
+                file.lock().unwrap_or_else(PoisonError::into_inner).write(&record);
+            });
+        }
+        Some(added.point)
     }
 
-    pub(super) fn points(&self) -> Vec<Point> {
-        self.history().points()
+    /// What happened since the last sample. The first sample is not a point, so the second one has the start.
+    fn marks(&self) -> Marks {
+        let timeline = self.sources.broker.timeline();
+        let mut marked = self.marked.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(before) = marked.replace(timeline.first().map(|event| event.at)) else { return Marks::default() };
+        let new = || timeline.iter().take_while(|event| Some(event.at) != before);
+        Marks {
+            started: self.history().is_empty(),
+            lost: new().any(|event| event.what == ConnectionEventKind::Lost),
+            blocked: new().any(|event| event.what == ConnectionEventKind::Blocked),
+        }
+    }
+
+    pub(super) fn history_report(&self, range: Range) -> HistoryReport {
+        HistoryReport {
+            range: range.name(),
+            seconds: range.seconds(),
+            interval_seconds: range.interval_seconds(),
+            points: self.history().points(range, Timestamp::now()),
+        }
     }
 
     pub(super) async fn report(&self) -> Report {
@@ -129,6 +184,8 @@ impl View {
         let (started, started_at) = self.started;
         Report {
             version: env!("CARGO_PKG_VERSION"),
+            host: self.sources.identity.host.clone(),
+            listen: self.sources.identity.listen.clone(),
             now,
             started_at,
             uptime_seconds: started.elapsed().as_secs(),
@@ -141,7 +198,11 @@ impl View {
             webhooks: WebhookReport::new(&counts),
             last: LastReport::new(&counts, self.sources.broker.last_confirm()),
             spool,
-            broker: BrokerReport { state: broker, in_flight: self.sources.broker.in_flight() },
+            broker: BrokerReport {
+                state: broker,
+                urls: self.sources.broker_urls.clone(),
+                in_flight: self.sources.broker.in_flight(),
+            },
             watch: self.sources.broker.watch(),
             timeline: self.sources.broker.timeline(),
             types: TypeReport::list(&counts),
@@ -319,6 +380,16 @@ impl View {
     }
 }
 
+/// The messages in all queues of these roles together; `None` if those of one are not known.
+fn messages(queues: &[Queue], roles: &[Role]) -> Option<u64> {
+    let counts = queues.iter().filter(|queue| roles.contains(&queue.role)).map(|queue| match queue.state {
+        QueueState::Counted { messages, .. } => Some(messages),
+        QueueState::Unknown | QueueState::Trouble { .. } => None,
+    });
+    let counts: Option<Vec<u64>> = counts.collect();
+    counts.filter(|counts| !counts.is_empty()).map(|counts| counts.iter().sum())
+}
+
 fn turned_away(counts: &Counts, losses: &Losses, now: Timestamp) -> TurnedAway {
     let refusal =
         |(at, reason): (Timestamp, &'static str)| Refusal { reason, age: now.duration_since(at).unsigned_abs() };
@@ -376,6 +447,8 @@ mod tests {
             tls: None,
             metrics,
             notifier: Arc::new(notifier),
+            identity: Identity::default(),
+            broker_urls: Vec::new(),
         })
     }
 

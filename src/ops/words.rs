@@ -19,9 +19,18 @@ pub(super) fn events_are(number: u64) -> String {
     count(number, "event is", "events are")
 }
 
-/// `3 s ago`, or `just now`.
+/// `12 s ago`, or `just now`, which stands still while events come.
 pub(super) fn ago(age: Duration) -> String {
-    if age < Duration::from_secs(1) { "just now".to_owned() } else { format!("{} ago", span(age)) }
+    if age < Duration::from_secs(5) { "just now".to_owned() } else { format!("{} ago", span(age)) }
+}
+
+/// A time that changes once a minute at most, for a sentence that people read more than once: `less than a minute`,
+/// `12 min`, `2 h 10 min`.
+pub(super) fn coarse(time: Duration) -> String {
+    match time.as_secs() {
+        0..60 => "less than a minute".to_owned(),
+        seconds => span(Duration::from_secs(seconds / 60 * 60)),
+    }
 }
 
 /// A forecast, which is never exact: `9 min`, `2 h`, `3 d`.
@@ -54,6 +63,8 @@ mod tests {
         assert_eq!([0.0, 0.005, 0.909, 0.996, 1.0].map(percent), ["0 %", "less than 1 %", "90 %", "99 %", "100 %"]);
         let forecasts = [42, 560, 7200, 200_000].map(|seconds| about(Duration::from_secs(seconds)));
         assert_eq!(forecasts, ["42 s", "9 min", "2 h", "2 d"]);
-        assert_eq!((ago(Duration::ZERO), ago(Duration::from_secs(3))), ("just now".into(), "3 s ago".into()));
+        let times = [59, 60, 3599, 7830, 90_000].map(|seconds| coarse(Duration::from_secs(seconds)));
+        assert_eq!(times, ["less than a minute", "1 min", "59 min", "2 h 10 min", "1 d 1 h"]);
+        assert_eq!((ago(Duration::ZERO), ago(Duration::from_secs(5))), ("just now".into(), "5 s ago".into()));
     }
 }

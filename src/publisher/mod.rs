@@ -38,7 +38,7 @@ pub use error::PublisherError;
 pub use lags::Lags;
 pub use settings::Settings;
 use status::Connect;
-pub use status::{BrokerState, ConnectionEvent, QueueState, QueueTrouble, Status, WatchState};
+pub use status::{BrokerState, ConnectionEvent, ConnectionEventKind, QueueState, QueueTrouble, Status, WatchState};
 
 use crate::backoff::Backoff;
 use crate::broker::{BrokerAccess, BrokerConnection, reply_text};

@@ -115,9 +115,13 @@ pub struct ConnectionEvent {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ConnectionEventKind {
+    /// A connection was made.
     Connected,
+    /// The connection ended.
     Lost,
+    /// The broker blocks publishers.
     Blocked,
+    /// The broker takes messages again.
     Unblocked,
 }
 

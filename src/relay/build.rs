@@ -85,6 +85,10 @@ async fn assemble(config: Config, spool: Spool, metrics: Arc<Metrics>) -> Result
     warn_of_weak_settings(&config, ops_is_private);
 
     let announcement = Announcement::new(&config, &listener, &ops_listener)?;
+    let identity = ops::Identity {
+        host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
+        listen: address(&listener, "http.listen")?.to_string(),
+    };
 
     let Config {
         http, signature, spool: spool_settings, broker, publisher, topology, ops, notify, traces, log, ..
@@ -131,6 +135,8 @@ async fn assemble(config: Config, spool: Spool, metrics: Arc<Metrics>) -> Result
         tls: tls.clone(),
         metrics: Arc::clone(&metrics),
         notifier,
+        identity,
+        broker_urls: broker.urls.iter().map(BrokerUrl::to_string).collect(),
     };
     announcement.log(spool.status().ledger().pending);
     service_manager::ready();

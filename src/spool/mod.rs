@@ -38,6 +38,7 @@ pub use condition::Condition;
 use delivered::Delivered;
 pub use error::{AppendError, ChangeError, FileError, OpenError, ReadError};
 use files::Lock;
+pub use files::sibling;
 pub use inspect::{Entry, Inspector, SpoolState};
 pub use ledger::Ledger;
 use log_keeper::Bounds;

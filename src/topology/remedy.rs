@@ -165,28 +165,28 @@ impl Commands {
         Remedy::Steps(match trouble {
             Trouble::Full { .. } => format!(
                 "the relay keeps its events on disk until the queue has room:\n\
-                 1. check that its workers run and acknowledge messages: {}\n\
-                 2. start more workers, or move messages to a queue of your own: {} --to OTHER",
+                 1. check that its workers run and acknowledge messages: `{}`\n\
+                 2. start more workers, or move messages to a queue of your own: `{} --to OTHER`",
                 list("messages consumers"),
                 self.redrive(queue)
             ),
             Trouble::Down => format!(
                 "the relay keeps its events on disk until the queue is back:\n\
-                 1. start RabbitMQ nodes that are stopped, and look again: {}\n\
-                 2. if it stays down, and is known to be empty or its messages are known to be lost, delete it: {}\n\
-                 3. create it again, with its bindings: {relay} topology declare. An active relay does so by itself\n\
-                 4. move the events that came meanwhile: {relay} redrive --from {UNROUTED}",
+                 1. start RabbitMQ nodes that are stopped, and look again: `{}`\n\
+                 2. if it stays down, and is known to be empty or its messages are known to be lost, delete it: `{}`\n\
+                 3. create it again, with its bindings: `{relay} topology declare`. An active relay does so by itself\n\
+                 4. move the events that came meanwhile: `{relay} redrive --from {UNROUTED}`",
                 list("state leader online"),
                 self.delete_queue(queue)
             ),
             Trouble::Minority { members, .. } => format!(
                 "the relay keeps its events on disk until the queue is back: start the RabbitMQ nodes that are \
-                 stopped; those of the queue are {}. To see which run: {}",
+                 stopped; those of the queue are {}. To see which run: `{}`",
                 members.join(", "),
                 list("state leader online")
             ),
             Trouble::Silent => format!(
-                "see whether it has a leader: {}. If it has none, {relay} topology diff prints what to do, with a user \
+                "see whether it has a leader: `{}`. If it has none, `{relay} topology diff` prints what to do, with a user \
                  who may read the management API",
                 list("state leader online messages")
             ),

@@ -2,13 +2,13 @@
 
 use std::fs::{self, OpenOptions};
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use bytesize::ByteSize;
 
 use super::findings::{Finding, Level};
 use crate::config::Config;
-use crate::spool::{FileSystem, Inspector, Ledger, Shortage, SpoolState, check_mount};
+use crate::spool::{FileSystem, Inspector, Ledger, Shortage, SpoolState, check_mount, sibling};
 use crate::text::chain;
 
 const AREA: &str = "spool";
@@ -69,13 +69,6 @@ pub(super) fn findings(config: &Config, state: &SpoolState) -> Vec<Finding> {
         },
     };
     [facts.spool()].into_iter().chain(facts.place()).chain(facts.room()).chain(facts.log()).collect()
-}
-
-/// The files next to a spool have its name with a suffix.
-fn sibling(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(suffix);
-    PathBuf::from(name)
 }
 
 /// Creates a file in the folder and deletes it, and opens the spool for writing, which changes nothing.

@@ -4,6 +4,7 @@ use proptest::collection::vec;
 use proptest::option;
 use proptest::prelude::*;
 
+use super::super::words::coarse;
 use super::*;
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -43,10 +44,12 @@ fn refused(counts: &[(&'static str, u64)], accepted: u64) -> Facts {
 }
 
 #[track_caller]
-fn headline(facts: &Facts, level: Level, text: &str) {
-    let Headline { level: found, text: said, .. } = judge(facts).headline;
-    assert_eq!((found, said.as_str()), (level, text));
+fn headline(facts: &Facts, level: Level, text: &str, detail: &str) {
+    let headline = judge(facts).headline;
+    assert_eq!((headline.level, headline.text.as_str(), headline.detail.as_str()), (level, text, detail));
 }
+
+const ANSWERED: &str = "Prism is being answered.";
 
 #[track_caller]
 fn says(facts: &Facts, id: &str, level: Level, word: &str) -> String {
@@ -63,34 +66,36 @@ fn there_are_seven_answers_and_all_are_well() {
     let expected = ["sending", "accepting", "broker", "lag", "parked", "lost", "workers"].map(|id| (id, Level::Ok));
     assert_eq!(ids, expected);
     assert_eq!((first.level, first.advice.as_str()), (Level::Ok, "Nothing to do."));
-    headline(&well(), Level::Ok, "All accepted events are in RabbitMQ; the last one 3 s ago.");
+    let confirmed = "The last one was confirmed just now.";
+    headline(&well(), Level::Ok, "All accepted events are in RabbitMQ.", confirmed);
     let one = Facts { ledger: pending(1), oldest: Some(SECOND), ..well() };
-    headline(&one, Level::Ok, "1 event is on the way to RabbitMQ.");
+    headline(&one, Level::Ok, "All accepted events are in RabbitMQ or on the way.", confirmed);
     let fresh = Facts { last_confirm: None, last_accepted: None, uptime: 5 * SECOND, ..well() };
-    headline(&fresh, Level::Ok, "All is well; no event has come in since the relay started.");
+    let nothing = "No event has come in since the relay started.";
+    headline(&fresh, Level::Ok, "All accepted events are in RabbitMQ.", nothing);
+    let new = Facts { ledger: Ledger::default(), ..fresh.clone() };
+    headline(&new, Level::Ok, "All is well.", nothing);
     assert_eq!(says(&fresh, "sending", Level::Ok, "Not yet"), "No webhook was accepted since the start, 5 s ago.");
 }
 
 #[test]
 fn rabbitmq_is_down_or_blocked() {
     let kept = Facts { ledger: pending(1204), oldest: Some(230 * SECOND), ..well() };
-    let text = "1,204 events are safe on disk, the oldest for 3 min 50 s. Webhooks are still accepted.";
+    let detail = format!("1,204 events are safe on disk. {ANSWERED}");
     let away = Facts { broker: down(4 * MINUTE), ..kept.clone() };
-    headline(&away, Level::Problem, &format!("RabbitMQ has been unreachable for 4 min; {text}"));
+    headline(&away, Level::Problem, "RabbitMQ has been unreachable for 4 min.", &detail);
     let blocked = Broker { blocked: Some("low on memory".to_owned()), age: 4 * MINUTE, ..well().broker };
     let blocked = Facts { broker: blocked, ..kept.clone() };
-    let why = "RabbitMQ has been refusing messages for 4 min (low on memory)";
-    headline(&blocked, Level::Problem, &format!("{why}; {text}"));
+    headline(&blocked, Level::Problem, "RabbitMQ has been refusing messages for 4 min (low on memory).", &detail);
     let error = Some("the broker rejected a publish (nack): a queue is full, or has no leader".to_owned());
     let nacked = Facts { broker: Broker { error, unreachable: false, ..down(4 * MINUTE) }, ..kept.clone() };
-    let why = "Nothing has been delivered to RabbitMQ for 4 min (the broker rejected a publish (nack): a queue is \
-               full, or has no leader)";
-    headline(&nacked, Level::Problem, &format!("{why}; {text}"));
+    let why = format!("The broker rejected a publish (nack): a queue is full, or has no leader. {detail}");
+    headline(&nacked, Level::Problem, "Nothing has been delivered to RabbitMQ for 4 min.", &why);
     let brief = Facts { broker: down(2 * SECOND), ..well() };
     says(&brief, "broker", Level::Warning, "No");
     let silent = Facts { oldest: Some(6 * MINUTE), last_confirm: Some(7 * MINUTE), ..kept };
     says(&silent, "broker", Level::Problem, "No");
-    assert!(judge(&silent).headline.text.starts_with("RabbitMQ has confirmed nothing for 6 min; 1,204 events"));
+    headline(&silent, Level::Problem, "RabbitMQ has confirmed nothing for 6 min.", &detail);
     let late = Facts { last_confirm: Some(SECOND), ..silent };
     says(&late, "broker", Level::Ok, "Yes");
 }
@@ -118,7 +123,7 @@ fn a_new_connection_does_not_end_an_outage() {
         assert_eq!(answers[2].level, level, "{facts:?}");
         assert!(answers[2].detail.contains(said), "{said:?} {:?}", answers[2]);
         if level == Level::Problem {
-            let time = span(oldest.unwrap_or_default());
+            let time = coarse(oldest.unwrap_or_default());
             assert!(headline.level == level && headline.text.contains(&format!(" for {time}")), "{headline:?}");
         }
     }
@@ -133,21 +138,20 @@ fn the_room_is_in_the_headline_at_any_rate() {
         outlook: Outlook::FullIn(560 * SECOND),
         ..well()
     };
-    let text = "RabbitMQ has been unreachable for 4 min; 5 events are safe on disk, the oldest for 4 min. Webhooks are \
-                still accepted. Room for about 9 min.";
-    headline(&outage, Level::Problem, text);
+    let detail = "5 events are safe on disk. Room for about 9 min. Prism is being answered.";
+    headline(&outage, Level::Problem, "RabbitMQ has been unreachable for 4 min.", detail);
     says(&outage, "accepting", Level::Problem, "Yes, for about 9 min");
     let hours = Facts { outlook: Outlook::FullIn(300 * MINUTE), ..outage.clone() };
     says(&hours, "accepting", Level::Warning, "Yes, for about 5 h");
     let days = Facts { outlook: Outlook::FullIn(3 * 24 * 60 * MINUTE), ..outage };
     says(&days, "accepting", Level::Ok, "Yes");
-    assert!(judge(&days).headline.text.ends_with("Room for about 3 d."));
+    assert!(judge(&days).headline.detail.contains("Room for about 3 d."));
 }
 
 #[test]
 fn full_is_not_nearly_full() {
     let nearly = Facts { ledger: pending(5), used: 966 << 20, oldest: Some(SECOND), ..well() };
-    headline(&nearly, Level::Problem, "The spool is 94 % full; 5 events are safe on disk.");
+    headline(&nearly, Level::Problem, "The spool is 94 % full.", &format!("5 events are safe on disk. {ANSWERED}"));
     says(&nearly, "accepting", Level::Problem, "Yes, for now");
     let full = Facts {
         ledger: pending(5),
@@ -157,40 +161,36 @@ fn full_is_not_nearly_full() {
         oldest: Some(100 * MINUTE),
         ..well()
     };
-    let text = "Webhooks are being refused now: the spool is full. Prism gives up on each after 35 s. RabbitMQ has \
-                been unreachable for 1 h 40 min.";
-    headline(&full, Level::Problem, text);
+    let given_up = "Prism gives up on each after 35 s.";
+    let detail = format!("{given_up} RabbitMQ has been unreachable for 1 h 40 min.");
+    headline(&full, Level::Problem, "Webhooks are being refused now: the spool is full.", &detail);
     says(&full, "accepting", Level::Problem, "No");
     let unwritable = Facts { blocker: Some(AppendError::Unavailable), ..well() };
     assert!(
         judge(&unwritable).headline.text.starts_with("Webhooks are being refused now: the spool cannot be written")
     );
     let locked = Facts { disk: Some("another process has locked the spool file; stop it"), ..unwritable };
-    let text =
-        "Webhooks are being refused now: another process has locked the spool file. Prism gives up on each after 35 s.";
-    headline(&locked, Level::Problem, text);
+    let text = "Webhooks are being refused now: another process has locked the spool file.";
+    headline(&locked, Level::Problem, text, given_up);
     let growing = Facts { disk: Some("another process reads the spool; stop that process"), ..well() };
-    headline(&growing, Level::Warning, "Another process reads the spool.");
+    headline(&growing, Level::Warning, "Another process reads the spool.", ANSWERED);
     assert_eq!(judge(&growing).headline.advice, "Stop that process.");
     let draining = Facts { draining: true, blocker: Some(AppendError::Closed), ledger: pending(1), ..well() };
-    let text = "The relay is shutting down. Undelivered events stay on disk: 1.";
-    headline(&Facts { oldest: Some(SECOND), ..draining }, Level::Warning, text);
+    let draining = Facts { oldest: Some(SECOND), ..draining };
+    headline(&draining, Level::Warning, "The relay is shutting down.", "Undelivered events stay on disk: 1.");
 }
 
 #[test]
 fn refusals_count_as_in_the_alert_rules() {
     // One other refusal must not hide the main cause.
     let facts = refused(&[("invalid-signature", 86), ("unreadable-body", 1)], 0);
-    let text = "Every webhook is being refused (87 in the last 5 min): they are signed with another secret, or a proxy \
-                changes them. Prism gives up on each after 35 s.";
-    headline(&facts, Level::Problem, text);
+    let text = "Every webhook is being refused: they are signed with another secret, or a proxy changes them.";
+    headline(&facts, Level::Problem, text, "87 in the last 5 min. Prism gives up on each after 35 s.");
     let mut both = facts.clone();
     both.broker = down(MINUTE);
-    let said = judge(&both).headline.text;
-    assert!(
-        said.contains("Every webhook") && said.contains("unreachable") && !said.contains("still accepted"),
-        "{said}"
-    );
+    let Headline { text, detail, .. } = judge(&both).headline;
+    assert!(text.starts_with("Every webhook") && detail.contains("unreachable"), "{text} {detail}");
+    assert!(!detail.contains(ANSWERED), "{detail}");
 
     for (counts, accepted, level, word) in [
         (("invalid-signature", 7), 0, Level::Warning, "Yes, but not all"),
@@ -215,7 +215,7 @@ fn webhooks_that_cannot_reach_the_relay_are_not_accepted() {
     };
     let text = "No webhook arrives: 8 connections in the last 30 min came in the wrong protocol, the PROXY protocol or \
                 TLS.";
-    headline(&protocol(8, 0), Level::Problem, text);
+    headline(&protocol(8, 0), Level::Problem, text, "");
     says(&protocol(8, 0), "accepting", Level::Problem, "No");
     says(&protocol(7, 0), "accepting", Level::Ok, "Yes");
     says(&protocol(800, 1), "accepting", Level::Ok, "Yes");
@@ -223,13 +223,13 @@ fn webhooks_that_cannot_reach_the_relay_are_not_accepted() {
     let until = |days| Facts { certificate_days: Some(days), ..well() };
     let away = |days| Facts { broker: down(MINUTE), ..until(days) };
     let expired = "The TLS certificate has expired, so Prism cannot connect.";
-    headline(&until(-0.5), Level::Problem, expired);
-    headline(&away(-0.5), Level::Problem, &format!("{expired} RabbitMQ has been unreachable for 1 min."));
+    headline(&until(-0.5), Level::Problem, expired, "");
+    headline(&away(-0.5), Level::Problem, expired, "RabbitMQ has been unreachable for 1 min.");
     let soon = "The TLS certificate expires in 2 d 12 h; then Prism cannot connect.";
-    headline(&until(2.5), Level::Problem, soon);
-    assert!(judge(&away(2.5)).headline.text.ends_with(&format!("Webhooks are still accepted. {soon}")));
+    headline(&until(2.5), Level::Problem, soon, ANSWERED);
+    assert!(judge(&away(2.5)).headline.detail.ends_with(&format!("{soon} {ANSWERED}")));
     let scarce = Facts { last_hour: refused(&[("invalid-signature", 4)], 9).last_hour, ..until(2.5) };
-    headline(&scarce, Level::Problem, soon);
+    headline(&scarce, Level::Problem, soon, "");
     for (days, level, word) in
         [(-0.5, Level::Problem, "No"), (2.5, Level::Problem, "Yes, for now"), (20.9, Level::Warning, "Yes, for now")]
     {
@@ -284,6 +284,7 @@ fn the_answers_are_as_serious_as_the_alert_rules() {
         let expected = if severity(alert) == "page" { Level::Problem } else { Level::Warning };
         let judged = judge(&facts).headline;
         assert_eq!(judged.level, expected, "{alert}: {judged:?}");
+        assert_eq!(judged.runbook, Some(format!("PrismRelay{alert}").as_str()), "{judged:?}");
     }
 }
 
@@ -294,9 +295,8 @@ fn a_refused_webhook_that_is_not_accepted_later_is_lost() {
     let facts = Facts { turned_away: lost.clone(), ..well() };
     let detail = says(&facts, "lost", Level::Problem, "Yes");
     assert!(detail.starts_with("12 webhooks were refused since the start and not accepted later"), "{detail}");
-    let text = "All accepted events are in RabbitMQ; the last one 3 s ago. 12 webhooks are lost: refused, and not \
-                accepted later.";
-    headline(&facts, Level::Problem, text);
+    let in_rabbitmq = format!("All accepted events are in RabbitMQ. {ANSWERED}");
+    headline(&facts, Level::Problem, "12 webhooks are lost: refused, and not accepted later.", &in_rabbitmq);
     let old = Facts {
         turned_away: TurnedAway { last_lost: Some(Refusal { age: 25 * 60 * MINUTE, ..last }), ..lost.clone() },
         ..well()
@@ -326,9 +326,9 @@ fn an_old_loss_does_not_hide_a_new_one() {
     let waiting = TurnedAway { waiting: 1, last_waiting: refusal("shutting-down", SECOND), ..long_ago.clone() };
     let facts = Facts { turned_away: waiting, ..well() };
     says(&facts, "lost", Level::Warning, "Yes");
-    let text = "All accepted events are in RabbitMQ; the last one 3 s ago. 1 webhook was refused just now.";
-    headline(&facts, Level::Warning, text);
-    assert!(judge(&facts).headline.advice.contains("The relay was shutting down"));
+    let in_rabbitmq = format!("All accepted events are in RabbitMQ. {ANSWERED}");
+    headline(&facts, Level::Warning, "1 webhook was refused just now.", &in_rabbitmq);
+    assert!(judge(&facts).headline.advice.starts_with("Restart quickly"));
     let unknown = TurnedAway { unrecognisable: 1, last_unrecognisable: refusal("overloaded", fresh), ..long_ago };
     says(&Facts { turned_away: unknown, ..well() }, "lost", Level::Warning, "Yes");
 }
@@ -336,11 +336,10 @@ fn an_old_loss_does_not_hide_a_new_one() {
 #[test]
 fn events_are_parked_or_late() {
     let parked = Facts { ledger: Ledger { accepted: 103, parked: 3, ..well().ledger }, ..well() };
-    let text = "3 events are parked because RabbitMQ does not accept them; all others are in RabbitMQ, the last one \
-                3 s ago.";
-    headline(&parked, Level::Warning, text);
+    let text = "3 events are parked: RabbitMQ does not accept them.";
+    headline(&parked, Level::Warning, text, &format!("All others are in RabbitMQ. {ANSWERED}"));
     let late = Facts { ledger: pending(70), oldest: Some(2 * MINUTE), ..well() };
-    headline(&late, Level::Warning, "Deliveries are behind: 70 events are waiting, the oldest for 2 min.");
+    headline(&late, Level::Warning, "Deliveries are 2 min behind.", &format!("70 events are safe on disk. {ANSWERED}"));
     for (age, level) in [(15, Level::Ok), (29, Level::Ok), (30, Level::Warning), (700, Level::Warning)] {
         let facts = Facts { oldest: Some(age * SECOND), ..late.clone() };
         let Judgement { headline, answers } = judge(&facts);
@@ -357,9 +356,8 @@ fn the_seventh_answer_sees_through_to_the_workers() {
     let state = QueueState::Counted { messages: 1990, consumers: 0, unattended: 5 * MINUTE };
     let facts = with(vec![Queue { state, ..waiting.clone() }, queue("prism.dead", Role::Dead, 10, 0)]);
     let detail = says(&facts, "workers", Level::Problem, "No");
-    assert_eq!(detail, "prism.scan: 1,990 wait, no worker connected. 1 queue is more to look at.");
-    let said = judge(&facts).headline.text;
-    assert!(said.contains("are in RabbitMQ") && said.contains("1,990 wait, no worker connected"), "{said}");
+    assert_eq!(detail, "prism.scan: 1,990 wait, no worker connected. 1 more queue needs a look.");
+    headline(&facts, Level::Problem, &detail, &format!("All accepted events are in RabbitMQ. {ANSWERED}"));
     let dead = with(vec![queue("prism.scan", Role::Work, 0, 1), queue("prism.dead", Role::Dead, 10, 0)]);
     says(&dead, "workers", Level::Warning, "10 dead letters");
     let unrouted = with(vec![queue("prism.unrouted", Role::Unrouted, 1, 0)]);
@@ -474,11 +472,12 @@ proptest! {
         let worst = answers.iter().map(|answer| answer.level).max();
         prop_assert_eq!(Some(headline.level), worst);
         // What the headline says is never better than its level.
-        let is_green = headline.text.starts_with("All ") && !headline.text.trim_end_matches('.').contains(". ");
+        let is_green = headline.text.starts_with("All ");
         prop_assert!(!(headline.level >= Level::Warning && is_green), "{:?} {:?}", headline, answers);
         prop_assert!(headline.level < Level::Warning || !headline.advice.is_empty(), "{:?}", headline);
         for answer in &answers {
             prop_assert!(answer.level < Level::Warning || answer.remedy.is_some(), "{:?}", answer);
+            prop_assert!(answer.level < Level::Warning || answer.runbook.is_some(), "{:?}", answer);
             prop_assert!(!answer.word.is_empty() && answer.detail.ends_with('.'), "{:?}", answer);
         }
     }

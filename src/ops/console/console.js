@@ -140,12 +140,13 @@ function fill(parent, items, keyOf, build) {
 const LEVELS = { ok: "OK", quiet: "OK", warning: "Needs attention", problem: "Problem" };
 
 function showSummary({ headline }) {
-  const { text, advice } = headline;
+  const { text, detail, advice } = headline;
   const level = look(headline.level);
   document.body.dataset.level = level;
   $("summary-icon").setAttribute("href", `#icon-${level}`);
   say($("summary-level"), LEVELS[level]);
   say($("summary-text"), text);
+  say($("summary-detail"), detail);
   say($("summary-advice"), advice);
   document.title = `${LEVELS[level]} - prism-relay`;
   const colour = { ok: "1a7f4e", quiet: "5c6b73", warning: "d98a00", problem: "c4281e" }[level];
@@ -227,10 +228,10 @@ function showRefusals({ refusals, refusing, last }) {
   $("refusals-table").hidden = !refusals.length;
   const latest = last.refused_at ? agoText(last.refused_at) : "long ago";
   say($("refusals-lead"), refusals.length ? `Since the start; the last one ${latest}.` : "None since the start.");
-  fill($("refusals-rows"), refusals, ({ reason }) => reason, ({ reason, count: times, meaning }) => row(
+  fill($("refusals-rows"), refusals, ({ reason }) => reason, ({ reason, count: times, cause, remedy }) => row(
     cell("", "nowrap", mono(reason)),
     cell("Count:", "number", whole.format(times)),
-    cell("", "", meaning)));
+    cell("", "", sentence(cause), " ", remedy)));
 }
 
 /** Moves the section up while webhooks are refused: in the document, so that the reading and tab order follow. */
