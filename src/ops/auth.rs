@@ -90,11 +90,12 @@ impl OpsAuth {
         if own && is_same_origin(headers) { Ok(()) } else { Err(Denied::ForeignOrigin) }
     }
 
-    /// Returns the session cookie if `given` is the token.
+    /// Returns the session cookie if `given` is the token. Without a path it is for the folder of the log-in page, so
+    /// that relays below different paths of one host have one each.
     pub(crate) fn log_in(&self, given: &str) -> Option<String> {
         let credentials = self.credentials();
         let known = credentials.token.as_ref().is_some_and(|token| matches(given, token));
-        known.then(|| format!("{COOKIE_NAME}={}; Path=/; HttpOnly; SameSite=Strict", credentials.session.expose()))
+        known.then(|| format!("{COOKIE_NAME}={}; HttpOnly; SameSite=Strict", credentials.session.expose()))
     }
 }
 

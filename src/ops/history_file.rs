@@ -26,17 +26,13 @@ pub(super) struct HistoryFile {
 }
 
 impl HistoryFile {
-    /// Reads the records of the last day, the oldest first.
+    /// Reads the records of the last day, the oldest first. Creates the file if it is missing.
     pub(super) fn open(path: PathBuf, now: Timestamp) -> (Self, Vec<Record>) {
         let mut file = Self { path, failing: false };
-        let records = match read(&file.path, now.as_second()) {
-            Ok(records) => records,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
-            Err(error) => {
-                file.report(&error);
-                Vec::new()
-            }
-        };
+        let records = open(&file.path).and_then(|open| read(&open, now.as_second())).unwrap_or_else(|error| {
+            file.report(&error);
+            Vec::new()
+        });
         (file, records)
     }
 
@@ -56,14 +52,12 @@ impl HistoryFile {
     }
 }
 
-fn read(path: &Path, now: i64) -> io::Result<Vec<Record>> {
-    let file = open(path, OpenOptions::new().read(true))?;
+fn read(file: &File, now: i64) -> io::Result<Vec<Record>> {
     let mut bytes = vec![0; RECORD_BYTES * (RECORDS_MAX + 1)];
     let mut length = 0;
     while let read @ 1.. = file.read_at(&mut bytes[length..], length as u64)? {
         length += read;
     }
-    check(&bytes[..length])?;
     let (_, places) = bytes[..length].split_at_checked(RECORD_BYTES).unwrap_or_default();
     let day = now - RECORDS_MAX as i64 * RECORD_SECONDS..=now;
     let records = places.as_chunks().0.iter().enumerate().filter_map(|(number, bytes)| {
@@ -75,36 +69,33 @@ fn read(path: &Path, now: i64) -> io::Result<Vec<Record>> {
 }
 
 fn write(path: &Path, record: &Record) -> io::Result<()> {
-    let file = open(path, OpenOptions::new().read(true).write(true).create(true).mode(0o600))?;
-    let mut start = [0; HEADER.len()];
-    let length = file.read_at(&mut start, 0)?;
-    check(&start[..length])?;
-    if start != HEADER {
-        // New, or of another version.
-        file.set_len(0)?;
-        file.set_permissions(Permissions::from_mode(0o600))?;
-        file.write_all_at(HEADER, 0)?;
-    }
-    file.write_all_at(&record.to_bytes(), ((place(record) + 1) * RECORD_BYTES) as u64)
+    open(path)?.write_all_at(&record.to_bytes(), ((place(record) + 1) * RECORD_BYTES) as u64)
 }
 
-/// Opens a regular file without waiting for the other end of a pipe, and without following a link.
-fn open(path: &Path, options: &mut OpenOptions) -> io::Result<File> {
+/// Opens or creates the file. Waits for no other end of a pipe, follows no link, and leaves another program's file
+/// alone.
+fn open(path: &Path) -> io::Result<File> {
     let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false).mode(0o600);
     let file = options.custom_flags(flags.bits().cast_signed()).open(path)?;
     if !file.metadata()?.is_file() {
         return Err(io::Error::other("it is not a regular file"));
     }
-    Ok(file)
-}
-
-/// Another program's file is left alone.
-fn check(start: &[u8]) -> io::Result<()> {
-    let compared = start.len().min(MAGIC.len());
-    if start[..compared] == MAGIC[..compared] {
-        return Ok(());
+    let mut start = [0; HEADER.len()];
+    let length = file.read_at(&mut start, 0)?;
+    if start == HEADER {
+        return Ok(file);
     }
-    Err(io::Error::other("it is not a history of prism-relay; move it away"))
+    let compared = length.min(MAGIC.len());
+    if start[..compared] != MAGIC[..compared] {
+        return Err(io::Error::other("it is not a history of prism-relay; move it away"));
+    }
+    // New, or of another version.
+    file.set_len(0)?;
+    file.set_permissions(Permissions::from_mode(0o600))?;
+    file.write_all_at(HEADER, 0)?;
+    Ok(file)
 }
 
 /// The number of a record's place in the file.
@@ -135,7 +126,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("spool.db.history");
         let (mut file, none) = HistoryFile::open(path.clone(), Timestamp::UNIX_EPOCH);
-        assert!(none.is_empty() && !file.failing && !path.exists());
+        assert!(none.is_empty() && !file.failing && path.exists());
         let times: Vec<i64> = (0..2 * RECORDS_MAX as i64).map(|number| NOW - 2 * 86_400 + 30 * (number + 1)).collect();
         times.iter().for_each(|at| file.write(&record(*at)));
         assert_eq!(records(&path, NOW), (false, times[RECORDS_MAX..].to_vec()));
@@ -161,6 +152,7 @@ mod tests {
         fs::write(&path, &bytes[..position + RECORD_BYTES + 10]).unwrap();
         assert!(!records(&path, NOW).0);
         fs::write(&path, [b"prism-relay history 9\n".as_slice(), &[7; 5000]].concat()).unwrap();
+        assert_eq!(records(&path, NOW), (false, Vec::new()), "another version");
         file.write(&record(NOW));
         assert_eq!((file.failing, records(&path, NOW)), (false, (false, vec![NOW])));
         fs::write(&path, "").unwrap();

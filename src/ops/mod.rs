@@ -8,6 +8,7 @@ mod history;
 mod notices;
 mod notify;
 mod history_file;
+mod parked;
 mod queues;
 mod record;
 mod refusals;
@@ -163,11 +164,12 @@ impl OpsHandler {
             (true, "/readyz") => self.view.health().answer().map(Either::Left),
             (true, "/metrics") => self.metrics(&request).await,
             (true, "/login") => console::login(),
+            (true, "/runbook") => console::runbook(),
             (false, "/api/log-filter") => self.change_log_filter(request).await,
             (false, "/login") if request.method() == Method::POST => self.log_in(request, peer).await,
             (true, "/") => match self.auth.may_read(request.headers()) {
                 Ok(()) => console::page(self.auth.action_token()),
-                Err(Denied::LoginNeeded) => see_other("/login"),
+                Err(Denied::LoginNeeded) => see_other("login"),
                 Err(denied) => deny(denied),
             },
             (true, path) if !path.starts_with("/api/") => console::file(path).unwrap_or_else(not_found),
@@ -222,12 +224,39 @@ impl OpsHandler {
         })
     }
 
+    /// `POST /api/parked/retry` and `POST /api/parked/remove?count=<number of parked events>`
+    async fn post_to_all(&self, request: &Request<Incoming>, action: &str) -> Result<Response<Answer>, ViewError> {
+        if request.method() != Method::POST {
+            return Ok(method_not_allowed("POST"));
+        }
+        if let Err(denied) = self.auth.may_act(request.headers()) {
+            return Ok(deny(denied));
+        }
+        let count = if action == "retry" {
+            self.view.retry_all().await?
+        } else {
+            let Some(seen) = query(request, "count").and_then(|count| count.parse().ok()) else {
+                return Ok(problem(StatusCode::BAD_REQUEST, "add ?count= with the number of parked events"));
+            };
+            match self.view.remove_all(seen).await? {
+                Ok(count) => count,
+                Err(parked) => {
+                    let detail = format!("{parked} events are parked now, not {seen}; nothing was removed");
+                    return Ok(problem(StatusCode::CONFLICT, &detail));
+                }
+            }
+        };
+        info!(action, count, "all parked events changed by an operator");
+        Ok(json(StatusCode::OK, &json!({ "ok": true, "count": count })))
+    }
+
     /// `POST /api/parked/<id>/<action>`
     async fn post(&self, request: &Request<Incoming>) -> Result<Response<Answer>, ViewError> {
         let parts: Vec<_> = request.uri().path().split('/').skip(1).collect();
         let (id, action) = match parts[..] {
             ["api", "parked", id, "retry"] => (id, Action::Retry),
             ["api", "parked", id, "remove"] => (id, Action::Remove),
+            ["api", "parked", all @ ("retry" | "remove")] => return self.post_to_all(request, all).await,
             _ => return Ok(method_not_allowed("GET, HEAD")),
         };
         if request.method() != Method::POST {
@@ -291,7 +320,7 @@ impl OpsHandler {
         let cookie = token.and_then(|(_, token)| self.auth.log_in(&token));
         match cookie.map(HeaderValue::try_from) {
             Some(Ok(cookie)) => {
-                let mut response = see_other("/");
+                let mut response = see_other("./");
                 response.headers_mut().insert(SET_COOKIE, cookie);
                 response
             }
@@ -299,7 +328,7 @@ impl OpsHandler {
                 if let Some(unreported) = self.log_limiter.due("login", Instant::now()) {
                     warn!(%peer, unreported, "console log-in refused: wrong token");
                 }
-                see_other("/login?wrong")
+                see_other("login?wrong")
             }
         }
     }
@@ -331,7 +360,7 @@ fn filter_in(body: &[u8]) -> Result<Filter, String> {
 fn deny(denied: Denied) -> Response<Answer> {
     match denied {
         Denied::LoginNeeded => {
-            problem(StatusCode::UNAUTHORIZED, "send ops.token as a bearer token, or log in at /login")
+            problem(StatusCode::UNAUTHORIZED, "send ops.token as a bearer token, or log in at login")
         }
         Denied::NoToken => problem(
             StatusCode::FORBIDDEN,

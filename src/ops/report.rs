@@ -8,6 +8,7 @@ use uuid::Uuid;
 
 use super::answers::{Answer, Headline, Level};
 use super::notify::NotifyReport;
+use super::parked::{Explained, explain};
 use super::record::Point;
 use super::refusals::{cause, step};
 use crate::drift::Unexpected;
@@ -207,6 +208,8 @@ pub(super) struct ParkedEvent {
     pub subject: Option<String>,
     pub accepted_at: Option<Timestamp>,
     pub reason: String,
+    /// What to do.
+    pub remedy: &'static str,
     pub tried_at: Option<Timestamp>,
 }
 
@@ -318,12 +321,15 @@ impl ParkedEvent {
     pub(super) fn new(entry: Entry) -> Self {
         let event = entry.stored.event;
         let envelope = Envelope::parse(&event.body).ok();
+        let key = envelope.as_ref().map_or("this event", Envelope::routing_key);
+        let Explained { reason, remedy } = explain(&entry.parked_reason.unwrap_or_default(), key);
         Self {
             id: event.id,
             r#type: envelope.as_ref().map(|envelope| envelope.event_type.clone().into_owned()),
             subject: envelope.as_ref().and_then(Envelope::subject),
             accepted_at: Timestamp::from_millisecond(event.accepted_ms).ok(),
-            reason: entry.parked_reason.unwrap_or_default(),
+            reason,
+            remedy,
             tried_at: entry.tried_ms.and_then(|tried| Timestamp::from_millisecond(tried).ok()),
         }
     }

@@ -52,6 +52,7 @@ pub(super) fn method_not_allowed(allowed: &'static str) -> Response<Answer> {
     response
 }
 
+/// The location is relative to the request, so that it is right below any path of a proxy.
 pub(super) fn see_other(location: &'static str) -> Response<Answer> {
     let mut response = text(StatusCode::SEE_OTHER, "");
     response.headers_mut().insert(LOCATION, HeaderValue::from_static(location));
@@ -65,6 +66,8 @@ pub(super) fn event_stream(messages: impl Stream<Item = Bytes> + Send + 'static)
     let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    // nginx would collect the messages.
+    headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
     response
 }
 

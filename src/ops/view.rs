@@ -340,6 +340,34 @@ impl View {
         Ok(done)
     }
 
+    /// Retries all parked events. Returns their number.
+    pub(super) async fn retry_all(&self) -> Result<usize, ViewError> {
+        let path = self.sources.spool.path();
+        let retried = blocking(move || Ok(Inspector::of_running_for_change(&path)?.retry_all()?)).await?;
+        self.sources.broker.retry_parked();
+        self.sources.spool.flush().await;
+        Ok(retried)
+    }
+
+    /// Removes all parked events if there are as many as the operator has seen. Returns their number, or what it is
+    /// instead.
+    pub(super) async fn remove_all(&self, seen: u64) -> Result<Result<usize, u64>, ViewError> {
+        let path = self.sources.spool.path();
+        let removed = blocking(move || {
+            let mut inspector = Inspector::of_running_for_change(&path)?;
+            match inspector.ledger()?.parked {
+                parked if parked == seen => Ok(Ok(inspector.remove_parked()?)),
+                parked => Ok(Err(parked)),
+            }
+        })
+        .await?;
+        self.sources.spool.flush().await;
+        Ok(removed.map(|ids| {
+            ids.iter().for_each(|id| self.sources.recent.removed(*id));
+            ids.len()
+        }))
+    }
+
     pub(super) async fn metrics(&self) -> String {
         let (ledger, broker) = (self.sources.spool.status().ledger(), self.sources.broker.snapshot());
         let (metrics, now) = (&self.sources.metrics, Timestamp::now());

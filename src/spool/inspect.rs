@@ -21,6 +21,9 @@ const PARKED: &str = "INDEXED BY parked WHERE parked_reason IS NOT NULL";
 
 const PARKED_WITH_ID: &str = "SELECT seq FROM event INDEXED BY parked WHERE parked_reason IS NOT NULL AND id = ?1";
 
+/// How many parked events are removed in one transaction, so that webhooks do not wait for all of them.
+const REMOVED_AT_ONCE: u32 = 500;
+
 /// Whether there is a spool, and whether a relay has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SpoolState {
@@ -166,6 +169,20 @@ impl Inspector {
         Ok(retry_all(&self.connection)?)
     }
 
+    /// Removes all parked events for good. Returns their ids.
+    pub fn remove_parked(&mut self) -> Result<Vec<Uuid>, ChangeError> {
+        let mut ids = Vec::new();
+        // Those that are parked meanwhile stay: nobody has seen them.
+        let Some(last) = last_parked(&self.connection)? else { return Ok(ids) };
+        loop {
+            let removed = remove_some_parked(&mut self.connection, last)?;
+            if removed.is_empty() {
+                return Ok(ids);
+            }
+            ids.extend(removed);
+        }
+    }
+
     /// Removes an event for good. Returns whether it was there.
     pub fn remove(&mut self, id: Uuid) -> Result<bool, ChangeError> {
         // Searched before the write lock is taken: there is no index by id, and the relay would wait for the search.
@@ -236,6 +253,30 @@ fn retry(connection: &Connection, seq: u64) -> Result<bool> {
 
 fn retry_all(connection: &Connection) -> Result<usize> {
     Ok(connection.execute("UPDATE event SET tried_ms = 0 WHERE parked_reason IS NOT NULL", [])?)
+}
+
+fn last_parked(connection: &Connection) -> Result<Option<u64>> {
+    Ok(connection.query_row(&format!("SELECT max(seq) FROM event {PARKED}"), [], |row| row.get(0))?)
+}
+
+/// Removes the first parked events up to the number `last`. Returns their ids.
+fn remove_some_parked(connection: &mut Connection, last: u64) -> Result<Vec<Uuid>> {
+    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    let parked: Vec<(u64, [u8; 16])> = {
+        let sql = format!("SELECT seq, id FROM event {PARKED} AND seq <= ?1 ORDER BY seq LIMIT {REMOVED_AT_ONCE}");
+        let mut statement = transaction.prepare(&sql)?;
+        let rows = statement.query_map([last], |row| Ok((row.get(0)?, row.get(1)?)))?;
+        rows.collect::<rusqlite::Result<_>>()?
+    };
+    let mut ledger = Ledger::read(&transaction)?;
+    for (seq, _) in &parked {
+        let deleted = store::delete(&transaction, *seq, *seq)?;
+        ledger.take_out(&deleted)?;
+        ledger.removed += deleted.events();
+    }
+    ledger.write(&transaction)?;
+    transaction.commit()?;
+    Ok(parked.into_iter().map(|(_, id)| Uuid::from_bytes(id)).collect())
 }
 
 fn remove(connection: &mut Connection, seq: u64) -> Result<bool> {

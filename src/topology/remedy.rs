@@ -306,12 +306,12 @@ mod tests {
         let remedy = commands.repair("prism.scan", &Trouble::Down);
         let steps: Vec<_> = remedy.text("").lines().skip(1).collect();
         let expected = [
-            "1. start RabbitMQ nodes that are stopped, and look again: rabbitmqctl list_queues -p / name state leader \
-             online",
+            "1. start RabbitMQ nodes that are stopped, and look again: `rabbitmqctl list_queues -p / name state leader \
+             online`",
             "2. if it stays down, and is known to be empty or its messages are known to be lost, delete it: \
-             rabbitmqctl delete_queue -p / prism.scan",
-            "3. create it again, with its bindings: prism-relay topology declare. An active relay does so by itself",
-            "4. move the events that came meanwhile: prism-relay redrive --from prism.unrouted",
+             `rabbitmqctl delete_queue -p / prism.scan`",
+            "3. create it again, with its bindings: `prism-relay topology declare`. An active relay does so by itself",
+            "4. move the events that came meanwhile: `prism-relay redrive --from prism.unrouted`",
         ];
         assert_eq!(steps, expected);
         let members = ["a", "b", "c"].map(str::to_owned).to_vec();

@@ -193,10 +193,10 @@ async fn the_console_and_api_are_only_open_to_operators() {
     let bearer = format!("Bearer {TOKEN}");
     client.get(&url("/api/status")).await.unwrap().expect(401);
     client.get(&url("/metrics")).await.unwrap().expect(200);
-    assert_eq!(client.get(&url("/")).await.unwrap().expect(303).header("location"), Some("/login"));
+    assert_eq!(client.get(&url("/")).await.unwrap().expect(303).header("location"), Some("login"));
     client.send(Method::GET, &url("/api/status"), &[("authorization", &bearer)], "").await.unwrap().expect(200);
     let wrong = client.send(Method::POST, &url("/login"), &[], "token=wrong").await.unwrap().expect(303);
-    assert_eq!((wrong.header("location"), wrong.header("set-cookie")), (Some("/login?wrong"), None));
+    assert_eq!((wrong.header("location"), wrong.header("set-cookie")), (Some("login?wrong"), None));
     let right = client.send(Method::POST, &url("/login"), &[], format!("token={TOKEN}")).await.unwrap().expect(303);
     let cookie = right.header("set-cookie").unwrap().to_owned();
     assert!(cookie.contains("HttpOnly") && cookie.contains("SameSite=Strict") && !cookie.contains(TOKEN), "{cookie}");

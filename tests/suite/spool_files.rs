@@ -71,7 +71,7 @@ async fn a_spool_has_one_relay_whatever_its_name() {
     let _mount = Mount::bind(folder, &other);
     assert_eq!(
         files(&path),
-        ["spool.db", "spool.db-shm", "spool.db-wal", "spool.db.reserve"],
+        ["spool.db", "spool.db-shm", "spool.db-wal", "spool.db.history", "spool.db.reserve"],
         "no lock that can be lost"
     );
     for name in [hard.clone(), soft, other.join("spool.db")] {
@@ -178,7 +178,7 @@ async fn a_stop_leaves_everything_in_spool_db() {
         for sender in senders {
             sender.await.unwrap();
         }
-        assert_eq!(files(&path), ["spool.db", "spool.db.reserve"], "after stop {stop}");
+        assert_eq!(files(&path), ["spool.db", "spool.db.history", "spool.db.reserve"], "after stop {stop}");
         let alone = relay.folder().join("alone.db");
         fs::copy(&path, &alone).unwrap();
         let connection = rusqlite::Connection::open(&alone).unwrap();
@@ -197,7 +197,7 @@ async fn a_kill_and_a_removal_are_no_loss() {
     relay.kill9().await;
     let removed = relay.run(&["spool", "remove", "--yes", "--pending", &ids[0]]).await;
     assert!(removed.stdout.contains("removed"), "{removed:?}");
-    assert_eq!(files(&relay.setup().spool()), ["spool.db", "spool.db.reserve"]);
+    assert_eq!(files(&relay.setup().spool()), ["spool.db", "spool.db.history", "spool.db.reserve"]);
     relay.start_again().await;
     let spool = relay.spool().await;
     assert_eq!((spool.pending, spool.removed, spool.lost), (1, 1, 0));
@@ -214,7 +214,11 @@ async fn a_start_that_fails_is_no_loss() {
         relay.reconfigure("http.listen", other.address().to_string());
         let ended = relay.run(&["serve"]).await;
         assert!(ended.code == Some(1) && ended.stderr.contains("in use"), "{ended:?}");
-        assert_eq!(files(&relay.setup().spool()), ["spool.db", "spool.db.reserve"], "closed as after a stop");
+        assert_eq!(
+            files(&relay.setup().spool()),
+            ["spool.db", "spool.db.history", "spool.db.reserve"],
+            "closed as after a stop"
+        );
         relay.reconfigure("http.listen", format!("127.0.0.1:{}", ports::free()));
         relay.start_again().await;
         assert!(!reports_a_loss(&relay), "{}", relay.log_text());

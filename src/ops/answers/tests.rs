@@ -465,6 +465,17 @@ prop_compose! {
     }
 }
 
+#[test]
+fn every_entry_of_the_runbook_exists() {
+    let runbook = include_str!("../../../deploy/runbook.md");
+    let code = include_str!("../answers.rs").to_owned() + include_str!("../refusals.rs");
+    let entries: Vec<_> = code.split("\"PrismRelay").skip(1).filter_map(|rest| rest.split('"').next()).collect();
+    assert!(entries.len() > 20, "{entries:?}");
+    for entry in entries {
+        assert!(runbook.contains(&format!("### PrismRelay{entry}\n")), "{entry}");
+    }
+}
+
 proptest! {
     #[test]
     fn no_answer_is_worse_than_the_headline(facts in any_facts()) {

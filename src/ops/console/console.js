@@ -6,10 +6,10 @@
 // All data from the API is untrusted: it enters the page as text nodes only, never as markup.
 
 /** The latest data. `ahead`: how far the relay's clock is ahead of the browser's, so that ages are right anyway. */
-const facts = { status: null, points: [], interval: 5, ahead: 0, heardAt: null, lost: false };
+const facts = { status: null, points: [], ahead: 0, heardAt: null, lost: false };
 
-/** The time that `/api/history` covers, in seconds. */
-const SPAN = 900;
+/** What the charts show: the name of the range in `/api/history`, its length and the time between two points, in s. */
+const shown = { range: "15min", seconds: 900, interval: 5, loadedAt: 0, rows: [] };
 
 // ---- words ----------------------------------------------------------------------------------------------------------
 
@@ -63,7 +63,10 @@ function clock(time) {
 /** A detail of an API error as a sentence. */
 const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1) + (/[.!?]$/.test(text) ? "" : ".");
 
-const agoText = (time) => (secondsSince(time) < 1 ? "just now" : `${duration(secondsSince(time))} ago`);
+const agoText = (time) => (secondsSince(time) < 5 ? "just now" : `${duration(secondsSince(time))} ago`);
+
+/** Keeps each number and its unit on one line. */
+const tidy = (text) => text.replace(/(\d) (?=(?:ms|s|min|h|d|days?|%|B|[KMGT]iB)(?![a-z]))/g, "$1\u00a0");
 
 // ---- answers --------------------------------------------------------------------------------------------------------
 
@@ -91,8 +94,44 @@ function el(tag, attributes = {}, ...children) {
 
 /** Sets text only when it changes, so that selections survive. */
 function say(node, text) {
-  if (node.textContent !== text) node.textContent = text;
+  const tidied = tidy(text);
+  if (node.textContent !== tidied) node.textContent = tidied;
 }
+
+/** As say(), for text with commands in backticks, which can be copied. */
+function explain(node, text) {
+  if (node.dataset.text !== text) node.replaceChildren(...withCommands(text));
+  node.dataset.text = text;
+}
+
+const withCommands = (text) =>
+  text.split("`").map((part, place) => (place % 2 ? command(part) : tidy(part)));
+
+function command(text) {
+  const code = el("code", {}, text);
+  const button = el("button", { type: "button", class: "copy", "aria-label": `Copy ${text}` }, "Copy");
+  button.addEventListener("click", async () => {
+    try {
+      await navigator.clipboard.writeText(text);
+    } catch { // Pages without TLS have no clipboard.
+      getSelection().selectAllChildren(code);
+      document.execCommand("copy");
+    }
+    say(button, "Copied");
+    setTimeout(() => say(button, "Copy"), 2000);
+  });
+  return el("span", { class: "command" }, code, button);
+}
+
+/** Shows a link, or none. */
+function link(anchor, target, label) {
+  anchor.hidden = !target;
+  if (target && anchor.getAttribute("href") !== target) anchor.setAttribute("href", target);
+  say(anchor, label);
+}
+
+/** The page's own copy of the runbook. */
+const entry = (name) => (name ? `runbook#${name.toLowerCase()}` : null);
 
 function icon(level) {
   const made = svgIcon.content.firstChild.cloneNode(true);
@@ -139,7 +178,7 @@ function fill(parent, items, keyOf, build) {
 
 const LEVELS = { ok: "OK", quiet: "OK", warning: "Needs attention", problem: "Problem" };
 
-function showSummary({ headline }) {
+function showSummary({ headline, host, listen }) {
   const { text, detail, advice } = headline;
   const level = look(headline.level);
   document.body.dataset.level = level;
@@ -147,8 +186,10 @@ function showSummary({ headline }) {
   say($("summary-level"), LEVELS[level]);
   say($("summary-text"), text);
   say($("summary-detail"), detail);
-  say($("summary-advice"), advice);
-  document.title = `${LEVELS[level]} - prism-relay`;
+  explain($("summary-advice"), advice);
+  link($("summary-runbook"), entry(headline.runbook), "What to do, step by step");
+  say($("where"), `${host}, ${listen}`);
+  document.title = `${LEVELS[level]} - ${host}, ${listen} - prism-relay`;
   const colour = { ok: "1a7f4e", quiet: "5c6b73", warning: "d98a00", problem: "c4281e" }[level];
   const triangle = "<path d='M8 1l7 14H1z'/>";
   const square = "<path d='M1 1h14v14H1z'/>";
@@ -173,7 +214,8 @@ function announce(text) {
 function makeAnswer({ id, question }) {
   return el("li", { class: "answer", "data-question": id },
     el("h2", {}, question), el("p", { class: "word" }, icon("quiet"), el("span", {}, "…")),
-    el("p", { class: "detail" }), el("p", { class: "remedy" }), el("p", { class: "more" }, el("a", { hidden: "" })));
+    el("p", { class: "detail" }), el("p", { class: "remedy" }),
+    el("p", { class: "more" }, el("a", { hidden: "" }), " ", el("a", { hidden: "" })));
 }
 
 function showAnswers({ answers }) {
@@ -181,18 +223,16 @@ function showAnswers({ answers }) {
   const ids = answers.map(({ id }) => id).join();
   if (list.dataset.ids !== ids) list.replaceChildren(...answers.map(makeAnswer));
   list.dataset.ids = ids;
-  answers.forEach(({ id, level, word, detail, remedy }, place) => {
+  answers.forEach(({ id, level, word, detail, remedy, runbook }, place) => {
     const card = list.children[place];
     card.dataset.level = look(level);
     setIcon(card.querySelector(".icon"), look(level));
     say(card.querySelector(".word span"), word);
     say(card.querySelector(".detail"), detail);
-    say(card.querySelector(".remedy"), remedy ?? "");
-    const anchor = card.querySelector("a");
-    const [target, label] = (level !== "ok" && LINKS[id]) || [];
-    anchor.hidden = !target;
-    if (target && anchor.getAttribute("href") !== target) anchor.setAttribute("href", target);
-    say(anchor, label ?? "");
+    explain(card.querySelector(".remedy"), remedy ?? "");
+    const [see, steps] = card.querySelectorAll(".more a");
+    link(see, ...((level !== "ok" && LINKS[id]) || [null, ""]));
+    link(steps, entry(runbook), "Runbook");
   });
 }
 
@@ -205,6 +245,8 @@ function showParked({ total, parked }) {
     : ` These are the first ${parked.length} of ${whole.format(total)}; prism-relay spool list --parked lists all.`;
   say($("parked-lead"), total === 0 ? "No event is parked any more." : kept + more);
   $("parked-rows").closest("table").hidden = total === 0;
+  $("parked-all").hidden = total < 2;
+  $("parked-all").dataset.total = total;
   fill($("parked-rows"), parked, (event) => event.id, parkedRow);
 }
 
@@ -217,7 +259,7 @@ function parkedRow(event) {
   };
   return row(
     cell("", "", event.type ?? "no type", second(mono(event.subject ?? "no subject")), second(mono(event.id))),
-    cell("Reason:", "", event.reason),
+    cell("Reason:", "", `${sentence(event.reason)} `, second(...withCommands(event.remedy))),
     cell("Accepted:", "nowrap", ago(event.accepted_at)),
     cell("Last tried:", "nowrap", event.tried_at ? ago(event.tried_at) : "not yet"),
     cell("", "", el("div", { class: "buttons" }, button("retry", "Retry…"), button("remove", "Remove…"))));
@@ -237,7 +279,10 @@ function showRefusals({ refusals, refusing, last }) {
 /** Moves the section up while webhooks are refused: in the document, so that the reading and tab order follow. */
 function placeRefusals(urgent) {
   const section = $("refusals");
-  if (urgent && section.parentElement !== $("main")) $("charts").before(section);
+  if (urgent && section.parentElement !== $("main")) {
+    $("charts").before(section);
+    section.open = true; // It is folded on a phone.
+  }
   if (!urgent && section.parentElement !== $("trust")) $("trust").prepend(section);
 }
 
@@ -276,7 +321,7 @@ function showBroker({ broker, timeline }) {
   const lines = [
     ["State", state],
     ["Since", `${clock(broker.since)}, ${duration(secondsSince(broker.since))}`],
-    ["Address", broker.url ?? "none yet"],
+    [broker.url ? "Address" : "Configured", broker.url ?? broker.urls.join(", ")],
     ["Error", broker.error],
     ["Connections since the start", whole.format(broker.connects)],
     ["Published, not yet confirmed", whole.format(broker.in_flight)],
@@ -396,19 +441,28 @@ function tick() {
 const CHARTS = [
   { title: "Webhooks per second", format: rate, floor: 1, lines: [
     { name: "Accepted", key: "accepted", colour: "--accepted", fill: true },
+    { name: "Confirmed by RabbitMQ", key: "confirmed", colour: "--confirmed", dash: [2, 3] },
     { name: "Refused", key: "refused", colour: "--refused", dash: [5, 4] },
-  ] },
-  { title: "Confirmed by RabbitMQ per second", format: rate, floor: 1, lines: [
-    { name: "Confirmed", key: "confirmed", colour: "--confirmed", fill: true },
   ] },
   { title: "Events waiting in the spool", format: whole.format, floor: 5, lines: [
     { name: "Waiting", key: "depth", colour: "--depth", fill: true },
+  ] },
+  { title: "Messages waiting in RabbitMQ", format: whole.format, floor: 5, lines: [
+    { name: "For workers", key: "queued", colour: "--queued", fill: true },
+    { name: "Dead or unrouted", key: "dead", colour: "--refused", dash: [5, 4] },
   ] },
   { title: "Time from accepted to confirmed", format: latency, log: true, lines: [
     { name: "Half within", key: "lag_p50_ms", colour: "--p50" },
     { name: "99 % within", key: "lag_p99_ms", colour: "--p99", dash: [5, 4] },
   ] },
 ];
+
+/** What happened to the relay: a line across all charts, with a sign of its own, because colours alone say little. */
+const MARKS = {
+  lost: { sign: "\u2715", words: "connection lost", colour: "--problem" },
+  blocked: { sign: "\u2016", words: "blocked", colour: "--warning" },
+  started: { sign: "\u25b2", words: "relay started", colour: "--soft" },
+};
 
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
@@ -425,7 +479,10 @@ function makeChart(spec) {
   const panel = el("li", { class: "panel chart" }, el("h2", {}, spec.title), legend, spec.plot);
   $("chart-list").append(panel);
   spec.chart = new uPlot(chartOptions(spec), [[], ...spec.lines.map(() => [])], spec.plot);
-  const resize = () => spec.chart.setSize({ width: spec.plot.clientWidth, height: spec.plot.clientHeight });
+  const resize = () => {
+    const { clientWidth: width, clientHeight: height } = spec.plot;
+    if (width > 0) spec.chart.setSize({ width, height });
+  };
   new ResizeObserver(resize).observe(spec.plot);
   if (spec.lines[0].key === "depth") panel.append(makeFullness());
 }
@@ -444,14 +501,14 @@ function chartOptions(spec) {
     width: spec.plot.clientWidth,
     height: spec.plot.clientHeight,
     legend: { show: false },
-    padding: [8, 8, 0, 0],
+    padding: [14, 8, 0, 0],
     cursor: { y: false, drag: { x: false, y: false }, sync: { key: "console" }, points: { size: 7 } },
     scales: {
-      x: { range: () => [relayNow() / 1000 - SPAN, relayNow() / 1000] },
+      x: { range: () => [relayNow() / 1000 - shown.seconds, relayNow() / 1000] },
       y: spec.log ? { distr: 3, range: decadeRange } : linear,
     },
     axes: [time, value],
-    hooks: { setCursor: [() => showKeyLine(spec)] },
+    hooks: { setCursor: [() => showKeyLine(spec)], draw: [drawMarks] },
     series: [{}, ...spec.lines.map(chartSeries)],
   };
 }
@@ -483,11 +540,53 @@ function decades(chart) {
   return Array.from({ length: to - from + 1 }, (_, i) => 10 ** (from + i));
 }
 
+function drawMarks({ ctx, bbox, valToPos }) {
+  const scale = devicePixelRatio;
+  ctx.save();
+  Object.assign(ctx, { textAlign: "center", textBaseline: "bottom", font: `${10 * scale}px ${colour("--text")}` });
+  ctx.setLineDash([2 * scale, 3 * scale]);
+  for (const { at, marks } of shown.rows) {
+    for (const { sign, colour: name } of marks.map((mark) => MARKS[mark]).filter(Boolean)) {
+      const x = Math.round(valToPos(at, "x", true));
+      if (x < bbox.left || x > bbox.left + bbox.width) continue;
+      Object.assign(ctx, { strokeStyle: colour(name), fillStyle: colour(name), lineWidth: scale });
+      ctx.beginPath();
+      ctx.moveTo(x, bbox.top);
+      ctx.lineTo(x, bbox.top + bbox.height);
+      ctx.stroke();
+      ctx.fillText(sign, x, bbox.top - scale);
+    }
+  }
+  ctx.restore();
+}
+
+/** The points, with an empty one in each gap, so that no line leads across a time in which the relay did not run. */
+function withGaps(points) {
+  const longest = Math.max(75, 2.5 * shown.interval);
+  const empty = (at) => ({ at, accepted: null, refused: null, confirmed: null, depth: null, lag_p50_ms: null,
+    lag_p99_ms: null, queued: null, dead: null, marks: [] });
+  return points.flatMap((point, place) => {
+    const before = points[place - 1]?.at ?? point.at;
+    return point.at - before > longest ? [empty(before + 1), point] : [point];
+  });
+}
+
+function showMarks() {
+  const kinds = Object.keys(MARKS).filter((kind) => facts.points.some(({ marks }) => marks.includes(kind)));
+  fill($("marks"), kinds, (kind) => kind, (kind) => {
+    const sign = el("b", { "aria-hidden": "true" }, MARKS[kind].sign);
+    sign.style.color = `var(${MARKS[kind].colour})`;
+    return el("span", {}, sign, ` ${MARKS[kind].words}`);
+  });
+}
+
 function drawCharts() {
-  const times = facts.points.map((point) => point.at);
+  shown.rows = withGaps(facts.points);
+  showMarks();
+  const times = shown.rows.map((point) => point.at);
   for (const spec of CHARTS) {
-    const shown = (value) => (spec.log && value !== null ? Math.max(0.1, value) : value);
-    const columns = spec.lines.map(({ key }) => facts.points.map((point) => shown(point[key])));
+    const valued = (value) => (spec.log && value !== null ? Math.max(0.1, value) : value);
+    const columns = spec.lines.map(({ key }) => shown.rows.map((point) => valued(point[key])));
     spec.chart.setData([times, ...columns]);
     showKeyLine(spec);
     spec.plot.setAttribute("aria-label", describe(spec, columns));
@@ -497,12 +596,13 @@ function drawCharts() {
 /** Shows the values under the cursor, else the latest ones. */
 function showKeyLine(spec) {
   const pointed = spec.chart?.cursor.idx ?? null;
-  const point = facts.points[pointed ?? facts.points.length - 1];
+  const point = shown.rows[pointed ?? shown.rows.length - 1];
   spec.lines.forEach(({ key }, place) => {
     say(spec.values[place], point && point[key] !== null ? spec.format(point[key]) : "-");
   });
-  const empty = spec.lines.every(({ key }) => facts.points.every((each) => each[key] === null));
-  const at = pointed !== null && point ? `at ${clockFormat.format(point.at * 1000)}` : "";
+  const empty = spec.lines.every(({ key }) => shown.rows.every((each) => each[key] === null));
+  const happened = (point?.marks ?? []).map((mark) => MARKS[mark]?.words ?? mark);
+  const at = pointed !== null && point ? [`at ${clock(point.at * 1000)}`, ...happened].join(", ") : "";
   say(spec.when, empty ? "no data yet" : at);
 }
 
@@ -515,7 +615,7 @@ function describe(spec, columns) {
     const range = `lowest ${spec.format(Math.min(...values))}, highest ${spec.format(Math.max(...values))}`;
     return `${name}: now ${latest === null ? "nothing" : spec.format(latest)}, ${range}.`;
   });
-  return `${spec.title}, the last 15 minutes. ${sentences.join(" ")}`;
+  return `${spec.title}, the last ${shown.range}. ${sentences.join(" ")}`;
 }
 
 function makeFullness() {
@@ -537,16 +637,32 @@ function showFullness(status) {
 
 // ---- actions --------------------------------------------------------------------------------------------------------
 
+const AGAIN = "sent to RabbitMQ again within about a second";
+
+/** `proof`: what to type to confirm, if anything. `path`: below `/api/parked/`. */
 const ACTIONS = {
   retry: {
-    title: "Try this event again?", go: "Retry", busy: "Asking…", style: "primary",
-    text: "It will be sent to RabbitMQ again within about a second. If RabbitMQ does not accept it, it stays parked.",
-    done: (id) => `Event ${id} will be sent again within about a second. If it stays here, the cause is not fixed yet.`,
+    title: "Try this event again?", go: "Retry", busy: "Asking…", style: "primary", path: ({ id }) => `${id}/retry`,
+    text: () => `It will be ${AGAIN}. If RabbitMQ does not accept it, it stays parked.`,
+    done: ({ id }) => `Event ${id} will be ${AGAIN}. If it stays here, the cause is not fixed yet.`,
   },
   remove: {
     title: "Remove this event permanently?", go: "Remove permanently", busy: "Removing…", style: "danger",
-    text: "The event is deleted from disk and never delivered. Prism will not send it again.",
-    done: (id) => `Event ${id} was removed.`,
+    path: ({ id }) => `${id}/remove`, proof: ({ id }) => [id.slice(-8), "the last 8 characters of the event id"],
+    text: () => "The event is deleted from disk and never delivered. Prism will not send it again.",
+    done: ({ id }) => `Event ${id} was removed.`,
+  },
+  retryAll: {
+    title: "Try all parked events again?", go: "Retry all", busy: "Asking…", style: "primary", path: () => "retry",
+    text: ({ total }) => `${count(total, "event")} will be ${AGAIN}. Those that RabbitMQ does not accept stay parked.`,
+    done: ({ total }) => `${count(total, "event")} will be ${AGAIN}. If they stay here, the cause is not fixed yet.`,
+  },
+  removeAll: {
+    title: "Remove all parked events permanently?", go: "Remove all permanently", busy: "Removing…", style: "danger",
+    path: ({ total }) => `remove?count=${total}`, proof: ({ total }) => [String(total), "the number of parked events"],
+    text: ({ total }) => `${count(total, "event")} will be deleted from disk and never delivered. Prism will not send `
+      + "them again.",
+    done: ({ total }) => `${count(total, "event was", "events were")} removed.`,
   },
 };
 
@@ -554,39 +670,42 @@ let asked = null;
 
 function ask(action, event) {
   asked = { action, event };
-  const { title, text, go, style } = ACTIONS[action];
+  const { title, text, go, style, proof } = ACTIONS[action];
   say($("ask-title"), title);
-  say($("ask-text"), text);
-  $("ask-facts").replaceChildren(...fact("Event", mono(event.id)), ...fact("Type", event.type ?? "none"),
-    ...fact("Subject", mono(event.subject ?? "none")), ...fact("Reason", event.reason));
-  $("ask-proof").hidden = action !== "remove";
-  say($("ask-end"), event.id.slice(-8));
+  say($("ask-text"), text(event));
+  $("ask-facts").replaceChildren(...(event.id ? [...fact("Event", mono(event.id)), ...fact("Type", event.type ?? "none"),
+    ...fact("Subject", mono(event.subject ?? "none")), ...fact("Reason", event.reason)] : []));
+  const [typed, what] = proof?.(event) ?? ["", ""];
+  asked.typed = typed;
+  $("ask-proof").hidden = !proof;
+  say($("ask-end"), typed);
+  say($("ask-what"), what);
   $("ask-typed").value = "";
   say($("ask-mistake"), "");
   Object.assign($("ask-go"), { textContent: go, className: style, disabled: false });
   $("ask").showModal();
   // A dangerous button must not have the focus first.
-  (action === "remove" ? $("ask-typed") : $("ask-cancel")).focus();
+  (proof ? $("ask-typed") : $("ask-cancel")).focus();
 }
 
 async function act(submit) {
   submit.preventDefault();
-  const { action, event } = asked;
-  if (action === "remove" && $("ask-typed").value.trim().toLowerCase() !== event.id.slice(-8).toLowerCase()) {
-    say($("ask-mistake"), `That is not ${event.id.slice(-8)}. Nothing was removed.`);
+  const { action, event, typed } = asked;
+  const { busy, done, go, path } = ACTIONS[action];
+  if (typed && $("ask-typed").value.trim().toLowerCase() !== typed.toLowerCase()) {
+    say($("ask-mistake"), `That is not ${typed}. Nothing was removed.`);
     return $("ask-typed").focus();
   }
-  Object.assign($("ask-go"), { textContent: ACTIONS[action].busy, disabled: true });
+  Object.assign($("ask-go"), { textContent: busy, disabled: true });
   try {
     const token = document.querySelector('meta[name="prism-token"]').content;
-    const path = `/api/parked/${encodeURIComponent(event.id)}/${action}`;
-    await api(path, { method: "POST", headers: { "X-Prism-Token": token } });
-    finish(ACTIONS[action].done(event.id));
+    await api(`api/parked/${path(event)}`, { method: "POST", headers: { "X-Prism-Token": token } });
+    finish(done(event));
   } catch (error) {
     if (error.status === 404) return finish(`Event ${event.id} is no longer parked: it was delivered or removed.`);
     const hint = error.status === 403 ? " If the relay was restarted, reload this page." : "";
     say($("ask-mistake"), `Failed: ${sentence(error.message)}${hint}`);
-    Object.assign($("ask-go"), { textContent: ACTIONS[action].go, disabled: false });
+    Object.assign($("ask-go"), { textContent: go, disabled: false });
   }
 }
 
@@ -609,7 +728,7 @@ function keepFocus() {
 /** Sends a request to the relay. Goes to the log-in page if the session has ended. */
 async function api(path, options = {}) {
   const response = await fetch(path, { signal: AbortSignal.timeout(10_000), ...options });
-  if (response.status === 401) location.assign("/login");
+  if (response.status === 401) location.assign("login");
   const body = await response.json().catch(() => ({}));
   if (response.ok) return body;
   throw Object.assign(new Error(body.detail ?? `the relay answered ${response.status}`), { status: response.status });
@@ -619,7 +738,7 @@ let finding = 0;
 
 async function loadEvents() {
   const mine = ++finding;
-  const found = await api(`/api/events?find=${encodeURIComponent($("find").value.trim())}`);
+  const found = await api(`api/events?find=${encodeURIComponent($("find").value.trim())}`);
   // Ignore the answer if a later request was sent meanwhile.
   if (mine === finding) showEvents(found);
 }
@@ -629,13 +748,16 @@ let parkedAsked = 0;
 async function loadParked() {
   const mine = ++parkedAsked;
   seen.parkedAt = Date.now();
-  const found = await api("/api/parked");
+  const found = await api("api/parked");
   if (mine === parkedAsked) showParked(found);
 }
 
 async function loadHistory() {
-  const history = await api("/api/history");
-  facts.interval = history.interval_seconds;
+  const { range } = shown;
+  shown.loadedAt = relayNow() / 1000;
+  const history = await api(`api/history?range=${range}`);
+  if (range !== shown.range) return; // Another button was pressed meanwhile.
+  Object.assign(shown, { seconds: history.seconds, interval: history.interval_seconds });
   facts.points = history.points;
   drawCharts();
 }
@@ -646,9 +768,21 @@ function hearStatus(status) {
   tick();
 }
 
+function showRange(range) {
+  shown.range = range;
+  for (const button of $("ranges").querySelectorAll("button")) {
+    button.setAttribute("aria-pressed", String(button.dataset.range === range));
+  }
+  loadHistory().catch(ignore);
+}
+
 function hearPoint(point) {
   if (point.at <= (facts.points.at(-1)?.at ?? 0)) return;
-  facts.points = [...facts.points, point].slice(-Math.ceil(SPAN / facts.interval));
+  if (shown.range !== "15min") {
+    if (point.at - shown.loadedAt >= shown.interval) loadHistory().catch(ignore);
+    return;
+  }
+  facts.points = [...facts.points.filter(({ at }) => at > point.at - shown.seconds), point];
   drawCharts();
 }
 
@@ -682,7 +816,7 @@ let stream = null;
 async function follow() {
   stream?.close();
   try {
-    const status = await api("/api/status");
+    const status = await api("api/status");
     hearStatus(status);
     await Promise.all([loadHistory(), loadEvents(), loadParked()]);
     const { spool } = status;
@@ -701,7 +835,7 @@ async function follow() {
 /** Resolves when the stream has broken or fallen silent. */
 function listen() {
   return new Promise((done) => {
-    stream = new EventSource("/api/stream");
+    stream = new EventSource("api/stream");
     const guard = setInterval(() => Date.now() - facts.heardAt > 10_000 && end(), 1000);
     const end = () => { clearInterval(guard); stream.close(); done(); };
     stream.addEventListener("status", (message) => {
@@ -717,6 +851,16 @@ function listen() {
 
 function start() {
   CHARTS.forEach(makeChart);
+  for (const button of $("ranges").querySelectorAll("button")) {
+    button.addEventListener("click", () => showRange(button.dataset.range));
+  }
+  for (const button of $("parked-all").querySelectorAll("button")) {
+    button.addEventListener("click", () => ask(button.dataset.all, { total: Number($("parked-all").dataset.total) }));
+  }
+  const phone = matchMedia("(max-width: 44rem)");
+  const fold = () => document.querySelectorAll("main details").forEach((each) => { each.open = !phone.matches; });
+  phone.addEventListener("change", fold);
+  fold();
   $("ask-form").addEventListener("submit", act);
   $("ask-cancel").addEventListener("click", () => $("ask").close());
   $("ask").addEventListener("close", keepFocus);

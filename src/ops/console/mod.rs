@@ -12,6 +12,9 @@ use crate::secret::Secret;
 
 const PAGE: &str = include_str!("index.html");
 const LOGIN: &str = include_str!("login.html");
+/// The page around the text of the runbook, which build.rs makes from deploy/runbook.md.
+const BOOK: &str = include_str!("runbook.html");
+const RUNBOOK: &str = include_str!(concat!(env!("OUT_DIR"), "/runbook.html"));
 
 /// The placeholder in the page for the action token.
 const ACTION_TOKEN: &str = "__ACTION_TOKEN__";
@@ -28,6 +31,11 @@ pub(super) fn page(action_token: &Secret) -> Response<Answer> {
 
 pub(super) fn login() -> Response<Answer> {
     html(LOGIN.to_owned())
+}
+
+/// The runbook. It is public, so it needs no token.
+pub(super) fn runbook() -> Response<Answer> {
+    html(BOOK.replace("__RUNBOOK__", RUNBOOK))
 }
 
 /// The scripts and styles of the pages. They hold nothing secret, so they need no token.
