@@ -233,7 +233,7 @@ impl Notifier {
         let notice = Notice {
             level: due.told.level,
             answer: due.told.answer,
-            text: headline.text.clone(),
+            text: format!("{} {}", headline.text, headline.detail).trim_end().to_owned(),
             remedy: Some(headline.advice.clone()).filter(|advice| !advice.is_empty()),
             host: self.host.clone(),
             since: Timestamp::now() - now.saturating_duration_since(due.since),

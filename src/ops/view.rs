@@ -8,10 +8,10 @@ use jiff::Timestamp;
 use thiserror::Error;
 use uuid::Uuid;
 
-use super::notify::Notifier;
 use super::answers::{Broker, Facts, Queue, QueueState, Refusal, Role, TurnedAway, certificate_level, judge};
 use super::history::{Counters, Held, History, Range};
 use super::history_file::HistoryFile;
+use super::notify::Notifier;
 use super::queues::Unattended;
 use super::record::{Marks, Point};
 use super::refusals::UNRECOGNISABLE;
@@ -451,6 +451,7 @@ mod tests {
 
     use super::super::answers;
     use super::super::notify::Settings as NotifySettings;
+    use super::super::record::Record;
     use super::*;
     use crate::publisher::QueueState;
     use crate::spool::{self, Durability, dedupe};
@@ -494,6 +495,22 @@ mod tests {
             answers::QueueState::Counted { unattended, .. } => assert!(unattended >= 5 * MINUTE, "{unattended:?}"),
             ref other => panic!("{other:?}"),
         }
+    }
+
+    #[tokio::test]
+    async fn the_charts_go_on_after_a_restart() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = Timestamp::now().as_second() - 120;
+        let path = folder.path().join("spool.db.history");
+        let (mut file, _) = HistoryFile::open(path, Timestamp::now());
+        file.write(&Record { at, depth: 7, ..Record::default() });
+        let view = view(folder.path());
+        for range in [Range::Minutes15, Range::Hours2, Range::Hours24] {
+            let points = view.history_report(range).points;
+            assert_eq!((points.len(), points[0].at, points[0].depth), (1, at, 7), "{range:?}");
+        }
+        let next = view.sample().unwrap();
+        assert!(next.marks.started && !view.sample().unwrap().marks.started, "the start is marked once");
     }
 
     #[test]

@@ -99,9 +99,8 @@ async fn assemble(config: Config, spool: Spool, metrics: Arc<Metrics>) -> Result
     let auth = Arc::new(OpsAuth::new(ops.token, ops_is_private));
     let (recent, drift) = (Arc::new(Recent::default()), Arc::new(Drift::default()));
     let traces = Arc::new(Traces::new(&traces)?);
-    let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
     let notify_secret_file = notify.secret_file.clone();
-    let notifier = Arc::new(Notifier::new(notify, host, &spool_settings.path));
+    let notifier = Arc::new(Notifier::new(notify, identity.host.clone(), &spool_settings.path));
     let stops = Stops::default();
     let watched = Reloadable {
         secrets: (signature.secrets_file, Arc::clone(&verifier), Arc::clone(&recent)),

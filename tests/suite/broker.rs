@@ -294,7 +294,7 @@ async fn a_queue_without_a_leader_is_named_and_the_printed_steps_repair_it() {
     }
     // The first step looks at the state; the deletion is the second one of a queue that is down.
     let remedy = queue["trouble"]["remedy"].as_str().unwrap();
-    let list = remedy.split("rabbitmqctl ").nth(1).unwrap().split(['\n', '.']).next().unwrap();
+    let list = remedy.split("rabbitmqctl ").nth(1).unwrap().split(['\n', '`']).next().unwrap();
     let state = node.ctl(&list.split(' ').collect::<Vec<_>>()).await;
     assert!(state.contains("prism.scan\tdown"), "{state}");
     let delete = format!("delete_queue -p {} prism.scan", vhost.name());

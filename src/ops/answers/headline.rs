@@ -34,7 +34,14 @@ impl Facts {
         }
         let nothing = if level == Level::Ok { "Nothing to do." } else { "" };
         let advice = worst.and_then(|answer| answer.remedy.clone()).unwrap_or_else(|| nothing.to_owned());
-        Headline { level, answer: first.map(|answer| answer.id), text, detail: details.join(" "), advice, runbook: worst.and_then(|answer| answer.runbook) }
+        Headline {
+            level,
+            answer: first.map(|answer| answer.id),
+            text,
+            detail: details.join(" "),
+            advice,
+            runbook: worst.and_then(|answer| answer.runbook),
+        }
     }
 
     /// Whether webhooks reach the relay, and at least some are accepted.

@@ -97,7 +97,8 @@ impl Browser {
     /// The visible text of the first element that matches; empty if there is none or it is hidden.
     pub async fn text(&self, css: &str) -> String {
         let script = format!("return document.querySelector({})?.innerText ?? ''", Value::from(css));
-        self.run(&script).await.as_str().unwrap_or_default().to_owned()
+        // The page keeps numbers and units together with non-breaking spaces.
+        self.run(&script).await.as_str().unwrap_or_default().replace('\u{a0}', " ")
     }
 
     /// Waits until the text of this element contains `part`.

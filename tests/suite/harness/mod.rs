@@ -32,6 +32,7 @@ pub mod relay;
 pub mod samples;
 pub mod scratch;
 pub mod setup;
+pub mod situations;
 pub mod traffic;
 pub mod vhost;
 pub mod wire;
