@@ -55,7 +55,8 @@ fn headline(level: Level, answer: Option<&'static str>) -> Headline {
         Level::Ok => ("All is well.", "Nothing to do."),
         _ => ("RabbitMQ is away.", "Start it."),
     };
-    Headline { level, answer, text: text.to_owned(), advice: advice.to_owned() }
+    let (text, advice) = (text.to_owned(), advice.to_owned());
+    Headline { level, answer, text, detail: String::new(), advice, runbook: None }
 }
 
 /// A running notifier that posts to `address`, with its spool in `folder`.
