@@ -82,8 +82,8 @@ impl Range {
 /// What a sample made.
 pub(super) struct Added {
     pub point: Point,
-    /// The record that this sample completed.
-    pub complete: Option<Record>,
+    /// The record that the sample belongs to, up to now.
+    pub record: Record,
 }
 
 /// Counters at one moment. Some count since the process started, some since the spool was created.
@@ -140,9 +140,11 @@ impl Counters {
 }
 
 impl History {
-    /// Begins with the records of earlier processes, the oldest first.
-    pub(super) fn with(records: Vec<Record>) -> Self {
-        Self { records: records.into(), ..Self::default() }
+    /// Begins with the records of earlier processes, the oldest first. The last one may end within the half minute in
+    /// which this process begins.
+    pub(super) fn with(mut records: Vec<Record>) -> Self {
+        let open = records.pop();
+        Self { records: records.into(), open, ..Self::default() }
     }
 
     /// Whether this process has no sample yet.
@@ -179,32 +181,33 @@ impl History {
             self.samples.pop_front();
         }
         let point = record.point();
-        let complete = self.collect(&record);
+        let open = self.collect(&record);
         self.samples.push_back(Sample { record, bytes: held.bytes, increase });
-        Some(Added { point, complete })
+        Some(Added { point, record: open })
     }
 
-    /// Adds a sample to the open record. Returns that record if the sample belongs to the next one.
-    fn collect(&mut self, sample: &Record) -> Option<Record> {
-        match self.open.take() {
-            Some(open) if open.slot(RECORD_SECONDS) == sample.slot(RECORD_SECONDS) => {
-                self.open = Some(open.merged(sample));
-                None
-            }
+    /// Adds a sample to the record that it belongs to, and returns that record.
+    fn collect(&mut self, sample: &Record) -> Record {
+        let record = match self.open.take() {
+            Some(open) if open.slot(RECORD_SECONDS) == sample.slot(RECORD_SECONDS) => open.merged(sample),
             open => {
-                self.open = Some(sample.clone());
-                let complete = open?;
-                // The clock was set back: what it now calls the future is not known.
-                while self.records.back().is_some_and(|last| last.at >= complete.at) {
-                    self.records.pop_back();
-                }
-                if self.records.len() == RECORDS_MAX {
-                    self.records.pop_front();
-                }
-                self.records.push_back(complete.clone());
-                Some(complete)
+                self.complete(open);
+                sample.clone()
             }
+        };
+        self.open.insert(record).clone()
+    }
+
+    fn complete(&mut self, record: Option<Record>) {
+        let Some(record) = record else { return };
+        // The clock was set back: what it now calls the future is not known.
+        while self.records.back().is_some_and(|last| last.at >= record.at) {
+            self.records.pop_back();
         }
+        if self.records.len() == RECORDS_MAX {
+            self.records.pop_front();
+        }
+        self.records.push_back(record);
     }
 
     /// The points of the charts, the oldest first. Before the first sample of this process there are records only.
@@ -327,17 +330,16 @@ mod tests {
     }
 
     /// A history of so many seconds up to `NOW`, with one webhook a second.
-    fn history_of(seconds: i64, before: Vec<Record>) -> (History, Vec<Record>) {
-        let (mut history, mut complete, start) = (History::with(before), Vec::new(), Instant::now());
+    fn history_of(seconds: i64, before: Vec<Record>) -> History {
+        let (mut history, start) = (History::with(before), Instant::now());
         for second in (0..=seconds).step_by(5) {
             let counters = Counters { accepted: second as u64, ..Counters::default() };
             let at = Timestamp::from_second(NOW - seconds + second).unwrap();
             let now = start + Duration::from_secs(second as u64);
             let held = Held { depth: second as u64 / 5, ..Held::default() };
-            let added = history.add(counters, held, &Lags::default(), at, now);
-            complete.extend(added.and_then(|added| added.complete));
+            history.add(counters, held, &Lags::default(), at, now);
         }
-        (history, complete)
+        history
     }
 
     const NOW: i64 = 1_764_376_200;
@@ -345,7 +347,7 @@ mod tests {
     #[test]
     fn each_range_has_its_points_and_goes_on_after_a_restart() {
         let now = Timestamp::from_second(NOW).unwrap();
-        let (history, complete) = history_of(2 * 86_400, Vec::new());
+        let history = history_of(2 * 86_400, Vec::new());
         assert_eq!((history.samples.len(), history.records.len()), (SAMPLES_MAX, RECORDS_MAX));
         for (range, count) in [(Range::Minutes15, 180), (Range::Hours2, 240), (Range::Hours24, 288)] {
             let points = history.points(range, now);
@@ -358,8 +360,8 @@ mod tests {
         assert_eq!(Range::named("1h"), None);
 
         // Another process begins a minute ago, four minutes after the end of the first one.
-        let earlier = complete.into_iter().map(|record| Record { at: record.at - 300, ..record });
-        let (history, _) = history_of(60, earlier.collect());
+        let earlier = history.records.into_iter().map(|record| Record { at: record.at - 300, ..record });
+        let history = history_of(60, earlier.collect());
         let points = history.points(Range::Minutes15, now);
         let gap = points.windows(2).map(|pair| pair[1].at - pair[0].at).max();
         assert!((240..300).contains(&gap.unwrap()), "{gap:?}");
@@ -369,7 +371,7 @@ mod tests {
 
     #[test]
     fn a_clock_that_is_set_back_leaves_the_records_in_order() {
-        let (mut history, _) = history_of(600, Vec::new());
+        let mut history = history_of(600, Vec::new());
         let start = Instant::now();
         for second in (0..120).step_by(5) {
             let at = Timestamp::from_second(NOW - 300 + second).unwrap();
@@ -378,6 +380,22 @@ mod tests {
         }
         let times: Vec<i64> = history.records.iter().map(|record| record.at).collect();
         assert!(times.is_sorted() && *times.last().unwrap() < NOW - 180, "{times:?}");
+    }
+
+    #[test]
+    fn a_process_that_ends_within_a_half_minute_leaves_its_part_to_the_next_one() {
+        let last = Record { at: NOW - 12, milliseconds: 10_000, accepted: 100, ..Record::default() };
+        let mut history = History::with(vec![last]);
+        let start = Instant::now();
+        let mut add = |accepted, at| {
+            let counters = Counters { accepted, ..Counters::default() };
+            let now = start + Duration::from_secs(accepted);
+            history.add(counters, Held::default(), &Lags::default(), Timestamp::from_second(at).unwrap(), now)
+        };
+        assert!(add(0, NOW - 5).is_none());
+        let Added { point, record } = add(5, NOW).unwrap();
+        assert_eq!((point.accepted, record.accepted, record.milliseconds, record.at), (1.0, 105, 15_000, NOW));
+        assert_eq!(add(10, NOW + 5).unwrap().record.accepted, 5, "the next half minute");
     }
 
     /// The outlook of a spool of 1 MB with these sizes, one every five seconds.

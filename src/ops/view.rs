@@ -135,13 +135,11 @@ impl View {
             marks: self.marks(),
         };
         let added = self.history().add(counters, held, &lags, Timestamp::now(), Instant::now())?;
-        if let Some(record) = added.complete
-            // While the disk does not answer, records are dropped.
-            && self.history_file.try_lock().is_ok()
-        {
+        // While the disk does not answer, records are dropped.
+        if self.history_file.try_lock().is_ok() {
             let file = Arc::clone(&self.history_file);
             tokio::task::spawn_blocking(move || {
-                file.lock().unwrap_or_else(PoisonError::into_inner).write(&record);
+                file.lock().unwrap_or_else(PoisonError::into_inner).write(&added.record);
             });
         }
         Some(added.point)
