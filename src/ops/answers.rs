@@ -664,7 +664,8 @@ impl Facts {
             return answer("workers", Level::Note, "Not known", detail);
         }
         let complaints = || self.queues.iter().filter_map(Queue::complaint);
-        if let Some(worst) = complaints().max_by_key(|complaint| complaint.level) {
+        // The first of equals.
+        if let Some(worst) = complaints().rev().max_by_key(|complaint| complaint.level) {
             let detail = match complaints().count() - 1 {
                 0 => worst.detail.clone(),
                 others => {

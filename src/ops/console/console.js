@@ -65,8 +65,9 @@ const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1) + (/[.!?
 
 const agoText = (time) => (secondsSince(time) < 5 ? "just now" : `${duration(secondsSince(time))} ago`);
 
-/** Keeps each number and its unit on one line. */
-const tidy = (text) => text.replace(/(\d) (?=(?:ms|s|min|h|d|days?|%|B|[KMGT]iB)(?![a-z]))/g, "$1\u00a0");
+/** Keeps each number on one line with its unit, or with what it counts. */
+const tidy = (text) =>
+  text.replace(/(\d) (?=(?:ms|s|min|h|d|days?|%|B|[KMGT]iB|waiting|parked|removed|in)(?![a-z]))/g, "$1\u00a0");
 
 // ---- answers --------------------------------------------------------------------------------------------------------
 
@@ -108,7 +109,8 @@ const withCommands = (text) =>
   text.split("`").map((part, place) => (place % 2 ? command(part) : tidy(part)));
 
 function command(text) {
-  const code = el("code", {}, text);
+  const parts = text.split(" ").flatMap((part) => [el("span", { class: "part" }, part), " "]);
+  const code = el("code", {}, ...parts.slice(0, -1));
   const button = el("button", { type: "button", class: "copy", "aria-label": `Copy ${text}` }, "Copy");
   button.addEventListener("click", async () => {
     try {
@@ -441,7 +443,7 @@ function tick() {
 const CHARTS = [
   { title: "Webhooks per second", format: rate, floor: 1, lines: [
     { name: "Accepted", key: "accepted", colour: "--accepted", fill: true },
-    { name: "Confirmed by RabbitMQ", key: "confirmed", colour: "--confirmed", dash: [2, 3] },
+    { name: "Confirmed", key: "confirmed", colour: "--confirmed", dash: [2, 3] },
     { name: "Refused", key: "refused", colour: "--refused", dash: [5, 4] },
   ] },
   { title: "Events waiting in the spool", format: whole.format, floor: 5, lines: [
