@@ -83,12 +83,8 @@ async fn assemble(config: Config, spool: Spool, metrics: Arc<Metrics>) -> Result
     let ops_listener = server::listen(config.ops.listen, "ops.listen", sockets.ops).await?;
     let ops_is_private = address(&ops_listener, "ops.listen")?.ip().is_loopback();
     warn_of_weak_settings(&config, ops_is_private);
-
     let announcement = Announcement::new(&config, &listener, &ops_listener)?;
-    let identity = ops::Identity {
-        host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
-        listen: address(&listener, "http.listen")?.to_string(),
-    };
+    let identity = identity(&listener)?;
 
     let Config {
         http, signature, spool: spool_settings, broker, publisher, topology, ops, notify, traces, log, ..
@@ -97,11 +93,9 @@ async fn assemble(config: Config, spool: Spool, metrics: Arc<Metrics>) -> Result
     let tls = http.tls.clone().map(tls::Server::load).transpose()?.map(Arc::new);
     let access = Arc::new(BrokerAccess::new(&broker)?);
     let auth = Arc::new(OpsAuth::new(ops.token, ops_is_private));
-    let (recent, drift) = (Arc::new(Recent::default()), Arc::new(Drift::default()));
-    let traces = Arc::new(Traces::new(&traces)?);
-    let notify_secret_file = notify.secret_file.clone();
+    let (recent, drift, stops) = (Arc::new(Recent::default()), Arc::new(Drift::default()), Stops::default());
+    let (traces, notify_secret_file) = (Arc::new(Traces::new(&traces)?), notify.secret_file.clone());
     let notifier = Arc::new(Notifier::new(notify, identity.host.clone(), &spool_settings.path));
-    let stops = Stops::default();
     let watched = Reloadable {
         secrets: (signature.secrets_file, Arc::clone(&verifier), Arc::clone(&recent)),
         password: (broker.password_file, Arc::clone(&access)),
@@ -152,6 +146,14 @@ async fn assemble(config: Config, spool: Spool, metrics: Arc<Metrics>) -> Result
         metrics,
         stops,
         is_handed_over,
+    })
+}
+
+/// What tells this relay from its replicas.
+fn identity(listener: &TcpListener) -> Result<ops::Identity, RelayError> {
+    Ok(ops::Identity {
+        host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
+        listen: address(listener, "http.listen")?.to_string(),
     })
 }
 
