@@ -186,8 +186,8 @@ impl Commands {
                 list("state leader online")
             ),
             Trouble::Silent => format!(
-                "see whether it has a leader: `{}`. If it has none, `{relay} topology diff` prints what to do, with a user \
-                 who may read the management API",
+                "see whether it has a leader: `{}`. If it has none, `{relay} topology diff` prints what to do, with a \
+                 user who may read the management API",
                 list("state leader online messages")
             ),
         })

@@ -56,23 +56,23 @@ pub const DEAD_LETTERS: Situation = situation(
 pub const BLOCKED: Situation = situation(
     "blocked",
     "problem",
-    "RabbitMQ has been refusing messages for less than a minute",
+    "RabbitMQ has been refusing messages for",
     "safe on disk.",
     ["Yes", "Yes", "No, it is blocked", "", "No", "No", ""],
 );
 pub const DOWN: Situation = situation(
     "down",
     "problem",
-    "RabbitMQ has been unreachable for less than a minute.",
+    "RabbitMQ has been unreachable for",
     "safe on disk.",
     ["Yes", "Yes", "No", "", "No", "No", ""],
 );
 pub const QUEUE_DOWN: Situation = situation(
     "queue-down",
     "problem",
-    "prism.scan is down: it has no leader",
-    "Prism is being answered.",
-    ["Yes", "Yes", "Yes", "", "No", "No", "No"],
+    "Nothing has been delivered to RabbitMQ for",
+    "prism.scan may be down",
+    ["Yes", "Yes", "No", "", "No", "No", "No"],
 );
 pub const NEARLY_FULL: Situation = situation(
     "nearly-full",
@@ -120,7 +120,7 @@ impl Situation {
             if is_it { Ok(()) } else { Err(format!("{headline} {words:?}")) }
         })
         .await;
-        let top = relay.run(&["top", "--once"]).await;
+        let top = relay.run(&["top", "--once", "--url", relay.ops()]).await;
         let said = top.stdout.split_whitespace().collect::<Vec<_>>().join(" ");
         for words in [self.text].iter().chain(&self.words) {
             assert!(said.contains(words), "{words:?} is not in the output of top: {top:?}");
