@@ -20,9 +20,12 @@ pub(super) const REPLAYED_AT: &str = "prism-replayed-at";
 /// Header: the original routing key of a message that was published directly to a queue, under the queue's name.
 const ORIGINAL_KEY: &str = "prism-original-key";
 
+/// Header of a dead letter that a worker published: the worker's queue and why it gave up.
+const GAVE_UP: &str = "prism-gave-up";
+
 /// Headers that a broker writes about the history of a message, in any version up to RabbitMQ 4.3, and those of its
-/// plugins for federation and shovels. A new publish has none of them.
-const PAST: [&str; 8] = [
+/// plugins for federation and shovels, and those of commands and workers. A new publish has none of them.
+const PAST: [&str; 9] = [
     "x-death",
     "x-delivery-count",
     "x-acquired-count",
@@ -31,6 +34,7 @@ const PAST: [&str; 8] = [
     "x-shovelled",
     "x-shovelled-timestamp",
     ORIGINAL_KEY,
+    GAVE_UP,
 ];
 const PAST_PREFIXES: [&str; 3] = ["x-first-death-", "x-last-death-", "x-opt-"];
 
@@ -143,8 +147,12 @@ pub(super) fn original_key(delivery: &Delivery) -> anyhow::Result<ShortString> {
     })
 }
 
-/// Why and where a message was dead-lettered last, such as `rejected by prism.scan (3 times)`.
+/// Why and where a message was dead-lettered last, such as `rejected by prism.scan (3 times)`, or
+/// `given up by prism.scan: no handler for this type`.
 fn death(properties: &BasicProperties) -> Option<String> {
+    if let Some(reason) = header(properties, GAVE_UP) {
+        return Some(format!("given up by {reason}"));
+    }
     let last = deaths(properties).next()?;
     let count = last.inner().get("count").and_then(whole_number).unwrap_or(1);
     let (reason, queue) = (text_in(last, "reason")?, text_in(last, "queue")?);

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use lapin::BasicProperties;
+use lapin::types::{AMQPValue, FieldTable};
 use serde_json::json;
 
 use crate::harness::samples::{long_scan, of_scan, scan};
@@ -98,6 +99,22 @@ async fn a_dry_run_shows_why_messages_died() {
     ] {
         assert!(dry.stdout.contains(part), "{part:?} is not in {}", dry.stdout);
     }
+}
+
+#[tokio::test]
+async fn a_dead_letter_of_a_worker_says_why_and_loses_that_header() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let relay = Setup::new(&vhost.url()).start().await;
+    relay.eventually_connected().await;
+    let mut headers = FieldTable::default();
+    headers.insert("prism-gave-up".into(), AMQPValue::LongString("prism.scan: no handler".into()));
+    let given_up = BasicProperties::default().with_headers(headers);
+    vhost.publish_with("prism.dead", "scan.archived", "{}", given_up).await;
+    let dry = relay.run(&["redrive", "--dry-run"]).await;
+    assert!(dry.stdout.contains("given up by prism.scan: no handler"), "{dry:?}");
+    vhost.eventually_depth("prism.dead", 1).await;
+    assert!(relay.run(&["redrive"]).await.stdout.starts_with("1 moved"));
+    assert!(!vhost.messages("prism.scan", 1).await[0].headers.contains_key("prism-gave-up"));
 }
 
 #[tokio::test]
