@@ -12,7 +12,7 @@ export type EventType =
       | "body_shape_prediction.processing.succeeded"
       | "body_shape_prediction.processing.failed"
     )
-  | string;
+  | (string & {});
 
 /**
  * The body of every webhook and of every message: what happened, and to what. Prism adds event types and fields without notice: accept what is not listed here.
@@ -32,7 +32,7 @@ export interface Payload {
 /**
  * The state of the scan when Prism sent the event. CREATED: known, nothing processed yet. PROCESSING: the pipeline is busy. READY: the assets can be fetched. FAILED: the scan could not be used. Prism adds states without notice, so any string is valid.
  */
-export type ScanState = ("CREATED" | "PROCESSING" | "READY" | "FAILED") | string;
+export type ScanState = ("CREATED" | "PROCESSING" | "READY" | "FAILED") | (string & {});
 
 /**
  * The payload of `scan.processing.started`, `.succeeded` and `.failed`. It carries no measurements and no URLs: ask Prism's API for the scan by `scanId`. Asset URLs from the API are valid for one hour.
@@ -57,7 +57,7 @@ export interface ScanPayload {
 /**
  * The state of the prediction when Prism sent the event. PROCESSING: the pipeline is busy. READY: the assets can be fetched. FAILED: the prediction could not be made. Prism adds states without notice, so any string is valid.
  */
-export type BodyShapePredictionState = ("PROCESSING" | "READY" | "FAILED") | string;
+export type BodyShapePredictionState = ("PROCESSING" | "READY" | "FAILED") | (string & {});
 
 /**
  * The payload of `body_shape_prediction.processing.started`, `.succeeded` and `.failed`: a Future Me avatar. It carries no measurements and no URLs: ask Prism's API for the prediction by `bodyShapePredictionId`. Asset URLs from the API are valid for one hour.
