@@ -214,20 +214,19 @@ mod tests {
     }
 
     #[test]
-    fn every_vector_of_the_vendor_passes() {
+    fn every_vector_passes_or_is_refused() {
         for vector in vectors() {
             let text = |name: &str| vector[name].as_str().unwrap().to_owned();
             let timestamp = text(TIMESTAMP_HEADER);
-            let accepted = verifier(&["another", &text("secret")], true)
-                .verify(
-                    Some(timestamp.as_bytes()),
-                    Some(text(SIGNATURE_HEADER).as_bytes()),
-                    text("body"),
-                    timestamp.parse().unwrap(),
-                )
-                .unwrap();
-            assert!(accepted.authentic());
-            assert_eq!(sign(&Secret::new(text("secret")), &timestamp, text("body").as_bytes()), text(SIGNATURE_HEADER));
+            let accepted = verifier(&["another", &text("secret")], true).verify(
+                Some(timestamp.as_bytes()),
+                Some(text(SIGNATURE_HEADER).as_bytes()),
+                text("body"),
+                timestamp.parse().unwrap(),
+            );
+            assert_eq!(accepted.is_ok_and(|accepted| accepted.authentic()), vector["valid"] == true, "{vector}");
+            let signature = sign(&Secret::new(text("secret")), &timestamp, text("body").as_bytes());
+            assert_eq!(signature == text(SIGNATURE_HEADER), vector["valid"] == true, "{vector}");
         }
     }
 

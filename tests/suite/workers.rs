@@ -41,14 +41,88 @@ async fn the_node_worker_handles_the_life_of_a_message() {
 
 #[tokio::test]
 async fn the_rust_worker_handles_the_life_of_a_message() {
-    // Built here, because cargo builds examples only for a run of all tests.
+    the_life_of_a_message(&rust_worker().await, &[]).await;
+}
+
+/// Built here, because cargo builds examples only for a run of all tests.
+async fn rust_worker() -> String {
     let build = tokio::task::spawn_blocking(|| {
         Command::new(env!("CARGO")).args(["build", "--quiet", "--locked", "--example", "worker"]).status()
     });
     assert!(build.await.unwrap().expect("cargo").success());
     let tests = std::env::current_exe().unwrap();
     let worker = tests.parent().unwrap().with_file_name("examples").join("worker");
-    the_life_of_a_message(worker.to_str().unwrap(), &[]).await;
+    worker.into_os_string().into_string().unwrap()
+}
+
+/// RabbitMQ reads nothing more from a connection that publishes during an alarm. A worker that gives up publishes, and
+/// must be able to acknowledge and to stop nevertheless.
+#[tokio::test]
+async fn a_worker_that_gives_up_during_an_alarm_does_the_next_message_and_stops() {
+    let (node, rust) = tokio::join!(Node::start(), rust_worker());
+    let (python, js) = (source("python/worker.py"), source("node/worker.js"));
+    let programs = [("/usr/bin/python3", vec![python.as_str()]), ("node", vec![js.as_str()]), (&rust, vec![])];
+    let mut started = Vec::new();
+    for (program, arguments) in &programs {
+        let vhost = Vhost::new(&node).await;
+        vhost.create_queue("prism.scan", json!({})).await;
+        let evil = BasicProperties::default().with_message_id("evil".into()).with_type("scan.a".into());
+        vhost.publish_with("", "prism.scan", "{}", evil).await;
+        let id = "019a0000-0000-7000-8000-000000000001";
+        let good = BasicProperties::default().with_message_id(id.into()).with_type("scan.processing.failed".into());
+        let event = json!({
+            "eventType": "scan.processing.failed",
+            "payload": { "scanId": "s", "userId": "u", "userToken": "t", "state": "FAILED" },
+        });
+        vhost.publish_with("", "prism.scan", event.to_string(), good).await;
+        started.push((vhost, Scratch::new(), *program, arguments));
+    }
+    node.memory_alarm(true).await;
+    let mut workers = Vec::new();
+    for (vhost, out, program, arguments) in &started {
+        workers.push(Worker::start_on("prism.scan", program, arguments, vhost, out.path()));
+    }
+    for mut worker in workers {
+        worker.eventually_prints("gave up evil scan.a: the message_id is not a UUID", 1).await;
+        worker.eventually_prints("done 019a0000-0000-7000-8000-000000000001", 1).await;
+        worker.program.signal("TERM");
+        let ended = worker.program.wait().await;
+        assert_eq!(ended.code, Some(0), "{ended:?}");
+        assert!(ended.stderr.contains("cannot publish to prism.dead, so rejecting"), "{ended:?}");
+    }
+    for (vhost, ..) in &started {
+        vhost.eventually_depth("prism.scan", 0).await;
+    }
+}
+
+/// Work that takes longer than two heartbeats and than the patience of a worker that stops.
+#[tokio::test]
+async fn long_work_is_finished_and_acknowledged_also_during_a_stop() {
+    let python = "import sys, time\nsys.path.insert(0, sys.argv[1] + '/python')\nimport kit, os\n\
+        def work(_message):\n    print('working', flush=True)\n    time.sleep(35)\n\
+        kit.run({'scan': work}, kit.SqliteStore(':memory:'), os.environ['AMQP_URL'], 'prism.scan')\n";
+    let node = "const { run } = require(process.argv[2] + '/node/kit');\n\
+        const work = async () => { console.log('working'); await new Promise((end) => setTimeout(end, 12_000)); };\n\
+        run({ handlers: new Map([['scan', work]]), url: process.env.AMQP_URL, queue: 'prism.scan',\n\
+          store: { isDone: () => false, markDone: () => {} } });\n";
+    let scratch = Scratch::new();
+    let long_work = async |program: &str, file: &str, text: &str| {
+        let vhost = Vhost::new(Node::shared().await).await;
+        vhost.create_queue("prism.scan", json!({ "x-queue-type": "quorum" })).await;
+        let script = scratch.path().join(file);
+        std::fs::write(&script, text).unwrap();
+        let mut worker = Worker::start(program, &[script.to_str().unwrap(), &source("")], &vhost, scratch.path()).await;
+        let id = "019a0000-0000-7000-8000-000000000001";
+        let properties = BasicProperties::default().with_message_id(id.into()).with_type("scan.a".into());
+        vhost.publish_with("", "prism.scan", r#"{"eventType":"scan.a","payload":{}}"#, properties).await;
+        worker.eventually_prints("working", 1).await;
+        worker.program.signal("TERM");
+        let ended = worker.program.wait().await;
+        assert_eq!(ended.code, Some(0), "{ended:?}");
+        assert!(ended.stdout.contains(&format!("done {id}")), "{ended:?}");
+        vhost.assert_empty("prism.scan").await;
+    };
+    tokio::join!(long_work("/usr/bin/python3", "work.py", python), long_work("node", "work.js", node));
 }
 
 async fn setup(vhost: &Vhost) -> Setup {
@@ -143,6 +217,9 @@ async fn the_life_of_a_message(program: &str, arguments: &[&str]) {
     let evil = BasicProperties::default().with_message_id("../../evil".into()).with_type("scan.a".into());
     vhost.publish_with("prism.events", "scan.a", "{}", evil).await;
     worker.eventually_prints("gave up ../../evil scan.a: the message_id is not a UUID", 1).await;
+    vhost.eventually_depth("prism.dead", 1).await;
+    let dry = relay.run(&["redrive", "--dry-run"]).await;
+    assert!(dry.stdout.contains("given up by prism.scan: the message_id is not a UUID"), "{dry:?}");
     vhost.eventually_depth("prism.dead", 1).await;
     let dead = vhost.messages("prism.dead", 1).await.remove(0);
     assert_eq!((dead.routing_key.as_str(), dead.id().as_str()), ("scan.a", "../../evil"));
@@ -280,7 +357,7 @@ async fn the_kits_of_python_and_node_pass_the_vectors() {
         command.arg(source(file)).env("PYTHONDONTWRITEBYTECODE", "1");
         with_node_modules(&mut command);
         let text = output(command).await;
-        assert!(text.contains(" messages and 3 signatures as expected"), "{text}");
+        assert!(text.contains(" messages and 9 signatures as expected"), "{text}");
     }
 }
 

@@ -23,7 +23,8 @@ const amqp = require('amqplib');
 const DEAD = 'prism.dead'; // the exchange of dead letters
 const TEST = 'prism-test'; // the header of messages of `prism-relay send --to-queue`
 const FIRST_PAUSE_MAX = 2_000; // milliseconds
-const REPLY_MAX = 30_000; // milliseconds, for a confirm
+const GAVE_UP = 'prism-gave-up'; // the header of dead letters of a kit: the queue, and why
+const REPLY_MAX = 10_000; // milliseconds, for what RabbitMQ has to answer
 
 /** The message can never succeed. It becomes a dead letter at once; after any other error it is retried. */
 class GiveUp extends Error {}
@@ -100,17 +101,19 @@ function parse(body) {
 }
 
 /**
- * Which messages are done, in a SQLite database of node:sqlite (Node 22), better-sqlite3 or node-sqlite3-wasm. Any
- * object with these two methods will do, such as one on your own database. Delete old rows now and then: a duplicate
+ * Which messages are done, in a SQLite database of node:sqlite (Node 22.13), better-sqlite3 or node-sqlite3-wasm. Any
+ * object with isDone() and markDone() will do, such as one on your own database. Call purge() now and then: a duplicate
  * comes within minutes, a redriven dead letter within days.
  */
 class SqliteStore {
   /** @param {{ exec(sql: string): unknown, prepare(sql: string): any }} database */
   constructor(database) {
+    database.exec('PRAGMA busy_timeout = 5000'); // milliseconds to wait for another worker that writes
     database.exec('CREATE TABLE IF NOT EXISTS done (message_id TEXT PRIMARY KEY,'
       + ' at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP)');
     this.select = database.prepare('SELECT 1 AS found FROM done WHERE message_id = ?');
     this.insert = database.prepare('INSERT OR IGNORE INTO done (message_id) VALUES (?)');
+    this.remove = database.prepare("DELETE FROM done WHERE at < datetime('now', ?)");
   }
 
   /** @param {string} id */
@@ -121,6 +124,11 @@ class SqliteStore {
   /** @param {string} id */
   markDone(id) {
     this.insert.run(id);
+  }
+
+  /** @param {number} days */
+  purge(days) {
+    this.remove.run(`-${days} days`);
   }
 }
 
@@ -135,6 +143,23 @@ function handlerFor(handlers, type) {
     if (handler) return handler;
   }
   throw new GiveUp('no handler for this type');
+}
+
+/**
+ * The text in one line of a log: without control characters, and cut.
+ * @param {unknown} text
+ */
+const clean = (text, limit = 200) => String(text).replace(/[^ -~]/g, '?').slice(0, limit);
+
+/**
+ * The routing key of the event. A message that returned from a retry queue has the key NAME:1 in its place; no event's
+ * own key has a colon.
+ * @param {string} routingKey
+ * @param {string | undefined} type
+ */
+function firstKey(routingKey, type = '') {
+  if (!routingKey.includes(':')) return routingKey;
+  return /^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$/.test(type) ? type : 'invalid.event_type';
 }
 
 /**
@@ -157,7 +182,7 @@ async function settle(message, handlers, store) {
     await store.markDone(message.id);
     return { outcome: 'done' };
   } catch (error) {
-    const reason = error instanceof Error ? error.message : String(error);
+    const reason = clean(error instanceof Error ? error.message || error.name : error);
     return { outcome: error instanceof GiveUp ? 'gave up' : 'failed', reason }; // any error fails only this message
   }
 }
@@ -173,12 +198,14 @@ async function settle(message, handlers, store) {
 async function run({ handlers, store, url, queue, prefetch = 20, metrics = () => {} }) {
   const stop = new AbortController();
   const stopped = once(stop.signal, 'abort');
+  let last = /** @type {Promise<void>} */ (Promise.resolve()); // the end of the current message
   let pauseMax = FIRST_PAUSE_MAX;
   if (!URL.canParse(url)) throw new Error('AMQP_URL is no URL'); // without the value, which contains a password
   const parsed = new URL(url);
   parsed.searchParams.set('heartbeat', '10');
   for (const signal of ['SIGTERM', 'SIGINT']) process.once(signal, () => stop.abort()); // a second signal exits at once
-  stopped.then(() => setTimeout(() => process.exit(), 10_000).unref()); // exit anyway if the broker does not reply
+  // Exit anyway if the broker does not reply; the work takes as long as it takes.
+  stopped.then(() => last).then(() => setTimeout(() => process.exit(), REPLY_MAX).unref());
   while (!stop.signal.aborted) {
     await consume().catch((error) => console.error(`connection: ${error.message || error.code}`));
     // A longer pause after each failure, and random, so that many workers do not reconnect at the same time.
@@ -186,11 +213,16 @@ async function run({ handlers, store, url, queue, prefetch = 20, metrics = () =>
     pauseMax = Math.min(2 * pauseMax, 30_000);
   }
 
+  /** @param {string} name */
+  function connect(name) {
+    const clientProperties = { connection_name: `${name} ${queue}` };
+    return amqp.connect(parsed.href, { timeout: REPLY_MAX, clientProperties });
+  }
+
   // Handles messages until a signal arrives. Throws if the connection fails.
   async function consume() {
-    const clientProperties = { connection_name: `worker ${queue}` };
-    const connection = await amqp.connect(parsed.href, { timeout: 10_000, clientProperties });
-    let [over, last] = [false, /** @type {Promise<void>} */ (Promise.resolve())];
+    const connection = await connect('worker');
+    let over = false;
     /** @type {(error?: Error) => void} */
     let end = () => {};
     /** @type {Promise<Error | undefined>} */
@@ -204,7 +236,7 @@ async function run({ handlers, store, url, queue, prefetch = 20, metrics = () =>
       const { consumerTag } = await channel.consume(queue, (delivery) => {
         if (delivery === null) return end(new Error('the broker cancelled the consumer; the queue may be gone'));
         // One at a time, in the order of the queue. Prefetched messages that were not started return to the queue.
-        last = last.then(() => (over || stop.signal.aborted ? undefined : handle(connection, channel, delivery)));
+        last = last.then(() => (over || stop.signal.aborted ? undefined : handle(channel, delivery)));
         last = last.catch(end);
       });
       console.log(`consuming ${queue}`);
@@ -221,51 +253,63 @@ async function run({ handlers, store, url, queue, prefetch = 20, metrics = () =>
     }
   }
 
-  /** @param {amqp.ChannelModel} connection @param {amqp.Channel} channel @param {amqp.ConsumeMessage} delivery */
-  async function handle(connection, channel, delivery) {
+  /** @param {amqp.Channel} channel @param {amqp.ConsumeMessage} delivery */
+  async function handle(channel, delivery) {
     const { messageId, type, headers } = delivery.properties;
     const message = new Message(messageId, type, delivery.content, headers, delivery.fields.redelivered);
     const began = performance.now();
     let { outcome, reason } = await settle(message, handlers, store);
-    const [id, kind] = [messageId, type].map((name) => (name || '-').replace(/[^!-~]/g, '?')); // no control characters
+    const [id, kind] = [messageId, type].map((name) => clean(name || '-', 255).replaceAll(' ', '?'));
     console.log(`${outcome} ${id} ${kind}${reason === undefined ? '' : `: ${reason}`}`);
-    if (outcome === 'gave up' && !(await bury(connection, delivery))) outcome = 'failed';
+    if (outcome === 'gave up' && !(await bury(delivery, reason))) outcome = 'failed';
     if (outcome === 'failed') {
       // To the retry queue, or to prism.dead without one; true would requeue it at once, in a hot loop.
       channel.reject(delivery, false);
     } else {
       channel.ack(delivery); // only after the work: if the worker dies first, the broker delivers it again
     }
-    metrics(outcome, message, (performance.now() - began) / 1_000);
+    try {
+      metrics(outcome, message, (performance.now() - began) / 1_000);
+    } catch (error) {
+      console.error(`metrics: ${error}`);
+    }
   }
 
   /**
    * Publishes a copy to prism.dead, because a reject would go through all retries. Returns whether RabbitMQ confirmed
    * the copy; if not, the message is rejected.
-   * @param {amqp.ChannelModel} connection @param {amqp.ConsumeMessage} delivery
+   * @param {amqp.ConsumeMessage} delivery @param {string | undefined} reason
    */
-  async function bury(connection, { properties, fields, content }) {
-    const all = Object.entries(properties.headers ?? {});
+  async function bury({ properties, fields, content }, reason) {
+    const all = Object.entries(properties.headers ?? {}).filter(([name]) => !name.startsWith('x-'));
     // The tester counts rejects, and prism.dead is no place for tests.
     if (all.some(([name]) => name === TEST)) return false;
-    const headers = Object.fromEntries(all.filter(([name]) => !name.startsWith('x-')));
-    const key = (fields.routingKey.startsWith(`${queue}:`) && properties.type) || fields.routingKey;
+    const headers = { ...Object.fromEntries(all), [GAVE_UP]: `${queue}: ${reason}` };
+    const key = firstKey(fields.routingKey, properties.type);
+    /** @type {any} */
+    let connection;
     try {
+      // On a connection of its own: when RabbitMQ is short of memory or disk, it reads nothing more from a connection
+      // that publishes, not even acks.
+      connection = await connect('give-up');
+      connection.on('error', () => {}); // the pending call throws as well
       const channel = await connection.createConfirmChannel();
       /** @type {Promise<never>} */
       const refused = new Promise((_, reject) => {
+        connection.on('error', reject);
         channel.on('error', reject).on('return', () => reject(new Error('no queue takes it')));
         setTimeout(() => reject(new Error('no confirm in time')), REPLY_MAX).unref();
       });
       channel.publish(DEAD, key, content, { ...properties, headers, mandatory: true });
       await Promise.race([channel.waitForConfirms(), refused]);
-      await channel.close();
+      connection.close().catch(() => {});
       return true;
     } catch (error) {
       console.error(`cannot publish to ${DEAD}, so rejecting: ${error instanceof Error ? error.message : error}`);
+      connection?.connection.stream.destroy(); // close() waits for an answer that a blocked connection does not get
       return false;
     }
   }
 }
 
-module.exports = { GiveUp, Message, SqliteStore, run, settle };
+module.exports = { GiveUp, Message, SqliteStore, firstKey, run, settle };

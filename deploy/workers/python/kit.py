@@ -6,6 +6,7 @@ is the part without RabbitMQ, for your own tests.
 The order is: do the work, record it as done, acknowledge. A crash before the record repeats the work; a crash after it
 repeats nothing. So a handler must bear being called twice, or record the id itself, in the transaction of its work.
 """
+import concurrent.futures
 import json
 import logging
 import random
@@ -22,6 +23,8 @@ from prism_types import BodyShapePredictionPayload, Envelope, ScanPayload
 
 DEAD = "prism.dead"  # the exchange of dead letters
 TEST = "prism-test"  # the header of messages of `prism-relay send --to-queue`
+GAVE_UP = "prism-gave-up"  # the header of dead letters of a kit: the queue, and why
+UUID = r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
 
 
 class GiveUp(Exception):
@@ -32,11 +35,11 @@ class Message:
     """One event. `event` and the payloads are plain dicts with all fields, also those that the types do not name."""
 
     def __init__(self, message_id, type, body, headers=None, redelivered=False):
-        self.id = message_id or ""
+        self.id = message_id if isinstance(message_id, str) else ""  # pika gives bytes for what is not UTF-8
         self.body = body
         self.headers = headers or {}
         self.redelivered = redelivered
-        self._type = type
+        self._type = type if isinstance(type, str) else None
         self._event = None
 
     @property
@@ -45,7 +48,7 @@ class Message:
         if self._event is None:
             try:
                 event = json.loads(self.body)  # accepts a byte order mark
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise GiveUp("the body is not JSON") from None  # without the body, which contains a userToken
             if not isinstance(event, dict) or not isinstance(event.get("eventType"), str):
                 raise GiveUp("the body is not an event")
@@ -81,11 +84,11 @@ class Message:
 
 
 class SqliteStore:
-    """Which messages are done, in a SQLite file. Any object with these two methods will do, such as one on your own
-    database. Delete old rows now and then: a duplicate comes within minutes, a redriven dead letter within days."""
+    """Which messages are done, in a SQLite file. Any object with is_done() and mark_done() will do, such as one on your
+    own database. Call purge() now and then: a duplicate comes within minutes, a redriven dead letter within days."""
 
     def __init__(self, path):
-        self.database = sqlite3.connect(path, isolation_level=None)
+        self.database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         self.database.execute("CREATE TABLE IF NOT EXISTS done (message_id TEXT PRIMARY KEY,"
                               " at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP)")
 
@@ -94,6 +97,9 @@ class SqliteStore:
 
     def mark_done(self, message_id):
         self.database.execute("INSERT OR IGNORE INTO done (message_id) VALUES (?)", (message_id,))
+
+    def purge(self, days):
+        self.database.execute("DELETE FROM done WHERE at < datetime('now', ?)", (f"-{days} days",))
 
 
 def handler_for(handlers, type):
@@ -106,11 +112,25 @@ def handler_for(handlers, type):
     raise GiveUp("no handler for this type")
 
 
+def clean(text, limit=200):
+    """The text in one line of a log: without control characters, and cut."""
+    return re.sub("[^ -~]", "?", str(text))[:limit]
+
+
+def first_key(routing_key, type):
+    """The routing key of the event. A message that returned from a retry queue has the key NAME:1 in its place; no
+    event's own key has a colon."""
+    if isinstance(routing_key, str) and ":" not in routing_key:
+        return routing_key
+    is_key = isinstance(type, str) and re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", type)
+    return type if is_key else "invalid.event_type"
+
+
 def settle(message, handlers, store):
     """Does the work of one message. Returns the outcome, and why it is not done: `done` and `again` are to be
     acknowledged, `failed` is to be rejected, `gave up` is a dead letter."""
     try:
-        if not re.fullmatch(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", message.id):
+        if not re.fullmatch(UUID, message.id):
             raise GiveUp("the message_id is not a UUID")  # it did not come from the relay
         if store.is_done(message.id):
             return "again", None
@@ -120,16 +140,17 @@ def settle(message, handlers, store):
         store.mark_done(message.id)
         return "done", None
     except GiveUp as reason:
-        return "gave up", reason
+        return "gave up", clean(reason)
     except Exception as reason:  # any error fails only this message
-        return "failed", reason
+        return "failed", clean(reason) or type(reason).__name__
 
 
 def run(handlers, store, url, queue, prefetch=20, metrics=lambda outcome, message, seconds: None):
     """Works until SIGTERM or Ctrl-C, which finish the current message. Returns then.
 
-    `handlers`: a function of a Message for each type or first words of types. `metrics` is called after each message
-    with its outcome (see settle()) and the seconds that it took."""
+    `handlers`: a function of a Message for each type or first words of types. Handlers and the store are called on one
+    thread that is not the main thread, so that the connection stays alive during long work. `metrics` is called after
+    each message with its outcome (see settle()) and the seconds that it took."""
     _Worker(handlers, store, url, queue, prefetch, metrics).run()
 
 
@@ -137,12 +158,13 @@ class _Worker:
     def __init__(self, handlers, store, url, queue, prefetch, metrics):
         self.handlers, self.store, self.queue, self.prefetch, self.metrics = handlers, store, queue, prefetch, metrics
         self.stopping = False
+        self.thread = concurrent.futures.ThreadPoolExecutor(max_workers=1)
         try:
             self.parameters = pika.URLParameters(url)
         except ValueError:
             sys.exit("AMQP_URL is not an AMQP URL")  # without the value, which contains a password
         self.parameters.heartbeat = 10
-        self.parameters.blocked_connection_timeout = 60
+        self.parameters.blocked_connection_timeout = 10
         self.parameters.client_properties = {"connection_name": f"worker {queue}"}
 
     def run(self):
@@ -168,8 +190,6 @@ class _Worker:
             with pika.BlockingConnection(self.parameters) as connection:
                 channel = connection.channel()
                 channel.basic_qos(prefetch_count=self.prefetch)
-                # No heartbeats during the work: do work of over 20 s in a thread, and wait for it with
-                # connection.process_data_events().
                 for method, properties, body in channel.consume(self.queue, inactivity_timeout=0.5):
                     if not in_place:
                         print(f"consuming {self.queue}", flush=True)
@@ -190,34 +210,46 @@ class _Worker:
     def handle(self, connection, channel, method, properties, body):
         message = Message(properties.message_id, properties.type, body, properties.headers, method.redelivered)
         began = time.monotonic()
-        outcome, reason = settle(message, self.handlers, self.store)
-        # Control characters stay out of the log.
-        id, type = (re.sub("[^!-~]", "?", name or "-") for name in (properties.message_id, properties.type))
-        print(f"{outcome} {id} {type}" + (f": {reason}" if reason else ""), flush=True)
-        if outcome == "gave up" and not self.bury(connection, method, properties, body):
-            outcome = "failed"
+        work = self.thread.submit(self.work, message, method, properties)
+        while not concurrent.futures.wait([work], timeout=1).done:
+            try:
+                connection.process_data_events(time_limit=0)  # heartbeats, which RabbitMQ waits for
+            except AMQPError:
+                break  # finish the work; the ack fails
+        outcome = work.result()
         if outcome == "failed":
             # To the retry queue, or to prism.dead without one. True would requeue it at once, in a hot loop.
             channel.basic_reject(method.delivery_tag, requeue=False)
         else:
             channel.basic_ack(method.delivery_tag)  # only after the work: if the worker dies first, it comes again
-        self.metrics(outcome, message, time.monotonic() - began)
+        try:
+            self.metrics(outcome, message, time.monotonic() - began)
+        except Exception as trouble:
+            print(f"metrics: {trouble!r}", file=sys.stderr, flush=True)
 
-    def bury(self, connection, method, properties, body):
+    def work(self, message, method, properties):
+        outcome, reason = settle(message, self.handlers, self.store)
+        id, type = (clean(name or "-", 255).replace(" ", "?") for name in (properties.message_id, properties.type))
+        print(f"{outcome} {id} {type}" + (f": {reason}" if reason else ""), flush=True)
+        # The tester counts rejects, and prism.dead is no place for tests.
+        if outcome == "gave up" and (TEST in message.headers or not self.bury(message, method, properties, reason)):
+            return "failed"
+        return outcome
+
+    def bury(self, message, method, properties, reason):
         """Publishes a copy to prism.dead, because a reject would go through all retries. Returns whether RabbitMQ
         confirmed the copy; if not, the message is rejected."""
-        headers = properties.headers or {}
-        if TEST in headers:
-            return False  # the tester counts rejects, and prism.dead is no place for tests
         try:
-            properties.headers = {name: value for name, value in headers.items() if not name.startswith("x-")}
-            was_retried = method.routing_key.startswith(self.queue + ":")
-            channel = connection.channel()
-            channel.confirm_delivery()
-            key = properties.type if was_retried and properties.type else method.routing_key
-            channel.basic_publish(DEAD, key, body, properties, mandatory=True)
-            channel.close()
+            properties.headers = {name: value for name, value in message.headers.items() if not name.startswith("x-")}
+            properties.headers[GAVE_UP] = f"{self.queue}: {reason}"
+            # On a connection of its own: when RabbitMQ is short of memory or disk, it reads nothing more from a
+            # connection that publishes, not even acks.
+            with pika.BlockingConnection(self.parameters) as connection:
+                channel = connection.channel()
+                channel.confirm_delivery()
+                key = first_key(method.routing_key, properties.type)
+                channel.basic_publish(DEAD, key, message.body, properties, mandatory=True)
             return True
-        except AMQPError as trouble:
+        except Exception as trouble:
             print(f"cannot publish to {DEAD}, so rejecting: {trouble!r}", file=sys.stderr, flush=True)
             return False

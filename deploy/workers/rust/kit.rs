@@ -11,6 +11,8 @@
 
 use std::error::Error;
 use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use futures_util::{FutureExt, StreamExt};
@@ -35,9 +37,11 @@ pub type BoxError = Box<dyn Error + Send + Sync>;
 const DEAD: &str = "prism.dead";
 /// The header of messages of `prism-relay send --to-queue`.
 const TEST: &str = "prism-test";
+/// The header of dead letters of a kit: the queue, and why.
+const GAVE_UP: &str = "prism-gave-up";
 const PAUSE_MIN: Duration = Duration::from_secs(1);
 const PAUSE_MAX: Duration = Duration::from_secs(30);
-/// Limit for connecting, for a confirm and for closing.
+/// Limit for connecting, for a confirm, for an ack and for closing.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Why a message is not done. `?` turns any error into [`Failure::Retry`].
@@ -78,11 +82,12 @@ impl fmt::Display for Outcome {
 }
 
 /// Which messages are done: see `sqlite_store.rs`, or write one on your own database.
+#[allow(async_fn_in_trait, reason = "the kit does one message after the other, on one task")]
 pub trait Store {
     /// Whether [`Store::mark_done`] was called for this id.
-    fn is_done(&self, message_id: &str) -> Result<bool, BoxError>;
+    async fn is_done(&self, message_id: &str) -> Result<bool, BoxError>;
     /// Records that the work is done; again for the same id it changes nothing.
-    fn mark_done(&self, message_id: &str) -> Result<(), BoxError>;
+    async fn mark_done(&self, message_id: &str) -> Result<(), BoxError>;
 }
 
 /// One event.
@@ -160,7 +165,22 @@ impl From<&Delivery> for Message {
     }
 }
 
-/// Does the work of one message.
+/// The text in one line of a log: without control characters, and cut.
+fn clean(text: &str) -> String {
+    text.chars().take(255).map(|c| if c.is_ascii_graphic() || c == ' ' { c } else { '?' }).collect()
+}
+
+/// The routing key of the event. A message that returned from a retry queue has the key `NAME:1` in its place; no
+/// event's own key has a colon.
+pub fn first_key(routing_key: &str, kind: Option<&str>) -> String {
+    let is_word =
+        |word: &str| !word.is_empty() && word.chars().all(|c| c.is_ascii_alphanumeric() || c == '_' || c == '-');
+    let is_key = |text: &&str| text.split('.').all(is_word);
+    let own = Some(routing_key).filter(|key| !key.contains(':'));
+    own.or(kind.filter(is_key)).unwrap_or("invalid.event_type").to_owned()
+}
+
+/// Does the work of one message. A panic of the handler is an error like any other.
 pub async fn settle(
     message: &Message,
     handler: &impl AsyncFn(&Message) -> Result<(), Failure>,
@@ -171,18 +191,19 @@ pub async fn settle(
         if !is_uuid {
             return Err(Failure::GiveUp("the message_id is not a UUID".to_owned())); // it did not come from the relay
         }
-        if store.is_done(&message.id)? {
+        if store.is_done(&message.id).await? {
             return Ok(Outcome::Again);
         }
         message.event()?;
         handler(message).await?;
-        store.mark_done(&message.id)?;
+        store.mark_done(&message.id).await?;
         Ok(Outcome::Done)
     };
-    match work().await {
-        Ok(outcome) => outcome,
-        Err(Failure::GiveUp(reason)) => Outcome::GaveUp(reason),
-        Err(Failure::Retry(error)) => Outcome::Failed(error),
+    match AssertUnwindSafe(work()).catch_unwind().await {
+        Ok(Ok(outcome)) => outcome,
+        Ok(Err(Failure::GiveUp(reason))) => Outcome::GaveUp(reason),
+        Ok(Err(Failure::Retry(error))) => Outcome::Failed(error),
+        Err(_) => Outcome::Failed("the handler panicked".into()),
     }
 }
 
@@ -211,9 +232,9 @@ pub async fn run<M: Fn(&Outcome, &Message, Duration)>(
     let stop = FutureExt::shared(async move {
         tokio::select! { _ = terminate.recv() => {} _ = ctrl_c() => {} }
     });
-    let worker = Worker { handler, store, options, queue };
+    let worker = Worker { handler, store, options, queue, uri, dead_letters: Mutex::new(None) };
     let mut pause = PAUSE_MIN;
-    while let Err(error) = worker.consume(uri.clone(), stop.clone(), &mut pause).await {
+    while let Err(error) = worker.consume(stop.clone(), &mut pause).await {
         eprintln!("connection: {error}");
         pause = (2 * pause).min(PAUSE_MAX); // longer after each failure
         let now = PAUSE_MIN + (pause - PAUSE_MIN).mul_f64(fastrand::f64()); // random, to spread the workers
@@ -227,6 +248,9 @@ struct Worker<H, S, M: Fn(&Outcome, &Message, Duration)> {
     store: S,
     options: Options<M>,
     queue: ShortString,
+    uri: AMQPUri,
+    /// The connection of [`Worker::bury`], once there was one.
+    dead_letters: Mutex<Option<Connection>>,
 }
 
 impl<H, S, M> Worker<H, S, M>
@@ -235,17 +259,16 @@ where
     S: Store,
     M: Fn(&Outcome, &Message, Duration),
 {
+    async fn connect(&self, name: &str) -> lapin::Result<Connection> {
+        let properties = ConnectionProperties::default().with_connection_name(format!("{name} {}", self.queue).into());
+        Connection::connect_uri(self.uri.clone(), properties).await
+    }
+
     /// Works until `stop` resolves. Returns an error if the connection fails.
-    async fn consume(
-        &self,
-        uri: AMQPUri,
-        stop: impl Future<Output = ()> + Clone,
-        pause: &mut Duration,
-    ) -> Result<(), BoxError> {
-        let properties = ConnectionProperties::default().with_connection_name(format!("worker {}", self.queue).into());
+    async fn consume(&self, stop: impl Future<Output = ()> + Clone, pause: &mut Duration) -> Result<(), BoxError> {
         let connection = tokio::select! {
             () = stop.clone() => return Ok(()),
-            connected = timeout(PATIENCE, Connection::connect_uri(uri, properties)) => connected??,
+            connected = timeout(PATIENCE, self.connect("worker")) => connected??,
         };
         let channel = connection.create_channel().await?;
         channel.basic_qos(self.options.prefetch, BasicQosOptions::default()).await?;
@@ -260,7 +283,7 @@ where
                 () = stop.clone() => break,
                 next = deliveries.next() => next.ok_or("the broker cancelled the consumer; the queue may be gone")??,
             };
-            self.handle(&connection, &delivery).await?;
+            self.handle(&delivery).await?;
         }
         // An ack has no reply. The broker reads in order, so its reply to the close of the channel shows that it has
         // the last ack. Prefetched messages without an ack go back to the queue.
@@ -273,38 +296,50 @@ where
         Ok(())
     }
 
-    async fn handle(&self, connection: &Connection, delivery: &Delivery) -> lapin::Result<()> {
+    async fn handle(&self, delivery: &Delivery) -> Result<(), BoxError> {
+        // Deliveries that came before the connection was lost are still here. Other workers have them by now.
+        if !delivery.acker.usable() {
+            return Err("the channel is closed".into());
+        }
         let (message, began) = (Message::from(delivery), Instant::now());
         let mut outcome = settle(&message, &self.handler, &self.store).await;
-        let clean = |name: &str| name.replace(|c: char| !c.is_ascii_graphic(), "?"); // nothing that breaks a log line
-        let id = if message.id.is_empty() { "-".to_owned() } else { clean(&message.id) };
-        let kind = clean(message.property.as_deref().unwrap_or("-"));
-        match &outcome {
-            Outcome::Done | Outcome::Again => println!("{outcome} {id} {kind}"),
-            Outcome::Failed(reason) => println!("{outcome} {id} {kind}: {reason}"),
-            Outcome::GaveUp(reason) => println!("{outcome} {id} {kind}: {reason}"),
-        }
+        let word = |text: &str| if text.is_empty() { "-".to_owned() } else { clean(text).replace(' ', "?") };
+        let (id, kind) = (word(&message.id), word(message.property.as_deref().unwrap_or_default()));
+        let reason = match &outcome {
+            Outcome::Done | Outcome::Again => String::new(),
+            Outcome::Failed(reason) => format!(": {}", clean(&reason.to_string())),
+            Outcome::GaveUp(reason) => format!(": {}", clean(reason)),
+        };
+        println!("{outcome} {id} {kind}{reason}");
         if let Outcome::GaveUp(reason) = &outcome
-            && let Err(error) = self.bury(connection, delivery).await
+            && let Err(error) = self.bury(delivery, reason).await
         {
             if !message.headers.contains_key(TEST) {
                 eprintln!("cannot publish to {DEAD}, so rejecting: {error}");
             }
             outcome = Outcome::Failed(reason.clone().into());
         }
-        if matches!(outcome, Outcome::Failed(_)) {
-            // To the retry queue, or to prism.dead without one. true would requeue it at once, in a hot loop.
-            delivery.acker.reject(BasicRejectOptions { requeue: false }).await?;
-        } else {
-            delivery.acker.ack(BasicAckOptions::default()).await?; // after the work, so that a crash loses nothing
+        let settled = async {
+            if matches!(outcome, Outcome::Failed(_)) {
+                // To the retry queue, or to prism.dead without one. true would requeue it at once, in a hot loop.
+                delivery.acker.reject(BasicRejectOptions { requeue: false }).await
+            } else {
+                delivery.acker.ack(BasicAckOptions::default()).await // after the work, so that a crash loses nothing
+            }
+        };
+        if !timeout(PATIENCE, settled).await?? {
+            return Err("the channel is closed".into());
         }
-        (self.options.metrics)(&outcome, &message, began.elapsed());
+        let metrics = AssertUnwindSafe(|| (self.options.metrics)(&outcome, &message, began.elapsed()));
+        if catch_unwind(metrics).is_err() {
+            eprintln!("metrics: the hook panicked");
+        }
         Ok(())
     }
 
     /// Publishes a copy to prism.dead, because a reject would go through all retries. An error if RabbitMQ did not
     /// confirm the copy; then the message is rejected.
-    async fn bury(&self, connection: &Connection, delivery: &Delivery) -> Result<(), BoxError> {
+    async fn bury(&self, delivery: &Delivery, reason: &str) -> Result<(), BoxError> {
         let mut headers = FieldTable::default();
         for (name, value) in delivery.properties.headers().iter().flatten() {
             if name.as_str() == TEST {
@@ -314,9 +349,18 @@ where
                 headers.insert(name.clone(), value.clone());
             }
         }
-        let was_retried = delivery.routing_key.as_str().starts_with(&format!("{}:", self.queue));
-        let key = delivery.properties.kind().clone().filter(|_| was_retried).unwrap_or(delivery.routing_key.clone());
+        let reason = format!("{}: {}", self.queue, clean(reason));
+        headers.insert(GAVE_UP.into(), AMQPValue::LongString(reason.into()));
+        let kind = delivery.properties.kind().as_ref().map(ShortString::as_str);
+        let key = ShortString::try_new(first_key(delivery.routing_key.as_str(), kind))?;
         let properties = delivery.properties.clone().with_headers(headers);
+        // On a connection of its own: when RabbitMQ is short of memory or disk, it reads nothing more from a connection
+        // that publishes, not even acks.
+        let kept = self.dead_letters.lock().map_err(|_| "a panic")?.take();
+        let connection = match kept.filter(|connection| connection.status().connected()) {
+            Some(connection) => connection,
+            None => timeout(PATIENCE, self.connect("give-up")).await??,
+        };
         let publish = async {
             let channel = connection.create_channel().await?;
             channel.confirm_select(ConfirmSelectOptions::default()).await?;
@@ -326,7 +370,9 @@ where
             channel.close(200, "OK".into()).await?;
             lapin::Result::Ok(confirmed)
         };
-        match timeout(PATIENCE, publish).await?? {
+        let confirmed = timeout(PATIENCE, publish).await;
+        *self.dead_letters.lock().map_err(|_| "a panic")? = Some(connection);
+        match confirmed?? {
             Confirmation::Ack(None) => Ok(()),
             _ => Err("no queue takes it".into()),
         }

@@ -1,6 +1,6 @@
-//! Which messages are done, in a SQLite file. Delete old rows now and then: a duplicate comes within minutes, a
-//! redriven dead letter within days. Needs `rusqlite`.
-#![allow(unreachable_pub, reason = "a worker uses what it needs")]
+//! Which messages are done, in a SQLite file. Purge it now and then: a duplicate comes within minutes, a redriven
+//! dead letter within days. Needs `rusqlite`.
+#![allow(dead_code, unreachable_pub, reason = "a worker uses what it needs")]
 
 use rusqlite::Connection;
 
@@ -18,14 +18,20 @@ impl SqliteStore {
         database.execute(table, ())?;
         Ok(Self(database))
     }
+
+    /// Forgets messages that were done more than `days` ago.
+    pub fn purge(&self, days: u32) -> Result<(), BoxError> {
+        self.0.execute("DELETE FROM done WHERE at < datetime('now', ?)", [format!("-{days} days")])?;
+        Ok(())
+    }
 }
 
 impl Store for SqliteStore {
-    fn is_done(&self, message_id: &str) -> Result<bool, BoxError> {
+    async fn is_done(&self, message_id: &str) -> Result<bool, BoxError> {
         Ok(self.0.prepare_cached("SELECT 1 FROM done WHERE message_id = ?")?.exists([message_id])?)
     }
 
-    fn mark_done(&self, message_id: &str) -> Result<(), BoxError> {
+    async fn mark_done(&self, message_id: &str) -> Result<(), BoxError> {
         self.0.execute("INSERT OR IGNORE INTO done (message_id) VALUES (?)", [message_id])?;
         Ok(())
     }

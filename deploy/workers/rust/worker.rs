@@ -41,11 +41,11 @@ impl Files {
 }
 
 impl Store for &Files {
-    fn is_done(&self, message_id: &str) -> Result<bool, BoxError> {
+    async fn is_done(&self, message_id: &str) -> Result<bool, BoxError> {
         Ok(self.path(message_id).try_exists()?)
     }
 
-    fn mark_done(&self, _message_id: &str) -> Result<(), BoxError> {
+    async fn mark_done(&self, _message_id: &str) -> Result<(), BoxError> {
         Ok(())
     }
 }

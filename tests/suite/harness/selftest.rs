@@ -131,7 +131,8 @@ fn sign_agrees_with_the_vectors_of_the_vendor() {
         serde_json::from_str(include_str!("../../../deploy/workers/vectors/signatures.json")).unwrap();
     for vector in vectors {
         let text = |name: &str| vector[name].as_str().unwrap();
-        assert_eq!(sign(text("secret"), text("prism-timestamp"), text("body").as_bytes()), text("prism-signature"));
+        let signature = sign(text("secret"), text("prism-timestamp"), text("body").as_bytes());
+        assert_eq!(signature == text("prism-signature"), vector["valid"] == true, "{vector}");
     }
 }
 
