@@ -29,8 +29,8 @@ use screen::{Screen, size};
 use text::{Colours, Line};
 
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
-/// How often the charts get a new point.
-const HISTORY_EVERY: Duration = Duration::from_secs(5);
+/// How often the charts get a new point. Parked events are not read more often, because the relay reads them from disk.
+const READ_EVERY: Duration = Duration::from_secs(5);
 
 #[derive(clap::Args)]
 pub(super) struct Options {
@@ -106,8 +106,8 @@ struct Relay {
     history: OpsResource,
     parked: OpsResource,
     ticks: Interval,
-    /// The last history, and when it was read.
-    charts: Option<(Instant, Value)>,
+    /// When the history and the parked events were last read, and both.
+    last: Option<(Instant, Value, Value)>,
 }
 
 impl Relay {
@@ -123,20 +123,19 @@ impl Relay {
             history: resource("/api/history")?,
             parked: resource("/api/parked")?,
             ticks,
-            charts: None,
+            last: None,
         })
     }
 
     async fn look(&mut self) -> Look {
         let status = self.status.get().await?;
-        let history = match self.charts.take() {
-            Some(charts) if charts.0.elapsed() < HISTORY_EVERY => charts,
+        let (at, history, parked) = match self.last.take() {
+            Some(last) if last.0.elapsed() < READ_EVERY => last,
             // The page is useful without.
-            _ => (Instant::now(), self.history.get().await.unwrap_or_default()),
+            _ => (Instant::now(), self.history.get().await.unwrap_or_default(), self.parked(&status).await),
         };
-        let seen = Seen { history: history.1.clone(), parked: self.parked(&status).await, status };
-        self.charts = Some(history);
-        Ok(seen)
+        self.last = Some((at, history.clone(), parked.clone()));
+        Ok(Seen { status, history, parked })
     }
 
     async fn parked(&self, status: &Value) -> Value {

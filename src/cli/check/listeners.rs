@@ -11,7 +11,7 @@ use super::super::http::OpsResource;
 use super::findings::{Finding, Level};
 use crate::config::Config;
 use crate::spool::SpoolState;
-use crate::text::clean;
+use crate::text::{clean, clean_lines};
 
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -133,7 +133,7 @@ fn running_relay(status: &Value) -> Vec<Finding> {
         let level = if answer["level"] == "problem" { Level::Wrong } else { Level::Note };
         let said = format!("{} {}. {}", text(&answer["question"]), text(&answer["word"]), text(&answer["detail"]));
         let finding = Finding::new(level, area, said);
-        match answer["remedy"].as_str().map(clean) {
+        match answer["remedy"].as_str().map(clean_lines) {
             Some(remedy) if !remedy.is_empty() => finding.remedy(remedy),
             _ => finding,
         }
@@ -208,7 +208,7 @@ mod tests {
     fn a_running_relay_repeats_why_it_does_not_deliver() {
         let answer = |id: &str, level: &str, word: &str| {
             json!({
-                "id": id, "question": "Q?", "level": level, "word": word, "detail": "D.", "remedy": "R",
+                "id": id, "question": "Q?", "level": level, "word": word, "detail": "D.", "remedy": "R:\n1. \u{1b}S",
             })
         };
         let mut status = json!({
@@ -218,8 +218,8 @@ mod tests {
         assert_eq!(running_relay(&status), [Finding::ok("running relay", "All is ?well.")]);
         status["answers"] = json!([answer("broker", "problem", "No"), answer("parked", "warning", "2 events")]);
         let expected = [
-            Finding::wrong("running relay", "Q? No. D.").remedy("R"),
-            Finding::note("running relay", "Q? 2 events. D.").remedy("R"),
+            Finding::wrong("running relay", "Q? No. D.").remedy("R:\n1. ?S"),
+            Finding::note("running relay", "Q? 2 events. D.").remedy("R:\n1. ?S"),
         ];
         assert_eq!(running_relay(&status), expected);
     }

@@ -93,23 +93,27 @@ impl Page {
         self.lines.extend(wrapped(indent, first, style, text, self.width));
     }
 
+    /// Adds a text that may have several lines, such as the steps of a remedy.
+    fn paragraphs(&mut self, text: &str, mut add: impl FnMut(&mut Self, &str)) {
+        text.lines().filter(|line| !line.is_empty()).for_each(|line| add(self, &clean(line)));
+    }
+
     fn blank(&mut self) {
         self.lines.push(Line::default());
     }
 
     fn headline(&mut self, headline: &Value) {
         let (word, style) = match headline["level"].as_str() {
-            Some("ok" | "note") => ("all is well", Style::Good),
+            Some("ok") => ("all is well", Style::Good),
+            Some("note") => ("note", Style::Good),
             Some("warning") => ("NEEDS ATTENTION", Style::Attention),
             Some("problem") => ("PROBLEM", Style::Bad),
             _ => ("?", Style::Plain),
         };
         self.item(word, style, &text_of(&headline["text"]));
         for more in ["detail", "advice"] {
-            let text = clean(headline[more].as_str().unwrap_or_default());
-            if !text.is_empty() {
-                self.item("", Style::Plain, &text);
-            }
+            let text = headline[more].as_str().unwrap_or_default();
+            self.paragraphs(text, |page, line| page.item("", Style::Plain, line));
         }
         self.blank();
     }
@@ -126,9 +130,10 @@ impl Page {
             let question = if is_table { format!("{question:<30}") } else { question };
             self.lines.extend(wrapped(2, mark, style, &format!("{question} {word}"), self.width));
             if mark == "!" {
-                let texts = [&answer["detail"], &answer["remedy"]].map(|text| text.as_str().map(clean));
-                for text in texts.into_iter().flatten() {
-                    self.lines.extend(wrapped(6, "", Style::Plain, &text, self.width));
+                for text in [&answer["detail"], &answer["remedy"]].into_iter().filter_map(Value::as_str) {
+                    self.paragraphs(text, |page, line| {
+                        page.lines.extend(wrapped(6, "", Style::Plain, line, page.width));
+                    });
                 }
             }
         }
@@ -185,12 +190,10 @@ impl Page {
         self.lines.push(Line::of(Style::Dim, &format!("{:<longest$}{:>10}{:>9}", "queue", "messages", "workers")));
         for queue in shown {
             let workers = if queue["role"] == "work" { count(&queue["consumers"]) } else { String::new() };
-            let trouble =
-                queue["trouble"]["text"].as_str().map(|text| format!("  {}", clean(text))).unwrap_or_default();
             let text = format!("{:<longest$}{:>10}{workers:>9}", text_of(&queue["name"]), count(&queue["messages"]));
-            let mut line = Line::of(Style::Plain, &text);
-            line.push(Style::Bad, &trouble);
-            self.lines.push(line);
+            // What is wrong with a queue is in the answers.
+            let style = if queue["trouble"].is_null() { Style::Plain } else { Style::Bad };
+            self.lines.push(Line::of(style, &text));
         }
         self.blank();
     }
@@ -201,11 +204,16 @@ impl Page {
         for event in list(&parked["parked"]) {
             *reasons.entry(text_of(&event["reason"])).or_default() += 1;
         }
+        let listed: u64 = reasons.values().sum();
+        let mut name = "parked";
+        if let Some(total) = parked["total"].as_u64().filter(|total| *total > listed) {
+            let text = format!("the first {} of {}:", grouped(listed), grouped(total));
+            self.item(std::mem::take(&mut name), Style::Attention, &text);
+        }
         let mut reasons: Vec<_> = reasons.into_iter().collect();
         reasons.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
-        for (position, (reason, count)) in reasons.iter().take(REASONS_MAX).enumerate() {
-            let name = if position == 0 { "parked" } else { "" };
-            self.item(name, Style::Attention, &format!("{count:>8}  {reason}"));
+        for (reason, count) in reasons.iter().take(REASONS_MAX) {
+            self.item(std::mem::take(&mut name), Style::Attention, &format!("{count:>8}  {reason}"));
         }
     }
 

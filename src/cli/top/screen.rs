@@ -57,12 +57,13 @@ impl Screen {
         }));
         if let Some(mode) = &screen.restore.mode {
             let mut keys = mode.clone();
-            // Each key arrives at once and is not shown. Ctrl-C still sends its signal; Ctrl-Z does not, because a
-            // stopped top would leave the shell on the alternate screen.
+            // Each key arrives at once and is not shown. Ctrl-C still sends its signal; Ctrl-Z and Ctrl-\ do not, because
+            // a top that they stop or end would leave the shell on the alternate screen.
             keys.local_modes -= LocalModes::ICANON | LocalModes::ECHO;
             keys.special_codes[SpecialCodeIndex::VMIN] = 1;
             keys.special_codes[SpecialCodeIndex::VTIME] = 0;
             keys.special_codes[SpecialCodeIndex::VSUSP] = 0;
+            keys.special_codes[SpecialCodeIndex::VQUIT] = 0;
             tcsetattr(&stdin, OptionalActions::Now, &keys)?;
         }
         print_all(ENTER)?;
@@ -120,13 +121,18 @@ pub(super) fn size() -> Size {
     }
 }
 
-/// What is printed for a page: its first lines, and on the last row how to end.
+/// What is printed for a page: its first lines, and on the last row how to end and how many lines have no room.
 fn frame(lines: &[Line], size: Size, colours: Colours) -> String {
     let mut frame = HOME.to_owned();
-    for line in lines.iter().take(size.rows.saturating_sub(1)) {
+    let room = size.rows.saturating_sub(1);
+    for line in lines.iter().take(room) {
         frame.push_str(&format!("{}{CLEAR_LINE}\n", line.shown(size.columns, colours)));
     }
-    let last: String = LAST_LINE.chars().take(size.columns).collect();
+    let last = match lines.len().saturating_sub(room) {
+        0 => LAST_LINE.to_owned(),
+        hidden => format!("{LAST_LINE}; {hidden} more lines, for which the terminal is too small"),
+    };
+    let last: String = last.chars().take(size.columns).collect();
     frame + &last + CLEAR_LINE + CLEAR_REST
 }
 
@@ -150,6 +156,9 @@ mod tests {
             frame(&lines[..1], Size { columns: 80, rows: 24 }, Colours::None),
             "\x1b[Hline 0\x1b[K\nq ends\x1b[K\x1b[J"
         );
+        let last = "q ends; 7 more lines, for which the terminal is too small\x1b[K\x1b[J";
+        let cut = frame(&lines, Size { columns: 80, rows: 3 }, Colours::None);
+        assert_eq!(cut, format!("\x1b[Hline 0\x1b[K\nline 1\x1b[K\n{last}"));
         assert_eq!(frame(&lines, Size { columns: 1, rows: 1 }, Colours::None), "\x1b[Hq\x1b[K\x1b[J");
     }
 }

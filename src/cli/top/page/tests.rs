@@ -185,6 +185,41 @@ fn each_situation_is_shown_by_its_words_and_its_level() {
 }
 
 #[test]
+fn steps_have_a_line_each() {
+    let steps =
+        "the relay keeps its events on disk until the queue has room:\n1. check its \u{1b}workers\n2. start more";
+    let headline = ["problem", "prism.scan is full.", "", steps];
+    let seen =
+        Seen { status: status(headline, &[["workers", "problem", "No", "It is full.", steps]]), ..Seen::default() };
+    let lines = shown(&seen, 50);
+    let expected = [
+        "                      the relay keeps its events",
+        "                      on disk until the queue has",
+        "                      room:",
+        "                      1. check its ?workers",
+        "                      2. start more",
+    ];
+    assert_eq!(lines[1..6], expected);
+    let answer = lines.iter().position(|line| line.starts_with("! ")).unwrap();
+    let expected = ["      It is full.", "      the relay keeps its events on disk until the", "      queue has room:"];
+    assert_eq!(lines[answer + 1..answer + 4], expected);
+    assert_eq!(lines[answer + 4..answer + 6], ["      1. check its ?workers", "      2. start more"]);
+}
+
+#[test]
+fn reasons_of_the_first_parked_events_are_not_shown_as_those_of_all() {
+    let status = status(["note", "No webhook was accepted for 8 h.", "", ""], &[]);
+    let events = vec![json!({ "reason": "no queue is bound for a.b" }); 100];
+    let seen = Seen { status, parked: json!({ "parked": events, "total": 5000 }), ..Seen::default() };
+    let lines = shown(&seen, 80);
+    assert_eq!(lines[0], "note                  No webhook was accepted for 8 h.");
+    let parked = lines.iter().position(|line| line.starts_with("parked")).unwrap();
+    let expected =
+        ["parked                the first 100 of 5,000:", "                           100  no queue is bound for a.b"];
+    assert_eq!(lines[parked..parked + 2], expected);
+}
+
+#[test]
 fn a_relay_that_does_not_answer_or_needs_a_token_is_told_in_words() {
     let plain = |lines: Vec<Line>| lines.iter().map(Line::plain).collect::<Vec<_>>();
     assert_eq!(
