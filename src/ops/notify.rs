@@ -5,8 +5,8 @@
 //! end of a problem is reported, and the problem is not reported again.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::io::{self, Read};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
@@ -21,6 +21,7 @@ use jiff::Timestamp;
 use percent_encoding::percent_decode_str;
 use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tracing::{debug, info, warn};
@@ -31,7 +32,8 @@ use crate::backoff::Backoff;
 use crate::http_client::{HttpClient, http_client, status_of};
 use crate::secret::Secret;
 use crate::signature::{SIGNATURE_HEADER, TIMESTAMP_HEADER, sign};
-use crate::text::chain;
+use crate::spool::sibling;
+use crate::text::{chain, hex};
 use crate::tls::{ClientFiles, client_without_authorities};
 
 /// Maximum time for one request.
@@ -45,6 +47,11 @@ const GIVE_UP_AFTER: Duration = Duration::from_secs(24 * 3600);
 const KEEP_TIMEOUT: Duration = Duration::from_secs(5);
 /// Far larger than any notice.
 const KEPT_BYTES_MAX: u64 = 64 * 1024;
+/// The file of the last notice is filled up to a multiple of this, and written in place, so that it can be written
+/// while the disk is full.
+const BLOCK: usize = 4096;
+/// The first bytes of a file that holds a notice. Other files are left alone.
+const KEPT_START: &[u8] = b"{\"to\":\"";
 
 /// The section `[notify]`.
 #[derive(Debug, Default)]
@@ -90,6 +97,15 @@ pub(super) struct LastNotice {
     at: Timestamp,
     /// Why it has not arrived.
     error: Option<String>,
+}
+
+/// The last notice that arrived, as it is kept for the next start.
+#[derive(Debug, Serialize, Deserialize)]
+struct Kept {
+    /// The [`Target::fingerprint`] of the receiver. What another one got, this one has not heard of.
+    to: String,
+    #[serde(flatten)]
+    last: LastNotice,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -152,13 +168,22 @@ impl Target {
     pub(crate) async fn probe(&self) -> Result<u16, String> {
         let request = Request::head(self.url.expose()).body(Full::default());
         let request = request.map_err(|error| error.to_string())?;
-        status_of(&self.client()?, request, DEADLINE).await.map(|status| status.as_u16())
+        status_of(&self.client().await?, request, DEADLINE).await.map(|status| status.as_u16())
     }
 
-    fn client(&self) -> Result<HttpClient, String> {
+    /// Tells this address from others, also by its path, and shows nothing of it.
+    fn fingerprint(&self) -> String {
+        hex(&Sha256::digest(self.url.expose())[..8])
+    }
+
+    async fn client(&self) -> Result<HttpClient, String> {
         let is_https = self.origin.starts_with("https");
-        let tls = if is_https { ClientFiles::default().load() } else { client_without_authorities() };
-        Ok(http_client(tls.map_err(|error| chain(&error))?))
+        let tls = off_the_runtime(
+            move || {
+                if is_https { ClientFiles::default().load() } else { client_without_authorities() }
+            },
+        );
+        Ok(http_client(tls.await?.map_err(|error| chain(&error))?))
     }
 
     /// Posts a body. The error says why it was not taken.
@@ -194,10 +219,14 @@ const NOT_AN_ADDRESS: &str = "is not an address such as https://example.com/pris
 impl Notifier {
     /// `host`: the name of this machine. `spool`: the file that the last notice is kept next to.
     pub(crate) fn new(settings: Settings, host: String, spool: &Path) -> Self {
-        let mut file = spool.as_os_str().to_owned();
-        file.push(".notice");
-        let file = PathBuf::from(file);
-        let last = settings.target.as_ref().and_then(|_| kept(&file));
+        let file = sibling(spool, ".notice");
+        let last = settings.target.as_ref().and_then(|target| {
+            let kept = prepare(&file).unwrap_or_else(|error| {
+                warn_not_kept(&file, &error);
+                None
+            });
+            kept.filter(|kept| kept.to == target.fingerprint()).map(|kept| kept.last)
+        });
         let told = last.as_ref().map_or(Told { level: Level::Ok, answer: None }, |LastNotice { notice, .. }| Told {
             level: notice.level,
             answer: notice.answer.clone(),
@@ -267,7 +296,7 @@ impl Notifier {
             };
             let state = if begun.elapsed() < GIVE_UP_AFTER { State::Trying } else { State::Failed };
             if state == State::Failed {
-                warn!(to = origin, error, "notice not sent: the receiver took it for a day in no try");
+                warn!(to = origin, error, "notice given up: the receiver did not take it for a day");
             } else if is_first {
                 warn!(
                     to = origin,
@@ -292,10 +321,10 @@ impl Notifier {
         info!(to = origin, level = ?notice.level, answer = notice.answer, "notice sent");
         let last = LastNotice { notice, state: State::Sent, at: Timestamp::now(), error: None };
         self.remember(last.clone());
-        let file = self.file.clone();
-        let kept = timeout(KEEP_TIMEOUT, tokio::task::spawn_blocking(move || keep(&file, &last))).await;
+        let (file, kept) = (self.file.clone(), Kept { to: target.fingerprint(), last });
+        let kept = timeout(KEEP_TIMEOUT, tokio::task::spawn_blocking(move || keep(&file, &kept))).await;
         if let Ok(Ok(Err(error))) = kept {
-            warn!(path = %self.file.display(), %error, "cannot keep the last notice; a restart may send it again");
+            warn_not_kept(&self.file, &error);
         }
     }
 
@@ -303,7 +332,7 @@ impl Notifier {
         let body = serde_json::to_vec(notice).map_err(|error| error.to_string())?;
         let secret = self.secret.read().unwrap_or_else(PoisonError::into_inner).clone();
         // Made for each try, so that authorities which the system gets later count.
-        target.post(&target.client()?, secret.as_ref(), body).await
+        target.post(&target.client().await?, secret.as_ref(), body).await
     }
 
     fn remember(&self, last: LastNotice) {
@@ -315,21 +344,56 @@ impl Notifier {
     }
 }
 
-/// The notice that is kept in this file, if there is one. Anything else is as if there were none.
-fn kept(file: &Path) -> Option<LastNotice> {
-    let file = open(file, OpenOptions::new().read(true)).ok()?;
-    serde_json::from_reader(io::Read::take(file, KEPT_BYTES_MAX)).ok()
+/// Runs `work`, which reads files, on a thread that may wait for the disk: the listener of the operators is served by
+/// the caller's task.
+async fn off_the_runtime<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, String> {
+    let done = timeout(DEADLINE, tokio::task::spawn_blocking(work)).await;
+    let done = done.map_err(|_| format!("reading the system's authorities took more than {DEADLINE:?}"))?;
+    done.map_err(|error| error.to_string())
 }
 
-fn keep(file: &Path, last: &LastNotice) -> io::Result<()> {
-    let mut file = open(file, OpenOptions::new().write(true).create(true).truncate(true).mode(0o600))?;
-    file.write_all(&serde_json::to_vec(last)?)
+fn warn_not_kept(file: &Path, error: &io::Error) {
+    warn!(
+        path = %file.display(), %error,
+        "cannot keep the last notice; after a restart it may be sent again, and the end of a problem not reported"
+    );
 }
 
-/// Opens a file without following a link, and without waiting for the other end of a pipe.
-fn open(file: &Path, options: &mut OpenOptions) -> io::Result<File> {
+/// Makes sure that a notice can be kept in this file. Returns the one that is, if it can be read.
+fn prepare(file: &Path) -> io::Result<Option<Kept>> {
+    let (file, kept) = open(file)?;
+    if kept.is_empty() {
+        write(&file, Vec::new())?;
+    }
+    Ok(serde_json::from_slice(&kept).ok())
+}
+
+fn keep(file: &Path, kept: &Kept) -> io::Result<()> {
+    write(&open(file)?.0, serde_json::to_vec(kept)?)
+}
+
+/// Fills up with spaces, which JSON may end with.
+fn write(file: &File, mut text: Vec<u8>) -> io::Result<()> {
+    text.resize(text.len().max(1).next_multiple_of(BLOCK), b' ');
+    file.write_all_at(&text, 0)?;
+    file.set_len(text.len() as u64)
+}
+
+/// Opens or creates a file, and reads it. Follows no link, and does not wait for the other end of a pipe.
+fn open(path: &Path) -> io::Result<(File, Vec<u8>)> {
+    let mut options = OpenOptions::new();
     let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
-    options.custom_flags(flags.bits().cast_signed()).open(file)
+    options.read(true).write(true).create(true).truncate(false).mode(0o600).custom_flags(flags.bits().cast_signed());
+    let file = options.open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::other("it is not a regular file"));
+    }
+    let mut text = Vec::new();
+    file.try_clone()?.take(KEPT_BYTES_MAX).read_to_end(&mut text)?;
+    if !text.trim_ascii().is_empty() && !text.starts_with(KEPT_START) {
+        return Err(io::Error::other("it is not a notice of prism-relay; move it away"));
+    }
+    Ok((file, text))
 }
 
 #[cfg(test)]

@@ -86,16 +86,14 @@ async fn assemble(config: Config, spool: Spool, metrics: Arc<Metrics>) -> Result
     let announcement = Announcement::new(&config, &listener, &ops_listener)?;
     let identity = identity(&listener)?;
 
-    let Config {
-        http, signature, spool: spool_settings, broker, publisher, topology, ops, notify, traces, log, ..
-    } = config;
+    let Config { http, signature, broker, publisher, topology, ops, notify, traces, log, .. } = config;
     let verifier = Arc::new(Verifier::new(&signature.secrets, signature.required, signature.tolerance));
     let tls = http.tls.clone().map(tls::Server::load).transpose()?.map(Arc::new);
     let access = Arc::new(BrokerAccess::new(&broker)?);
     let auth = Arc::new(OpsAuth::new(ops.token, ops_is_private));
     let (recent, drift, stops) = (Arc::new(Recent::default()), Arc::new(Drift::default()), Stops::default());
     let (traces, notify_secret_file) = (Arc::new(Traces::new(&traces)?), notify.secret_file.clone());
-    let notifier = Arc::new(Notifier::new(notify, identity.host.clone(), &spool_settings.path));
+    let notifier = Arc::new(Notifier::new(notify, identity.host.clone(), &spool.path()));
     let watched = Reloadable {
         secrets: (signature.secrets_file, Arc::clone(&verifier), Arc::clone(&recent)),
         password: (broker.password_file, Arc::clone(&access)),

@@ -50,7 +50,7 @@ async fn a_problem_that_stays_for_a_minute_is_posted_and_its_address_is_shown_no
     // `check` asks whether the receiver is there; `config show` shows where it is.
     let (check, (asked, _)) = tokio::join!(relay.run(&["check"]), receive(&listener));
     assert!(asked.starts_with("HEAD "), "{asked}");
-    assert!(check.stdout.contains(&format!("{origin} answers; no notice was sent")), "{}", check.stdout);
+    assert!(check.stdout.contains(&format!("{origin} answers 204 to HEAD; no notice was sent")), "{}", check.stdout);
     let shown = relay.run(&["config", "show"]).await;
     assert!(shown.stdout.contains(&format!("url = \"{origin}/***\"")), "{}", shown.stdout);
 
@@ -109,7 +109,7 @@ sys.exit(0 if status == 0 and termios.tcgetattr(follower) == before else "status
 async fn q_and_ctrl_c_end_top_and_the_terminal_is_as_before() {
     let setup = Setup::without_broker().set("ops.listen", format!("127.0.0.1:{}", ports::free()));
     let relay = setup.start().await;
-    for (key, colours) in [("q", ""), ("\u{3}", "1")] {
+    for (key, colours) in [("q", ""), ("\u{3}", "1"), ("\u{1c}q", "")] {
         let mut terminal = leash::command("/usr/bin/python3");
         terminal.args(["-c", ON_A_TERMINAL, key, env!("CARGO_BIN_EXE_prism-relay"), "--config"]);
         terminal.arg(relay.folder().join("relay.toml")).args(["top", "--interval", "100ms"]);

@@ -44,8 +44,15 @@ async fn notices(config: &Config) -> Option<Finding> {
     let target = config.notify.target.as_ref()?;
     let origin = target.origin();
     Some(match target.probe().await {
-        // Any status: many receivers know POST only.
-        Ok(_) => Finding::ok("notify", format!("{origin} answers; no notice was sent")),
+        // Any status but these is well: many receivers know POST only.
+        Ok(status) => {
+            let text = format!("{origin} answers {status} to HEAD; no notice was sent");
+            match status {
+                401 | 403 | 404 => Finding::note("notify", text)
+                    .remedy("if notices do not arrive, correct the path and the login in notify.url"),
+                _ => Finding::ok("notify", text),
+            }
+        }
         Err(error) => Finding::wrong("notify", format!("no answer from {origin}: {error}"))
             .remedy("correct notify.url, or start its receiver; until then notices do not arrive"),
     })

@@ -141,7 +141,7 @@ async fn a_notice_is_signed_tried_again_and_kept_for_the_next_start() {
     assert_eq!(received.header("authorization"), Some("Basic dXNlcjpsb2dpbg=="));
     eventually_last(&first, State::Sent).await;
     let kept = async {
-        while kept(&first.file).is_none() {
+        while prepare(&first.file).unwrap().is_none() {
             sleep(Duration::from_millis(5)).await
         }
     };
@@ -183,23 +183,71 @@ async fn the_newest_notice_replaces_one_that_no_receiver_takes() {
 fn a_kept_notice_that_cannot_be_read_counts_as_none() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("spool.db.notice");
-    assert!(kept(&file).is_none());
-    std::fs::write(&file, "{\"level\":\"prob").unwrap();
-    assert!(kept(&file).is_none());
-    std::os::unix::fs::symlink("/etc/passwd", folder.path().join("link")).unwrap();
-    assert!(keep(&folder.path().join("link"), &last_notice()).is_err(), "a link is not followed");
-    keep(&file, &last_notice()).unwrap();
-    assert_eq!(kept(&file).unwrap().notice, last_notice().notice);
+    assert!(prepare(&file).unwrap().is_none());
+    for damaged in ["", "   ", "{\"to\":\"0011"] {
+        std::fs::write(&file, damaged).unwrap();
+        assert!(prepare(&file).unwrap().is_none(), "{damaged:?}");
+        keep(&file, &kept_notice("Late.")).unwrap();
+        assert_eq!(prepare(&file).unwrap().unwrap().last.notice, kept_notice("Late.").last.notice, "{damaged:?}");
+    }
+    let long = "late ".repeat(BLOCK);
+    for text in [long.as_str(), "Late."] {
+        keep(&file, &kept_notice(text)).unwrap();
+        assert_eq!(prepare(&file).unwrap().unwrap().last.notice.text, text);
+    }
 }
 
-fn last_notice() -> LastNotice {
+#[test]
+fn files_of_others_are_left_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("spool.db.notice");
+    std::fs::write(&file, "notes of another program").unwrap();
+    assert!(prepare(&file).is_err() && keep(&file, &kept_notice("Late.")).is_err());
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "notes of another program");
+    std::fs::remove_file(&file).unwrap();
+    std::os::unix::fs::symlink("/dev/null", &file).unwrap();
+    assert!(keep(&file, &kept_notice("Late.")).is_err(), "a link is not followed");
+    std::fs::remove_file(&file).unwrap();
+    rustix::fs::mknodat(rustix::fs::CWD, &file, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+    assert!(keep(&file, &kept_notice("Late.")).is_err(), "a pipe");
+}
+
+#[test]
+fn a_notice_is_kept_in_the_room_that_the_start_made() {
+    let folder = tempfile::tempdir().unwrap();
+    let notifier = |address: &str| {
+        let settings = Settings { target: Some(Target::parse(address).unwrap()), ..Settings::default() };
+        Notifier::new(settings, String::new(), &folder.path().join("spool.db"))
+    };
+    let first = notifier("http://127.0.0.1:1/key");
+    let size = || std::fs::metadata(&first.file).unwrap().len();
+    assert_eq!(size(), BLOCK as u64);
+    let to = Target::parse("http://127.0.0.1:1/key").unwrap().fingerprint();
+    keep(&first.file, &Kept { to, ..kept_notice("Late.") }).unwrap();
+    assert_eq!(size(), BLOCK as u64, "no more room is needed");
+    // A receiver at another address has not heard of it.
+    for (address, is_known) in [("http://127.0.0.1:1/key", true), ("http://127.0.0.1:1/other", false)] {
+        assert_eq!(notifier(address).last().is_some(), is_known, "{address}");
+    }
+}
+
+#[tokio::test]
+async fn reading_the_authorities_does_not_hold_up_the_listener() {
+    let (answered, answer) = std::sync::mpsc::channel();
+    let slow = off_the_runtime(move || answer.recv_timeout(WAIT));
+    let (read, ()) = tokio::join!(slow, async move { answered.send(()).unwrap() });
+    assert_eq!(read, Ok(Ok(())));
+}
+
+fn kept_notice(text: &str) -> Kept {
     let notice = Notice {
         level: Level::Warning,
         answer: Some("lag".to_owned()),
-        text: "Late.".to_owned(),
+        text: text.to_owned(),
         remedy: None,
         host: "relay-1".to_owned(),
         since: Timestamp::UNIX_EPOCH,
     };
-    LastNotice { notice, state: State::Sent, at: Timestamp::UNIX_EPOCH, error: None }
+    let last = LastNotice { notice, state: State::Sent, at: Timestamp::UNIX_EPOCH, error: None };
+    Kept { to: "00".to_owned(), last }
 }
