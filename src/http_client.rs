@@ -54,7 +54,7 @@ pub(crate) async fn status_of(
 ) -> Result<StatusCode, String> {
     match timeout(deadline, client.request(request)).await {
         Ok(Ok(response)) => Ok(response.status()),
-        Ok(Err(error)) => Err(explain(&error, Peer::Server)),
+        Ok(Err(error)) => Err(explain(&error, Peer::WebServer)),
         Err(_) => Err(format!("no answer within {deadline:?}")),
     }
 }

@@ -9,8 +9,10 @@ use tokio_rustls::rustls;
 /// The other side of a handshake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Peer {
-    /// The relay is the client.
+    /// A server of the broker. The relay is the client.
     Server,
+    /// A web server that no key of the configuration is for, such as the receiver of notices. The relay is the client.
+    WebServer,
     /// The relay is the server.
     Client,
 }
@@ -18,7 +20,7 @@ pub(crate) enum Peer {
 impl Peer {
     fn name(self) -> &'static str {
         match self {
-            Self::Server => "the server",
+            Self::Server | Self::WebServer => "the server",
             Self::Client => "the client",
         }
     }
@@ -56,6 +58,9 @@ fn sentence(error: &rustls::Error, peer: Peer) -> Option<String> {
                              one without TLS (amqp) 5672"
                     .to_owned()
             }
+            Peer::WebServer => {
+                "the server does not speak TLS on this port; use http://, or its port for https".to_owned()
+            }
             Peer::Client => "the client does not speak TLS".to_owned(),
         },
         rustls::Error::NoCertificatesPresented => format!("{name} showed no certificate, and one is required"),
@@ -74,6 +79,10 @@ fn certificate(error: &CertificateError, peer: Peer) -> Option<String> {
             "was not issued by a trusted authority: trust its authority (broker.tls.ca, or --ca), or let the server \
              send its intermediate certificates"
         }
+        (CertificateError::UnknownIssuer, Peer::WebServer) => {
+            "was not issued by an authority that this system trusts: add its authority to the system's store \
+             (update-ca-certificates), or let the server send its intermediate certificates"
+        }
         (CertificateError::UnknownIssuer, Peer::Client) => "was not issued by an authority in http.tls.client_ca",
         (CertificateError::Expired | CertificateError::ExpiredContext { .. }, _) => {
             "has expired, or this machine's clock is wrong"
@@ -81,14 +90,12 @@ fn certificate(error: &CertificateError, peer: Peer) -> Option<String> {
         (CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. }, _) => {
             "is not valid yet, or this machine's clock is wrong"
         }
-        (CertificateError::NotValidForName, _) => {
-            "is for another name; connect by a name in it, or set broker.tls.server_name to one"
+        (CertificateError::NotValidForName, peer) => {
+            return Some(format!("is for another name; {}", by_another_name(peer)));
         }
-        (CertificateError::NotValidForNameContext { presented, .. }, _) => {
+        (CertificateError::NotValidForNameContext { presented, .. }, peer) => {
             let names = if presented.is_empty() { "no name (subjectAltName)".to_owned() } else { presented.join(", ") };
-            return Some(format!(
-                "is for another name: it has {names}; connect by a name in it, or set broker.tls.server_name to one"
-            ));
+            return Some(format!("is for another name: it has {names}; {}", by_another_name(peer)));
         }
         (CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. }, _) => {
             "is not for this use; its extension extendedKeyUsage must allow serverAuth for a server, clientAuth for a \
@@ -120,10 +127,24 @@ fn certificate(error: &CertificateError, peer: Peer) -> Option<String> {
     Some(text.to_owned())
 }
 
+fn by_another_name(peer: Peer) -> &'static str {
+    match peer {
+        Peer::WebServer => "use a name in it in the URL",
+        Peer::Server | Peer::Client => "connect by a name in it, or set broker.tls.server_name to one",
+    }
+}
+
 fn alert_sentence(alert: AlertDescription, peer: Peer) -> Option<String> {
     let text = match (alert, peer) {
         (AlertDescription::CertificateRequired, Peer::Server) => {
             "the server requires a certificate of the client: set broker.tls.certificate and broker.tls.private_key"
+        }
+        (AlertDescription::CertificateRequired, Peer::WebServer) => {
+            "the server requires a certificate of the client, and the relay has none for it"
+        }
+        (AlertDescription::HandshakeFailure, Peer::WebServer) => {
+            "the server refused the handshake: it may require a certificate of the client, which the relay does not \
+             have, or have no cipher in common"
         }
         (AlertDescription::HandshakeFailure, Peer::Server) => {
             "the server refused the handshake: it may require a certificate of the client (broker.tls.certificate), or \
@@ -138,6 +159,7 @@ fn alert_sentence(alert: AlertDescription, peer: Peer) -> Option<String> {
             peer,
         ) => match peer {
             Peer::Server => "the server rejected the relay's certificate (broker.tls.certificate)",
+            Peer::WebServer => return None,
             Peer::Client => {
                 "the client does not trust the relay's certificate: http.tls.certificate may lack its intermediate \
                  certificates"
@@ -146,4 +168,54 @@ fn alert_sentence(alert: AlertDescription, peer: Peer) -> Option<String> {
         _ => return None,
     };
     Some(text.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_faults_of_a_web_server_name_no_key_of_the_broker() {
+        use rustls::Error::{AlertReceived, InvalidCertificate};
+        let name = || rustls::pki_types::ServerName::try_from("localhost").unwrap();
+        let other_name = CertificateError::NotValidForNameContext { expected: name(), presented: Vec::new() };
+        for (error, expected) in [
+            (
+                rustls::Error::InvalidMessage(InvalidMessage::InvalidContentType),
+                "the server does not speak TLS on this port; use http://, or its port for https",
+            ),
+            (
+                InvalidCertificate(CertificateError::UnknownIssuer),
+                "the server's certificate was not issued by an authority that this system trusts: add its authority to \
+                 the system's store (update-ca-certificates), or let the server send its intermediate certificates",
+            ),
+            (
+                InvalidCertificate(other_name),
+                "the server's certificate is for another name: it has no name (subjectAltName); use a name in it in \
+                 the URL",
+            ),
+            (
+                InvalidCertificate(CertificateError::NotValidForName),
+                "the server's certificate is for another name; use a name in it in the URL",
+            ),
+            (
+                AlertReceived(AlertDescription::CertificateRequired),
+                "the server requires a certificate of the client, and the relay has none for it",
+            ),
+            (
+                AlertReceived(AlertDescription::HandshakeFailure),
+                "the server refused the handshake: it may require a certificate of the client, which the relay does \
+                 not have, or have no cipher in common",
+            ),
+        ] {
+            // As the client of hyper wraps it.
+            let error = io::Error::other(error);
+            assert_eq!(explain(&error, Peer::WebServer), expected);
+            assert_ne!(explain(&error, Peer::Server), expected);
+        }
+        for alert in (0..=255).map(AlertDescription::from) {
+            let said = explain(&AlertReceived(alert), Peer::WebServer);
+            assert!(!said.contains("broker.") && !said.contains("RabbitMQ"), "{said}");
+        }
+    }
 }
