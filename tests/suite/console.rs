@@ -343,11 +343,12 @@ async fn with_a_token_the_console_asks_for_it_below_any_path() {
 
 #[tokio::test]
 async fn a_console_says_that_it_lost_the_relay_and_reconnects() {
-    let setup = Setup::without_broker();
+    let setup = Setup::without_broker().set("notify.url", "http://127.0.0.1:9/key");
     let port = crate::harness::ports::free();
     let mut relay = setup.set("ops.listen", format!("127.0.0.1:{port}")).start().await;
     let browser = Browser::start().await;
     open(&browser, &relay).await;
+    browser.shows("#about", "Notices go to http://127.0.0.1:9; none was sent yet.").await;
     relay.kill9().await;
     browser.shows("#lost", "what you see is old").await;
     relay.start_again().await;

@@ -410,11 +410,13 @@ function showStatus() {
   const zone = Intl.DateTimeFormat().resolvedOptions().timeZone;
   const uptime = duration(status.uptime_seconds);
   say($("about"), `prism-relay ${status.version}, running for ${uptime}. Times are in ${zone}.${lastNotice(status)}`);
+  $("about").dataset.level = status.notify?.last?.error ? "warning" : "ok";
 }
 
-/** The last notice to `notify.url`, as a sentence. */
+/** Where notices go, and what became of the last one, as a sentence. */
 function lastNotice({ notify }) {
-  if (!notify?.last) return "";
+  if (!notify) return "";
+  if (!notify.last) return ` Notices go to ${notify.to}; none was sent yet.`;
   const { level, state, at, error } = notify.last;
   if (state === "sent") return ` Last notice (${level}) sent to ${notify.to}: ${clock(at)}.`;
   return ` The last notice (${level}) has not reached ${notify.to}: ${error}.`;
