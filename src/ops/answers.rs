@@ -760,7 +760,7 @@ impl Queue {
         match (self.role, &self.state) {
             (_, QueueState::Trouble { text, remedy }) => {
                 let answer = answer(Level::Problem, "No", format!("{name} {text}."))?;
-                Some(answer.remedy(remedy).runbook("PrismRelayQueueUnavailable"))
+                Some(answer.remedy(sentence(remedy)).runbook("PrismRelayQueueUnavailable"))
             }
             (Role::Work, QueueState::Counted { messages: 1.., consumers: 0, unattended }) => {
                 let level = if *unattended >= NO_WORKER { Level::Problem } else { Level::Warning };
@@ -769,8 +769,11 @@ impl Queue {
             }
             (Role::Dead, QueueState::Counted { messages: messages @ 1.., .. }) => {
                 let letters = count(*messages, "dead letter", "dead letters");
-                let detail = format!("{letters} in {name}: workers rejected them, or they waited too long.");
-                let remedy = "Look at them with `prism-relay redrive --dry-run`; fix the worker, then redrive them.";
+                let (them, they) = if *messages == 1 { ("it", "it") } else { ("them", "they") };
+                let detail = format!("{letters} in {name}: workers rejected {them}, or {they} waited too long.");
+                let remedy = format!(
+                    "Look at {them} with `prism-relay redrive --dry-run`; fix the worker, then redrive {them}."
+                );
                 Some(answer(Level::Warning, &letters, detail)?.remedy(remedy).runbook("PrismRelayDeadLetters"))
             }
             (Role::Unrouted, QueueState::Counted { messages: messages @ 1.., .. }) => {

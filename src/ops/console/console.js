@@ -66,8 +66,7 @@ const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1) + (/[.!?
 const agoText = (time) => (secondsSince(time) < 5 ? "just now" : `${duration(secondsSince(time))} ago`);
 
 /** Keeps each number on one line with its unit, or with what it counts. */
-const tidy = (text) =>
-  text.replace(/(\d) (?=(?:ms|s|min|h|d|days?|%|B|[KMGT]iB|waiting|parked|removed|in)(?![a-z]))/g, "$1\u00a0");
+const tidy = (text) => text.replace(/(\d) (?=[a-z%])/gi, "$1\u00a0");
 
 // ---- answers --------------------------------------------------------------------------------------------------------
 
@@ -244,8 +243,8 @@ function showParked({ total, parked }) {
   const kept = "RabbitMQ could not route these events or did not accept them. They stay on disk and are tried again "
     + "from time to time, until they are delivered or you remove them.";
   const more = total <= parked.length ? ""
-    : ` These are the first ${parked.length} of ${whole.format(total)}; prism-relay spool list --parked lists all.`;
-  say($("parked-lead"), total === 0 ? "No event is parked any more." : kept + more);
+    : ` These are the first ${parked.length} of ${whole.format(total)}; \`prism-relay spool list --parked\` lists all.`;
+  explain($("parked-lead"), total === 0 ? "No event is parked any more." : kept + more);
   $("parked-rows").closest("table").hidden = total === 0;
   $("parked-all").hidden = total < 2;
   $("parked-all").dataset.total = total;
@@ -275,7 +274,7 @@ function showRefusals({ refusals, refusing, last }) {
   fill($("refusals-rows"), refusals, ({ reason }) => reason, ({ reason, count: times, cause, remedy }) => row(
     cell("", "nowrap", mono(reason)),
     cell("Count:", "number", whole.format(times)),
-    cell("", "", sentence(cause), " ", remedy)));
+    cell("", "", sentence(cause), " ", ...withCommands(remedy))));
 }
 
 /** Moves the section up while webhooks are refused: in the document, so that the reading and tab order follow. */
@@ -549,6 +548,7 @@ function drawMarks({ ctx, bbox, valToPos }) {
   ctx.save();
   Object.assign(ctx, { textAlign: "center", textBaseline: "bottom", font: `${10 * scale}px ${colour("--text")}` });
   ctx.setLineDash([2 * scale, 3 * scale]);
+  let signed = -Infinity;
   for (const { at, marks } of shown.rows) {
     for (const { sign, colour: name } of marks.map((mark) => MARKS[mark]).filter(Boolean)) {
       const x = Math.round(valToPos(at, "x", true));
@@ -558,7 +558,10 @@ function drawMarks({ ctx, bbox, valToPos }) {
       ctx.moveTo(x, bbox.top);
       ctx.lineTo(x, bbox.top + bbox.height);
       ctx.stroke();
+      // Signs that would overlap are left out; their lines have the colour.
+      if (x - signed < 9 * scale) continue;
       ctx.fillText(sign, x, bbox.top - scale);
+      signed = x;
     }
   }
   ctx.restore();
