@@ -8,7 +8,7 @@ use jiff::Timestamp;
 use thiserror::Error;
 use uuid::Uuid;
 
-use super::answers::{Broker, Facts, Queue, QueueState, Refusal, Role, TurnedAway, certificate_level, judge};
+use super::answers::{Broker, Facts, Queue, Refusal, TurnedAway, certificate_level, judge};
 use super::history::{Counters, Held, History, Range};
 use super::history_file::HistoryFile;
 use super::notify::Notifier;
@@ -29,6 +29,7 @@ use crate::server::Admission;
 use crate::signature::Verifier;
 use crate::spool::{ChangeError, Inspector, Ledger, OpenError, ReadError, Spool, Undelivered, sibling};
 use crate::tls;
+use crate::topology::QueueRole;
 
 const MINUTE: Duration = Duration::from_secs(60);
 
@@ -123,15 +124,16 @@ impl View {
     /// Adds a point to the charts, and returns it.
     pub(super) fn sample(&self) -> Option<Point> {
         // How long queues have had no worker is measured also while nobody asks.
-        let queues = self.queues(&self.sources.broker.watch(), Instant::now());
+        let watch = self.sources.broker.watch();
+        self.queues(&watch, Instant::now());
         let ledger = self.sources.spool.status().ledger();
         let counters = self.counters(&self.sources.recent.counts(), ledger.confirmed);
         let lags = self.sources.broker.take_lags();
         let held = Held {
             depth: ledger.pending,
             bytes: self.sources.spool.status().used_bytes(),
-            queued: messages(&queues, &[Role::Work]),
-            dead: messages(&queues, &[Role::Dead, Role::Unrouted]),
+            queued: messages(&watch, &[QueueRole::Work]),
+            dead: messages(&watch, &[QueueRole::Dead, QueueRole::Unrouted]),
             marks: self.marks(),
         };
         let added = self.history().add(counters, held, &lags, Timestamp::now(), Instant::now())?;
@@ -406,13 +408,10 @@ impl View {
     }
 }
 
-/// The messages in all queues of these roles together; `None` if those of one are not known.
-fn messages(queues: &[Queue], roles: &[Role]) -> Option<u64> {
-    let counts = queues.iter().filter(|queue| roles.contains(&queue.role)).map(|queue| match queue.state {
-        QueueState::Counted { messages, .. } => Some(messages),
-        QueueState::Unknown | QueueState::Trouble { .. } => None,
-    });
-    let counts: Option<Vec<u64>> = counts.collect();
+/// The messages in all queues of these roles together, also in full ones; `None` if those of one are not known.
+fn messages(watch: &WatchState, roles: &[QueueRole]) -> Option<u64> {
+    let queues = watch.queues.iter().filter(|queue| roles.contains(&queue.role));
+    let counts: Option<Vec<u64>> = queues.map(|queue| queue.messages.map(u64::from)).collect();
     counts.filter(|counts| !counts.is_empty()).map(|counts| counts.iter().sum())
 }
 
@@ -453,7 +452,6 @@ mod tests {
     use super::*;
     use crate::publisher::QueueState;
     use crate::spool::{self, Durability, dedupe};
-    use crate::topology::QueueRole;
 
     /// A view of a relay without events in this folder.
     fn view(folder: &Path) -> View {
@@ -488,6 +486,8 @@ mod tests {
             QueueState { name: "prism.scan".to_owned(), role: QueueRole::Work, messages, consumers, trouble: None };
         let watch = WatchState { queues: vec![queue], ..WatchState::default() };
         view.sources.broker.on_look(watch.clone(), MINUTE);
+        assert_eq!(super::messages(&watch, &[QueueRole::Work]), Some(5));
+        assert_eq!(super::messages(&watch, &[QueueRole::Dead]), None);
         view.sample();
         match view.queues(&watch, Instant::now() + 5 * MINUTE)[0].state {
             answers::QueueState::Counted { unattended, .. } => assert!(unattended >= 5 * MINUTE, "{unattended:?}"),
