@@ -1,4 +1,4 @@
-//! The picture of the console in the README. To make it again:
+//! The pictures of the console in the README, light and dark. To make them again:
 //!
 //! ```text
 //! PRISM_TEST_SCREENSHOTS=deploy/pictures ./tests/run.sh --test suite docs::picture
@@ -8,7 +8,7 @@ use super::page::root;
 use crate::harness::browser::Browser;
 use crate::harness::{Node, Relay, Vhost, samples};
 
-const SIZE: (u32, u32) = (1280, 550);
+const SIZE: (u32, u32) = (1280, 535);
 
 #[tokio::test]
 async fn the_console_of_the_readme_shows_a_relay_that_works() {
@@ -25,11 +25,15 @@ async fn the_console_of_the_readme_shows_a_relay_that_works() {
     relay.eventually_nothing_pending().await;
     browser.shows("body", "measurements.creation.succeeded").await;
     browser.shows("body", "body_shape_prediction.processing.failed").await;
-    browser.screenshot("console").await;
+    browser.shows(".summary", "All accepted events are in RabbitMQ").await;
+    for (name, dark) in [("console", false), ("console-dark", true)] {
+        browser.look_like(SIZE, dark).await;
+        browser.screenshot(name).await;
+        let path = root().join("deploy/pictures").join(name).with_extension("png");
+        let picture = std::fs::read(path).expect("the picture of the README");
+        let number = |at: usize| u32::from_be_bytes(picture[at..at + 4].try_into().expect("four bytes"));
+        // The size stands in the first chunk of a PNG.
+        assert_eq!((number(16), number(20)), SIZE, "make {name} again: see the head of tests/suite/docs/picture.rs");
+    }
     assert_eq!(browser.errors().await, Vec::<String>::new());
-
-    let picture = std::fs::read(root().join("deploy/pictures/console.png")).expect("the picture of the README");
-    let number = |at: usize| u32::from_be_bytes(picture[at..at + 4].try_into().expect("four bytes"));
-    // The size stands in the first chunk of a PNG.
-    assert_eq!((number(16), number(20)), SIZE, "make the picture again: see the head of tests/suite/docs/picture.rs");
 }
