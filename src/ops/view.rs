@@ -353,14 +353,8 @@ impl View {
     /// instead.
     pub(super) async fn remove_all(&self, seen: u64) -> Result<Result<usize, u64>, ViewError> {
         let path = self.sources.spool.path();
-        let removed = blocking(move || {
-            let mut inspector = Inspector::of_running_for_change(&path)?;
-            match inspector.ledger()?.parked {
-                parked if parked == seen => Ok(Ok(inspector.remove_parked()?)),
-                parked => Ok(Err(parked)),
-            }
-        })
-        .await?;
+        let remove = move || Ok(Inspector::of_running_for_change(&path)?.remove_parked(seen)?);
+        let removed = blocking(remove).await?;
         self.sources.spool.flush().await;
         Ok(removed.map(|ids| {
             ids.iter().for_each(|id| self.sources.recent.removed(*id));

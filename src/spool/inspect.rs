@@ -1,6 +1,8 @@
 //! Inspects a spool, also while a relay uses it: lists and verifies its events, removes and retries them.
 
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rusqlite::{Connection, OpenFlags, OptionalExtension, Row, TransactionBehavior};
 use uuid::Uuid;
@@ -21,8 +23,12 @@ const PARKED: &str = "INDEXED BY parked WHERE parked_reason IS NOT NULL";
 
 const PARKED_WITH_ID: &str = "SELECT seq FROM event INDEXED BY parked WHERE parked_reason IS NOT NULL AND id = ?1";
 
-/// How many parked events are removed in one transaction, so that webhooks do not wait for all of them.
-const REMOVED_AT_ONCE: u32 = 500;
+/// How many parked events are changed in one transaction, so that webhooks do not wait for all of them.
+const CHANGED_AT_ONCE: usize = 100;
+
+/// How long the relay has the file between two such transactions.
+const SHORTEST_TURN: Duration = Duration::from_millis(5);
+const LONGEST_TURN: Duration = Duration::from_millis(150);
 
 /// Whether there is a spool, and whether a relay has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -161,26 +167,43 @@ impl Inspector {
 
     /// Makes the relay retry a parked event in its next round. Returns whether it is parked.
     pub fn retry(&mut self, seq: u64) -> Result<bool, ChangeError> {
-        Ok(retry(&self.connection, seq)?)
+        Ok(retry(&mut self.connection, &[seq])? > 0)
     }
 
     /// Makes the relay retry all parked events in its next round. Returns their number.
     pub fn retry_all(&mut self) -> Result<usize, ChangeError> {
-        Ok(retry_all(&self.connection)?)
+        let parked = all_parked(&self.connection)?;
+        Ok(self.in_turns(&parked, thread::sleep, retry)?.into_iter().sum())
     }
 
-    /// Removes all parked events for good. Returns their ids.
-    pub fn remove_parked(&mut self) -> Result<Vec<Uuid>, ChangeError> {
-        let mut ids = Vec::new();
-        // Those that are parked meanwhile stay: nobody has seen them.
-        let Some(last) = last_parked(&self.connection)? else { return Ok(ids) };
-        loop {
-            let removed = remove_some_parked(&mut self.connection, last)?;
-            if removed.is_empty() {
-                return Ok(ids);
-            }
-            ids.extend(removed);
+    /// Removes all parked events for good if there are as many as somebody has `seen`. Returns their ids, or their
+    /// number instead. Those that are parked meanwhile stay.
+    pub fn remove_parked(&mut self, seen: u64) -> Result<Result<Vec<Uuid>, u64>, ChangeError> {
+        let parked = all_parked(&self.connection)?;
+        if parked.len() as u64 != seen {
+            return Ok(Err(parked.len() as u64));
         }
+        let removed = self.in_turns(&parked, thread::sleep, |connection, some| remove(connection, some, true))?;
+        Ok(Ok(removed.concat()))
+    }
+
+    /// Changes many events, a few at a time. In between a running relay gets its turn: its writer looks for a locked
+    /// file again after at most twice the time that it has waited, and at least every 100 ms (SQLite's busy handler).
+    pub(super) fn in_turns<T>(
+        &mut self,
+        seqs: &[u64],
+        mut pause: impl FnMut(Duration),
+        mut change: impl FnMut(&mut Connection, &[u64]) -> Result<T>,
+    ) -> Result<Vec<T>> {
+        let mut changes = Vec::new();
+        for some in seqs.chunks(CHANGED_AT_ONCE) {
+            let start = Instant::now();
+            changes.push(change(&mut self.connection, some)?);
+            if self.is_in_use {
+                pause((2 * start.elapsed()).clamp(SHORTEST_TURN, LONGEST_TURN));
+            }
+        }
+        Ok(changes)
     }
 
     /// Removes an event for good. Returns whether it was there.
@@ -192,11 +215,11 @@ impl Inspector {
 
     /// Removes an event by its number. Returns whether it was there.
     pub fn remove_seq(&mut self, seq: u64) -> Result<bool, ChangeError> {
-        Ok(remove(&mut self.connection, seq)?)
+        Ok(!remove(&mut self.connection, &[seq], false)?.is_empty())
     }
 }
 
-fn open_for_change(path: &Path) -> Result<Connection> {
+pub(super) fn open_for_change(path: &Path) -> Result<Connection> {
     let connection = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
     connection.busy_timeout(store::BUSY_TIMEOUT)?;
     // A removal has to survive a power loss, as an acceptance does. The relay copies the log, because it has to see the
@@ -246,48 +269,43 @@ fn seq_of(connection: &Connection, sql: &str, id: Uuid) -> Result<Option<u64>> {
     Ok(connection.query_row(sql, [id.as_bytes()], |row| row.get(0)).optional()?)
 }
 
-fn retry(connection: &Connection, seq: u64) -> Result<bool> {
-    let sql = "UPDATE event SET tried_ms = 0 WHERE seq = ?1 AND parked_reason IS NOT NULL";
-    Ok(connection.execute(sql, [seq])? > 0)
+/// The numbers of all parked events, in one read.
+pub(super) fn all_parked(connection: &Connection) -> Result<Vec<u64>> {
+    let mut statement = connection.prepare(&format!("SELECT seq FROM event {PARKED}"))?;
+    let mut seqs = statement.query_map([], |row| row.get(0))?.collect::<rusqlite::Result<Vec<_>>>()?;
+    seqs.sort_unstable();
+    Ok(seqs)
 }
 
-fn retry_all(connection: &Connection) -> Result<usize> {
-    Ok(connection.execute("UPDATE event SET tried_ms = 0 WHERE parked_reason IS NOT NULL", [])?)
-}
-
-fn last_parked(connection: &Connection) -> Result<Option<u64>> {
-    Ok(connection.query_row(&format!("SELECT max(seq) FROM event {PARKED}"), [], |row| row.get(0))?)
-}
-
-/// Removes the first parked events up to the number `last`. Returns their ids.
-fn remove_some_parked(connection: &mut Connection, last: u64) -> Result<Vec<Uuid>> {
+/// Makes these events due again, as far as they are parked. Returns their number.
+pub(super) fn retry(connection: &mut Connection, seqs: &[u64]) -> Result<usize> {
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-    let parked: Vec<(u64, [u8; 16])> = {
-        let sql = format!("SELECT seq, id FROM event {PARKED} AND seq <= ?1 ORDER BY seq LIMIT {REMOVED_AT_ONCE}");
-        let mut statement = transaction.prepare(&sql)?;
-        let rows = statement.query_map([last], |row| Ok((row.get(0)?, row.get(1)?)))?;
-        rows.collect::<rusqlite::Result<_>>()?
-    };
+    let mut retried = 0;
+    for seq in seqs {
+        let sql = "UPDATE event SET tried_ms = 0 WHERE seq = ?1 AND parked_reason IS NOT NULL";
+        retried += transaction.prepare_cached(sql)?.execute([seq])?;
+    }
+    transaction.commit()?;
+    Ok(retried)
+}
+
+/// Removes these events, or those of them that are parked. Returns their ids.
+pub(super) fn remove(connection: &mut Connection, seqs: &[u64], parked_only: bool) -> Result<Vec<Uuid>> {
+    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
     let mut ledger = Ledger::read(&transaction)?;
-    for (seq, _) in &parked {
+    let mut removed = Vec::new();
+    for seq in seqs {
+        let sql = "SELECT id FROM event WHERE seq = ?1 AND (parked_reason IS NOT NULL OR NOT ?2)";
+        let id = transaction.prepare_cached(sql)?.query_row((seq, parked_only), |row| row.get(0)).optional()?;
+        let Some(id) = id else { continue };
         let deleted = store::delete(&transaction, *seq, *seq)?;
         ledger.take_out(&deleted)?;
         ledger.removed += deleted.events();
+        removed.push(Uuid::from_bytes(id));
     }
     ledger.write(&transaction)?;
     transaction.commit()?;
-    Ok(parked.into_iter().map(|(_, id)| Uuid::from_bytes(id)).collect())
-}
-
-fn remove(connection: &mut Connection, seq: u64) -> Result<bool> {
-    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-    let deleted = store::delete(&transaction, seq, seq)?;
-    let mut ledger = Ledger::read(&transaction)?;
-    ledger.take_out(&deleted)?;
-    ledger.removed += deleted.events();
-    ledger.write(&transaction)?;
-    transaction.commit()?;
-    Ok(deleted.events() > 0)
+    Ok(removed)
 }
 
 fn entry(row: &Row<'_>) -> rusqlite::Result<Entry> {

@@ -2,6 +2,7 @@
 
 mod faults;
 mod files;
+mod inspect;
 mod model;
 mod recovery;
 mod settling;
