@@ -88,7 +88,7 @@ pub(super) struct Answer {
     pub detail: String,
     /// What to do, if there is something to do. Commands are in backticks.
     pub remedy: Option<String>,
-    /// The entry of the runbook: the name of an alert.
+    /// The entry of the runbook: the name of an alert, or `refused-webhooks`.
     pub runbook: Option<&'static str>,
 }
 
@@ -105,7 +105,7 @@ pub(super) struct Headline {
     pub detail: String,
     /// The next step.
     pub advice: String,
-    /// The entry of the runbook: the name of an alert.
+    /// The entry of the runbook: the name of an alert, or `refused-webhooks`.
     pub runbook: Option<&'static str>,
 }
 
@@ -218,6 +218,21 @@ pub(super) struct Refusal {
     pub age: Duration,
 }
 
+/// Why webhooks are not accepted, or soon may not be.
+enum Hindrance {
+    Draining,
+    /// The spool is full.
+    Full,
+    /// The spool cannot be written: why, and what to do.
+    Unwritable(&'static str, &'static str),
+    Refusing(Refusing),
+    Barrier(Barrier),
+    /// The spool is nearly full, or soon will be.
+    Scarce,
+    /// Something is wrong with the spool's file or disk: what, and what to do.
+    Disk(&'static str, &'static str),
+}
+
 /// What keeps webhooks from reaching the relay, or soon will.
 struct Barrier {
     level: Level,
@@ -233,6 +248,8 @@ struct Loss {
     word: &'static str,
     detail: String,
     remedy: &'static str,
+    /// The entry of the runbook.
+    runbook: &'static str,
     /// The sentence of the headline.
     note: String,
 }
@@ -317,7 +334,7 @@ impl Answer {
         Self { remedy: Some(remedy.into()), ..self }
     }
 
-    /// `entry`: the name of an alert, which has an entry in deploy/runbook.md.
+    /// `entry`: a heading of deploy/runbook.md.
     fn runbook(self, entry: &'static str) -> Self {
         Self { runbook: Some(entry), ..self }
     }
@@ -353,17 +370,38 @@ impl Facts {
         answer(Level::Ok, "Yes", format!("{pace}, {latest}."))
     }
 
+    /// Why webhooks are not accepted, or soon may not be: the first that applies.
+    fn hindrance(&self) -> Option<Hindrance> {
+        let (refusing, barrier) = (self.refusing(), self.barrier());
+        let all = refusing.clone().filter(|refusing| refusing.all).map(Hindrance::Refusing);
+        let is_barred = barrier.as_ref().is_some_and(|barrier| barrier.level == Level::Problem);
+        let barrier = barrier.map(Hindrance::Barrier);
+        let disk = || self.disk_trouble().map(|(why, what)| Hindrance::Disk(why, what));
+        match self.blocker {
+            _ if self.draining => Some(Hindrance::Draining),
+            Some(AppendError::Full) => Some(Hindrance::Full),
+            Some(AppendError::Unavailable | AppendError::Closed) => {
+                let (why, what) = self.disk_trouble().unwrap_or(("the spool cannot be written", "check its disk"));
+                Some(Hindrance::Unwritable(why, what))
+            }
+            None if all.is_some() => all,
+            None if is_barred => barrier,
+            None if self.room().0 > Level::Ok => Some(Hindrance::Scarce),
+            None => disk().or(barrier).or_else(|| refusing.map(Hindrance::Refusing)),
+        }
+    }
+
     fn accepting(&self) -> Answer {
         let answer = |level, word: &str, detail: String| answer("accepting", level, word, detail);
-        let share = percent(self.share());
-        if self.draining {
-            let detail = "The relay is shutting down. Prism retries, but only for about 35 s.".to_owned();
-            let remedy = "Start the relay again, or let the service manager do it. It then delivers the events that \
-                          wait on disk.";
-            return answer(Level::Warning, "Not any more", detail).remedy(remedy).runbook("PrismRelayDown");
-        }
-        match self.blocker {
-            Some(AppendError::Full) => {
+        let (share, (scarcity, room)) = (percent(self.share()), self.room());
+        match self.hindrance() {
+            Some(Hindrance::Draining) => {
+                let detail = "The relay is shutting down. Prism retries, but only for about 35 s.".to_owned();
+                let remedy = "Start the relay again, or let the service manager do it. It then delivers the events \
+                              that wait on disk.";
+                answer(Level::Warning, "Not any more", detail).remedy(remedy).runbook("PrismRelayDown")
+            }
+            Some(Hindrance::Full) => {
                 let detail = format!("The spool is full ({}): webhooks are answered 503.", ByteSize(self.max_bytes));
                 // The events may take little, and a log that cannot shrink the rest.
                 let full = match self.disk_trouble() {
@@ -372,54 +410,50 @@ impl Facts {
                     }
                     None => answer(Level::Problem, "No", detail).remedy(self.make_room()),
                 };
-                return full.runbook("PrismRelayNotReady");
+                full.runbook("PrismRelayNotReady")
             }
-            Some(AppendError::Unavailable | AppendError::Closed) => {
-                let (why, what) = self.disk_trouble().unwrap_or(("the spool cannot be written", "check its disk"));
+            Some(Hindrance::Unwritable(why, what)) => {
                 let detail = format!("Webhooks are answered 503: {why}.");
-                return answer(Level::Problem, "No", detail).remedy(sentence(what)).runbook("PrismRelayNotReady");
+                answer(Level::Problem, "No", detail).remedy(sentence(what)).runbook("PrismRelayNotReady")
             }
-            None => {}
+            Some(Hindrance::Refusing(refusing)) => {
+                let answer = match refusing.all {
+                    true => answer(Level::Problem, "No", refusing.state()),
+                    false => answer(Level::Warning, "Yes, but not all", refusing.text()),
+                };
+                let entry = refusals::runbook(refusing.reason, refusing.all);
+                answer.remedy(refusals::step(refusing.reason)).runbook(entry)
+            }
+            Some(Hindrance::Barrier(Barrier { level, word, detail, remedy, runbook })) => {
+                answer(level, word, detail).remedy(remedy).runbook(runbook)
+            }
+            Some(Hindrance::Scarce) => {
+                let (word, entry) = self.scarce();
+                let scarce = answer(scarcity, &word, format!("The spool is {share} full.{room}"));
+                scarce.remedy(self.make_room()).runbook(entry)
+            }
+            Some(Hindrance::Disk(why, what)) => {
+                let trouble = answer(Level::Warning, "Yes, for now", sentence(why)).remedy(sentence(what));
+                trouble.runbook("PrismRelaySpoolLogGrows")
+            }
+            None => {
+                let accepted = count(self.ledger.accepted, "event", "events");
+                answer(Level::Ok, "Yes", format!("{accepted} so far. The spool is {share} full.{room}"))
+            }
         }
-        let refusing = self.refusing();
-        if let Some(refusing) = refusing.as_ref().filter(|refusing| refusing.all) {
-            let detail = format!("Every webhook is refused: {}.", refusals::cause(refusing.reason));
-            return answer(Level::Problem, "No", detail)
-                .remedy(refusals::step(refusing.reason))
-                .runbook(refusals::runbook(refusing.reason, true));
-        }
-        let barrier = self.barrier();
-        if let Some(Barrier { level: Level::Problem, word, detail, remedy, runbook }) = barrier {
-            return answer(Level::Problem, word, detail).remedy(remedy).runbook(runbook);
-        }
-        let (scarcity, room) = self.room();
-        if scarcity > Level::Ok {
-            let word = match self.outlook {
-                Outlook::FullIn(time) => format!("Yes, for about {}", about(time)),
-                Outlook::Unclear | Outlook::EmptyIn(_) => "Yes, for now".to_owned(),
-            };
-            let entry = match self.outlook {
-                Outlook::FullIn(time) if time < ROOM_FOR_A_PROBLEM => "PrismRelaySpoolFullWithinTwoHours",
-                _ if self.share() >= NEARLY_FULL => "PrismRelaySpoolNearlyFull",
-                _ => "PrismRelaySpoolFullWithinTwelveHours",
-            };
-            let scarce = answer(scarcity, &word, format!("The spool is {share} full.{room}"));
-            return scarce.remedy(self.make_room()).runbook(entry);
-        }
-        if let Some((why, what)) = self.disk_trouble() {
-            let trouble = answer(Level::Warning, "Yes, for now", sentence(why)).remedy(sentence(what));
-            return trouble.runbook("PrismRelaySpoolLogGrows");
-        }
-        if let Some(Barrier { level, word, detail, remedy, runbook }) = barrier {
-            return answer(level, word, detail).remedy(remedy).runbook(runbook);
-        }
-        if let Some(refusing) = refusing {
-            return answer(Level::Warning, "Yes, but not all", refusing.text())
-                .remedy(refusals::step(refusing.reason))
-                .runbook(refusals::runbook(refusing.reason, false));
-        }
-        let accepted = count(self.ledger.accepted, "event", "events");
-        answer(Level::Ok, "Yes", format!("{accepted} so far. The spool is {share} full.{room}"))
+    }
+
+    /// How long webhooks are accepted while there is little room, and the entry of the runbook.
+    fn scarce(&self) -> (String, &'static str) {
+        let Outlook::FullIn(time) = self.outlook else {
+            return ("Yes, for now".to_owned(), "PrismRelaySpoolNearlyFull");
+        };
+        let entry = match time {
+            _ if time < ROOM_FOR_A_PROBLEM => "PrismRelaySpoolFullWithinTwoHours",
+            _ if self.share() >= NEARLY_FULL => "PrismRelaySpoolNearlyFull",
+            _ => "PrismRelaySpoolFullWithinTwelveHours",
+        };
+        (format!("Yes, for about {}", about(time)), entry)
     }
 
     /// What keeps webhooks from reaching the relay, or soon will.
@@ -591,7 +625,7 @@ impl Facts {
         let word = if is_certain { "Yes" } else { worst.word };
         let said: Vec<_> = losses.iter().map(|loss| loss.detail.as_str()).collect();
         let answer = answer("lost", worst.level, word, format!("{} {ledger}", said.join(" ")));
-        answer.remedy(worst.remedy).runbook("PrismRelayEventsLost")
+        answer.remedy(worst.remedy).runbook(worst.runbook)
     }
 
     /// Everything that is or may be lost, the worst first.
@@ -606,6 +640,7 @@ impl Facts {
                     count(self.damaged, "accepted event was", "accepted events were")
                 ),
                 remedy: "The relay's log says what was damaged, and where the damaged file is kept. Check the disk.",
+                runbook: "PrismRelayEventsLost",
                 note: format!(
                     "{} lost because the spool file was damaged.",
                     count(self.damaged, "event was", "events were")
@@ -618,6 +653,7 @@ impl Facts {
                 word: "Perhaps",
                 detail: format!("The totals differ by {}.", events(gap)),
                 remedy: "Run `prism-relay spool verify` on this machine, and keep its output.",
+                runbook: "PrismRelayEventsLost",
                 note: "The totals of the spool do not add up.".to_owned(),
             });
         }
@@ -709,7 +745,7 @@ impl TurnedAway {
     /// What is lost, or may be, because it was refused.
     fn losses(&self) -> Vec<Loss> {
         let mut losses = Vec::new();
-        let step = |last: &Option<Refusal>| refusals::step(last.as_ref().map_or("", |last| last.reason));
+        let reason = |last: &Option<Refusal>| last.as_ref().map_or("", |last| last.reason);
         let level = |last: &Option<Refusal>| last.as_ref().map_or(Level::Note, |last| Level::of_loss(last.age));
         if self.lost > 0 {
             let were = count(self.lost, "webhook was", "webhooks were");
@@ -720,7 +756,8 @@ impl TurnedAway {
                 detail: format!(
                     "{were} refused since the start and not accepted later{last}: Prism has given up on them."
                 ),
-                remedy: step(&self.last_lost),
+                remedy: refusals::step(reason(&self.last_lost)),
+                runbook: refusals::runbook(reason(&self.last_lost), false),
                 note: format!(
                     "{} lost: refused, and not accepted later.",
                     count(self.lost, "webhook is", "webhooks are")
@@ -733,7 +770,8 @@ impl TurnedAway {
                 level: Level::Warning,
                 word: "Not yet",
                 detail: format!("{note} Prism gives up on each after about 35 s."),
-                remedy: step(&self.last_waiting),
+                remedy: refusals::step(reason(&self.last_waiting)),
+                runbook: refusals::runbook(reason(&self.last_waiting), false),
                 note,
             });
         }
@@ -744,7 +782,8 @@ impl TurnedAway {
                 level: level(&self.last_unrecognisable).min(Level::Warning),
                 word: "Perhaps",
                 detail: note.clone(),
-                remedy: step(&self.last_unrecognisable),
+                remedy: refusals::step(reason(&self.last_unrecognisable)),
+                runbook: refusals::runbook(reason(&self.last_unrecognisable), false),
                 note,
             });
         }

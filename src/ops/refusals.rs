@@ -87,10 +87,11 @@ pub(super) fn step(code: &str) -> &'static str {
 
 /// The entry of the runbook about refusals with this code.
 pub(super) fn runbook(code: &str, all: bool) -> &'static str {
-    match is_unverified(code) {
-        true if all => "PrismRelayEverySignatureFails",
-        true => "PrismRelaySomeSignaturesFail",
-        false => "PrismRelayNotReady",
+    match code {
+        "spool-full" | "spool-unavailable" => "PrismRelayNotReady",
+        _ if !is_unverified(code) => "refused-webhooks",
+        _ if all => "PrismRelayEverySignatureFails",
+        _ => "PrismRelaySomeSignaturesFail",
     }
 }
 

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rusqlite::{Connection, OpenFlags, OptionalExtension, Row, TransactionBehavior};
+use rusqlite::{Connection, OpenFlags, OptionalExtension, Row, Transaction, TransactionBehavior};
 use uuid::Uuid;
 
 use super::delivered::Runs;
@@ -167,7 +167,7 @@ impl Inspector {
 
     /// Makes the relay retry a parked event in its next round. Returns whether it is parked.
     pub fn retry(&mut self, seq: u64) -> Result<bool, ChangeError> {
-        Ok(retry(&mut self.connection, &[seq])? > 0)
+        Ok(self.in_turns(&[seq], thread::sleep, retry)? == [1])
     }
 
     /// Makes the relay retry all parked events in its next round. Returns their number.
@@ -183,7 +183,7 @@ impl Inspector {
         if parked.len() as u64 != seen {
             return Ok(Err(parked.len() as u64));
         }
-        let removed = self.in_turns(&parked, thread::sleep, |connection, some| remove(connection, some, true))?;
+        let removed = self.in_turns(&parked, thread::sleep, |transaction, some| remove(transaction, some, true))?;
         Ok(Ok(removed.concat()))
     }
 
@@ -193,15 +193,16 @@ impl Inspector {
         &mut self,
         seqs: &[u64],
         mut pause: impl FnMut(Duration),
-        mut change: impl FnMut(&mut Connection, &[u64]) -> Result<T>,
+        change: impl Fn(&Transaction<'_>, &[u64]) -> Result<T>,
     ) -> Result<Vec<T>> {
-        let mut changes = Vec::new();
+        let (mut changes, mut turn) = (Vec::new(), None);
         for some in seqs.chunks(CHANGED_AT_ONCE) {
+            turn.filter(|_| self.is_in_use).into_iter().for_each(&mut pause);
+            let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
             let start = Instant::now();
-            changes.push(change(&mut self.connection, some)?);
-            if self.is_in_use {
-                pause((2 * start.elapsed()).clamp(SHORTEST_TURN, LONGEST_TURN));
-            }
+            changes.push(change(&transaction, some)?);
+            transaction.commit()?;
+            turn = Some((2 * start.elapsed()).clamp(SHORTEST_TURN, LONGEST_TURN));
         }
         Ok(changes)
     }
@@ -215,7 +216,10 @@ impl Inspector {
 
     /// Removes an event by its number. Returns whether it was there.
     pub fn remove_seq(&mut self, seq: u64) -> Result<bool, ChangeError> {
-        Ok(!remove(&mut self.connection, &[seq], false)?.is_empty())
+        Ok(!self
+            .in_turns(&[seq], thread::sleep, |transaction, some| remove(transaction, some, false))?
+            .concat()
+            .is_empty())
     }
 }
 
@@ -278,33 +282,29 @@ pub(super) fn all_parked(connection: &Connection) -> Result<Vec<u64>> {
 }
 
 /// Makes these events due again, as far as they are parked. Returns their number.
-pub(super) fn retry(connection: &mut Connection, seqs: &[u64]) -> Result<usize> {
-    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+pub(super) fn retry(transaction: &Transaction<'_>, seqs: &[u64]) -> Result<usize> {
     let mut retried = 0;
     for seq in seqs {
         let sql = "UPDATE event SET tried_ms = 0 WHERE seq = ?1 AND parked_reason IS NOT NULL";
         retried += transaction.prepare_cached(sql)?.execute([seq])?;
     }
-    transaction.commit()?;
     Ok(retried)
 }
 
 /// Removes these events, or those of them that are parked. Returns their ids.
-pub(super) fn remove(connection: &mut Connection, seqs: &[u64], parked_only: bool) -> Result<Vec<Uuid>> {
-    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-    let mut ledger = Ledger::read(&transaction)?;
+pub(super) fn remove(transaction: &Transaction<'_>, seqs: &[u64], parked_only: bool) -> Result<Vec<Uuid>> {
+    let mut ledger = Ledger::read(transaction)?;
     let mut removed = Vec::new();
     for seq in seqs {
         let sql = "SELECT id FROM event WHERE seq = ?1 AND (parked_reason IS NOT NULL OR NOT ?2)";
         let id = transaction.prepare_cached(sql)?.query_row((seq, parked_only), |row| row.get(0)).optional()?;
         let Some(id) = id else { continue };
-        let deleted = store::delete(&transaction, *seq, *seq)?;
+        let deleted = store::delete(transaction, *seq, *seq)?;
         ledger.take_out(&deleted)?;
         ledger.removed += deleted.events();
         removed.push(Uuid::from_bytes(id));
     }
-    ledger.write(&transaction)?;
-    transaction.commit()?;
+    ledger.write(transaction)?;
     Ok(removed)
 }
 

@@ -2,8 +2,7 @@
 //! a look. Pure.
 
 use super::super::words::{ago, coarse, events_are, percent};
-use super::{Answer, Barrier, Broker, Facts, Headline, Level, NEARLY_FULL, sentence};
-use crate::spool::AppendError;
+use super::{Answer, Broker, Facts, Headline, Hindrance, Level, NEARLY_FULL, sentence};
 use crate::text::grouped;
 
 impl Facts {
@@ -51,9 +50,9 @@ impl Facts {
             && self.barrier().is_none_or(|barrier| barrier.word != "No")
     }
 
-    /// Whether every webhook of Prism is answered 200, as far as the relay knows.
+    /// Whether Prism's webhooks arrive and are answered 200, as far as the relay knows.
     fn is_answering(&self) -> bool {
-        self.is_open() && !self.draining && self.refusing().is_none()
+        self.is_open() && !self.draining && self.refusing().is_none() && self.last_30_minutes.accepted > 0
     }
 
     /// A short sentence about an answer, in the second line below a sentence about the answer `first`.
@@ -71,49 +70,34 @@ impl Facts {
             "lag" if is_told("broker") || !self.is_delivering() => None,
             "lag" => Some(self.behind().0),
             "parked" => Some(self.some_parked().0),
-            "accepting" if self.draining => Some("The relay is shutting down.".to_owned()),
-            "accepting" if self.barrier().is_some_and(|barrier| barrier.level == answer.level) => {
-                self.barrier().map(|barrier| barrier.detail)
-            }
-            "accepting" => match self.refusing() {
-                Some(refusing) => Some(refusing.text()),
-                None if self.share() >= NEARLY_FULL => Some(format!("The spool is {} full.", percent(self.share()))),
+            "accepting" => match self.hindrance()? {
+                Hindrance::Refusing(refusing) => Some(refusing.text()),
                 // Scarce room is in the second line anyway.
-                None => self.disk_trouble().map(|(why, _)| sentence(why)),
+                Hindrance::Scarce if self.share() < NEARLY_FULL => None,
+                _ => Some(self.not_accepting().0),
             },
             _ => None,
         }
     }
 
     fn not_accepting(&self) -> (String, Vec<String>) {
-        if self.draining {
-            let detail = format!("Undelivered events stay on disk: {}.", grouped(self.ledger.pending));
-            return ("The relay is shutting down.".to_owned(), vec![detail]);
-        }
-        let barrier = self.barrier();
-        let is_first = self.blocker.is_none() && !self.refusing().is_some_and(|refusing| refusing.all);
-        if let Some(Barrier { level: Level::Problem, detail, .. }) = &barrier
-            && is_first
-        {
-            return (detail.clone(), Vec::new());
-        }
         let given_up = "Prism gives up on each after 35 s.".to_owned();
-        match (self.blocker, self.refusing()) {
-            (Some(AppendError::Full), _) => {
+        match self.hindrance() {
+            Some(Hindrance::Draining) => {
+                let detail = format!("Undelivered events stay on disk: {}.", grouped(self.ledger.pending));
+                ("The relay is shutting down.".to_owned(), vec![detail])
+            }
+            Some(Hindrance::Full) => {
                 let why = self.disk_trouble().map(|(why, _)| sentence(why));
                 let text = "Webhooks are being refused now: the spool is full.".to_owned();
                 (text, [given_up].into_iter().chain(why).collect())
             }
-            (Some(AppendError::Unavailable | AppendError::Closed), _) => {
-                let (why, _) = self.disk_trouble().unwrap_or(("the spool cannot be written", ""));
-                (format!("Webhooks are being refused now: {why}."), vec![given_up])
-            }
-            (None, Some(refusing)) if refusing.all || barrier.is_none() => (refusing.state(), vec![refusing.figures()]),
-            (None, _) if self.room().0 == Level::Ok => match self.disk_trouble() {
-                Some((why, _)) => (sentence(why), Vec::new()),
-                None => (barrier.map(|barrier| barrier.detail).unwrap_or_default(), Vec::new()),
-            },
-            (None, _) => (format!("The spool is {} full.", percent(self.share())), self.safe()),
+            Some(Hindrance::Unwritable(why, _)) => (format!("Webhooks are being refused now: {why}."), vec![given_up]),
+            Some(Hindrance::Refusing(refusing)) => (refusing.state(), vec![refusing.figures()]),
+            Some(Hindrance::Barrier(barrier)) => (barrier.detail, Vec::new()),
+            Some(Hindrance::Scarce) => (format!("The spool is {} full.", percent(self.share())), self.safe()),
+            Some(Hindrance::Disk(why, _)) => (sentence(why), Vec::new()),
+            None => self.well(),
         }
     }
 
@@ -163,7 +147,8 @@ impl Facts {
 
     fn some_parked(&self) -> (String, Vec<String>) {
         let them = if self.ledger.parked == 1 { "it" } else { "them" };
-        let others = (self.ledger.pending == 0).then(|| "All others are in RabbitMQ.".to_owned());
+        let others = self.ledger.pending == 0 && self.ledger.removed == 0 && self.gap().is_none();
+        let others = others.then(|| "All others are in RabbitMQ.".to_owned());
         (format!("{} parked: RabbitMQ does not accept {them}.", events_are(self.ledger.parked)), Vec::from_iter(others))
     }
 
@@ -179,12 +164,13 @@ impl Facts {
             (None, Some(_)) => None,
         };
         // Removed and parked events are not there, so "all" would be wrong.
-        let text = match (self.ledger.pending, self.ledger.removed + self.ledger.parked) {
-            (0, 0) if self.ledger.accepted == 0 => "All is well.",
-            (0, 0) => "All accepted events are in RabbitMQ.",
-            (_, 0) => "All accepted events are in RabbitMQ or on the way.",
-            (0, _) => "Nothing is waiting.",
-            (_, _) => "Events are on the way to RabbitMQ.",
+        let is_all = self.ledger.removed == 0 && self.ledger.parked == 0 && self.gap().is_none();
+        let text = match (self.ledger.pending, is_all) {
+            (0, true) if self.ledger.accepted == 0 => "All is well.",
+            (0, true) => "All accepted events are in RabbitMQ.",
+            (_, true) => "All accepted events are in RabbitMQ or on the way.",
+            (0, false) => "Nothing is waiting.",
+            (_, false) => "Events are on the way to RabbitMQ.",
         };
         (text.to_owned(), Vec::from_iter(last))
     }

@@ -18,6 +18,7 @@ fn well() -> Facts {
         broker: Broker { connected: true, age: 60 * MINUTE, ..Broker::default() },
         last_confirm: Some(3 * SECOND),
         last_accepted: Some(3 * SECOND),
+        last_30_minutes: Window { accepted: 9, ..Window::default() },
         queues: vec![queue("prism.scan", Role::Work, 0, 2), queue("prism.dead", Role::Dead, 0, 0)],
         ..Facts::default()
     }
@@ -207,6 +208,32 @@ fn refusals_count_as_in_the_alert_rules() {
     }
 }
 
+/// Sentence, advice and entry of the runbook come from one reason.
+#[test]
+fn scarce_room_comes_before_some_refusals() {
+    let facts =
+        Facts { ledger: pending(5), oldest: Some(SECOND), used: 966 << 20, ..refused(&[("body-too-large", 5)], 100) };
+    headline(&facts, Level::Problem, "The spool is 94 % full.", "5 events are safe on disk.");
+    let both = judge(&Facts { broker: down(MINUTE), ..facts.clone() }).headline;
+    assert!(both.detail.contains("The spool is 94 % full."), "{both:?}");
+    for facts in [&facts, &Facts { used: 0, ..facts.clone() }] {
+        let Judgement { headline, answers } = judge(facts);
+        let accepting = &answers[1];
+        let same = (accepting.remedy.as_deref(), accepting.runbook) == (Some(&headline.advice), headline.runbook);
+        assert!(same, "{headline:?} {accepting:?}");
+    }
+    assert_eq!(judge(&Facts { used: 0, ..facts }).headline.runbook, Some("refused-webhooks"));
+}
+
+/// Without any webhook nobody knows whether Prism is answered.
+#[test]
+fn prism_is_answered_only_if_webhooks_come() {
+    let away = Facts { broker: down(MINUTE), ..well() };
+    assert!(judge(&away).headline.detail.contains(ANSWERED));
+    let silent = Facts { last_30_minutes: Window::default(), ..away };
+    assert!(!judge(&silent).headline.detail.contains(ANSWERED));
+}
+
 #[test]
 fn webhooks_that_cannot_reach_the_relay_are_not_accepted() {
     let protocol = |other_protocol, accepted| Facts {
@@ -309,6 +336,8 @@ fn a_refused_webhook_that_is_not_accepted_later_is_lost() {
     says(&Facts { uptime: 25 * 60 * MINUTE, ..damaged }, "lost", Level::Note, "Yes");
     let gap = Facts { ledger: Ledger { accepted: 101, ..well().ledger }, ..well() };
     says(&gap, "lost", Level::Problem, "Perhaps");
+    let detail = format!("Nothing is waiting. {ANSWERED}");
+    headline(&gap, Level::Problem, "The totals of the spool do not add up.", &detail);
 }
 
 #[test]
@@ -338,6 +367,8 @@ fn events_are_parked_or_late() {
     let parked = Facts { ledger: Ledger { accepted: 103, parked: 3, ..well().ledger }, ..well() };
     let text = "3 events are parked: RabbitMQ does not accept them.";
     headline(&parked, Level::Warning, text, &format!("All others are in RabbitMQ. {ANSWERED}"));
+    let ledger = Ledger { accepted: 104, parked: 1, removed: 3, ..well().ledger };
+    headline(&Facts { ledger, ..well() }, Level::Warning, "1 event is parked: RabbitMQ does not accept it.", ANSWERED);
     let late = Facts { ledger: pending(70), oldest: Some(2 * MINUTE), ..well() };
     headline(&late, Level::Warning, "Deliveries are 2 min behind.", &format!("70 events are safe on disk. {ANSWERED}"));
     for (age, level) in [(15, Level::Ok), (29, Level::Ok), (30, Level::Warning), (700, Level::Warning)] {
@@ -476,6 +507,28 @@ fn every_entry_of_the_runbook_exists() {
     }
 }
 
+/// An operator who follows the link of a refusal finds what is refused and what to do.
+#[test]
+fn every_refusal_is_in_its_entry_of_the_runbook() {
+    let runbook = include_str!("../../../deploy/runbook.md");
+    let (_, table) = runbook.split_once("\n## Refused webhooks\n").expect("a section");
+    let (table, _) = table.split_once("\n## ").expect("another section");
+    for code in crate::problem::Code::ALL.map(crate::problem::Code::text) {
+        let last = Some(Refusal { reason: code, age: SECOND });
+        let turned_away = TurnedAway { lost: 1, last_lost: last, ..TurnedAway::default() };
+        let headline = judge(&Facts { turned_away, ..well() }).headline;
+        let entry = headline.runbook.expect("an entry");
+        let expected = match code {
+            "spool-full" | "spool-unavailable" => "PrismRelayNotReady",
+            code if refusals::is_unverified(code) => "PrismRelaySomeSignaturesFail",
+            _ => "refused-webhooks",
+        };
+        assert_eq!(entry, expected, "{code}");
+        assert!(table.contains(&format!("`{code}`")), "{code} is not in the table");
+        assert_eq!(headline.advice, refusals::step(code));
+    }
+}
+
 proptest! {
     #[test]
     fn no_answer_is_worse_than_the_headline(facts in any_facts()) {
@@ -485,6 +538,9 @@ proptest! {
         // What the headline says is never better than its level.
         let is_green = headline.text.starts_with("All ");
         prop_assert!(!(headline.level >= Level::Warning && is_green), "{:?} {:?}", headline, answers);
+        let all_are_there = facts.ledger.removed == 0 && facts.gap().is_none();
+        let says_so = [&headline.text, &headline.detail].into_iter().any(|text| text.contains("All "));
+        prop_assert!(all_are_there || !says_so || headline.text == "All is well.", "{:?}", headline);
         prop_assert!(headline.level < Level::Warning || !headline.advice.is_empty(), "{:?}", headline);
         for answer in &answers {
             prop_assert!(answer.level < Level::Warning || answer.remedy.is_some(), "{:?}", answer);
