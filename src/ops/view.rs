@@ -1,11 +1,12 @@
 //! Collects the data of `/api`, the console and `/metrics` from the relay's parts, and acts on parked events.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use thiserror::Error;
+use tokio::time::timeout;
 use uuid::Uuid;
 
 use super::answers::{Broker, Facts, Queue, Refusal, TurnedAway, certificate_level, judge};
@@ -32,6 +33,9 @@ use crate::tls;
 use crate::topology::QueueRole;
 
 const MINUTE: Duration = Duration::from_secs(60);
+
+/// How long status and metrics wait for the age of the oldest event.
+const AGE_PATIENCE: Duration = Duration::from_secs(1);
 
 const EVENTS_MAX: usize = 200;
 const PARKED_MAX: u64 = 100;
@@ -138,7 +142,7 @@ impl View {
         };
         let added = self.history().add(counters, held, &lags, Timestamp::now(), Instant::now())?;
         // While the disk does not answer, records are dropped.
-        if self.history_file.try_lock().is_ok() {
+        if !matches!(self.history_file.try_lock(), Err(TryLockError::WouldBlock)) {
             let file = Arc::clone(&self.history_file);
             tokio::task::spawn_blocking(move || {
                 file.lock().unwrap_or_else(PoisonError::into_inner).write(&added.record);
@@ -173,8 +177,7 @@ impl View {
         let (status, broker, counts) =
             (self.sources.spool.status(), self.sources.broker.snapshot(), self.sources.recent.counts());
         let now = Timestamp::now();
-        // The status matters most when the spool cannot be read, so it is sent without the age.
-        let oldest = self.oldest_age(now).await.unwrap_or(None);
+        let oldest = self.oldest_age(now).await.flatten();
         let ledger = status.ledger();
         let (waiting, max_bytes) = (self.sources.broker.waiting(), self.sources.spool.max_bytes());
         let spool = SpoolReport::new(status, waiting, max_bytes, oldest);
@@ -373,8 +376,8 @@ impl View {
         metrics.spool.max_bytes.set(self.sources.spool.max_bytes() as f64);
         metrics.spool.parked_events.set(ledger.parked as f64);
         metrics.spool.lost_events.set(self.sources.spool.status().lost() as f64);
-        // Metrics matter most when the spool cannot be read; the age then keeps its last value.
-        if let Ok(age) = self.oldest_age(now).await {
+        // The age keeps its last value while it cannot be read.
+        if let Some(age) = self.oldest_age(now).await {
             metrics.spool.oldest_age.set(age.unwrap_or(0.0));
         }
         let counts = self.sources.connections.counts();
@@ -391,10 +394,14 @@ impl View {
         metrics.render()
     }
 
-    /// The age of the oldest pending event in seconds.
-    async fn oldest_age(&self, now: Timestamp) -> Result<Option<f64>, ReadError> {
-        let accepted_ms = self.sources.spool.oldest_pending_ms().await?;
-        Ok(accepted_ms.map(|accepted_ms| (now.as_millisecond() - accepted_ms).max(0) as f64 / 1000.0))
+    /// The age of the oldest pending event in seconds; no answer if it cannot be read now. Status and metrics matter
+    /// most while the disk hangs, and then each read would hold a thread.
+    async fn oldest_age(&self, now: Timestamp) -> Option<Option<f64>> {
+        if self.sources.spool.status().is_stalled() {
+            return None;
+        }
+        let accepted_ms = timeout(AGE_PATIENCE, self.sources.spool.oldest_pending_ms()).await.ok()?.ok()?;
+        Some(accepted_ms.map(|accepted_ms| (now.as_millisecond() - accepted_ms).max(0) as f64 / 1000.0))
     }
 
     fn history(&self) -> std::sync::MutexGuard<'_, History> {
@@ -487,6 +494,42 @@ mod tests {
             answers::QueueState::Counted { unattended, .. } => assert!(unattended >= 5 * MINUTE, "{unattended:?}"),
             ref other => panic!("{other:?}"),
         }
+    }
+
+    /// The writer keeps reads away while it copies the log, which lasts as long as the disk does not answer.
+    #[tokio::test]
+    async fn a_disk_that_hangs_does_not_hold_up_the_status() {
+        let folder = tempfile::tempdir().unwrap();
+        let view = view(folder.path());
+        let held = view.sources.spool.hold_reads();
+        let shown = timeout(10 * AGE_PATIENCE, async { (view.report().await, view.metrics().await) }).await;
+        drop(held);
+        let (report, metrics) = shown.expect("the status and the metrics come without the age");
+        assert_eq!(report.headline.text, "There is no connection to RabbitMQ yet.");
+        assert!(metrics.contains("prism_relay_spool_events 0"), "{metrics}");
+    }
+
+    /// A write that panicked must not end the history.
+    #[tokio::test]
+    async fn the_history_goes_on_after_a_panic() {
+        let folder = tempfile::tempdir().unwrap();
+        let view = view(folder.path());
+        let file = Arc::clone(&view.history_file);
+        let write = std::thread::spawn(move || {
+            let _file = file.lock().unwrap();
+            panic!("in a write");
+        });
+        assert!(write.join().is_err());
+        let path = folder.path().join("spool.db.history");
+        let before = std::fs::read(&path).unwrap();
+        view.sample();
+        for _ in 0..500 {
+            if std::fs::read(&path).unwrap() != before {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("nothing was written in 5 s");
     }
 
     #[tokio::test]

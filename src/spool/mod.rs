@@ -200,6 +200,12 @@ impl Spool {
         self.reader.run(move |connection| reader::oldest_pending_ms(connection, &delivered)).await
     }
 
+    /// Holds up reads, as the writer does while it copies the log.
+    #[cfg(test)]
+    pub(crate) fn hold_reads(&self) -> impl Drop {
+        self.reader.pause()
+    }
+
     /// Wakes after a commit that brought new events.
     pub fn committed(&self) -> &Notify {
         &self.committed

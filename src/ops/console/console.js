@@ -177,7 +177,7 @@ function fill(parent, items, keyOf, build) {
   }
 }
 
-const LEVELS = { ok: "OK", quiet: "OK", warning: "Needs attention", problem: "Problem" };
+const LEVELS = { ok: "OK", quiet: "Note", warning: "Needs attention", problem: "Problem" };
 
 function showSummary({ headline, host, listen }) {
   const { text, detail, advice } = headline;
@@ -233,6 +233,7 @@ function showAnswers({ answers }) {
     explain(card.querySelector(".remedy"), remedy ?? "");
     const [see, steps] = card.querySelectorAll(".more a");
     link(see, ...((level !== "ok" && LINKS[id]) || [null, ""]));
+    see.onclick = () => { document.querySelector(see.hash).open = true; }; // It may be folded.
     link(steps, entry(runbook), "Runbook");
   });
 }
@@ -277,14 +278,15 @@ function showRefusals({ refusals, refusing, last }) {
     cell("", "", sentence(cause), " ", ...withCommands(remedy))));
 }
 
+let urgentBefore = false;
+
 /** Moves the section up while webhooks are refused: in the document, so that the reading and tab order follow. */
 function placeRefusals(urgent) {
   const section = $("refusals");
-  if (urgent && section.parentElement !== $("main")) {
-    $("charts").before(section);
-    section.open = true; // It is folded on a phone.
-  }
+  if (urgent && section.parentElement !== $("main")) $("charts").before(section);
   if (!urgent && section.parentElement !== $("trust")) $("trust").prepend(section);
+  if (urgent && !urgentBefore) section.open = true; // It is folded on a phone, also when the page is opened.
+  urgentBefore = urgent;
 }
 
 function showTypes({ types }) {
@@ -434,7 +436,8 @@ function tick() {
   const since = facts.heardAt === null ? "The relay cannot be reached. Trying again."
     : `Connection to the relay lost ${duration(silence)} ago; what you see is old. Trying again.`;
   say($("lost"), since);
-  document.title = "Connection lost - prism-relay";
+  const where = facts.status ? `${facts.status.host}, ${facts.status.listen} - ` : "";
+  document.title = `Connection lost - ${where}prism-relay`;
   announce(since);
 }
 
@@ -634,8 +637,7 @@ function makeFullness() {
 function showFullness(status) {
   const share = fullness(status);
   const words = `${bytes(status.spool.bytes)} of ${bytes(status.spool.max_bytes)} used (${percent(share)})`;
-  const level = look(status.answers.find(({ id }) => id === "accepting")?.level);
-  $("fullness").dataset.level = level;
+  $("fullness").dataset.level = share < 0.8 ? "ok" : "problem"; // As PrismRelaySpoolNearlyFull.
   $("fullness-track").setAttribute("aria-valuenow", String(Math.min(100, Math.floor(share * 100))));
   $("fullness-track").setAttribute("aria-valuetext", words);
   $("fullness-track").firstChild.style.width = `${Math.min(100, share * 100)}%`;
@@ -661,8 +663,8 @@ const ACTIONS = {
   },
   retryAll: {
     title: "Try all parked events again?", go: "Retry all", busy: "Asking…", style: "primary", path: () => "retry",
-    text: ({ total }) => `${count(total, "event")} will be ${AGAIN}. Those that RabbitMQ does not accept stay parked.`,
-    done: ({ total }) => `${count(total, "event")} will be ${AGAIN}. If they stay here, the cause is not fixed yet.`,
+    text: ({ total }) => `${count(total, "event")} will be sent again. Those that RabbitMQ does not accept stay parked.`,
+    done: ({ total }) => `${count(total, "event")} will be sent again. If they stay here, the cause is not fixed yet.`,
   },
   removeAll: {
     title: "Remove all parked events permanently?", go: "Remove all permanently", busy: "Removing…", style: "danger",
@@ -711,7 +713,8 @@ async function act(submit) {
   } catch (error) {
     if (error.status === 404) return finish(`Event ${event.id} is no longer parked: it was delivered or removed.`);
     const hint = error.status === 403 ? " If the relay was restarted, reload this page." : "";
-    say($("ask-mistake"), `Failed: ${sentence(error.message)}${hint}`);
+    const silent = "No answer yet; the relay may still be working. Look at the number of parked events.";
+    say($("ask-mistake"), error.name === "TimeoutError" ? silent : `Failed: ${sentence(error.message)}${hint}`);
     Object.assign($("ask-go"), { textContent: go, disabled: false });
   }
 }
@@ -734,7 +737,8 @@ function keepFocus() {
 
 /** Sends a request to the relay. Goes to the log-in page if the session has ended. */
 async function api(path, options = {}) {
-  const response = await fetch(path, { signal: AbortSignal.timeout(10_000), ...options });
+  const seconds = options.method ? 120 : 10; // An action on many events takes long.
+  const response = await fetch(path, { signal: AbortSignal.timeout(1000 * seconds), ...options });
   if (response.status === 401) location.assign("login");
   const body = await response.json().catch(() => ({}));
   if (response.ok) return body;
