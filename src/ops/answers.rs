@@ -41,6 +41,8 @@ const REFUSED_MIN: u64 = 5;
 /// How many connections in another protocol within 30 min, without any acceptance, mean that no webhook arrives
 /// (PrismRelayWrongProtocol).
 const OTHER_PROTOCOL_IN_30_MINUTES: u64 = 8;
+/// How many failed connections within 30 min, without any acceptance, may be those of Prism (PrismRelayConnectionsFail).
+const FAILED_IN_30_MINUTES: u64 = 8;
 /// The days until the certificate expires, below which that is a problem or a warning
 /// (PrismRelayCertificateExpires, ...ExpiresSoon).
 const CERTIFICATE_PROBLEM_DAYS: f64 = 3.0;
@@ -191,6 +193,8 @@ pub(super) struct Window {
     pub refused: BTreeMap<&'static str, u64>,
     /// Connections refused because of their protocol.
     pub other_protocol: u64,
+    /// Connections that failed in the TLS handshake, or were not HTTP/1.
+    pub failed: u64,
 }
 
 /// Webhooks that were refused since the start of the process.
@@ -456,22 +460,46 @@ impl Facts {
         (format!("Yes, for about {}", about(time)), entry)
     }
 
-    /// What keeps webhooks from reaching the relay, or soon will.
+    /// What keeps webhooks from reaching the relay, or soon will: the worst.
     fn barrier(&self) -> Option<Barrier> {
+        let barriers = [self.other_protocol(), self.certificate(), self.failed_connections()];
+        barriers.into_iter().flatten().min_by_key(|barrier| std::cmp::Reverse(barrier.level))
+    }
+
+    fn other_protocol(&self) -> Option<Barrier> {
         let Window { accepted, other_protocol, .. } = &self.last_30_minutes;
-        if *accepted == 0 && *other_protocol >= OTHER_PROTOCOL_IN_30_MINUTES {
-            return Some(Barrier {
-                level: Level::Problem,
-                word: "No",
-                detail: format!(
-                    "No webhook arrives: {} in the last 30 min came in the wrong protocol, the PROXY protocol or TLS.",
-                    count(*other_protocol, "connection", "connections")
-                ),
-                remedy: "Switch off the PROXY protocol in the proxy in front, or let it terminate TLS, or set \
-                         http.tls; the log says which.",
-                runbook: "PrismRelayWrongProtocol",
-            });
-        }
+        let detail = format!(
+            "No webhook arrives: {} in the last 30 min came in the wrong protocol, the PROXY protocol or TLS.",
+            count(*other_protocol, "connection", "connections")
+        );
+        (*accepted == 0 && *other_protocol >= OTHER_PROTOCOL_IN_30_MINUTES).then_some(Barrier {
+            level: Level::Problem,
+            word: "No",
+            detail,
+            remedy: "Switch off the PROXY protocol in the proxy in front, or let it terminate TLS, or set http.tls; \
+                     the log says which.",
+            runbook: "PrismRelayWrongProtocol",
+        })
+    }
+
+    fn failed_connections(&self) -> Option<Barrier> {
+        let Window { accepted, failed, .. } = &self.last_30_minutes;
+        let detail = format!(
+            "No webhook was accepted in the last 30 min, and {} in the TLS handshake or as no HTTP/1; Prism's may be \
+             among them.",
+            count(*failed, "connection failed", "connections failed")
+        );
+        (*accepted == 0 && *failed >= FAILED_IN_30_MINUTES).then_some(Barrier {
+            level: Level::Warning,
+            word: "Perhaps not",
+            detail,
+            remedy: "Look who they are: `connection refused` in the log; test the way from outside with \
+                     `prism-relay send --url URL`.",
+            runbook: "PrismRelayConnectionsFail",
+        })
+    }
+
+    fn certificate(&self) -> Option<Barrier> {
         let days = self.certificate_days?;
         let level = certificate_level(days);
         let remedy = "Renew the certificate, then reload.";

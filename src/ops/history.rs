@@ -96,6 +96,8 @@ pub(super) struct Counters {
     pub refused_by_code: BTreeMap<&'static str, u64>,
     /// Connections refused because of their protocol.
     pub other_protocol: u64,
+    /// Connections that failed in the TLS handshake, or were not HTTP/1.
+    pub failed: u64,
     pub confirmed: u64,
 }
 
@@ -119,6 +121,7 @@ pub(super) struct Increase {
     pub accepted: u64,
     pub confirmed: u64,
     pub other_protocol: u64,
+    pub failed: u64,
     pub refused_by_code: BTreeMap<&'static str, u64>,
 }
 
@@ -134,6 +137,7 @@ impl Counters {
             accepted: self.accepted.saturating_sub(before.accepted),
             confirmed: self.confirmed.saturating_sub(before.confirmed),
             other_protocol: self.other_protocol.saturating_sub(before.other_protocol),
+            failed: self.failed.saturating_sub(before.failed),
             refused_by_code,
         }
     }
@@ -258,8 +262,8 @@ impl History {
 
     /// The webhooks of about the last `span`, up to `counters`, which are read now.
     pub(super) fn window(&self, span: Duration, counters: &Counters) -> Window {
-        let Increase { accepted, refused_by_code, other_protocol, .. } = self.recent_increase(span, counters);
-        Window { accepted, refused: refused_by_code, other_protocol }
+        let Increase { accepted, refused_by_code, other_protocol, failed, .. } = self.recent_increase(span, counters);
+        Window { accepted, refused: refused_by_code, other_protocol, failed }
     }
 
     /// The increase within about the last `span`, up to `counters`, which are read now.
@@ -271,6 +275,7 @@ impl History {
             sum.accepted += increase.accepted;
             sum.confirmed += increase.confirmed;
             sum.other_protocol += increase.other_protocol;
+            sum.failed += increase.failed;
             for (code, count) in &increase.refused_by_code {
                 *sum.refused_by_code.entry(code).or_default() += count;
             }
@@ -311,6 +316,7 @@ mod tests {
             refused: 2 * count,
             refused_by_code: [("invalid-signature", count)].into(),
             other_protocol: 3 * count,
+            failed: 4 * count,
             confirmed: count / 2,
         };
         let mut add = |count, depth, second: i64| {
@@ -325,7 +331,10 @@ mod tests {
         assert_eq!(add(0, 0, 15).unwrap().accepted, 0.0, "a counter that fell gives no rate");
         let recent = history.recent_increase(Duration::from_secs(15), &counters(3));
         let refused_by_code = [("invalid-signature", 103)].into();
-        assert_eq!(recent, Increase { accepted: 103, confirmed: 51, other_protocol: 309, refused_by_code });
+        assert_eq!(
+            recent,
+            Increase { accepted: 103, confirmed: 51, other_protocol: 309, failed: 412, refused_by_code }
+        );
         assert_eq!(history.recent_increase(Duration::from_secs(5), &counters(3)).accepted, 3);
     }
 

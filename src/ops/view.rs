@@ -271,6 +271,7 @@ impl View {
             refused: counts.refused.values().sum(),
             refused_by_code: counts.mistaken(),
             other_protocol: self.sources.connections.other_protocol(),
+            failed: self.sources.connections.failures(),
             confirmed,
         }
     }

@@ -46,6 +46,7 @@ pub struct Admission {
     table: Mutex<Table>,
     left: Notify,
     other_protocol: AtomicU64,
+    failed: AtomicU64,
 }
 
 /// How far a connection has come. The lower ones are evicted first.
@@ -111,6 +112,7 @@ impl Admission {
             table: Mutex::default(),
             left: Notify::new(),
             other_protocol: AtomicU64::new(0),
+            failed: AtomicU64::new(0),
         })
     }
 
@@ -168,6 +170,16 @@ impl Admission {
     /// Counts a connection that was refused because of its protocol: the PROXY protocol, or TLS on a plain port.
     pub(super) fn refused_other_protocol(&self) {
         self.other_protocol.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Counts a connection whose TLS handshake failed, or that was not HTTP/1.
+    pub(super) fn failed(&self) {
+        self.failed.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How many connections failed in the TLS handshake, or were not HTTP/1.
+    pub fn failures(&self) -> u64 {
+        self.failed.load(Ordering::Relaxed)
     }
 
     /// How many connections were refused because of their protocol.

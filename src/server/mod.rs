@@ -181,8 +181,10 @@ impl Context {
             end = self.protocol.serve(stream, identity, handler, &shutdown) => end,
             () = connection::when_woken(place.evicted()) => End::Evicted,
         };
-        if matches!(end, End::ProxyProtocol | End::TlsOnPlainPort) {
-            self.admission.refused_other_protocol();
+        match end {
+            End::ProxyProtocol | End::TlsOnPlainPort => self.admission.refused_other_protocol(),
+            End::TlsHandshake(_) | End::Malformed(_) => self.admission.failed(),
+            _ => {}
         }
         self.refusals.on_end(&end, address);
     }

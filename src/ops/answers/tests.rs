@@ -39,7 +39,7 @@ fn pending(count: u64) -> Ledger {
 }
 
 fn refused(counts: &[(&'static str, u64)], accepted: u64) -> Facts {
-    let window = Window { accepted, refused: counts.iter().copied().collect(), other_protocol: 0 };
+    let window = Window { accepted, refused: counts.iter().copied().collect(), ..Window::default() };
     let (last_30_minutes, last_hour) = (window.clone(), window.clone());
     Facts { last_5_minutes: window, last_30_minutes, last_hour, ..well() }
 }
@@ -246,6 +246,18 @@ fn webhooks_that_cannot_reach_the_relay_are_not_accepted() {
     says(&protocol(8, 0), "accepting", Level::Problem, "No");
     says(&protocol(7, 0), "accepting", Level::Ok, "Yes");
     says(&protocol(800, 1), "accepting", Level::Ok, "Yes");
+    let failed = |failed, accepted, certificate_days| Facts {
+        last_30_minutes: Window { accepted, failed, ..Window::default() },
+        certificate_days: Some(certificate_days),
+        ..well()
+    };
+    let text = "No webhook was accepted in the last 30 min, and 8 connections failed in the TLS handshake or as no \
+                HTTP/1; Prism's may be among them.";
+    headline(&failed(8, 0, 90.0), Level::Warning, text, "");
+    says(&failed(8, 0, 90.0), "accepting", Level::Warning, "Perhaps not");
+    says(&failed(7, 0, 90.0), "accepting", Level::Ok, "Yes");
+    says(&failed(800, 1, 90.0), "accepting", Level::Ok, "Yes");
+    says(&failed(8, 0, -1.0), "accepting", Level::Problem, "No");
 
     let until = |days| Facts { certificate_days: Some(days), ..well() };
     let away = |days| Facts { broker: down(MINUTE), ..until(days) };
@@ -278,6 +290,7 @@ fn the_answers_are_as_serious_as_the_alert_rules() {
     let silent = Facts { ledger: pending(5), oldest: Some(6 * MINUTE), last_confirm: Some(7 * MINUTE), ..well() };
     let blocked = Broker { blocked: Some("low on memory".to_owned()), ..well().broker };
     let other = Window { other_protocol: 8, ..Window::default() };
+    let failed = Window { failed: 8, ..Window::default() };
     let damaged = Facts { damaged: 2, ledger: Ledger { accepted: 102, removed: 2, ..well().ledger }, ..well() };
     let parked = Ledger { accepted: 103, parked: 3, ..well().ledger };
     let trouble = QueueState::Trouble { text: "is full".to_owned(), remedy: "wait".to_owned() };
@@ -289,6 +302,7 @@ fn the_answers_are_as_serious_as_the_alert_rules() {
         ("CertificateExpires", Facts { certificate_days: Some(2.0), ..well() }),
         ("CertificateExpiresSoon", Facts { certificate_days: Some(20.0), ..well() }),
         ("WrongProtocol", Facts { last_30_minutes: other, ..well() }),
+        ("ConnectionsFail", Facts { last_30_minutes: failed, ..well() }),
         ("EverySignatureFails", signatures(20, 0)),
         ("SomeSignaturesFail", signatures(4, 9)),
         ("BrokerAway", Facts { broker: down(5 * MINUTE), ..silent.clone() }),
@@ -425,8 +439,8 @@ fn any_age() -> impl Strategy<Value = Duration> {
 
 fn any_window() -> impl Strategy<Value = Window> {
     let code = prop_oneof![Just("invalid-signature"), Just("missing-signature"), Just("spool-full"), Just("odd")];
-    (0..50u64, proptest::collection::btree_map(code, 1..60u64, 0..3), 0..12u64)
-        .prop_map(|(accepted, refused, other_protocol)| Window { accepted, refused, other_protocol })
+    (0..50u64, proptest::collection::btree_map(code, 1..60u64, 0..3), 0..12u64, 0..12u64)
+        .prop_map(|(accepted, refused, other_protocol, failed)| Window { accepted, refused, other_protocol, failed })
 }
 
 fn any_queue() -> impl Strategy<Value = Queue> {
@@ -598,6 +612,7 @@ fn the_alert_rules_have_the_same_thresholds() {
         format!("-timestamp\"}}[30m]) ) >= {REFUSED_IN_30_MINUTES} "),
         format!(" > {UNVERIFIED_SHARE} "),
         format!("}}[30m] ) ) >= {OTHER_PROTOCOL_IN_30_MINUTES} "),
+        format!("malformed\"}}[30m]) ) >= {FAILED_IN_30_MINUTES} "),
         format!("days_left[15m]) < {CERTIFICATE_PROBLEM_DAYS} for"),
         format!("days_left[15m]) < {CERTIFICATE_WARNING_DAYS} and"),
         format!("-timestamp\"}}[1h]) ) >= {UNVERIFIED_MIN} "),
