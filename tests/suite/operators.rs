@@ -195,6 +195,9 @@ async fn the_console_and_api_are_only_open_to_operators() {
     let client = Client::http1();
     let bearer = format!("Bearer {TOKEN}");
     client.get(&url("/api/status")).await.unwrap().expect(401);
+    for all in ["/api/parked/retry", "/api/parked/remove?count=0"] {
+        client.send(Method::POST, &url(all), &[], "").await.unwrap().expect(401);
+    }
     client.get(&url("/metrics")).await.unwrap().expect(200);
     assert_eq!(client.get(&url("/")).await.unwrap().expect(303).header("location"), Some("login"));
     client.send(Method::GET, &url("/api/status"), &[("authorization", &bearer)], "").await.unwrap().expect(200);
@@ -238,6 +241,13 @@ async fn only_the_consoles_own_page_acts_on_parked_events() {
     post(&relay, &path(&id, "remove"), &[("x-prism-token", "guessed")]).await.expect(403);
     let elsewhere = [("x-prism-token", token), ("origin", "http://evil.example")];
     post(&relay, &path(&id, "remove"), &elsewhere).await.expect(403);
+    for all in ["/api/parked/retry", "/api/parked/remove?count=1"] {
+        post(&relay, all, &[]).await.expect(403);
+        post(&relay, all, &[("x-prism-token", "guessed")]).await.expect(403);
+        post(&relay, all, &elsewhere).await.expect(403);
+    }
+    post(&relay, "/api/parked/remove", &own).await.expect(400);
+    post(&relay, "/api/parked/remove?count=2", &own).await.expect(409);
     post(&relay, &path("no-id", "remove"), &own).await.expect(404);
     post(&relay, &path(&uuid::Uuid::now_v7().to_string(), "retry"), &own).await.expect(404);
     post(&relay, &path(&id, "explode"), &own).await.expect(405);

@@ -106,7 +106,7 @@ pub const PARKED: Situation = situation(
 impl Situation {
     /// Waits until `/api/status` and `top` describe this situation.
     pub async fn is_told(&self, relay: &Relay) {
-        eventually(&format!("/api/status to describe {self:?}"), async || {
+        let answers = eventually(&format!("/api/status to describe {self:?}"), async || {
             let status = relay.status().await;
             let (headline, answers) = (&status["headline"], status["answers"].as_array().cloned().unwrap_or_default());
             let ids: Vec<_> = answers.iter().map(|answer| answer["id"].clone()).collect();
@@ -117,13 +117,20 @@ impl Situation {
                 && text(&headline["text"]).starts_with(self.text)
                 && text(&headline["detail"]).contains(self.detail)
                 && self.fits(&words);
-            if is_it { Ok(()) } else { Err(format!("{headline} {words:?}")) }
+            if is_it { Ok(answers) } else { Err(format!("{headline} {words:?}")) }
         })
         .await;
         let top = relay.run(&["top", "--once", "--url", relay.ops()]).await;
         let said = top.stdout.split_whitespace().collect::<Vec<_>>().join(" ");
-        for words in [self.text].iter().chain(&self.words) {
-            assert!(said.contains(words), "{words:?} is not in the output of top: {top:?}");
+        let level = match self.level {
+            "ok" => "all is well",
+            "warning" => "NEEDS ATTENTION",
+            _ => "PROBLEM",
+        };
+        let question = |answer: &Value| answer["question"].as_str().unwrap_or_default().to_owned();
+        let answers = answers.iter().zip(self.words).map(|(answer, word)| question(answer) + " " + word);
+        for words in [format!("{level} {}", self.text), self.detail.to_owned()].into_iter().chain(answers) {
+            assert!(said.contains(&words), "{words:?} is not in the output of top: {top:?}");
         }
     }
 
