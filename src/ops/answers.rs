@@ -2,8 +2,9 @@
 //! and `check` show them and judge nothing themselves. Pure.
 //!
 //! The thresholds are those of the alert rules in deploy/prometheus, which look at longer times: what pages there is a
-//! problem here, and what makes a ticket there is a warning here. One is not: no webhook for hours is only a note,
-//! because it is normal at night for many, and the time can be set only in the rule.
+//! problem here, and what makes a ticket there is a warning here. No webhook for hours is only a note, because it is
+//! normal at night for many, and the time can be set only in the rule. Some rules have no answer: deploy/reference.md
+//! names them for those who rely on notices.
 
 use std::collections::BTreeMap;
 use std::time::Duration;

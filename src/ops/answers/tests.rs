@@ -281,6 +281,9 @@ fn webhooks_that_cannot_reach_the_relay_are_not_accepted() {
 #[test]
 fn the_answers_are_as_serious_as_the_alert_rules() {
     let rules = include_str!("../../../deploy/prometheus/prism-relay.rules.yml");
+    let reference = include_str!("../../../deploy/reference.md");
+    let (_, reference) = reference.split_once("These alerts need Prometheus:").expect("notices are described");
+    let (reference, _) = reference.split_once(".\n").expect("a sentence");
     let severity = |alert: &str| {
         let (_, rule) = rules.split_once(&format!("- alert: PrismRelay{alert}\n")).expect("the rule exists");
         let (_, rest) = rule.split_once("severity: ").expect("it has a severity");
@@ -297,7 +300,7 @@ fn the_answers_are_as_serious_as_the_alert_rules() {
     let state = QueueState::Counted { messages: 5, consumers: 0, unattended: 5 * MINUTE };
     let work = |state| vec![Queue { state, ..queue("prism.scan", Role::Work, 0, 0) }];
     let room = |hours: u32| Facts { outlook: Outlook::FullIn(hours * 60 * MINUTE), ..well() };
-    for (alert, facts) in [
+    let judged = [
         ("NotReady", Facts { blocker: Some(AppendError::Full), ..well() }),
         ("CertificateExpires", Facts { certificate_days: Some(2.0), ..well() }),
         ("CertificateExpiresSoon", Facts { certificate_days: Some(20.0), ..well() }),
@@ -321,7 +324,15 @@ fn the_answers_are_as_serious_as_the_alert_rules() {
         ("NoWorkers", Facts { queues: work(state), ..well() }),
         ("DeadLetters", Facts { queues: vec![queue("prism.dead", Role::Dead, 1, 0)], ..well() }),
         ("Unrouted", Facts { queues: vec![queue("prism.unrouted", Role::Unrouted, 1, 0)], ..well() }),
-    ] {
+    ];
+    let names = rules.lines().filter_map(|line| line.trim().strip_prefix("- alert: PrismRelay"));
+    let is_judged = |name: &str| judged.iter().any(|(alert, _)| *alert == name);
+    for name in names.filter(|name| severity(name) != "info" && !is_judged(name)) {
+        // A relay that is not there judges nothing.
+        let is_named = reference.contains(&format!("`PrismRelay{name}`")) || ["Down", "Missing"].contains(&name);
+        assert!(is_named, "{name} has no answer, and deploy/reference.md does not say so");
+    }
+    for (alert, facts) in judged {
         let expected = if severity(alert) == "page" { Level::Problem } else { Level::Warning };
         let judged = judge(&facts).headline;
         assert_eq!(judged.level, expected, "{alert}: {judged:?}");
