@@ -42,7 +42,8 @@ const REFUSED_MIN: u64 = 5;
 /// How many connections in another protocol within 30 min, without any acceptance, mean that no webhook arrives
 /// (PrismRelayWrongProtocol).
 const OTHER_PROTOCOL_IN_30_MINUTES: u64 = 8;
-/// How many failed connections within 30 min, without any acceptance, may be those of Prism (PrismRelayConnectionsFail).
+/// How many failed connections within 30 min, without any acceptance, may be those of Prism
+/// (PrismRelayConnectionsFail).
 const FAILED_IN_30_MINUTES: u64 = 8;
 /// The days until the certificate expires, below which that is a problem or a warning
 /// (PrismRelayCertificateExpires, ...ExpiresSoon).

@@ -57,8 +57,8 @@ impl Screen {
         }));
         if let Some(mode) = &screen.restore.mode {
             let mut keys = mode.clone();
-            // Each key arrives at once and is not shown. Ctrl-C still sends its signal; Ctrl-Z and Ctrl-\ do not, because
-            // a top that they stop or end would leave the shell on the alternate screen.
+            // Each key arrives at once and is not shown. Ctrl-C still sends its signal; Ctrl-Z and Ctrl-\ do not,
+            // because a top that they stop or end would leave the shell on the alternate screen.
             keys.local_modes -= LocalModes::ICANON | LocalModes::ECHO;
             keys.special_codes[SpecialCodeIndex::VMIN] = 1;
             keys.special_codes[SpecialCodeIndex::VTIME] = 0;
