@@ -125,6 +125,82 @@ async fn long_work_is_finished_and_acknowledged_also_during_a_stop() {
     tokio::join!(long_work("/usr/bin/python3", "work.py", python), long_work("node", "work.js", node));
 }
 
+/// The copy of a given-up message has the event's own key. A retry has replaced it by one that is made from the name of
+/// the queue without the number of the partition.
+#[tokio::test]
+async fn a_message_of_a_partition_that_is_given_up_after_a_retry_is_redriven_to_its_queue() {
+    let script = "import os, sys\nsys.path.insert(0, sys.argv[1] + '/python')\nimport kit\ntries = []\n\
+        def work(_message):\n    tries.append(1)\n\
+        \x20   raise OSError('later') if len(tries) == 1 else kit.GiveUp('gone')\n\
+        kit.run({'scan': work}, kit.SqliteStore(':memory:'), os.environ['AMQP_URL'], os.environ['QUEUE'])\n";
+    let vhost = Vhost::new(Node::shared().await).await;
+    let queues = json!([{ "name": "prism.scan", "bindings": ["scan.#"], "retry_delays": ["100ms"], "partitions": 2 }]);
+    let relay = setup(&vhost).await.set("topology.queues", queues).start().await;
+    relay.eventually_connected().await;
+    let id = post(&relay, 0).await;
+    let queue = eventually("the message in a partition", async || {
+        let depths = [vhost.depth("prism.scan.1").await, vhost.depth("prism.scan.2").await];
+        let found = depths.iter().position(|depth| *depth == 1).map(|index| format!("prism.scan.{}", index + 1));
+        found.ok_or(format!("{depths:?}"))
+    })
+    .await;
+    let file = relay.folder().join("work.py");
+    std::fs::write(&file, script).unwrap();
+    let arguments = [file.to_str().unwrap(), &source("")];
+    let mut worker = Worker::start_on(&queue, "/usr/bin/python3", &arguments, &vhost, relay.folder());
+    worker.eventually_prints(&format!("failed {id} scan.processing.succeeded: later"), 1).await;
+    worker.eventually_prints(&format!("gave up {id} scan.processing.succeeded: gone"), 1).await;
+    worker.program.signal("TERM");
+    worker.program.wait().await;
+
+    let dry = relay.run(&["redrive", "--dry-run"]).await;
+    assert!(dry.stdout.contains(&format!("given up by {queue}: gone")), "{dry:?}");
+    vhost.eventually_depth("prism.dead", 1).await;
+    let redriven = relay.run(&["redrive"]).await;
+    assert!(redriven.stdout.starts_with("1 moved"), "{redriven:?}");
+    vhost.eventually_depth(&queue, 1).await;
+    vhost.assert_empty("prism.unrouted").await;
+}
+
+/// Messages that a worker received before its connection was lost are with other workers by then.
+#[tokio::test]
+async fn the_rust_kit_starts_no_message_of_a_lost_connection() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    vhost.create_queue("prism.scan", json!({ "x-queue-type": "quorum" })).await;
+    for number in 1..=5 {
+        let id = format!("019a0000-0000-7000-8000-00000000000{number}");
+        let properties = BasicProperties::default().with_message_id(id.into()).with_type("scan.a".into());
+        vhost.publish_with("", "prism.scan", r#"{"eventType":"scan.a","payload":{}}"#, properties).await;
+    }
+    let seen = std::sync::Mutex::new(Vec::new());
+    let handler = async |message: &kit::Message| {
+        let first = {
+            let mut seen = seen.lock().unwrap();
+            seen.push(message.redelivered);
+            seen.len() == 1
+        };
+        if first {
+            // The API shows a new connection a moment later. All messages are in the queue again when it is closed.
+            eventually("five messages in the queue", async || {
+                vhost.close_connections().await;
+                let depth = vhost.depth("prism.scan").await;
+                if depth == 5 { Ok(()) } else { Err(depth) }
+            })
+            .await;
+        }
+        Ok(())
+    };
+    let options =
+        kit::Options { url: vhost.url(), queue: "prism.scan".to_owned(), prefetch: 20, metrics: |_: &_, _: &_, _| {} };
+    let all = eventually("five messages", async || {
+        let count = seen.lock().unwrap().len();
+        if count == 5 { Ok(()) } else { Err(count) }
+    });
+    let store = sqlite_store::SqliteStore::open(":memory:").unwrap();
+    kit::run_until(all, &handler, store, options).await.unwrap();
+    assert_eq!(*seen.lock().unwrap(), [false, true, true, true, true]);
+}
+
 async fn setup(vhost: &Vhost) -> Setup {
     let api = format!("http://127.0.0.1:{}", Node::shared().await.management().port);
     Setup::new(&vhost.url()).set("broker.management_url", api)

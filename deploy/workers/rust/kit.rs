@@ -225,13 +225,24 @@ pub async fn run<M: Fn(&Outcome, &Message, Duration)>(
     store: impl Store,
     options: Options<M>,
 ) -> Result<(), BoxError> {
+    let mut terminate = unix::signal(unix::SignalKind::terminate())?;
+    let stop = async move {
+        tokio::select! { _ = terminate.recv() => {} _ = ctrl_c() => {} }
+    };
+    run_until(stop, handler, store, options).await
+}
+
+/// As [`run`], until `stop` resolves in place of the signals.
+pub async fn run_until<M: Fn(&Outcome, &Message, Duration)>(
+    stop: impl Future<Output = ()>,
+    handler: impl AsyncFn(&Message) -> Result<(), Failure>,
+    store: impl Store,
+    options: Options<M>,
+) -> Result<(), BoxError> {
+    let stop = stop.shared();
     let mut uri = options.url.parse::<AMQPUri>().map_err(|_| "AMQP_URL is not an AMQP URL")?;
     uri.query.heartbeat = Some(10);
     let queue = ShortString::try_new(options.queue.clone())?;
-    let mut terminate = unix::signal(unix::SignalKind::terminate())?;
-    let stop = FutureExt::shared(async move {
-        tokio::select! { _ = terminate.recv() => {} _ = ctrl_c() => {} }
-    });
     let worker = Worker { handler, store, options, queue, uri, dead_letters: Mutex::new(None) };
     let mut pause = PAUSE_MIN;
     while let Err(error) = worker.consume(stop.clone(), &mut pause).await {
