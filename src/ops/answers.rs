@@ -58,6 +58,7 @@ const LOSS_SHOWN: Duration = Duration::from_secs(24 * 3600);
 /// How long messages may wait without any worker before that is a problem (PrismRelayNoWorkers).
 const NO_WORKER: Duration = Duration::from_secs(300);
 
+const SEE_CHECK: &str = "Look for the cause with `prism-relay check`; deliveries then resume by themselves.";
 const SEE_BROKER: &str = "See why RabbitMQ accepts no events.";
 
 /// How serious something is.
@@ -558,13 +559,18 @@ impl Facts {
                 None => answer(Level::Note, "Connecting", "There is no connection yet.".to_owned()),
                 Some(error) if *unreachable => answer(level, "No", format!("Not connected for {time}: {error}."))
                     .remedy("Start RabbitMQ, or correct broker.urls; deliveries then resume by themselves."),
-                Some(error) => answer(level, "No", format!("Nothing delivered for {}: {error}.", span(failing)))
-                    .remedy("Look for the cause with `prism-relay check`; deliveries then resume by themselves."),
+                Some(error) => {
+                    answer(level, "No", format!("Nothing delivered for {}: {error}.", span(failing))).remedy(SEE_CHECK)
+                }
             };
             return answer.runbook("PrismRelayBrokerAway");
         }
         if let Some(time) = self.nothing_confirmed() {
             let detail = format!("Connected, but nothing was confirmed for {}.", span(time));
+            if self.broker.failing.is_some() {
+                // Between two tries of an outage, so the step is that of the outage.
+                return answer(Level::Problem, "No", detail).remedy(SEE_CHECK).runbook("PrismRelayBrokerAway");
+            }
             return answer(Level::Problem, "No", detail)
                 .remedy("Look with `rabbitmqctl list_queues name state leader` for a queue that is down or full.")
                 .runbook("PrismRelayNothingConfirmed");
@@ -584,11 +590,13 @@ impl Facts {
         failed.max(self.broker.age)
     }
 
-    /// How long a connection that works has confirmed nothing, although events wait.
+    /// How long a connection that works has confirmed nothing, although events wait. After a fault that is soon an
+    /// outage, so that the answer does not change with each new connection.
     fn nothing_confirmed(&self) -> Option<Duration> {
         let waited = self.oldest?;
         let time = self.last_confirm.map_or(waited, |age| age.min(waited)).min(self.failing());
-        (self.broker.connected && time >= NOTHING_CONFIRMED).then_some(time)
+        let enough = if self.broker.failing.is_some() { BRIEF } else { NOTHING_CONFIRMED };
+        (self.broker.connected && time >= enough).then_some(time)
     }
 
     fn is_delivering(&self) -> bool {

@@ -128,7 +128,11 @@ impl Facts {
         match (connected, blocked, error) {
             (true, Some(reason), _) => Some(format!("RabbitMQ has been refusing messages for {time} ({reason})")),
             (true, None, _) => {
-                Some(format!("RabbitMQ has confirmed nothing for {}", coarse(self.nothing_confirmed()?)))
+                let time = coarse(self.nothing_confirmed()?);
+                Some(match self.broker.failing {
+                    Some(_) => format!("Nothing has been delivered to RabbitMQ for {time}"),
+                    None => format!("RabbitMQ has confirmed nothing for {time}"),
+                })
             }
             (false, _, None) => None,
             (false, _, Some(_)) if *unreachable => Some(format!("RabbitMQ has been unreachable for {time}")),
