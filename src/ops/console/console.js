@@ -507,7 +507,7 @@ function chartOptions(spec) {
     width: spec.plot.clientWidth,
     height: spec.plot.clientHeight,
     legend: { show: false },
-    padding: [14, 8, 0, 0],
+    padding: [14, 18, 0, 0],
     cursor: { y: false, drag: { x: false, y: false }, sync: { key: "console" }, points: { size: 7 } },
     scales: {
       x: { range: () => [relayNow() / 1000 - shown.seconds, relayNow() / 1000] },
