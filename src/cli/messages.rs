@@ -159,6 +159,12 @@ fn death(properties: &BasicProperties) -> Option<String> {
     Some(format!("{reason} by {queue} ({count} times)"))
 }
 
+/// Why a message was dead-lettered by this queue.
+pub(super) fn reason_of_death(properties: &BasicProperties, queue: &str) -> Option<String> {
+    let mut deaths = deaths(properties).filter(|death| text_in(death, "queue").as_deref() == Some(queue));
+    text_in(deaths.next()?, "reason")
+}
+
 fn deaths(properties: &BasicProperties) -> impl Iterator<Item = &FieldTable> {
     let deaths = match properties.headers().as_ref().and_then(|headers| headers.inner().get("x-death")) {
         Some(AMQPValue::FieldArray(deaths)) => deaths.as_slice(),

@@ -28,7 +28,8 @@ use uuid::Uuid;
 
 use super::connect::connect;
 use super::failure::Failure;
-use super::messages::header;
+use super::interrupt::Interrupt;
+use super::messages::{header, reason_of_death};
 use super::output::say;
 use super::transfer::{TransferError, in_time, while_connected};
 use crate::broker::{BrokerConnection, Management, counts, encoded, reply_code, short_string};
@@ -47,6 +48,10 @@ const DELIVERY_LIMIT: i32 = 20;
 const EXPIRES_MS: i32 = 600_000;
 /// Time between two questions to the management API, whose numbers are up to 5 s old.
 const ASK_INTERVAL: Duration = Duration::from_millis(500);
+/// AMQP's code for a queue that does not exist.
+const NOT_FOUND: u16 = 404;
+/// AMQP's code for the exclusive queue of another connection.
+const LOCKED: u16 = 405;
 /// Above the priority of a worker, which is 0.
 const PRIORITY: i32 = 10;
 
@@ -111,6 +116,16 @@ impl Seen {
         }
     }
 
+    /// What is wrong, for somebody who sees no more than this line.
+    fn complaint(self, case: &Case) -> &str {
+        match self {
+            Self::Ack | Self::Reject => &case.why,
+            Self::ReturnedTooOften => "the worker died on it, or put it back with requeue=true, again and again",
+            Self::NotTaken => "still in the queue at the end of --wait",
+            Self::NotSettled => "taken, but this one or another was not acknowledged within --wait",
+        }
+    }
+
     fn text(self) -> &'static str {
         match self {
             Self::Ack => "ack",
@@ -136,13 +151,15 @@ struct Counted {
     acks: usize,
     /// Deliveries to a consumer that does not acknowledge.
     without_ack: usize,
+    /// Whether the broker counts at all: statistics can be switched off.
+    counts: bool,
 }
 
 impl Counted {
     fn of(queue: &Value) -> Self {
         let count = |name: &str| queue["message_stats"][name].as_u64().and_then(|count| usize::try_from(count).ok());
         let without_ack = count("deliver_no_ack").unwrap_or(0) + count("get_no_ack").unwrap_or(0);
-        Self { acks: count("ack").unwrap_or(0), without_ack }
+        Self { acks: count("ack").unwrap_or(0), without_ack, counts: queue["message_stats"].is_object() }
     }
 }
 
@@ -160,11 +177,20 @@ pub(super) async fn run(config: &Config, queue: &ShortString, wait: Duration, js
     let player = Player { broker: &broker, management, queue, deadline, wait, says: !json };
     let outcome = while_connected(&broker, player.play(&cases)).await;
     broker.close().await;
-    report(queue, &cases, &outcome?, json)
+    let played = outcome?;
+    report(queue, &cases, &played, json)?;
+    played.deleted.map_err(|error| anyhow!("{error}; {queue} is not deleted: the next run does it").into())
 }
 
 fn check_usage(config: &Config, queue: &ShortString) -> Result<(), Failure> {
     let plan = Plan::new(&config.topology, &config.publisher.exchange);
+    // A relay with another configuration may declare a queue of this name tomorrow, with other properties.
+    if !queue.as_str().contains("test") {
+        return Err(Failure::Usage(format!(
+            "{queue} could be the name of a real queue: take one with `test` in it, such as {queue}.test, and start \
+             your worker with it"
+        )));
+    }
     if plan.configured_queue(queue.as_str()).is_some() || plan.has_queue(queue.as_str()) {
         return Err(Failure::Usage(format!(
             "{queue} is a queue of the relay, where test messages would mix with events: name a queue that does not \
@@ -180,6 +206,8 @@ struct Played {
     counted: Counted,
     /// The id of the message that was sent twice.
     duplicate: Option<String>,
+    /// Whether the queue is deleted.
+    deleted: Result<(), TransferError>,
 }
 
 struct Player<'a> {
@@ -196,27 +224,47 @@ impl Player<'_> {
     async fn play(&self, cases: &[Case]) -> anyhow::Result<Played> {
         let channel = in_time(self.deadline, self.broker.connection.create_channel()).await?;
         in_time(self.deadline, channel.confirm_select(ConfirmSelectOptions::default())).await?;
+        let mut interrupt = Interrupt::listen()?;
         self.refuse_existing().await?;
-        let exchange = short_string(&format!("{}.{}", self.queue, Uuid::now_v7().simple()))?;
-        let mut replies = in_time(self.deadline, self.declare(&channel, &exchange)).await?;
-        let played = self.play_to(&channel, &exchange, &mut replies, cases).await;
-        // The exchange goes with its last binding, the reply queue with the connection.
-        let deleted = channel.queue_delete(self.queue.clone(), QueueDeleteOptions::default());
-        let deleted = in_time(self.deadline, deleted).await;
-        let played = played?;
-        deleted?;
-        Ok(played)
+        let replies = short_string(&format!("{}{}", self.reply_prefix(), Uuid::now_v7().simple()))?;
+        let playing = async {
+            let mut rejected = in_time(self.deadline, self.declare(&channel, &replies)).await?;
+            self.play_to(&channel, &replies, &mut rejected, cases).await
+        };
+        let played = interrupt.or(playing).await;
+        // On a channel of its own, because an error has closed the other one. The exchange goes with its last binding,
+        // the reply queue with the connection.
+        let deleting = async {
+            let channel = self.broker.connection.create_channel().await?;
+            channel.queue_delete(self.queue.clone(), QueueDeleteOptions::default()).await
+        };
+        let deleted = in_time(self.deadline, deleting).await.map(drop);
+        match (played, &deleted) {
+            (Ok(played), _) => Ok(Played { deleted, ..played? }),
+            (Err(_), Ok(())) => Err(anyhow!("interrupted; {} is deleted", self.queue)),
+            (Err(_), Err(error)) => {
+                Err(anyhow!("interrupted; {} is not deleted ({error}): the next run does it", self.queue))
+            }
+        }
     }
 
-    /// An existing queue may have messages and consumers that are not meant, and other properties.
+    /// An existing queue may have messages and consumers that are not meant, and other properties. One that an earlier
+    /// run left, because it was killed or lost its connection, is deleted.
     async fn refuse_existing(&self) -> anyhow::Result<()> {
-        let probe = in_time(self.deadline, self.broker.connection.create_channel()).await?;
-        let passive = QueueDeclareOptions { passive: true, ..Default::default() };
-        match timeout(self.deadline, probe.queue_declare(self.queue.clone(), passive, FieldTable::default())).await {
-            Ok(Err(error)) if reply_code(&error) == Some(404) => Ok(()),
-            Ok(Err(error)) => Err(TransferError::from(error).into()),
-            Err(_) => Err(TransferError::Silent(self.deadline).into()),
-            Ok(Ok(_)) => Err(anyhow!(
+        if !self.exists(self.queue).await? {
+            return Ok(());
+        }
+        let queue: Value = self.management.get(&self.path()).await?;
+        match queue["arguments"]["x-dead-letter-routing-key"].as_str() {
+            Some(replies) if replies.starts_with(&self.reply_prefix()) => {
+                if self.exists(&short_string(replies)?).await? {
+                    return Err(anyhow!("another run plays to {}: wait for its end, or name another", self.queue));
+                }
+                let channel = in_time(self.deadline, self.broker.connection.create_channel()).await?;
+                in_time(self.deadline, channel.queue_delete(self.queue.clone(), QueueDeleteOptions::default())).await?;
+                Ok(())
+            }
+            _ => Err(anyhow!(
                 "{queue} exists already: this command makes the queue, so that no other message is in it. Name one \
                  that does not exist, or delete this one if it is a test queue: rabbitmqctl delete_queue {queue}",
                 queue = self.queue
@@ -224,26 +272,44 @@ impl Player<'_> {
         }
     }
 
-    /// Declares the queue, an exchange to publish to it under any routing key, and the queue of its rejected messages.
-    async fn declare(&self, channel: &Channel, exchange: &ShortString) -> Result<Consumer, lapin::Error> {
+    /// The queue of the rejected messages of a run is named after the queue, and goes with the connection of the run.
+    fn reply_prefix(&self) -> String {
+        format!("{}.replies.", self.queue)
+    }
+
+    async fn exists(&self, queue: &ShortString) -> Result<bool, TransferError> {
+        let probe = in_time(self.deadline, self.broker.connection.create_channel()).await?;
+        let passive = QueueDeclareOptions { passive: true, ..Default::default() };
+        match timeout(self.deadline, probe.queue_declare(queue.clone(), passive, FieldTable::default())).await {
+            Ok(Ok(_)) => Ok(true),
+            Ok(Err(error)) if reply_code(&error) == Some(NOT_FOUND) => Ok(false),
+            Ok(Err(error)) if reply_code(&error) == Some(LOCKED) => Ok(true),
+            Ok(Err(error)) => Err(error.into()),
+            Err(_) => Err(TransferError::Silent(self.deadline)),
+        }
+    }
+
+    /// Declares the queue, the queue of its rejected messages, and an exchange of the same name, to publish to the queue
+    /// under any routing key.
+    async fn declare(&self, channel: &Channel, replies: &ShortString) -> Result<Consumer, lapin::Error> {
         let own = QueueDeclareOptions { exclusive: true, auto_delete: true, ..Default::default() };
-        let replies = channel.queue_declare("".into(), own, FieldTable::default()).await?;
+        channel.queue_declare(replies.clone(), own, FieldTable::default()).await?;
         let mut arguments = FieldTable::default();
         for (name, value) in [("x-queue-type", "quorum"), ("x-dead-letter-exchange", "")] {
             arguments.insert(name.into(), AMQPValue::LongString(value.into()));
         }
-        arguments.insert("x-dead-letter-routing-key".into(), AMQPValue::LongString(replies.name().as_str().into()));
+        arguments.insert("x-dead-letter-routing-key".into(), AMQPValue::LongString(replies.as_str().into()));
         arguments.insert("x-delivery-limit".into(), AMQPValue::LongInt(DELIVERY_LIMIT));
         arguments.insert("x-expires".into(), AMQPValue::LongInt(EXPIRES_MS));
         let durable = QueueDeclareOptions { durable: true, ..Default::default() };
         channel.queue_declare(self.queue.clone(), durable, arguments).await?;
         let options = ExchangeDeclareOptions { auto_delete: true, ..Default::default() };
         let kind = ExchangeKind::Fanout;
-        channel.exchange_declare(exchange.clone(), kind, options, FieldTable::default()).await?;
+        channel.exchange_declare(replies.clone(), kind, options, FieldTable::default()).await?;
         let (binding, none) = (QueueBindOptions::default(), FieldTable::default());
-        channel.queue_bind(self.queue.clone(), exchange.clone(), "".into(), binding, none).await?;
+        channel.queue_bind(self.queue.clone(), replies.clone(), "".into(), binding, none).await?;
         let options = BasicConsumeOptions { no_ack: true, ..Default::default() };
-        channel.basic_consume(replies.name().clone(), "".into(), options, FieldTable::default()).await
+        channel.basic_consume(replies.clone(), "".into(), options, FieldTable::default()).await
     }
 
     async fn play_to(
@@ -271,7 +337,17 @@ impl Player<'_> {
         while let Some(message) = self.get(channel).await? {
             left.insert(case_of(&message), Seen::NotTaken);
         }
-        Ok(Played { seen: judge(cases, &rejected, &left, counted.acks), counted, duplicate: ids.duplicate })
+        let gone = cases.len() - rejected.len() - left.len();
+        if gone > 0 && !counted.counts {
+            return Err(anyhow!(
+                "RabbitMQ's management API has counted nothing for {}, so nobody knows whether {gone} messages were \
+                 acknowledged: raise --wait, or switch its statistics on (management_agent.disable_metrics_collector, \
+                 management.rates_mode)",
+                self.queue
+            ));
+        }
+        let seen = judge(cases, &rejected, &left, counted.acks);
+        Ok(Played { seen, counted, duplicate: ids.duplicate, deleted: Ok(()) })
     }
 
     /// A consumer that gets the next `count` messages in place of the worker.
@@ -291,10 +367,12 @@ impl Player<'_> {
         if self.says {
             say(&format!("made the queue {}; waiting for your worker to consume it", self.queue));
         }
-        let end = Instant::now() + self.wait;
+        // RabbitMQ may count our own consumer for a moment after its channel is closed.
+        let (mut seen, end) = (0, Instant::now() + self.wait);
         while Instant::now() < end {
             let found = in_time(self.deadline, counts(channel, self.queue, Duration::ZERO, 1)).await?;
-            if found.is_some_and(|counts| counts.consumers > 0) {
+            seen = if found.is_some_and(|counts| counts.consumers > 0) { seen + 1 } else { 0 };
+            if seen > 1 {
                 return Ok(());
             }
             sleep(ASK_INTERVAL).await;
@@ -334,7 +412,8 @@ impl Player<'_> {
         loop {
             while let Ok(reply) = timeout(ASK_INTERVAL, replies.next()).await {
                 let reply = reply.ok_or(TransferError::Lost)?.map_err(TransferError::from)?;
-                let is_reject = header(&reply.properties, "x-first-death-reason").as_deref() == Some("rejected");
+                // A vector may have died before, in a queue of its story.
+                let is_reject = reason_of_death(&reply.properties, self.queue.as_str()).as_deref() == Some("rejected");
                 rejected.insert(case_of(&reply), if is_reject { Seen::Reject } else { Seen::ReturnedTooOften });
             }
             // The API may not know the new queue yet.
@@ -468,7 +547,8 @@ fn report(queue: &ShortString, cases: &[Case], played: &Played, json: bool) -> R
                 Settle::Reject => "reject",
                 Settle::Any => "any",
             };
-            let note = if seen.is(case.expect.settle) { String::new() } else { format!("   WRONG: {}", case.why) };
+            let is_right = seen.is(case.expect.settle);
+            let note = if is_right { String::new() } else { format!("   WRONG: {}", seen.complaint(case)) };
             say(&format!("{:<40} {expected:<8} {}{note}", case.name, seen.text()));
         }
         if is_auto {
@@ -490,18 +570,50 @@ mod tests {
         serde_json::from_str(MESSAGES).unwrap()
     }
 
+    /// The headers that a vector may add to those of the relay, for its story.
+    const ADDED: [&str; 7] = [
+        "x-first-death-queue",
+        "x-first-death-reason",
+        "x-first-death-exchange",
+        "prism-original-key",
+        "prism-replayed-at",
+        "prism-future",
+        "tracestate",
+    ];
+
     #[test]
     fn each_vector_is_what_the_relay_would_publish_for_its_body() {
+        let texts: Vec<Value> = serde_json::from_str(MESSAGES).unwrap();
         let mut names = std::collections::BTreeSet::new();
-        for case in cases() {
+        for (case, text) in cases().into_iter().zip(texts) {
+            let name = &case.name;
             let (properties, body) = case.message(&mut Ids::default()).unwrap();
             let envelope = Envelope::parse(&body).ok();
             let key = crate::publisher::message::routing_key(envelope.as_ref());
             let came_back = case.message.headers.contains_key("x-first-death-queue");
             let was_moved = case.message.headers.contains_key("prism-original-key");
-            assert_eq!(case.message.routing_key == key, !came_back && !was_moved, "{}: {key}", case.name);
-            assert_eq!(header(&properties, TEST), Some(case.name.clone()));
-            assert!(names.insert(case.name.clone()), "{} is there twice", case.name);
+            assert_eq!(case.message.routing_key == key, !came_back && !was_moved, "{name}: {key}");
+            assert_eq!(text["message"]["type"].as_str(), properties.kind().as_ref().map(ShortString::as_str), "{name}");
+            assert_eq!(header(&properties, TEST).as_ref(), Some(name));
+
+            let plain = Case { message: Fields { headers: BTreeMap::new(), ..case.message }, ..case };
+            let (relayed, _) = plain.message(&mut Ids::default()).unwrap();
+            let of_the_story = |name: &str| [&ADDED[..], &["prism-received-at", TEST]].concat().contains(&name);
+            let relayed: BTreeMap<_, _> = relayed
+                .headers()
+                .iter()
+                .flat_map(|headers| headers.inner().keys())
+                .filter(|name| !of_the_story(name.as_str()) && name.as_str() != "prism-verified")
+                .map(|name| (name.as_str(), header(&relayed, name.as_str()).unwrap()))
+                .collect();
+            let vector = text["message"]["headers"].as_object().unwrap().iter();
+            let mut vector: BTreeMap<_, _> = vector
+                .filter(|(name, _)| !of_the_story(name))
+                .map(|(name, value)| (name.as_str(), value.as_str().unwrap().to_owned()))
+                .collect();
+            assert!(vector.remove("prism-verified").is_some_and(|word| ["true", "false"].contains(&&*word)));
+            assert_eq!(vector, relayed, "{}", plain.name);
+            assert!(names.insert(plain.name.clone()), "{} is there twice", plain.name);
         }
     }
 
@@ -537,7 +649,7 @@ mod tests {
     #[test]
     fn acks_are_counted_by_the_management_api() {
         let queue = json!({ "messages": 3, "message_stats": { "ack": 5, "deliver": 9, "deliver_no_ack": 1 } });
-        assert_eq!(Counted::of(&queue), Counted { acks: 5, without_ack: 1 });
+        assert_eq!(Counted::of(&queue), Counted { acks: 5, without_ack: 1, counts: true });
         assert_eq!(Counted::of(&json!({ "name": "q" })), Counted::default());
     }
 }

@@ -383,7 +383,7 @@ async fn a_worker_that_settles_nothing_or_everything_wrongly_is_found() {
     };
 
     // No worker.
-    assert!(play("1s").await.1.contains("no worker consumed"));
+    assert!(play("2s").await.1.contains("no worker consumed"));
     // A worker whose work fails rejects everything.
     let nowhere = relay.folder().join("nowhere");
     let script = source("python/worker.py");
@@ -400,6 +400,8 @@ async fn a_worker_that_settles_nothing_or_everything_wrongly_is_found() {
     assert_eq!(report["automatic_acks"], true, "{report:#}");
 
     // Queues that are not for tests.
+    let refused = relay.run(&["send", "--to-queue", "orders", "--vectors"]).await;
+    assert!(refused.code == Some(64) && refused.stderr.contains("`test`"), "{refused:?}");
     let refused = relay.run(&["send", "--to-queue", "prism.scan", "--vectors"]).await;
     assert_eq!(refused.code, Some(64), "{refused:?}");
     vhost.create_queue(TEST_QUEUE, json!({})).await;
@@ -407,13 +409,58 @@ async fn a_worker_that_settles_nothing_or_everything_wrongly_is_found() {
     assert!(vhost.queue(TEST_QUEUE).await.is_some(), "a queue of somebody else was deleted");
 }
 
-/// Consumes the queue once it exists, until it is deleted, and acknowledges nothing.
-async fn silent_consumer(vhost: &Vhost, no_ack: bool) {
+/// A CI job that is cancelled leaves no queue in the way of the next one, even while its worker goes on to consume it.
+#[tokio::test]
+async fn a_run_of_the_vectors_that_is_interrupted_or_killed_is_not_in_the_way_of_the_next_one() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let setup = setup(&vhost).await;
+    let arguments = ["send", "--to-queue", TEST_QUEUE, "--vectors", "--wait", "1m"];
+    let started = async || {
+        let run = setup.launch(&arguments);
+        // It settles nothing, so the run is in the middle of its work until the end.
+        let worker = silent_worker(&vhost, false).await;
+        eventually("the worker to have messages", async || {
+            let queue = vhost.queue(TEST_QUEUE).await.unwrap_or_default();
+            if queue["messages_unacknowledged"].as_u64() > Some(1) { Ok(()) } else { Err(queue) }
+        })
+        .await;
+        (run, worker)
+    };
+    for signal in ["INT", "TERM"] {
+        let (mut run, _worker) = started().await;
+        run.signal(signal);
+        let ended = run.wait().await;
+        assert!(ended.code == Some(1) && ended.stderr.contains("is deleted"), "{ended:?}");
+        assert!(vhost.queue(TEST_QUEUE).await.is_none(), "{signal}: the queue is still there");
+    }
+    let (mut run, _worker) = started().await;
+    let second = setup.run(&arguments).await;
+    assert!(second.code == Some(1) && second.stderr.contains("another run"), "{second:?}");
+    run.signal("KILL");
+    run.wait().await;
+    assert!(vhost.queue(TEST_QUEUE).await.is_some(), "a killed run deletes nothing");
+    // RabbitMQ notices a moment later that the killed run is gone.
+    eventually("the next run to begin", async || {
+        let again = setup.run(&["send", "--to-queue", TEST_QUEUE, "--vectors", "--wait", "2s"]).await;
+        if again.stderr.contains("no worker consumed") { Ok(()) } else { Err(again.stderr) }
+    })
+    .await;
+    assert!(vhost.queue(TEST_QUEUE).await.is_none(), "the queue is still there");
+}
+
+/// Consumes the queue once it exists, and acknowledges nothing.
+async fn silent_worker(vhost: &Vhost, no_ack: bool) -> (lapin::Channel, lapin::Consumer) {
     eventually("the queue of the vectors", async || vhost.queue(TEST_QUEUE).await.map(drop).ok_or("no queue")).await;
     let channel = vhost.connect().await.create_channel().await.unwrap();
     let options = BasicConsumeOptions { no_ack, ..Default::default() };
     let consuming = channel.basic_consume(TEST_QUEUE.into(), "".into(), options, FieldTable::default());
-    let mut deliveries = consuming.await.unwrap();
+    let deliveries = consuming.await.unwrap();
+    (channel, deliveries)
+}
+
+/// A [`silent_worker`] until the queue is deleted.
+async fn silent_consumer(vhost: &Vhost, no_ack: bool) {
+    let (_channel, mut deliveries) = silent_worker(vhost, no_ack).await;
     while deliveries.next().await.is_some_and(|delivery| delivery.is_ok()) {}
 }
 
