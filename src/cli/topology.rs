@@ -55,7 +55,15 @@ pub(super) async fn run(config: &Config, file: Option<&Path>, action: Action) ->
         Action::Declare => declare(config, &plan).await,
         Action::Diff { json } => diff(config, file, &plan, json).await,
         Action::Export => print_json(&definitions(&plan, config.broker.urls[0].vhost())),
-        Action::Asyncapi => print_json(&asyncapi(&plan, &config.broker.urls, &config.publisher.exchange)),
+        Action::Asyncapi => {
+            let urls = &config.broker.urls;
+            if urls.iter().any(|url| url.vhost() != urls[0].vhost()) {
+                let hint = "the URLs in broker.urls have different virtual hosts: set those of one, because the document \
+                            describes one";
+                return Err(Failure::Usage(hint.to_owned()));
+            }
+            print_json(&asyncapi(&plan, urls, &config.publisher.exchange))
+        }
     }
 }
 

@@ -96,7 +96,7 @@ fn channel_name(entity: &Entity) -> String {
 
 fn channel(plan: &Plan, entity: &Entity, published: &str, vhost: &str, types: &[&str]) -> Value {
     let (address, description, bindings) = match entity {
-        Entity::Exchange(exchange) if exchange.name == published => {
+        Entity::Exchange(exchange) if [published, DEAD].contains(&&*exchange.name) => {
             (json!("{eventType}"), exchange_description(exchange, published), exchange_bindings(exchange, vhost))
         }
         Entity::Exchange(exchange) => {
@@ -216,7 +216,7 @@ fn arriving<'a>(plan: &Plan, entity: &Entity, published: &str, types: &[&'a str]
     }
 }
 
-/// The relay sends; workers receive from the queues that are theirs to consume.
+/// The relay sends; workers receive from the queues that are theirs to consume, and send what they give up.
 fn operations(plan: &Plan, published: &str) -> Value {
     let channel = |kind: &str, name: &str| json!({ "$ref": reference(&["channels", &format!("{kind}.{name}")]) });
     let mut operations = Map::new();
@@ -229,6 +229,15 @@ fn operations(plan: &Plan, published: &str) -> Value {
             "bindings": { "amqp": {
                 "deliveryMode": 2, "mandatory": true, "timestamp": true, "bindingVersion": BINDING_VERSION,
             } },
+        }),
+    );
+    operations.insert(
+        "give-up".to_owned(),
+        json!({
+            "action": "send",
+            "channel": channel("exchange", DEAD),
+            "summary": "A worker publishes a copy of an event that it can never do, then acknowledges it.",
+            "bindings": { "amqp": { "deliveryMode": 2, "bindingVersion": BINDING_VERSION } },
         }),
     );
     for entity in plan.entities() {

@@ -193,7 +193,15 @@ async fn a_channel_lists_the_messages_that_can_arrive() {
     let operations: Vec<_> = document["operations"].as_object().unwrap().keys().collect();
     let receive = ["all", "one.1", "one.2", "prism.archive", "prism.dead", "prism.scan", "prism.unrouted", "ready"];
     let receive = receive.map(|queue| format!("receive.{queue}"));
-    assert_eq!(operations, ["publish".to_owned()].iter().chain(&receive).collect::<Vec<_>>());
+    let send = ["give-up".to_owned(), "publish".to_owned()];
+    assert_eq!(operations, send.iter().chain(&receive).collect::<Vec<_>>());
+    assert_eq!(document["operations"]["give-up"]["channel"]["$ref"], "#/channels/exchange.prism.dead");
+    assert_eq!(messages("exchange.prism.dead").len(), 8);
+
+    // Half of such a document would be wrong.
+    let two = Setup::without_broker().set("broker.urls", json!(["amqp://a/one", "amqp://b/two"]));
+    let refused = two.run(&["topology", "asyncapi"]).await;
+    assert!(refused.code == Some(64) && refused.stderr.contains("virtual host"), "{refused:?}");
 }
 
 #[tokio::test]
