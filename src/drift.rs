@@ -1,5 +1,6 @@
-//! What Prism sends and its documentation does not have: event types, fields, states, values of another JSON type. Each
-//! is counted, and its name is shown once. It changes nothing for the event: a look at a copy comes after the answer.
+//! What Prism sends and the schemas do not describe: event types, fields, states, values of another JSON type, fields
+//! that are missing. Each is counted, and its name is shown once. It changes nothing for the event: a look at a copy
+//! comes after the answer.
 //!
 //! Names come from outside, so they are few, short and cleaned. No value of a field is kept; of a `state` and an
 //! `eventType`, the word is the name.
@@ -19,11 +20,12 @@ use tokio::time::sleep;
 use tracing::info;
 
 use crate::event::{members, text_of};
+use crate::log_limiter::LogLimiter;
 use crate::metrics::Metrics;
 use crate::schemas;
 
-/// Maximum number of bodies that wait to be looked at, and of their bytes. More are not looked at: what is new comes
-/// again.
+/// Maximum number of bodies that wait to be looked at or are looked at, and of their bytes. More, and larger ones, are
+/// not looked at: what is new comes again.
 const WAITING_MAX: usize = 64;
 const WAITING_BYTES_MAX: usize = 256 * 1024;
 
@@ -34,16 +36,17 @@ const PAUSE_MIN: Duration = Duration::from_millis(10);
 const PAUSE_FACTOR: u32 = 50;
 const PAUSE_MAX: Duration = Duration::from_millis(500);
 
-/// Maximum number of names that are kept. What is found after that is counted by kind only.
+/// Maximum number of names that are kept. Another one takes the place of the name that was not seen for the longest
+/// time; one of an unsigned event, which anybody may send, never the place of a name that Prism signed.
 const NAMES_MAX: usize = 50;
 /// Maximum number of findings in one event.
 const FINDINGS_MAX: usize = 10;
-/// Longer names are cut.
-const NAME_CHARS_MAX: usize = 60;
-/// The name of a word that does not look like one.
+/// Longer names are not shown.
+const NAME_CHARS_MAX: usize = 40;
+/// What is shown of a name that could be a value, or a text for a person.
 const UNPRINTABLE: &str = "(unprintable)";
 
-/// What kind of thing is not documented.
+/// What kind of thing is not described.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
@@ -53,17 +56,19 @@ pub enum Kind {
     Field,
     /// A value of `state`.
     State,
-    /// The JSON type of a documented field.
+    /// The JSON type of a documented field, or its absence.
     Type,
 }
 
-/// Something that is not documented, since the start of the process.
+/// Something that the schemas do not describe, since the start of the process.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Unexpected {
     /// What kind of thing it is.
     pub kind: Kind,
-    /// The path of a field, the word of a type or state, the path and the new type of a value.
+    /// The path of a field, the word of a type or state, the path and the new type of a value, or `missing`.
     pub name: String,
+    /// Whether a signed event had it.
+    pub signed: bool,
     /// When it came first.
     pub first_seen: Timestamp,
     /// When it came last.
@@ -72,14 +77,21 @@ pub struct Unexpected {
     pub count: u64,
 }
 
-/// Looks at accepted events and keeps what is not documented.
+/// The body of an accepted event.
+struct Offered {
+    body: Bytes,
+    signed: bool,
+}
+
+/// Looks at accepted events and keeps what the schemas do not describe.
 pub struct Drift {
-    waiting: mpsc::Sender<Bytes>,
+    waiting: mpsc::Sender<Offered>,
     waiting_bytes: AtomicUsize,
     /// Taken by [`Self::run`].
-    bodies: Mutex<Option<mpsc::Receiver<Bytes>>>,
+    bodies: Mutex<Option<mpsc::Receiver<Offered>>>,
     contract: Contract,
     found: Mutex<BTreeMap<(Kind, String), Unexpected>>,
+    log_limiter: LogLimiter,
 }
 
 impl Default for Drift {
@@ -91,19 +103,18 @@ impl Default for Drift {
             bodies: Mutex::new(Some(bodies)),
             contract: Contract::compiled_in(),
             found: Mutex::default(),
+            log_limiter: LogLimiter::default(),
         }
     }
 }
 
 impl Drift {
-    /// Offers the body of an accepted event. Costs two atomic operations, and one if many bodies wait already.
-    pub fn offer(&self, body: &Bytes) {
-        if self.waiting_bytes.load(Ordering::Relaxed) >= WAITING_BYTES_MAX {
-            return;
-        }
-        if let Ok(place) = self.waiting.try_reserve() {
-            self.waiting_bytes.fetch_add(body.len(), Ordering::Relaxed);
-            place.send(body.clone());
+    /// Offers the body of an accepted event. Costs two atomic operations, and one more if many bodies wait already.
+    pub fn offer(&self, body: &Bytes, signed: bool) {
+        let waiting = self.waiting_bytes.fetch_add(body.len(), Ordering::Relaxed);
+        let fits = waiting.saturating_add(body.len()) <= WAITING_BYTES_MAX;
+        if !fits || self.waiting.try_send(Offered { body: body.clone(), signed }).is_err() {
+            self.waiting_bytes.fetch_sub(body.len(), Ordering::Relaxed);
         }
     }
 
@@ -115,9 +126,9 @@ impl Drift {
         loop {
             bodies.recv_many(&mut batch, WAITING_MAX).await;
             let begun = Instant::now();
-            for body in batch.drain(..) {
+            for Offered { body, signed } in batch.drain(..) {
+                self.look(&body, signed, metrics, Timestamp::now());
                 self.waiting_bytes.fetch_sub(body.len(), Ordering::Relaxed);
-                self.look(&body, metrics, Timestamp::now());
             }
             sleep((begun.elapsed() * PAUSE_FACTOR).clamp(PAUSE_MIN, PAUSE_MAX)).await;
         }
@@ -131,28 +142,38 @@ impl Drift {
         found
     }
 
-    fn look(&self, body: &[u8], metrics: &Metrics, now: Timestamp) {
+    fn look(&self, body: &[u8], signed: bool, metrics: &Metrics, now: Timestamp) {
         for (kind, name) in self.contract.unexpected_in(body) {
             metrics.unexpected.of(kind as usize).increment(1);
             let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
-            let room = found.len() < NAMES_MAX;
-            match found.get_mut(&(kind, name.clone())) {
-                Some(known) => {
-                    known.count += 1;
-                    known.last_seen = now;
-                }
-                None if room => {
-                    info!(
-                        kind = kind.word(),
-                        name,
-                        "Prism sent something that its documentation does not have. The event is relayed like any \
-                         other; check that the workers accept it"
-                    );
-                    let unexpected = Unexpected { kind, name: name.clone(), first_seen: now, last_seen: now, count: 1 };
-                    found.insert((kind, name), unexpected);
-                }
-                None => {}
+            if let Some(known) = found.get_mut(&(kind, name.clone())) {
+                known.count += 1;
+                known.last_seen = now;
+                known.signed |= signed;
+                continue;
             }
+            let due = if found.len() < NAMES_MAX {
+                Some(None)
+            } else {
+                let may_go = found.iter().filter(|(_, known)| signed || !known.signed);
+                let oldest = may_go.min_by_key(|(_, known)| (known.signed, known.last_seen));
+                let Some(oldest) = oldest.map(|(key, _)| key.clone()) else { continue };
+                found.remove(&oldest);
+                // A new name for each event must not fill the log.
+                self.log_limiter.due(kind.word(), Instant::now())
+            };
+            if let Some(unreported) = due {
+                info!(
+                    kind = kind.word(),
+                    name,
+                    signed,
+                    unreported,
+                    "an event has something that the schemas do not describe. It is relayed like any other; check that \
+                     the workers accept it"
+                );
+            }
+            let new = Unexpected { kind, name: name.clone(), signed, first_seen: now, last_seen: now, count: 1 };
+            found.insert((kind, name), new);
         }
     }
 }
@@ -164,19 +185,21 @@ impl Kind {
     }
 }
 
-/// What is documented, read from the compiled-in schemas.
+/// What is described, read from the compiled-in schemas.
 struct Contract {
     envelope: Shape,
     /// By event type.
     payloads: BTreeMap<String, Shape>,
 }
 
-/// What is documented of one value.
+/// What is described of one value.
 struct Shape {
     /// The JSON type.
     r#type: String,
     /// The fields of an object. An object without any may have all.
     fields: BTreeMap<String, Shape>,
+    /// The fields that an object always has.
+    required: Vec<String>,
     /// The words that a string may be. A string without any may be all.
     words: Vec<String>,
 }
@@ -230,13 +253,16 @@ impl Findings {
 impl Shape {
     fn of(schema: &Value) -> Self {
         let fields = schema["properties"].as_object().into_iter().flatten();
-        // An open list of words: `"anyOf": [{ "enum": [...] }, { "type": "string" }]`.
-        let open = schema["anyOf"].as_array();
-        let words = open.and_then(|open| open[0]["enum"].as_array()).into_iter().flatten();
+        let texts = |list: &Value| {
+            let texts = list.as_array().into_iter().flatten();
+            texts.filter_map(Value::as_str).map(str::to_owned).collect()
+        };
         Self {
             r#type: schema["type"].as_str().unwrap_or("string").to_owned(),
             fields: fields.map(|(name, schema)| (name.clone(), Self::of(schema))).collect(),
-            words: words.filter_map(Value::as_str).map(str::to_owned).collect(),
+            required: texts(&schema["required"]),
+            // An open list of words: `"anyOf": [{ "enum": [...] }, { "type": "string" }]`.
+            words: texts(&schema["anyOf"][0]["enum"]),
         }
     }
 
@@ -249,14 +275,22 @@ impl Shape {
         } else if !self.words.is_empty() {
             let word = text_of(value).unwrap_or_default();
             if !self.words.iter().any(|known| *known == word) {
-                findings.add(words, || shown_word(&word));
+                let shown = if words == Kind::EventType { shown_type(&word) } else { shown_name(&word) };
+                findings.add(words, || shown.to_owned());
             }
         } else if !self.fields.is_empty() {
             let below = |name: &str| if path.is_empty() { name.to_owned() } else { format!("{path}.{name}") };
-            let _ = members(value.get(), |name, value| match self.fields.get(name) {
-                Some(shape) => shape.compare(value, &below(name), words, findings),
-                None => findings.add(Kind::Field, || below(&shown_name(name))),
+            let mut missing: Vec<_> = self.required.iter().collect();
+            let _ = members(value.get(), |name, value| {
+                missing.retain(|required| *required != name);
+                match self.fields.get(name) {
+                    Some(shape) => shape.compare(value, &below(name), words, findings),
+                    None => findings.add(Kind::Field, || below(shown_name(name))),
+                }
             });
+            for name in missing {
+                findings.add(Kind::Type, || format!("{}: missing", below(name)));
+            }
         }
     }
 }
@@ -273,17 +307,21 @@ fn json_type(value: &RawValue) -> &'static str {
     }
 }
 
-/// A type or a state, if it looks like one. Anything else could be a value that got there by mistake.
-fn shown_word(word: &str) -> String {
+/// An event type, if it looks like one.
+fn shown_type(word: &str) -> &str {
     let plain = |c: char| c.is_ascii_alphanumeric() || ['.', '_', '-'].contains(&c);
-    let is_word = !word.is_empty() && word.chars().take(NAME_CHARS_MAX + 1).count() <= NAME_CHARS_MAX;
-    if is_word && word.chars().all(plain) { word.to_owned() } else { UNPRINTABLE.to_owned() }
+    let is_type = !word.is_empty() && word.len() <= 2 * NAME_CHARS_MAX && word.chars().all(plain);
+    if is_type { word } else { UNPRINTABLE }
 }
 
-/// The name of a field, cut, and without characters that could steer a terminal or the direction of a text.
-fn shown_name(name: &str) -> String {
-    let plain = |c: char| c.is_alphanumeric() || ['_', '-', '.', '$', '@', ' '].contains(&c);
-    name.chars().take(NAME_CHARS_MAX).map(|c| if plain(c) { c } else { '?' }).collect()
+/// The name of a field or a state, if it looks like a name in a program. Anything else could be a value that got there
+/// by mistake, such as a token as a key, or a sentence that somebody wants an operator to read.
+fn shown_name(name: &str) -> &str {
+    let begins = |c: char| c.is_ascii_alphabetic() || ['_', '$'].contains(&c);
+    let is_name = name.len() <= NAME_CHARS_MAX
+        && name.starts_with(begins)
+        && name.chars().all(|c| begins(c) || c.is_ascii_digit());
+    if is_name { name } else { UNPRINTABLE }
 }
 
 #[cfg(test)]
@@ -295,7 +333,12 @@ mod tests {
     }
 
     fn scan(more: &str) -> String {
-        format!(r#"{{"eventType":"scan.processing.started","payload":{{"scanId":"s","state":"READY"{more}}}}}"#)
+        let mut payload = r#""scanId":"s","userId":"u","userToken":"t","state":"READY""#.to_owned();
+        // A field that comes twice would hide what the schemas say of the first.
+        for field in ["userId", "userToken", "state"].into_iter().filter(|field| more.contains(field)) {
+            payload = payload.split(',').filter(|part| !part.contains(field)).collect::<Vec<_>>().join(",");
+        }
+        format!(r#"{{"eventType":"scan.processing.started","payload":{{{payload}{more}}}}}"#)
     }
 
     #[test]
@@ -321,12 +364,19 @@ mod tests {
                 vec![(Type, "payload.userToken: null"), (Type, "payload.userId: array")],
             ),
             (scan(r#","state":true"#), vec![(Type, "payload.state: boolean")]),
-            (scan(r#","a\u001b[31m\u202e<b>":1"#), vec![(Field, "payload.a??31m??b?")]),
-            (scan(&format!(r#","{long}":1"#)), vec![(Field, &format!("payload.{}", &long[..60]))]),
+            (scan(r#","a\u001b[31m\u202e<b>":1"#), vec![(Field, "payload.(unprintable)")]),
+            (scan(r#","The relay is down, call 555":1"#), vec![(Field, "payload.(unprintable)")]),
+            (scan(r#","partner-user-42":1"#), vec![(Field, "payload.(unprintable)")]),
+            (scan(r#","":1,"9":1"#), vec![(Field, "payload.(unprintable)"); 2]),
+            (scan(&format!(r#","{long}":1"#)), vec![(Field, "payload.(unprintable)")]),
+            (scan(r#","_new$Field2":1"#), vec![(Field, "payload._new$Field2")]),
+            (scan(r#","state":"partner-user-42""#), vec![(State, UNPRINTABLE)]),
+            (scan("").replace(r#""userId":"u","#, ""), vec![(Type, "payload.userId: missing")]),
+            (scan("").replace(r#""eventType""#, r#""kind""#), vec![(Field, "kind"), (Type, "eventType: missing")]),
             (scan("").replacen('{', r#"{"eventVersion":2,"#, 1), vec![(Field, "eventVersion")]),
             (scan("").replace("started", "paused"), vec![(EventType, "scan.processing.paused")]),
             (r#"{"eventType":"a b","payload":{"anything":1}}"#.to_owned(), vec![(EventType, UNPRINTABLE)]),
-            (r#"{"eventType":7}"#.to_owned(), vec![(Type, "eventType: number")]),
+            (r#"{"eventType":7}"#.to_owned(), vec![(Type, "eventType: number"), (Type, "payload: missing")]),
             (r#"{"eventType":"scan.processing.started","payload":"x"}"#.to_owned(), vec![(Type, "payload: string")]),
             (format!("\u{feff}{}", scan("")), vec![]),
             ("[]".to_owned(), vec![(Type, "the body: array")]),
@@ -340,17 +390,33 @@ mod tests {
     }
 
     #[test]
-    fn names_are_few_and_counts_go_on() {
+    fn names_are_few_and_a_new_one_takes_the_place_of_the_oldest() {
         let (drift, metrics, now) = (Drift::default(), Metrics::new(), Timestamp::UNIX_EPOCH);
-        for number in 0..2 * NAMES_MAX {
-            let event = scan(&format!(r#","field{number}":1"#));
-            drift.look(event.as_bytes(), &metrics, now + Duration::from_secs(number as u64));
-        }
+        let look = |name: &str, second: usize, signed: bool| {
+            let event = scan(&format!(r#","{name}":1"#));
+            drift.look(event.as_bytes(), signed, &metrics, now + Duration::from_secs(second as u64));
+        };
+        let has = |name: &str| drift.found().iter().any(|found| found.name == format!("payload.{name}"));
+        (0..NAMES_MAX).for_each(|number| look(&format!("field{number}"), number, false));
+        look("field0", NAMES_MAX, false);
+        look("another", NAMES_MAX + 1, false);
+        assert_eq!(drift.found().len(), NAMES_MAX);
+        assert!(has("another") && has("field0") && !has("field1") && has("field2"));
+
+        // What Prism signed takes the place of what anybody can send, however new that is, and never the other way.
+        look("signed", 0, true);
+        (0..2 * NAMES_MAX).for_each(|number| look(&format!("flood{number}"), 2 * NAMES_MAX + number, false));
+        assert!(has("signed") && has(&format!("flood{}", 2 * NAMES_MAX - 1)));
+        (0..NAMES_MAX).for_each(|number| look(&format!("real{number}"), number, true));
+        look("unsigned", 9 * NAMES_MAX, false);
+        assert!(!has("unsigned") && drift.found().iter().all(|found| found.signed));
+        look("late", NAMES_MAX, true);
+        assert!(has("late"));
+
         let many: String = (0..2 * FINDINGS_MAX).map(|number| format!(r#","field{number}":1"#)).collect();
-        drift.look(scan(&many).as_bytes(), &metrics, now);
-        let found = drift.found();
-        assert_eq!((found.len(), found[0].name.as_str(), found[0].count), (NAMES_MAX, "payload.field0", 2));
-        let counted = format!("prism_relay_unexpected_total{{kind=\"field\"}} {}\n", 2 * NAMES_MAX + FINDINGS_MAX);
+        let before = 2 + 1 + 4 * NAMES_MAX + 2;
+        drift.look(scan(&many).as_bytes(), true, &metrics, now);
+        let counted = format!("prism_relay_unexpected_total{{kind=\"field\"}} {}\n", before + FINDINGS_MAX);
         assert!(metrics.render().contains(&counted), "{}", metrics.render());
     }
 
@@ -369,7 +435,7 @@ mod tests {
     async fn a_flood_and_large_bodies_are_sampled_and_what_is_new_is_found() {
         let (drift, metrics) = (Drift::default(), Metrics::new());
         let event = Bytes::from(scan(r#","quality":1"#));
-        (0..10 * WAITING_MAX).for_each(|_| drift.offer(&event));
+        (0..10 * WAITING_MAX).for_each(|_| drift.offer(&event, true));
         assert_eq!(drift.waiting.capacity(), 0);
         let look = async |expected: u64| {
             tokio::select! {
@@ -381,9 +447,17 @@ mod tests {
         };
         look(WAITING_MAX as u64).await;
 
+        // Bodies that wait never hold more memory than the limit, and one that is larger is not looked at.
         let drift = Drift::default();
-        let large = Bytes::from(scan(&format!(r#","quality":"{}""#, "x".repeat(WAITING_BYTES_MAX))));
-        (0..3).for_each(|_| drift.offer(&large));
-        assert_eq!(drift.waiting.capacity(), WAITING_MAX - 1, "one large body waits");
+        let of = |bytes: usize| {
+            let event = scan(r#","quality":"""#);
+            let padding = "x".repeat(bytes - event.len());
+            Bytes::from(scan(&format!(r#","quality":"{padding}""#)))
+        };
+        drift.offer(&of(WAITING_BYTES_MAX + 1), true);
+        assert_eq!((drift.waiting.capacity(), drift.waiting_bytes.load(Ordering::Relaxed)), (WAITING_MAX, 0));
+        (0..3).for_each(|_| drift.offer(&of(WAITING_BYTES_MAX / 2), true));
+        let waiting = drift.waiting_bytes.load(Ordering::Relaxed);
+        assert_eq!((drift.waiting.capacity(), waiting), (WAITING_MAX - 2, WAITING_BYTES_MAX));
     }
 }

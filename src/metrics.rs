@@ -55,19 +55,19 @@ pub struct Metrics {
     pub reloads: Reloads,
     /// Log lines that were dropped because standard error was not read.
     pub log_lines_dropped: Counter,
-    /// What Prism sent and its documentation does not have.
+    /// What events have and the schemas do not describe.
     pub unexpected: Unexpected,
     /// Valid signatures, by the position of their secret in the list.
     verified: RwLock<Vec<Counter>>,
 }
 
-/// Event types, fields, states and JSON types that are not documented, by kind.
+/// Event types, fields, states and JSON types that the schemas do not describe, by kind.
 pub struct Unexpected([Counter; 4]);
 
 impl Unexpected {
     fn new(recorder: &PrometheusRecorder) -> Self {
-        let help = "What Prism sent and its documentation does not have: an event type, a field, a state, or a field \
-                    of another JSON type. Under a flood, not every event is looked at.";
+        let help = "What events have and the schemas do not describe: an event type, a field, a state, or a field of \
+                    another JSON type or missing. Under a flood, not every event is looked at.";
         Self(
             ["event_type", "field", "state", "type"]
                 .map(|kind| counter(recorder, "prism_relay_unexpected_total", help, &[("kind", kind)])),

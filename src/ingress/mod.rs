@@ -271,17 +271,17 @@ impl WebhookHandler {
         self.recent.taken_after_all(&fingerprint);
         debug!(id = %receipt.id, duplicate = receipt.duplicate, "accepted");
         trace.accepted(receipt.id, receipt.duplicate);
-        self.record(&receipt, envelope.as_ref(), &body, now);
+        self.record(&receipt, envelope.as_ref(), &body, signed.is_some(), now);
         Ok(receipt)
     }
 
     /// Records an accepted webhook for the metrics and the console.
-    fn record(&self, receipt: &Receipt, envelope: Option<&Envelope<'_>>, body: &Bytes, now: Timestamp) {
+    fn record(&self, receipt: &Receipt, envelope: Option<&Envelope<'_>>, body: &Bytes, signed: bool, now: Timestamp) {
         if receipt.duplicate {
             return self.recent.duplicate(now);
         }
         self.metrics.event(envelope.map(|envelope| &*envelope.event_type));
-        self.drift.offer(body);
+        self.drift.offer(body, signed);
         self.recent.accepted(receipt.seq, receipt.id, envelope, now);
     }
 

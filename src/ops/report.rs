@@ -47,7 +47,7 @@ pub(super) struct Report {
     /// Changes of the connection to RabbitMQ, newest first.
     pub timeline: Vec<ConnectionEvent>,
     pub types: Vec<TypeReport>,
-    /// What Prism sent since the start and its documentation does not have.
+    /// What events had since the start that the schemas do not describe.
     pub unexpected: Vec<Unexpected>,
     /// The use of each signature secret, in the order of the configuration.
     pub secrets: Vec<SecretReport>,

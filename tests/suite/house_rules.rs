@@ -31,7 +31,7 @@ const MAY_USE: [(&str, &[&str]); 32] = [
     ("problem", &[]),
     ("health", &["problem", "spool"]),
     ("recent", &["event"]),
-    ("drift", &["event", "metrics", "schemas"]),
+    ("drift", &["event", "log_limiter", "metrics", "schemas"]),
     (
         "ingress",
         &[
