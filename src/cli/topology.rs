@@ -58,8 +58,8 @@ pub(super) async fn run(config: &Config, file: Option<&Path>, action: Action) ->
         Action::Asyncapi => {
             let urls = &config.broker.urls;
             if urls.iter().any(|url| url.vhost() != urls[0].vhost()) {
-                let hint = "the URLs in broker.urls have different virtual hosts: set those of one, because the document \
-                            describes one";
+                let hint = "the URLs in broker.urls have different virtual hosts: set those of one, because the \
+                            document describes one";
                 return Err(Failure::Usage(hint.to_owned()));
             }
             print_json(&asyncapi(&plan, urls, &config.publisher.exchange))
