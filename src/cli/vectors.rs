@@ -289,8 +289,8 @@ impl Player<'_> {
         }
     }
 
-    /// Declares the queue, the queue of its rejected messages, and an exchange of the same name, to publish to the queue
-    /// under any routing key.
+    /// Declares the queue, the queue of its rejected messages, and an exchange with the name of that, to publish to the
+    /// queue under any routing key.
     async fn declare(&self, channel: &Channel, replies: &ShortString) -> Result<Consumer, lapin::Error> {
         let own = QueueDeclareOptions { exclusive: true, auto_delete: true, ..Default::default() };
         channel.queue_declare(replies.clone(), own, FieldTable::default()).await?;
