@@ -42,17 +42,19 @@ async fn looks_right(browser: &Browser, name: &str) {
 /// Waits until `/api/status`, `top` and the console describe the situation with the same words, and looks at the page.
 async fn shows(browser: &Browser, relay: &Relay, situation: &Situation) {
     situation.is_told(relay).await;
-    browser.shows("#summary-text", situation.text).await;
     browser.shows("#summary-detail", situation.detail).await;
     let words = "return [...document.querySelectorAll('#answer-list .word span')].map(word => word.innerText)";
     let questions = "return [...document.querySelectorAll('#answer-list > li')].map(card => card.dataset.question)";
     assert_eq!(browser.run(questions).await, json!(QUESTIONS));
     eventually(&format!("the console to show {situation:?}"), async || {
         let level = browser.run("return document.body.dataset.level").await;
+        let headline = browser.text("#summary-text").await;
         let words: Vec<String> = serde_json::from_value(browser.run(words).await).unwrap_or_default();
         let words: Vec<String> = words.iter().map(|word| word.replace('\u{a0}', " ")).collect();
-        let is_it = level == situation.level && situation.fits(&words.iter().map(String::as_str).collect::<Vec<_>>());
-        if is_it { Ok(()) } else { Err(format!("{level} {words:?}")) }
+        let is_it = level == situation.level
+            && headline.starts_with(situation.text)
+            && situation.fits(&words.iter().map(String::as_str).collect::<Vec<_>>());
+        if is_it { Ok(()) } else { Err(format!("{level} {headline:?} {words:?}")) }
     })
     .await;
     looks_right(browser, situation.name).await;
