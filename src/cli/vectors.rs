@@ -38,7 +38,7 @@ use crate::event::{Envelope, Event, Fingerprint};
 use crate::publisher::message::Message;
 use crate::topology::Plan;
 
-/// The same messages that the kits are tested with.
+/// The messages that the tests of the kits use.
 const MESSAGES: &str = include_str!("../../deploy/workers/vectors/messages.json");
 /// Header: marks a test message, and names its case.
 const TEST: &str = "prism-test";

@@ -30,7 +30,7 @@ pub(super) struct Size {
     pub rows: usize,
 }
 
-/// Restores the terminal once, whoever asks first.
+/// Restores the terminal, only at the first call.
 #[derive(Clone)]
 struct Restore {
     /// The mode of the terminal before, if keys come from one.
