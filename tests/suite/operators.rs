@@ -10,7 +10,7 @@ use hyper::Method;
 use serde_json::{Value, json};
 
 use crate::harness::http::Raw;
-use crate::harness::samples::scan;
+use crate::harness::samples::{event, scan};
 use crate::harness::{Answer, Client, Node, Relay, Setup, Vhost, eventually};
 
 const TOKEN: &str = "a-token-that-is-long-enough";
@@ -318,7 +318,9 @@ async fn log_lines_are_json_with_stable_names_and_a_request_logs_none_at_info() 
     relay.eventually_logs("connected to the broker").await;
     let before = relay.logs().len();
     for number in 0..50 {
-        relay.post(scan(number)).await.expect(200);
+        // With every documented field: a missing one is logged, once.
+        let payload = json!({ "scanId": format!("scan-{number}"), "userId": "u", "state": "PROCESSING" });
+        relay.post(event("scan.processing.started", payload)).await.expect(200);
     }
     relay.eventually_metric("prism_relay_publish_total", &[("outcome", "confirmed")], 50.0).await;
     assert_eq!(relay.logs().len(), before, "{}", relay.log_text());
