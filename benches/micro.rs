@@ -10,7 +10,7 @@ use bytes::Bytes;
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use futures_util::future::join_all;
 use jiff::Timestamp;
-use prism_relay::event::{Envelope, Event, Fingerprint, SubjectKey};
+use prism_relay::event::{Envelope, Event, Fingerprint, Source, SubjectKey};
 use prism_relay::metrics::Metrics;
 use prism_relay::publisher::message::Message;
 use prism_relay::secret::Secret;
@@ -30,7 +30,7 @@ fn event() -> Event {
     let body = Bytes::from(body().replace("7f2ec6e0-b06d-42b1-b2a1-fff59a458490", &id.to_string()));
     let accepted_ms = Timestamp::now().as_millisecond();
     let (fingerprint, subject) = (Fingerprint::of(&body), Some(SubjectKey(id.as_u128() as i64)));
-    Event { id, accepted_ms, authentic: true, trace: None, fingerprint, subject, body }
+    Event { id, accepted_ms, source: Source::Webhook, authentic: true, trace: None, fingerprint, subject, body }
 }
 
 fn signature(criterion: &mut Criterion) {
@@ -67,7 +67,7 @@ fn append(criterion: &mut Criterion) {
     let dedupe = spool::dedupe::Settings { window: Duration::from_secs(120), entries_max: 100_000 };
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
     let guard = runtime.enter();
-    let (spool, _end) = Spool::open(&spool, &dedupe, Arc::new(Metrics::new())).expect("a spool");
+    let (spool, _end) = Spool::open(&spool, &dedupe, None, Arc::new(Metrics::new())).expect("a spool");
     drop(guard);
     let mut group = criterion.benchmark_group("append to the spool, synced");
     for senders in [1, SENDERS] {

@@ -42,7 +42,9 @@ pub struct Event {
     pub id: Uuid,
     /// The time of acceptance by the wall clock, in milliseconds since 1970. Workers receive it in the message.
     pub accepted_ms: i64,
-    /// Whether the body has a valid signature.
+    /// Who told it.
+    pub source: Source,
+    /// Whether the body is Prism's: a webhook with a valid signature, or an answer of Prism's API over TLS.
     pub authentic: bool,
     /// The sender's trace, if it sent one.
     pub trace: Option<TraceContext>,
@@ -52,6 +54,25 @@ pub struct Event {
     pub subject: Option<SubjectKey>,
     /// The bytes as they were received.
     pub body: Bytes,
+}
+
+/// Who told an event.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Source {
+    /// Prism sent a webhook.
+    Webhook,
+    /// Prism's API answered that it happened, and no webhook had told it.
+    Api,
+}
+
+impl Source {
+    /// One word for workers and operators.
+    pub fn text(self) -> &'static str {
+        match self {
+            Self::Webhook => "webhook",
+            Self::Api => "api",
+        }
+    }
 }
 
 impl Event {
@@ -65,11 +86,27 @@ impl Event {
         Self {
             id: Uuid::now_v7(),
             accepted_ms: now.as_millisecond(),
+            source: Source::Webhook,
             authentic: accepted.authentic(),
             trace,
             fingerprint: Fingerprint::of(accepted.body()),
             subject,
             body: accepted.into_body(),
+        }
+    }
+
+    /// An event that Prism's API told, with the body that its webhook would have had. `authentic`: whether the answer
+    /// came over TLS.
+    pub fn made(body: Bytes, subject: SubjectKey, authentic: bool, now: Timestamp) -> Self {
+        Self {
+            id: Uuid::now_v7(),
+            accepted_ms: now.as_millisecond(),
+            source: Source::Api,
+            authentic,
+            trace: None,
+            fingerprint: Fingerprint::of(&body),
+            subject: Some(subject),
+            body,
         }
     }
 
@@ -85,6 +122,7 @@ impl fmt::Debug for Event {
         f.debug_struct("Event")
             .field("id", &self.id)
             .field("accepted_ms", &self.accepted_ms)
+            .field("source", &self.source)
             .field("authentic", &self.authentic)
             .field("body_bytes", &self.body.len())
             .finish_non_exhaustive()
@@ -122,7 +160,7 @@ pub struct SubjectKey(pub i64);
 
 impl SubjectKey {
     /// The key of the subject `kind:id`.
-    fn of(kind: &str, id: &str) -> Self {
+    pub(crate) fn of(kind: &str, id: &str) -> Self {
         let digest: [u8; 32] = Sha256::new().chain_update(kind).chain_update(":").chain_update(id).finalize().into();
         let (first, _) = digest.split_first_chunk().expect("32 bytes are more than 8");
         Self(i64::from_be_bytes(*first))

@@ -1,9 +1,9 @@
 //! A durable webhook-to-RabbitMQ relay for the Prism body-scan API.
 //!
 //! The path of one event: [`server`] accepts the connection and [`ingress`] reads the webhook; [`signature`] checks who
-//! sent it; [`event`] names it; [`spool`] puts it on disk, and only then is it answered 200. From there [`publisher`]
-//! reads it, in order, and publishes it over a connection of `broker` to the exchange that `topology` has declared. It
-//! leaves the spool when RabbitMQ has confirmed it.
+//! sent it; [`event`] names it, and [`subject`] knows how far its scan or prediction has come; [`spool`] puts it on disk,
+//! and only then is it answered 200. From there [`publisher`] reads it, in order, and publishes it over a connection of
+//! `broker` to the exchange that `topology` has declared. It leaves the spool when RabbitMQ has confirmed it.
 //!
 //! `relay` builds these parts, runs them, and drains them in the order of the data. Ingress and publisher meet only at
 //! the spool. Imports run one way: `tests/suite/house_rules.rs` lists what each module may use.
@@ -19,6 +19,7 @@ pub mod server;
 pub mod ingress;
 pub mod signature;
 pub mod event;
+pub mod subject;
 mod schemas;
 pub mod spool;
 pub mod publisher;

@@ -20,7 +20,7 @@ use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use lapin::{BasicProperties, Channel, Connection, ConnectionProperties};
-use prism_relay::event::{Envelope, Event, Fingerprint};
+use prism_relay::event::{Envelope, Event, Fingerprint, Source};
 use prism_relay::publisher::message::Message;
 use tokio::net::TcpListener;
 
@@ -147,6 +147,7 @@ fn message(number: usize, whole: bool) -> Message {
     let event = Event {
         id: uuid::Uuid::now_v7(),
         accepted_ms: jiff::Timestamp::now().as_millisecond(),
+        source: Source::Webhook,
         authentic: true,
         trace: None,
         fingerprint: Fingerprint::of(&body),

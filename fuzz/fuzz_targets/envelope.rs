@@ -3,7 +3,7 @@
 
 use bytes::Bytes;
 use libfuzzer_sys::fuzz_target;
-use prism_relay::event::{Envelope, Event, Fingerprint, TraceContext};
+use prism_relay::event::{Envelope, Event, Fingerprint, Source, TraceContext};
 use prism_relay::publisher::message::Message;
 
 fuzz_target!(|input: &[u8]| {
@@ -19,6 +19,7 @@ fuzz_target!(|input: &[u8]| {
     let event = Event {
         id: Default::default(),
         accepted_ms: i64::from_le_bytes(input.first_chunk().copied().unwrap_or_default()),
+        source: if input.len() % 3 == 0 { Source::Api } else { Source::Webhook },
         authentic: input.len() % 2 == 0,
         trace: TraceContext::from_headers(Some(head), Some(tail)),
         fingerprint: Fingerprint::of(input),

@@ -63,7 +63,7 @@ impl Relay {
         let guard = runtime.enter();
         let metrics = Arc::new(Metrics::new());
         let dedupe = dedupe::Settings { window: Duration::from_secs(60), entries_max: 100 };
-        let (spool, end) = Spool::open(&config.spool, &dedupe, Arc::clone(&metrics)).unwrap();
+        let (spool, end) = Spool::open(&config.spool, &dedupe, None, Arc::clone(&metrics)).unwrap();
         // Without a secret, so that bodies get through to the spool.
         let verifier = Arc::new(Verifier::new(&[], false, Duration::from_secs(300)));
         let traces = Arc::new(Traces::new(&config.traces).unwrap());

@@ -34,7 +34,7 @@ use super::output::say;
 use super::transfer::{TransferError, in_time, while_connected};
 use crate::broker::{BrokerConnection, Management, counts, encoded, reply_code, short_string};
 use crate::config::Config;
-use crate::event::{Envelope, Event, Fingerprint};
+use crate::event::{Envelope, Event, Fingerprint, Source};
 use crate::publisher::message::Message;
 use crate::topology::Plan;
 
@@ -488,6 +488,7 @@ impl Case {
         let event = Event {
             id: Uuid::now_v7(),
             accepted_ms: Timestamp::now().as_millisecond(),
+            source: Source::Webhook,
             authentic: true,
             trace: None,
             fingerprint: Fingerprint::of(&body),

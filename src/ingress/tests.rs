@@ -35,7 +35,7 @@ impl TestIngress {
         let (ingress, protocol, spool) = runtime.block_on(async {
             let metrics = Arc::new(Metrics::new());
             let dedupe = dedupe::Settings { window: Duration::from_secs(60), entries_max: 100 };
-            let (spool, _) = Spool::open(&config.spool, &dedupe, Arc::clone(&metrics)).unwrap();
+            let (spool, _) = Spool::open(&config.spool, &dedupe, None, Arc::clone(&metrics)).unwrap();
             let verifier = Arc::new(Verifier::new(&[Secret::new(SECRET)], true, Duration::from_secs(300)));
             let traces = Arc::new(Traces::new(&config.traces).unwrap());
             let parts = Parts {

@@ -462,7 +462,7 @@ mod tests {
         let settings =
             spool::Settings { path, max_bytes: 1 << 20, durability: Durability::Process, body_bytes_max: 1024 };
         let dedupe = dedupe::Settings { window: Duration::ZERO, entries_max: 0 };
-        let (spool, _) = Spool::open(&settings, &dedupe, Arc::clone(&metrics)).unwrap();
+        let (spool, _) = Spool::open(&settings, &dedupe, None, Arc::clone(&metrics)).unwrap();
         View::new(Sources {
             health: Health::new(spool.clone(), CancellationToken::new()),
             spool,

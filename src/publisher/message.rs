@@ -84,7 +84,7 @@ fn received_at(ms: i64) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::event::Fingerprint;
+    use crate::event::{Fingerprint, Source};
     use bytes::Bytes;
     use uuid::Uuid;
 
@@ -92,6 +92,7 @@ mod tests {
         Event {
             id: Uuid::now_v7(),
             accepted_ms: 1_759_353_977_000,
+            source: Source::Webhook,
             authentic: true,
             trace: None,
             fingerprint: Fingerprint::of(body),

@@ -12,7 +12,7 @@ use uuid::Uuid;
 use super::backlog::Backlog;
 use super::read_ahead::ReadAhead;
 use super::window::{Flight, Lane, Settled, Verdict, Window};
-use crate::event::{Event, Fingerprint, SubjectKey};
+use crate::event::{Event, Fingerprint, Source, SubjectKey};
 use crate::metrics::Metrics;
 use crate::spool::{self, Settlement, Spool, Stored};
 
@@ -21,6 +21,7 @@ fn stored(seq: u64, subject: Option<i64>) -> Stored {
     let event = Event {
         id: Uuid::from_u128(u128::from(seq)),
         accepted_ms: 0,
+        source: Source::Webhook,
         authentic: true,
         trace: None,
         fingerprint: Fingerprint::of(&body),
@@ -361,7 +362,7 @@ async fn what_waited_for_a_parked_event_is_read_once_the_disk_has_recorded_its_d
         body_bytes_max: 1 << 10,
     };
     let dedupe = spool::dedupe::Settings { window: Duration::ZERO, entries_max: 0 };
-    let (spool, _end) = Spool::open(&settings, &dedupe, Arc::new(Metrics::new())).unwrap();
+    let (spool, _end) = Spool::open(&settings, &dedupe, None, Arc::new(Metrics::new())).unwrap();
     for (number, subject) in [(1, Some(7)), (2, Some(7)), (3, Some(8)), (4, Some(8))] {
         spool.append(stored(number, subject).event, None).await.unwrap();
     }

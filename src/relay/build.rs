@@ -160,7 +160,7 @@ fn identity(listener: &TcpListener) -> Result<ops::Identity, RelayError> {
 async fn open_spool(config: &Config, metrics: Arc<Metrics>) -> Result<(Spool, WriterEnd), RelayError> {
     info!(path = %config.spool.path.display(), "opening the spool");
     let (spool, dedupe) = (config.spool.clone(), config.dedupe.clone());
-    let opened = tokio::task::spawn_blocking(move || Spool::open(&spool, &dedupe, metrics)).await;
+    let opened = tokio::task::spawn_blocking(move || Spool::open(&spool, &dedupe, None, metrics)).await;
     Ok(opened.unwrap_or_else(|ended| std::panic::resume_unwind(ended.into_panic()))?)
 }
 

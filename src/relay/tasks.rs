@@ -149,7 +149,7 @@ pub(super) mod tests {
             body_bytes_max: 1 << 18,
         };
         let dedupe = spool::dedupe::Settings { window: Duration::ZERO, entries_max: 1 };
-        let (spool, spool_writer) = Spool::open(&settings, &dedupe, Arc::new(Metrics::new())).unwrap();
+        let (spool, spool_writer) = Spool::open(&settings, &dedupe, None, Arc::new(Metrics::new())).unwrap();
         let idle = || tokio::spawn(std::future::pending());
         Tasks {
             ingress: idle(),

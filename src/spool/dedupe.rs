@@ -194,8 +194,14 @@ impl Window {
 
     /// Remembers an accepted event.
     pub(super) fn insert(&mut self, seq: u64, event: &Event, replayable_until_ms: Option<i64>, now: Now) {
+        self.insert_as(seq, event.id, event, replayable_until_ms, now);
+    }
+
+    /// Remembers the body and the signature of an event as those of another one.
+    pub(super) fn insert_as(&mut self, seq: u64, id: Uuid, event: &Event, replayable_until_ms: Option<i64>, now: Now) {
         if self.is_on() {
-            self.add(self.entry(seq, event, replayable_until_ms, now), now);
+            let entry = Entry { id, ..self.entry(seq, event, replayable_until_ms, now) };
+            self.add(entry, now);
         }
     }
 
@@ -312,12 +318,22 @@ mod tests {
     use bytes::Bytes;
 
     use super::*;
+    use crate::event::Source;
 
     const SECOND: Duration = Duration::from_secs(1);
 
     fn event(body: u8, id: Uuid) -> Event {
         let fingerprint = Fingerprint([body; 32]);
-        Event { id, accepted_ms: 0, authentic: true, trace: None, fingerprint, subject: None, body: Bytes::new() }
+        Event {
+            id,
+            accepted_ms: 0,
+            source: Source::Webhook,
+            authentic: true,
+            trace: None,
+            fingerprint,
+            subject: None,
+            body: Bytes::new(),
+        }
     }
 
     fn id(n: u8) -> Uuid {

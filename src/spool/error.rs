@@ -31,6 +31,11 @@ pub enum OpenError {
     Foreign { path: PathBuf },
     #[error("{path} is on a file system without shared memory, such as NFS; a spool needs a local disk")]
     NoWal { path: PathBuf },
+    #[error(
+        "{path} was written by an older prism-relay (format {found}, this one reads {known}): the relay of this \
+         version converts it when it starts, with all events"
+    )]
+    Unconverted { path: PathBuf, found: i64, known: i64 },
     #[error("{path} was written by a newer prism-relay (format {found}, this one reads {known})")]
     Newer { path: PathBuf, found: i64, known: i64 },
     #[error(

@@ -309,6 +309,6 @@ pub(super) fn remove(transaction: &Transaction<'_>, seqs: &[u64], parked_only: b
 }
 
 fn entry(row: &Row<'_>) -> rusqlite::Result<Entry> {
-    let waits_behind = row.get::<_, Option<[u8; 16]>>(11)?.map(Uuid::from_bytes);
-    Ok(Entry { stored: stored(row)?, parked_reason: row.get(9)?, tried_ms: row.get(10)?, waits_behind })
+    let waits_behind = row.get::<_, Option<[u8; 16]>>(12)?.map(Uuid::from_bytes);
+    Ok(Entry { stored: stored(row)?, parked_reason: row.get(10)?, tried_ms: row.get(11)?, waits_behind })
 }

@@ -9,6 +9,7 @@ pub mod dedupe;
 mod delivered;
 mod error;
 mod files;
+mod hints;
 mod inspect;
 mod ledger;
 mod log_keeper;
@@ -21,6 +22,7 @@ mod settings;
 mod space;
 mod status;
 mod store;
+pub mod subjects;
 mod types;
 mod vacuum;
 mod verify;
@@ -39,6 +41,8 @@ use delivered::Delivered;
 pub use error::{AppendError, ChangeError, FileError, OpenError, ReadError};
 use files::Lock;
 pub use files::sibling;
+use hints::HintBox;
+pub use hints::{Hint, HintTrust};
 pub use inspect::{Entry, Inspector, SpoolState};
 pub use ledger::Ledger;
 use log_keeper::Bounds;
@@ -48,12 +52,15 @@ pub use settings::{Durability, Settings};
 pub use space::Shortage;
 pub use status::SpoolStatus;
 use store::Store;
-pub use types::{Batch, EVENT_OVERHEAD_BYTES, PendingBatch, Receipt, Settlement, Stored, Undelivered};
+use subjects::Follower;
+pub use subjects::{Note, SubjectCounts};
+pub use types::{Batch, EVENT_OVERHEAD_BYTES, MadeReceipt, PendingBatch, Receipt, Settlement, Stored, Undelivered};
 pub use verify::Verdict;
 use writer::{Append, Command, Exit, Shared, Writer};
 
-use crate::event::Event;
+use crate::event::{Envelope, Event};
 use crate::metrics::Metrics;
+use crate::subject::{Progress, State, Subject};
 
 /// Maximum number of appends that wait for the writer; further ones wait until there is room. With bodies of 256 KiB
 /// this is 256 MiB.
@@ -68,6 +75,8 @@ pub struct Spool {
     status: Arc<SpoolStatus>,
     committed: Arc<Notify>,
     closed: Arc<AtomicBool>,
+    /// Hints that are not written yet; `None` without `[reconcile]`.
+    hints: Option<Arc<HintBox>>,
     path: Arc<Path>,
     max_bytes: u64,
 }
@@ -77,9 +86,12 @@ pub type WriterEnd = oneshot::Receiver<()>;
 
 impl Spool {
     /// Locks and opens the file, and starts the writer. Creates the file and its folder if they are missing.
+    ///
+    /// `subjects`: what to keep about scans and predictions; `None` without the section `[reconcile]`.
     pub fn open(
         settings: &Settings,
         dedupe: &dedupe::Settings,
+        subjects: Option<&subjects::Settings>,
         metrics: Arc<Metrics>,
     ) -> Result<(Self, WriterEnd), OpenError> {
         let path =
@@ -88,7 +100,7 @@ impl Spool {
         let mut lock = Lock::take(path, recovery::COMPLETE).map_err(|error| name_owner(error, path))?;
         warn_of_file_system(path);
         // This reads all that the relay needs of the file, so it may find damage that opening it did not.
-        let prepare = |store| prepare(store, path, settings, dedupe, &metrics);
+        let prepare = |store| prepare(store, path, settings, dedupe, subjects, &metrics);
         let prepared = match prepare(recovery::open(path, settings.durability, &mut lock)?) {
             Err(cause) if cause.is_damage() => {
                 prepare(recovery::recover(path, settings.durability, &cause.to_string(), &mut lock)?)
@@ -106,6 +118,22 @@ impl Spool {
     /// `replayable_until`: until when the same signed request would be accepted if it was captured and sent again.
     /// Until then it is recognised as a re-send.
     pub async fn append(&self, event: Event, replayable_until: Option<Timestamp>) -> Result<Receipt, AppendError> {
+        let progress = if self.follows_subjects() { progress(&event) } else { None };
+        self.hand_over(event, replayable_until, progress).await
+    }
+
+    /// As [`Self::append`], for an event that Prism's API told. Its subject has come as far as `progress` says.
+    pub async fn append_made(&self, event: Event, progress: Progress) -> Result<MadeReceipt, AppendError> {
+        let receipt = self.hand_over(event, None, Some(progress)).await?;
+        Ok(if receipt.duplicate { MadeReceipt::Known } else { MadeReceipt::Stored(receipt) })
+    }
+
+    async fn hand_over(
+        &self,
+        event: Event,
+        replayable_until: Option<Timestamp>,
+        progress: Option<Progress>,
+    ) -> Result<Receipt, AppendError> {
         if self.closed.load(Ordering::Relaxed) {
             return Err(AppendError::Closed);
         }
@@ -115,7 +143,7 @@ impl Spool {
         }
         let (reply, answer) = oneshot::channel();
         let replayable_until_ms = replayable_until.map(Timestamp::as_millisecond);
-        let command = Command::Append(Append { event, replayable_until_ms, reply });
+        let command = Command::Append(Append { event, replayable_until_ms, progress, reply });
         self.inbox.send(command).await.map_err(|_| AppendError::Closed)?;
         answer.await.map_err(|_| AppendError::Closed)?
     }
@@ -153,6 +181,52 @@ impl Spool {
         self.delivered.add(confirmed.collect());
         // The writer ends only after the publisher, or with the process.
         let _ = self.inbox.send(Command::Settle(settlements)).await;
+    }
+
+    /// Whether it is kept what is known of scans and predictions.
+    pub fn follows_subjects(&self) -> bool {
+        self.hints.is_some()
+    }
+
+    /// Keeps a hint for later, without waiting. It may be lost with the process for about a second.
+    pub fn offer_hint(&self, hint: Hint) {
+        if let Some(hints) = &self.hints
+            && hints.offer(hint)
+        {
+            // A writer that has so much to do looks for hints by itself.
+            let _ = self.inbox.try_send(Command::Hints);
+        }
+    }
+
+    /// Writes a note with the next transaction, without waiting for the disk.
+    pub async fn note(&self, note: Note) {
+        // The writer ends only after every `Spool` is dropped, or with the process.
+        let _ = self.inbox.send(Command::Note(note)).await;
+    }
+
+    /// Open subjects that began at `began_before_ms` or earlier and are due to be asked for, the longest open first.
+    pub async fn overdue(
+        &self,
+        began_before_ms: i64,
+        now_ms: i64,
+        limit: usize,
+    ) -> Result<Vec<(Subject, State)>, ReadError> {
+        self.reader.run(move |connection| subjects::overdue(connection, began_before_ms, now_ms, limit)).await
+    }
+
+    /// What is known of a subject.
+    pub async fn subject(&self, subject: Subject) -> Result<Option<State>, ReadError> {
+        self.reader.run(move |connection| subjects::load(connection, &subject)).await
+    }
+
+    /// How many subjects are open, and how many of them began at `began_before_ms` or earlier.
+    pub async fn subject_counts(&self, began_before_ms: i64) -> Result<SubjectCounts, ReadError> {
+        self.reader.run(move |connection| subjects::counts(connection, began_before_ms)).await
+    }
+
+    /// Hints of this trust that are due to be asked for, the oldest first.
+    pub async fn hints(&self, trust: HintTrust, now_ms: i64, limit: usize) -> Result<Vec<Hint>, ReadError> {
+        self.reader.run(move |connection| hints::due(connection, trust, now_ms, limit)).await
     }
 
     /// Returns once everything sent before has been committed, or a commit has failed: settlements that are not
@@ -228,10 +302,13 @@ fn prepare(
     path: &Path,
     settings: &Settings,
     dedupe: &dedupe::Settings,
+    subjects: Option<&subjects::Settings>,
     metrics: &Arc<Metrics>,
 ) -> error::Result<(Spool, Writer, mpsc::Receiver<Command>)> {
     let (bounds, max_bytes) = (Bounds::of(settings.body_bytes_max), settings.max_bytes);
     let status = Arc::new(SpoolStatus::new(store.ledger_of_events()?, store.lost()?, bounds.log, max_bytes));
+    let hints = Arc::new(HintBox::default());
+    let follower = Follower::new(store.connection(), subjects, Arc::clone(&hints))?;
     let begun = match store.begin_session() {
         Err(cause) if cause.is_damage() => return Err(cause),
         begun => begun,
@@ -251,12 +328,18 @@ fn prepare(
         status: Arc::clone(&shared.status),
         committed: Arc::clone(&shared.committed),
         closed: Arc::default(),
+        hints: subjects.map(|_| Arc::clone(&hints)),
         path: Arc::from(path),
         max_bytes,
     };
-    let mut writer = Writer::new(store, path, bounds, max_bytes, dedupe, shared)?;
+    let mut writer = Writer::new(store, path, bounds, max_bytes, dedupe, follower, shared)?;
     writer.on_begun(begun);
     Ok((spool, writer, commands))
+}
+
+/// How far the subject of a webhook has come.
+fn progress(event: &Event) -> Option<Progress> {
+    Envelope::parse(&event.body).ok().and_then(|envelope| Progress::of(&envelope))
 }
 
 fn spawn_writer(

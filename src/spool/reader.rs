@@ -11,6 +11,7 @@ use uuid::Uuid;
 use super::delivered::Runs;
 use super::error::{ReadError, Result};
 use super::ledger::Ledger;
+use super::subjects;
 use super::types::{Batch, PendingBatch, Stored, Undelivered};
 use crate::event::{Envelope, Event, Fingerprint, SubjectKey, TraceContext};
 
@@ -18,7 +19,12 @@ use crate::event::{Envelope, Event, Fingerprint, SubjectKey, TraceContext};
 const READ_BYTES: usize = 4 * 1024 * 1024;
 
 /// The columns that [`stored`] reads, in its order.
-pub(super) const COLUMNS: &str = "seq, id, accepted_ms, authentic, traceparent, tracestate, fingerprint, body, subject";
+pub(super) const COLUMNS: &str = "seq, id, accepted_ms, authentic, traceparent, tracestate, fingerprint, body, \
+                                  subject, source";
+
+/// As [`COLUMNS`], of a spool of the format before.
+pub(super) const COLUMNS_BEFORE: &str =
+    "seq, id, accepted_ms, authentic, traceparent, tracestate, fingerprint, body, subject, 0";
 
 /// The id of the parked event that an event waits behind; NULL if there is none.
 pub(super) const WAITS_BEHIND: &str = "(SELECT id FROM event AS parked INDEXED BY parked_subject
@@ -107,7 +113,7 @@ pub(super) fn pending_after(connection: &Connection, seq: u64, limit: usize, del
             batch.last = last;
             drop(rows);
             rows = statement.query((last, limit as i64, parked > 0))?;
-        } else if row.get(9)? {
+        } else if row.get(10)? {
             batch.waiting.push(batch.last);
         } else {
             let stored = stored(row)?;
@@ -249,6 +255,7 @@ fn without_extras(row: &Row<'_>) -> rusqlite::Result<Stored> {
     let event = Event {
         id: Uuid::from_bytes(row.get(1)?),
         accepted_ms: row.get(2)?,
+        source: subjects::source(row.get(9)?),
         authentic: row.get(3)?,
         trace: None,
         fingerprint: Fingerprint(row.get(6)?),

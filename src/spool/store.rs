@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use rusqlite::{CachedStatement, Connection, OptionalExtension};
+use tracing::info;
 use uuid::Uuid;
 
 use super::dedupe::{self, EntryBytes};
@@ -20,10 +21,14 @@ use super::log_mark::{self, LogMark};
 use super::reader;
 use super::settings::Durability;
 use super::types::EVENT_OVERHEAD_BYTES;
+use super::{hints, subjects};
 use crate::event::{Event, Fingerprint};
 
 /// The version of the schema below, raised with each change of it.
-const FORMAT: i64 = 4;
+const FORMAT: i64 = 5;
+
+/// The version that [`convert`] makes one of [`FORMAT`]: without sources, subjects and hints.
+const FORMAT_BEFORE: i64 = 4;
 
 /// How long to wait for another process that has locked the file, such as an operator's `sqlite3`.
 pub(super) const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
@@ -40,7 +45,8 @@ const SCHEMA: &str = "
         subject       INTEGER,             -- events of a subject leave in order; NULL: free (see SubjectKey)
         body          BLOB    NOT NULL,    -- as received
         parked_reason TEXT,                -- NULL: pending
-        tried_ms      INTEGER              -- of a parked event: the last try
+        tried_ms      INTEGER,             -- of a parked event: the last try
+        source        INTEGER NOT NULL DEFAULT 0 -- 0: a webhook; 1: Prism's API, see Event::made
     ) STRICT;
     CREATE INDEX parked ON event (tried_ms) WHERE parked_reason IS NOT NULL;
     CREATE INDEX parked_subject ON event (subject) WHERE parked_reason IS NOT NULL;
@@ -131,6 +137,11 @@ impl Store {
 
     pub(super) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The connection, for the tables of other files.
+    pub(super) fn connection(&self) -> &Connection {
+        &self.connection
     }
 
     /// Whether the paths still lead to the open files.
@@ -312,8 +323,9 @@ impl Store {
     /// The statement that inserts events, for all of a transaction.
     pub(super) fn insertion(&self) -> Result<Insertion<'_>> {
         Ok(Insertion(self.connection.prepare_cached(
-            "INSERT INTO event (seq, id, accepted_ms, authentic, traceparent, tracestate, fingerprint, body, subject)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)",
+            "INSERT INTO event
+                 (seq, id, accepted_ms, authentic, traceparent, tracestate, fingerprint, body, subject, source)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)",
         )?))
     }
 
@@ -398,9 +410,9 @@ impl Store {
         Ok(SeenEntries { entries, last })
     }
 
-    /// Entries of the dedupe window for the newest `limit` events.
+    /// Entries of the dedupe window for the newest `limit` webhooks.
     pub(super) fn entries_of_events(&self, limit: usize) -> Result<Vec<EntryBytes>> {
-        let sql = "SELECT seq, fingerprint, id, accepted_ms FROM event ORDER BY seq DESC LIMIT ?1";
+        let sql = "SELECT seq, fingerprint, id, accepted_ms FROM event WHERE source = 0 ORDER BY seq DESC LIMIT ?1";
         let mut statement = self.connection.prepare(sql)?;
         let entries = statement.query_map([limit as i64], |row| {
             let (fingerprint, id) = (Fingerprint(row.get(1)?), Uuid::from_bytes(row.get(2)?));
@@ -499,6 +511,7 @@ impl Insertion<'_> {
             event.fingerprint.0,
             event.body.as_ref(),
             event.subject.map(|subject| subject.0),
+            subjects::number(event.source),
         ))?;
         Ok(())
     }
@@ -520,9 +533,7 @@ fn connect(path: &Path, log_pages: &Arc<AtomicU64>) -> Result<Connection, OpenEr
         false => unusable(path, source),
     });
     let empty = first_read? == 0;
-    if !empty {
-        check_format(&connection, path)?;
-    }
+    let is_older = !empty && is_older(&connection, path)?;
     // auto_vacuum: free pages can be given back to the disk; to be set before anything is written.
     // wal_autocheckpoint: the writer copies the log itself, because SQLite would swallow the errors.
     // fullfsync: without it, macOS does not wait for the disk. No effect elsewhere.
@@ -540,6 +551,10 @@ fn connect(path: &Path, log_pages: &Arc<AtomicU64>) -> Result<Connection, OpenEr
     if empty {
         create(&connection).map_err(sqlite)?;
     }
+    if is_older {
+        convert(&connection).map_err(sqlite)?;
+        info!(path = %path.display(), "converted the spool of an older prism-relay, which cannot open it any more");
+    }
     // The first read opens the log.
     Ledger::read(&connection).map_err(|source| unusable(path, source))?;
     let log_pages = Arc::clone(log_pages);
@@ -553,9 +568,22 @@ fn connect(path: &Path, log_pages: &Arc<AtomicU64>) -> Result<Connection, OpenEr
 
 fn create(connection: &Connection) -> rusqlite::Result<()> {
     connection.execute_batch(&format!(
-        "BEGIN IMMEDIATE; {SCHEMA} {}
+        "BEGIN IMMEDIATE; {SCHEMA} {} {} {}
          PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {FORMAT}; COMMIT;",
-        log_mark::SCHEMA
+        log_mark::SCHEMA,
+        subjects::SCHEMA,
+        hints::SCHEMA
+    ))
+}
+
+/// Makes a spool of [`FORMAT_BEFORE`] one of [`FORMAT`], with all its events, in one synced transaction. SQLite reads
+/// the whole file for it, because it checks the types in it.
+fn convert(connection: &Connection) -> rusqlite::Result<()> {
+    connection.execute_batch(&format!(
+        "BEGIN IMMEDIATE; ALTER TABLE event ADD COLUMN source INTEGER NOT NULL DEFAULT 0; {} {}
+         PRAGMA user_version = {FORMAT}; COMMIT;",
+        subjects::SCHEMA,
+        hints::SCHEMA
     ))
 }
 
@@ -599,8 +627,18 @@ pub(super) fn check_format(connection: &Connection, path: &Path) -> Result<(), O
     }
     match pragma(connection, "user_version").map_err(sqlite)? {
         FORMAT => Ok(()),
+        found @ FORMAT_BEFORE => Err(OpenError::Unconverted { path: path.to_owned(), found, known: FORMAT }),
         found if found > FORMAT => Err(OpenError::Newer { path: path.to_owned(), found, known: FORMAT }),
         found => Err(OpenError::Older { path: path.to_owned(), found, known: FORMAT }),
+    }
+}
+
+/// Whether this is a spool that has to be converted.
+fn is_older(connection: &Connection, path: &Path) -> Result<bool, OpenError> {
+    match check_format(connection, path) {
+        Ok(()) => Ok(false),
+        Err(OpenError::Unconverted { .. }) => Ok(true),
+        Err(error) => Err(error),
     }
 }
 

@@ -24,6 +24,23 @@ pub struct Receipt {
     pub duplicate: bool,
 }
 
+impl Receipt {
+    /// For an event of Prism's API that tells what is known: nothing was stored, and it is not known which event told
+    /// it first.
+    pub(super) fn of_known(event: &Event) -> Self {
+        Self { seq: 0, id: event.id, duplicate: true }
+    }
+}
+
+/// The answer to an event of Prism's API.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MadeReceipt {
+    /// It is on disk, and will be published.
+    Stored(Receipt),
+    /// A webhook, or an earlier answer of the API, told the same meanwhile: nothing was stored.
+    Known,
+}
+
 /// An event as the publisher gets it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Stored {

@@ -26,11 +26,13 @@ use super::reserve::Reserve;
 use super::space;
 use super::status::{SpoolStatus, log};
 use super::store::Store;
+use super::subjects::{self, Follower, Judged, Note};
 use super::types::{Receipt, Settlement, cost};
 use super::vacuum::{Vacuum, VacuumStep};
-use crate::event::Event;
+use crate::event::{Event, Source};
 use crate::log_limiter::LogLimiter;
 use crate::metrics::Metrics;
+use crate::subject::{Progress, Verdict};
 use crate::text::span;
 
 /// Maximum number of commands in one transaction: enough to share the fsync, few enough that the first does not wait
@@ -62,6 +64,9 @@ const FULL_SLICES: u32 = 4;
 pub(super) enum Command {
     Append(Append),
     Settle(Vec<Settlement>),
+    Note(Note),
+    /// There are hints, after there were none.
+    Hints,
     /// A request to be answered after the next commit.
     Flush(oneshot::Sender<()>),
 }
@@ -69,15 +74,19 @@ pub(super) enum Command {
 pub(super) struct Append {
     pub event: Event,
     pub replayable_until_ms: Option<i64>,
+    /// What the event tells, if subjects are followed.
+    pub progress: Option<Progress>,
     pub reply: Reply,
 }
 
 impl Command {
-    /// The length of the body.
+    /// What the command counts for in a transaction: the length of the body, and what a subject takes of the log.
     fn bytes(&self) -> u64 {
         match self {
-            Self::Append(append) => append.event.body.len() as u64,
-            Self::Settle(_) | Self::Flush(_) => 0,
+            Self::Append(Append { event, progress, .. }) => {
+                event.body.len() as u64 + if progress.is_some() { subjects::LOG_BYTES } else { 0 }
+            }
+            Self::Settle(_) | Self::Note(_) | Self::Hints | Self::Flush(_) => 0,
         }
     }
 }
@@ -98,6 +107,7 @@ pub(super) struct Writer {
     reserve: Reserve,
     max_bytes: u64,
     window: Window,
+    follower: Follower,
     /// Parked and tried events that are not committed yet, one settlement each.
     unsettled: BTreeMap<u64, Settlement>,
     keeper: LogKeeper,
@@ -145,6 +155,7 @@ impl Writer {
         bounds: Bounds,
         max_bytes: u64,
         dedupe: &dedupe::Settings,
+        follower: Follower,
         shared: Shared,
     ) -> Result<Self> {
         let mut window = Window::new(dedupe);
@@ -157,6 +168,7 @@ impl Writer {
             reserve: Reserve::of(path, bounds.reserve),
             max_bytes,
             window,
+            follower,
             unsettled: BTreeMap::new(),
             keeper: LogKeeper::new(bounds),
             vacuum: Vacuum::default(),
@@ -219,6 +231,7 @@ impl Writer {
     pub(super) fn close(mut self) {
         // What is delivered would be published again after the next start.
         let started = Instant::now();
+        self.follower.hurry();
         let limited = self.store.limit_patience(CLOSE_PATIENCE);
         while !self.nothing_to_settle() && started.elapsed() < CLOSE_PATIENCE && self.transact(&[], false).is_ok() {}
         if let Err(error) = limited.and_then(|()| self.store.end_session(CLOSE_PATIENCE)) {
@@ -245,7 +258,10 @@ impl Writer {
     /// Whether there is something to do although no command comes.
     fn is_restless(&self) -> bool {
         let condition = self.condition();
-        condition == Condition::Gone || condition.restart().is_some() || self.keeper.is_restless(self.store.log_size())
+        condition == Condition::Gone
+            || condition.restart().is_some()
+            || self.keeper.is_restless(self.store.log_size())
+            || self.follower.has_hints()
     }
 
     /// Whether no pending event is left to deliver, noted or not.
@@ -281,6 +297,8 @@ impl Writer {
             match command {
                 Command::Append(append) => appends.push(append),
                 Command::Settle(settlements) => self.keep(settlements),
+                Command::Note(note) => self.follower.note(note),
+                Command::Hints => {}
                 Command::Flush(reply) => flushes.push(reply),
             }
         }
@@ -382,6 +400,7 @@ impl Writer {
             Ok(()) => {
                 self.is_locked = false;
                 self.window.commit();
+                self.follower.commit();
                 for seq in &transaction.settled.noted {
                     self.unsettled.remove(seq);
                 }
@@ -394,6 +413,7 @@ impl Writer {
             }
             Err(cause) => {
                 self.window.roll_back();
+                self.follower.roll_back();
                 if let Err(error) = self.store.rollback() {
                     error!(%error, "cannot roll back a failed commit");
                 }
@@ -421,6 +441,7 @@ impl Writer {
         // Before the appends, because they make room.
         transaction.settled = settle(&self.store, &mut transaction.ledger, self.unsettled.values(), delivered)?;
         self.append(transaction, appends, now)?;
+        self.follower.write(self.store.connection(), now.wall_ms, now.monotonic)?;
         self.store.remember(self.window.last(), self.window.uncommitted())?;
         self.store.write_ledger(&transaction.ledger)?;
         if self.condition() != Condition::Healthy {
@@ -435,27 +456,51 @@ impl Writer {
         // The log beyond its normal size takes the space of events.
         let excess = self.shared.status.log_excess();
         let mut insertion = self.store.insertion()?;
-        for Append { event, replayable_until_ms, .. } in appends {
-            let cost = cost(&event.body);
+        for Append { event, replayable_until_ms, progress, .. } in appends {
+            let (cost, until, seq) = (cost(&event.body), *replayable_until_ms, ledger.accepted + 1);
             let fits = |used: u64| used.saturating_add(cost) <= self.max_bytes;
-            let answer = if let Some(first) = self.window.recognise(event, *replayable_until_ms, now) {
-                ledger.duplicates += 1;
-                Ok(first)
-            } else if fits(ledger.bytes.saturating_add(excess)) {
-                let seq = ledger.accepted + 1;
-                insertion.insert(seq, event)?;
-                self.window.insert(seq, event, *replayable_until_ms, now);
-                ledger.accepted = seq;
-                ledger.pending += 1;
-                ledger.bytes += cost;
-                transaction.appended += 1;
-                Ok(Receipt { seq, id: event.id, duplicate: false })
-            } else {
-                transaction.has_refused |= fits(0);
-                if fits(ledger.bytes) {
-                    self.warn_of_full_log();
+            // The API's events are recognised by their subject alone: what it tells of a second run has the same body.
+            let is_webhook = event.source == Source::Webhook;
+            let resent = if is_webhook { self.window.recognise(event, until, now) } else { None };
+            let judged = match progress {
+                Some(progress) if resent.is_none() => {
+                    self.follower.judge(self.store.connection(), progress, event, seq)?
                 }
-                Err(AppendError::Full)
+                Some(_) | None => None,
+            };
+            let answer = match (resent, judged) {
+                (Some(first), _) => {
+                    ledger.duplicates += 1;
+                    Ok(first)
+                }
+                (None, Some(judged @ Judged { verdict: Verdict::LateCopy(made), .. })) => {
+                    self.window.insert_as(made.seq, made.id, event, until, now);
+                    self.follower.save(self.store.connection(), &judged)?;
+                    ledger.duplicates += 1;
+                    Ok(Receipt { seq: made.seq, id: made.id, duplicate: true })
+                }
+                (None, Some(Judged { verdict: Verdict::Known, .. })) => Ok(Receipt::of_known(event)),
+                (None, judged) if fits(ledger.bytes.saturating_add(excess)) => {
+                    insertion.insert(seq, event)?;
+                    if is_webhook {
+                        self.window.insert(seq, event, until, now);
+                    }
+                    if let Some(judged) = judged {
+                        self.follower.save(self.store.connection(), &judged)?;
+                    }
+                    ledger.accepted = seq;
+                    ledger.pending += 1;
+                    ledger.bytes += cost;
+                    transaction.appended += 1;
+                    Ok(Receipt { seq, id: event.id, duplicate: false })
+                }
+                (None, _) => {
+                    transaction.has_refused |= fits(0);
+                    if fits(ledger.bytes) {
+                        self.warn_of_full_log();
+                    }
+                    Err(AppendError::Full)
+                }
             };
             transaction.answers.push(answer);
         }
@@ -503,7 +548,7 @@ impl Writer {
     }
 
     fn nothing_to_settle(&self) -> bool {
-        self.unsettled.is_empty() && self.shared.delivered.is_empty()
+        self.unsettled.is_empty() && self.shared.delivered.is_empty() && !self.follower.is_due(Instant::now())
     }
 
     /// Whether events can be accepted. Tries the disk again if it failed or was full.

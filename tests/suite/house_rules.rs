@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 /// Every module of the crate, from the bottom to the top, with all modules that it may use. A line names only modules
 /// above it, so there can be no circle.
-const MAY_USE: [(&str, &[&str]); 32] = [
+const MAY_USE: [(&str, &[&str]); 33] = [
     ("text", &[]),
     ("secret", &[]),
     ("backoff", &[]),
@@ -22,7 +22,8 @@ const MAY_USE: [(&str, &[&str]); 32] = [
     ("schemas", &[]),
     ("signature", &["secret", "text"]),
     ("event", &["signature", "text"]),
-    ("spool", &["event", "log_limiter", "metrics", "text"]),
+    ("subject", &["event"]),
+    ("spool", &["event", "log_limiter", "metrics", "subject", "text"]),
     ("broker", &["first_bytes", "http_client", "secret", "tls"]),
     ("traces", &["event", "log_limiter", "tls"]),
     ("topology", &["broker", "event", "schemas", "text"]),

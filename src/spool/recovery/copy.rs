@@ -8,8 +8,9 @@ use rusqlite::{Connection, ErrorCode, Row};
 use super::super::dedupe::{self, EntryBytes};
 use super::super::error::{Result, StoreError};
 use super::super::ledger::Ledger;
-use super::super::reader::{COLUMNS, stored_at_least};
+use super::super::reader::{COLUMNS, COLUMNS_BEFORE, stored_at_least};
 use super::super::store::{BUSY_TIMEOUT, NUMBER_MAX, Store, lost};
+use super::super::subjects;
 use super::super::types::{Stored, cost};
 
 /// Maximum number of failed look-ups of single numbers. Each takes a microsecond or two.
@@ -30,12 +31,20 @@ const ENTRIES_MAX: usize = 1_000_000;
 /// Entries in a row of the new file: as many as a full commit of the relay has.
 const ENTRIES_IN_A_ROW: usize = 1024;
 
+/// Maximum number of subjects that are copied from each end of their table.
+const SUBJECTS_MAX: usize = 1_000_000;
+
+/// Subjects copied between two commits: they take about as much of the log as [`COMMIT_BYTES`].
+const SUBJECTS_IN_A_COMMIT: usize = 50_000;
+
 /// What was copied.
 pub(super) struct Saved {
     pub events: u64,
     pub unreadable: u64,
     /// Whether the totals were readable, so that `unreadable` is exact.
     pub totals_known: bool,
+    /// Whether all that was known of subjects was readable.
+    pub subjects_known: bool,
     /// Whether anything was unreadable.
     pub damage: bool,
 }
@@ -92,12 +101,18 @@ pub(super) fn copy(old: Option<&Connection>, store: &mut Store) -> Result<Saved>
     store.set_lost(lost_before + unreadable)?;
     let lost = highest_missing(store, ledger.accepted, unreadable)?;
     let window_complete = copy_window(old, store, &lost)?;
+    // Hints are not copied.
+    let subjects_known = match old {
+        Some(old) => copy_subjects(old, store, unreadable > 0 || known.is_none())?,
+        None => false,
+    };
     store.commit()?;
     Ok(Saved {
         events,
         unreadable,
         totals_known: known.is_some(),
-        damage: damage || known.is_none() || !window_complete,
+        subjects_known,
+        damage: damage || known.is_none() || !window_complete || !subjects_known,
     })
 }
 
@@ -163,6 +178,41 @@ fn copy_entries(old: &Connection, sql: &str, rows: &mut BTreeMap<u64, Vec<EntryB
     Ok(false)
 }
 
+/// Copies what is known of subjects. If events are lost, only the open ones: an end that is lost must not count as known
+/// when an operator asks Prism's API for it. Returns whether all of it was readable.
+fn copy_subjects(old: &Connection, store: &mut Store, events_are_lost: bool) -> Result<bool> {
+    let found =
+        readable(old.query_row("SELECT count(*) FROM sqlite_schema WHERE name = 'subject'", [], |row| row.get(0)))?;
+    // A spool of the format before has none.
+    if found == Some(0) {
+        return Ok(true);
+    }
+    Ok(copy_subjects_by(old, store, "key", events_are_lost)?
+        || copy_subjects_by(old, store, "key DESC", events_are_lost)?)
+}
+
+/// Copies subjects in this order until one is unreadable. Returns whether all were readable.
+fn copy_subjects_by(old: &Connection, store: &mut Store, order: &str, open_only: bool) -> Result<bool> {
+    let sql = format!("SELECT {} FROM subject ORDER BY {order} LIMIT {SUBJECTS_MAX}", subjects::COLUMNS);
+    let Some(mut statement) = readable(old.prepare(&sql))? else { return Ok(false) };
+    let (mut rows, mut complete, mut copied) = (statement.query([])?, true, 0);
+    while let Some(row) = readable(rows.next())? {
+        let Some(row) = row else { return Ok(complete) };
+        match subjects::named(row).zip(subjects::state(row)) {
+            Some((subject, state)) if state.is_open || !open_only => {
+                subjects::save(store.connection(), &subject, &state)?;
+                copied += 1;
+                if copied % SUBJECTS_IN_A_COMMIT == 0 {
+                    start_again(store)?;
+                }
+            }
+            Some(_) => {}
+            None => complete = false,
+        }
+    }
+    Ok(false)
+}
+
 struct Copier<'a> {
     store: &'a mut Store,
     /// The highest number that an event can have.
@@ -185,7 +235,10 @@ struct RecoveredEvent {
 impl Copier<'_> {
     /// Copies from the front up to the damage, from the back down to the damage, and looks up each number in between.
     fn copy_from(&mut self, old: &Connection, accepted: Option<u64>) -> Result<()> {
-        let columns = format!("SELECT {COLUMNS}, parked_reason FROM event");
+        // A spool of the format before has webhooks alone.
+        let has_sources = readable(old.prepare("SELECT source FROM event LIMIT 0"))?.is_some();
+        let columns = if has_sources { COLUMNS } else { COLUMNS_BEFORE };
+        let columns = format!("SELECT {columns}, parked_reason FROM event");
         let complete = self.copy_rows(old, &format!("{columns} ORDER BY seq"), 0)?;
         if complete && !self.damage && self.displaced.is_empty() {
             return Ok(());
@@ -244,7 +297,7 @@ impl Copier<'_> {
     /// Copies the event of a row. Returns its number, or `None` if the row is damaged.
     fn take(&mut self, row: &Row<'_>) -> Result<Option<u64>> {
         let stored = stored_at_least(row).ok().filter(|stored| (1..=self.highest).contains(&stored.seq));
-        let (Some(stored), parked_reason) = (stored, row.get(9).unwrap_or(None)) else {
+        let (Some(stored), parked_reason) = (stored, row.get(10).unwrap_or(None)) else {
             self.damage = true;
             return Ok(None);
         };
@@ -268,13 +321,18 @@ impl Copier<'_> {
         }
         if self.ledger.bytes - self.committed >= COMMIT_BYTES {
             self.committed = self.ledger.bytes;
-            self.store.commit()?;
-            // Nothing else copies it, and all events in it would take as much disk space again.
-            self.store.truncate_log(BUSY_TIMEOUT)?;
-            self.store.begin(false)?;
+            start_again(self.store)?;
         }
         Ok(())
     }
+}
+
+/// Commits, so that the log can begin again: nothing else copies it, and all of the file in it would take as much disk
+/// space again.
+fn start_again(store: &mut Store) -> Result<()> {
+    store.commit()?;
+    store.truncate_log(BUSY_TIMEOUT)?;
+    store.begin(false)
 }
 
 #[cfg(test)]
@@ -284,7 +342,7 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
-    use crate::event::{Event, Fingerprint};
+    use crate::event::{Event, Fingerprint, Source};
     use crate::spool::Durability;
     use crate::spool::files::sibling;
     use crate::spool::reader::open_read_only;
@@ -303,7 +361,16 @@ mod tests {
             ledger.accepted += 1;
             ledger.pending += 1;
             ledger.bytes += cost(&body);
-            let event = Event { id, accepted_ms: 1, authentic: true, trace: None, fingerprint, subject: None, body };
+            let event = Event {
+                id,
+                accepted_ms: 1,
+                source: Source::Webhook,
+                authentic: true,
+                trace: None,
+                fingerprint,
+                subject: None,
+                body,
+            };
             store.insertion().unwrap().insert(seq, &event).unwrap();
         }
         store.write_ledger(&ledger).unwrap();

@@ -149,6 +149,12 @@ pub(super) fn recover(path: &Path, durability: Durability, cause: &str, lock: &m
     if !saved.totals_known {
         error!("the totals of the spool are unreadable: it may have held more events than were found");
     }
+    if !saved.subjects_known {
+        warn!(
+            "what was known of some scans and predictions is unreadable: with [reconcile], the relay does not ask \
+             Prism's API for their ends; prism-relay reconcile does, for those that you name"
+        );
+    }
     warn!(
         saved = saved.events,
         unreadable = saved.unreadable,

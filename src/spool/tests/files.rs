@@ -13,7 +13,7 @@ use crate::spool::files::{resolve, sibling};
 use crate::spool::{Inspector, OpenError, Spool, SpoolState};
 
 fn open(path: &Path) -> Result<(), OpenError> {
-    Spool::open(&settings(path, 1), &deduped(WINDOW), Arc::new(Metrics::new())).map(|_| ())
+    Spool::open(&settings(path, 1), &deduped(WINDOW), None, Arc::new(Metrics::new())).map(|_| ())
 }
 
 /// The names of the files next to a spool, in order.

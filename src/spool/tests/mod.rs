@@ -17,7 +17,7 @@ use tempfile::TempDir;
 use uuid::Uuid;
 
 use super::*;
-use crate::event::{Fingerprint, SubjectKey, TraceContext};
+use crate::event::{Fingerprint, Source, SubjectKey, TraceContext};
 
 fn settings(path: &Path, max_bytes: u64) -> Settings {
     Settings { path: path.to_owned(), max_bytes, durability: Durability::Disk, body_bytes_max: 1 << 18 }
@@ -34,6 +34,7 @@ fn event(body: impl Into<Vec<u8>>) -> Event {
     Event {
         id: Uuid::now_v7(),
         accepted_ms: jiff::Timestamp::now().as_millisecond(),
+        source: Source::Webhook,
         authentic: true,
         trace: None,
         fingerprint: Fingerprint::of(&body),
@@ -61,7 +62,7 @@ struct Opened {
 impl Opened {
     fn open(path: &Path, max_bytes: u64, window: Duration) -> Self {
         let metrics = Arc::new(Metrics::new());
-        let (spool, end) = Spool::open(&settings(path, max_bytes), &deduped(window), metrics).unwrap();
+        let (spool, end) = Spool::open(&settings(path, max_bytes), &deduped(window), None, metrics).unwrap();
         Self { spool, end }
     }
 

@@ -330,7 +330,7 @@ async fn a_damaged_file_that_is_locked_does_not_count_as_empty() {
     let owner = rusqlite::Connection::open(&path).unwrap();
     owner.execute_batch("PRAGMA locking_mode = EXCLUSIVE; BEGIN EXCLUSIVE").unwrap();
     let metrics = Arc::new(Metrics::new());
-    let refused = Spool::open(&settings(&path, u64::MAX), &deduped(WINDOW), metrics).map(|_| ()).unwrap_err();
+    let refused = Spool::open(&settings(&path, u64::MAX), &deduped(WINDOW), None, metrics).map(|_| ()).unwrap_err();
     assert!(matches!(refused, OpenError::Sqlite { .. }), "{refused}");
     owner.execute_batch("ROLLBACK").unwrap();
     drop(owner);
