@@ -37,7 +37,8 @@ use crate::problem::Code;
 use crate::recent::Recent;
 use crate::server::{Admission, Limits, Peer, Server};
 use crate::signature::{SIGNATURE_HEADER, TIMESTAMP_HEADER, Verifier};
-use crate::spool::{AppendError, Receipt, Spool};
+use crate::spool::{AppendError, Hint, HintTrust, Receipt, Spool};
+use crate::subject::Progress;
 use crate::tls;
 use crate::traces::Traces;
 
@@ -238,6 +239,9 @@ impl WebhookHandler {
             if matches!(refusal.code, Code::InvalidSignature | Code::StaleTimestamp) {
                 self.recent.turned_away(Fingerprint::of(&body), refusal.code.text(), now);
             }
+            if self.spool.follows_subjects() {
+                self.hint(Envelope::parse(&body).ok().as_ref(), HintTrust::Unsigned, now);
+            }
             refusal
         })?;
         // An unsigned body has to be an event. A signed one comes from Prism: it is accepted with any content.
@@ -265,6 +269,8 @@ impl WebhookHandler {
                 trace.refused();
                 let refusal = Refusal::from(error);
                 self.recent.turned_away(fingerprint, refusal.code.text(), now);
+                let trust = if signed.is_some() { HintTrust::Signed } else { HintTrust::Unsigned };
+                self.hint(envelope.as_ref(), trust, now);
                 return Err(refusal);
             }
         };
@@ -273,6 +279,13 @@ impl WebhookHandler {
         trace.accepted(receipt.id, receipt.duplicate);
         self.record(&receipt, envelope.as_ref(), &body, signed.is_some(), now);
         Ok(receipt)
+    }
+
+    /// Keeps the subject of a refused webhook. If Prism gives the webhook up, the relay asks Prism's API for the subject.
+    fn hint(&self, envelope: Option<&Envelope<'_>>, trust: HintTrust, now: Timestamp) {
+        if let Some(Progress { subject, step }) = envelope.and_then(Progress::of) {
+            self.spool.offer_hint(Hint { subject, step, at_ms: now.as_millisecond(), trust, tries: 0 });
+        }
     }
 
     /// Records an accepted webhook for the metrics and the console.

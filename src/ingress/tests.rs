@@ -10,7 +10,7 @@ use crate::config::{Config, Purpose};
 use crate::secret::Secret;
 use crate::server::Protocol;
 use crate::signature::sign;
-use crate::spool::{Durability, dedupe};
+use crate::spool::{Durability, dedupe, subjects};
 
 const PEER: SocketAddr = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 1);
 const SECRET: &str = "whsec_test";
@@ -26,16 +26,21 @@ struct TestIngress {
 
 impl TestIngress {
     fn new() -> Self {
+        Self::with(None, 1 << 30)
+    }
+
+    fn with(subjects: Option<&subjects::Settings>, max_bytes: u64) -> Self {
         let folder = tempfile::TempDir::new().unwrap();
         let mut config = Config::load(None, [], Purpose::Client).unwrap();
         config.spool.path = folder.path().join("spool.db");
         config.spool.durability = Durability::Process;
+        config.spool.max_bytes = max_bytes;
         config.http.listen = SocketAddr::new(PEER.ip(), 0);
         let runtime = Runtime::new().unwrap();
         let (ingress, protocol, spool) = runtime.block_on(async {
             let metrics = Arc::new(Metrics::new());
             let dedupe = dedupe::Settings { window: Duration::from_secs(60), entries_max: 100 };
-            let (spool, _) = Spool::open(&config.spool, &dedupe, None, Arc::clone(&metrics)).unwrap();
+            let (spool, _) = Spool::open(&config.spool, &dedupe, subjects, Arc::clone(&metrics)).unwrap();
             let verifier = Arc::new(Verifier::new(&[Secret::new(SECRET)], true, Duration::from_secs(300)));
             let traces = Arc::new(Traces::new(&config.traces).unwrap());
             let parts = Parts {
@@ -105,6 +110,33 @@ fn signed_webhooks_are_accepted_and_others_refused() {
     assert_eq!(ingress.send(&request("", BODY.as_bytes(), SECRET)), ["200"]);
     assert_eq!(ingress.send(&request("", BODY.as_bytes(), "whsec_other")), ["401"]);
     assert_eq!(ingress.accepted(), 1);
+}
+
+#[test]
+fn the_subjects_of_refused_webhooks_are_hints() {
+    let settings = subjects::Settings { max: 10, keep: Duration::from_secs(60) };
+    for (settings, max_bytes, secret, status, expected) in [
+        (Some(&settings), 1 << 20, SECRET, "200", [0, 0]),
+        (Some(&settings), 1 << 20, "whsec_other", "401", [0, 1]),
+        (Some(&settings), 1, SECRET, "503", [1, 0]),
+        (None, 1 << 20, "whsec_other", "401", [0, 0]),
+    ] {
+        let ingress = TestIngress::with(settings, max_bytes);
+        assert_eq!(ingress.send(&request("", BODY.as_bytes(), secret)), [status]);
+        // Sent again, and bodies that name no subject.
+        for body in [BODY, "{}", r#"{"eventType":"scan.processing.started","payload":{}}"#] {
+            ingress.send(&request("", body.as_bytes(), secret));
+        }
+        let hints = ingress.runtime.block_on(async {
+            ingress.spool.flush().await;
+            let mut counts = [0; 2];
+            for (count, trust) in counts.iter_mut().zip([HintTrust::Signed, HintTrust::Unsigned]) {
+                *count = ingress.spool.hints(trust, i64::MAX, 10).await.unwrap().len();
+            }
+            counts
+        });
+        assert_eq!(hints, expected, "{status}");
+    }
 }
 
 #[test]

@@ -46,6 +46,7 @@ const MAY_USE: [(&str, &[&str]); 33] = [
             "server",
             "signature",
             "spool",
+            "subject",
             "tls",
             "traces",
         ],
