@@ -15,7 +15,7 @@ use super::curl::{self, hide};
 use super::failure::Failure;
 use super::output::{Printed, say};
 use crate::config::Config;
-use crate::event::Envelope;
+use crate::event::{Envelope, Source};
 use crate::spool::{Entry, Inspector, Ledger};
 use crate::text::{clean, grouped, span};
 
@@ -165,6 +165,7 @@ struct Row {
     subject: String,
     state: String,
     bytes: usize,
+    source: &'static str,
     verified: bool,
     intact: bool,
     parked: Option<String>,
@@ -185,6 +186,7 @@ impl Row {
             subject: envelope.subject().unwrap_or_default(),
             state: envelope.state.as_deref().unwrap_or_default().to_owned(),
             bytes: event.body.len(),
+            source: event.source.text(),
             verified: event.authentic,
             intact: event.is_intact(),
             waits_behind: entry.waits_behind.filter(|_| entry.parked_reason.is_none()),
@@ -193,7 +195,8 @@ impl Row {
         }
     }
 
-    /// At most [`COLUMNS`] wide; an event that is parked, or waits behind one, has a second line.
+    /// At most [`COLUMNS`] wide; an event that is parked, waits behind one or was told by Prism's API has a second
+    /// line.
     fn lines(&self) -> String {
         let age = span(self.age);
         let age = age.splitn(3, ' ').take(2).collect::<Vec<_>>().join(" ");
@@ -203,9 +206,11 @@ impl Row {
         let line = clean(&format!("{}  {age:<6}  {kind:<TYPE_COLUMNS$} {subject}", short(self.id)));
         let waits = self.waits_behind.map(|id| format!("waits behind {id}"));
         let reason = self.parked.as_deref().map(|reason| format!("parked: {reason}")).or(waits);
-        let reason = reason.map(|reason| format!("{:SHORT_DIGITS$}  {reason}", ""));
-        let reason = reason.map(|reason| format!("\n{}", clean(&cut(&reason, COLUMNS)))).unwrap_or_default();
-        format!("{}{reason}", cut(line.trim_end(), COLUMNS))
+        let told = (self.source == Source::Api.text()).then(|| "told by Prism's API".to_owned());
+        let notes: Vec<_> = told.into_iter().chain(reason).collect();
+        let notes = cut(&format!("{:SHORT_DIGITS$}  {}", "", notes.join("; ")), COLUMNS);
+        let notes = if notes.trim().is_empty() { String::new() } else { format!("\n{}", clean(&notes)) };
+        format!("{}{notes}", cut(line.trim_end(), COLUMNS))
     }
 }
 
@@ -266,6 +271,7 @@ fn show(entry: Entry) -> Printed {
         ("type", row.r#type),
         ("subject", row.subject),
         ("state", row.state),
+        ("source", row.source.to_owned()),
         ("verified", row.verified.to_string()),
         ("fingerprint", fingerprint),
         ("intact", row.intact.to_string()),
@@ -433,6 +439,7 @@ mod tests {
             subject: subject.to_owned(),
             state: String::new(),
             bytes: 2,
+            source: "webhook",
             verified: true,
             intact: true,
             parked: parked.map(str::to_owned),

@@ -8,7 +8,7 @@ use bytesize::ByteSize;
 
 use super::findings::{Finding, Level};
 use crate::config::Config;
-use crate::spool::{FileSystem, Inspector, Ledger, Shortage, SpoolState, check_mount, sibling};
+use crate::spool::{FileSystem, Inspector, Ledger, OpenError, Shortage, SpoolState, check_mount, sibling};
 use crate::text::chain;
 
 const AREA: &str = "spool";
@@ -23,7 +23,7 @@ struct Facts<'a> {
     /// Whether the files could be created or changed.
     access: Result<(), String>,
     /// The totals, if there is a spool.
-    ledger: Option<Result<Ledger, String>>,
+    ledger: Option<Result<Ledger, Unread>>,
     /// Size of the write-ahead log.
     log_bytes: u64,
     /// Whether the disk has too little room for the reserve.
@@ -33,6 +33,14 @@ struct Facts<'a> {
     max_bytes: u64,
     /// Why the place is wrong: the file is mounted alone, or its file system is not a local disk.
     place: Option<String>,
+}
+
+/// Why the totals cannot be read.
+enum Unread {
+    /// The spool is one of an older relay, which the new one converts when it starts.
+    Unconverted(String),
+    /// Something is wrong with it.
+    Wrong(String),
 }
 
 /// Reads the spool and looks at its disk.
@@ -51,8 +59,11 @@ pub(super) fn findings(config: &Config, state: &SpoolState) -> Vec<Finding> {
     };
     let exists = matches!(state, SpoolState::Idle | SpoolState::InUse);
     let ledger = exists.then(|| {
-        let spool = Inspector::open(path).map_err(|error| chain(&error))?;
-        spool.ledger().map_err(|error| chain(&error))
+        let spool = Inspector::open(path).map_err(|error| match error {
+            OpenError::Unconverted { .. } => Unread::Unconverted(error.to_string()),
+            error => Unread::Wrong(chain(&error)),
+        })?;
+        spool.ledger().map_err(|error| Unread::Wrong(chain(&error)))
     });
     let facts = Facts {
         path,
@@ -94,7 +105,8 @@ impl Facts<'_> {
         }
         match &self.ledger {
             None => Finding::ok(AREA, format!("{path} will be created")),
-            Some(Err(error)) => Finding::wrong(AREA, format!("{error}{user}")),
+            Some(Err(Unread::Unconverted(text))) => Finding::ok(AREA, text.clone()),
+            Some(Err(Unread::Wrong(error))) => Finding::wrong(AREA, format!("{error}{user}")),
             Some(Ok(ledger)) if !ledger.balances() => {
                 Finding::wrong(AREA, format!("{path}: its totals do not add up: {ledger:?}{user}"))
                     .remedy("run prism-relay spool verify, and keep its output")
