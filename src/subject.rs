@@ -304,8 +304,8 @@ impl State {
     fn is_late_copy(&self, made: &Made, news: &News) -> bool {
         let is_in_time = near(made.at_ms, news.told.at_ms, LATE_MS);
         let is_as_trusted = made.is_trusted || !news.told.is_trusted;
-        // What came after the event may belong to a second run, whose events are not late copies. Only shortly after the
-        // end it is more likely that the webhooks of one run come in another order.
+        // What came after the event may belong to a second run, whose events are not late copies. Only shortly after
+        // the end it is more likely that the webhooks of one run come in another order.
         let is_overtaken = match news.step {
             Step::Began => !self.is_open,
             Step::Succeeded | Step::Failed => self.began.is_some_and(|began| began.at_ms >= made.at_ms),

@@ -5,6 +5,7 @@ use bytes::Bytes;
 use libfuzzer_sys::fuzz_target;
 use prism_relay::event::{Envelope, Event, Fingerprint, Source, TraceContext};
 use prism_relay::publisher::message::Message;
+use prism_relay::subject::Progress;
 
 fuzz_target!(|input: &[u8]| {
     if let Ok(envelope) = Envelope::parse(input) {
@@ -13,6 +14,10 @@ fuzz_target!(|input: &[u8]| {
         assert!(!key.is_empty() && key.len() <= 200 && key.bytes().all(safe), "{key:?}");
         assert!(key.split('.').all(|word| !word.is_empty()), "{key:?}");
         let _ = envelope.subject();
+        if let Some(progress) = Progress::of(&envelope) {
+            assert_eq!(progress.subject.to_string().parse(), Ok(progress.subject.clone()));
+            assert_eq!(progress.event_type(), envelope.event_type);
+        }
     }
     // The start of the same bytes also plays the trace headers.
     let (head, tail) = input.split_at(input.len().min(60));

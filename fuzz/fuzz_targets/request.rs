@@ -16,7 +16,7 @@ use prism_relay::metrics::Metrics;
 use prism_relay::server::{Limits, Protocol};
 use prism_relay::signature::Verifier;
 use prism_relay::traces::Traces;
-use prism_relay::spool::{Durability, Settlement, Spool, WriterEnd, dedupe};
+use prism_relay::spool::{Durability, Settlement, Spool, WriterEnd, dedupe, subjects};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
 use tokio::runtime::{Builder, Runtime};
 use tokio_util::sync::CancellationToken;
@@ -63,7 +63,8 @@ impl Relay {
         let guard = runtime.enter();
         let metrics = Arc::new(Metrics::new());
         let dedupe = dedupe::Settings { window: Duration::from_secs(60), entries_max: 100 };
-        let (spool, end) = Spool::open(&config.spool, &dedupe, None, Arc::clone(&metrics)).unwrap();
+        let subjects = subjects::Settings { max: 100, keep: Duration::from_secs(60) };
+        let (spool, end) = Spool::open(&config.spool, &dedupe, Some(&subjects), Arc::clone(&metrics)).unwrap();
         // Without a secret, so that bodies get through to the spool.
         let verifier = Arc::new(Verifier::new(&[], false, Duration::from_secs(300)));
         let traces = Arc::new(Traces::new(&config.traces).unwrap());

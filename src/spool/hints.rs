@@ -1,5 +1,5 @@
-//! Hints: the subjects of webhooks that were refused. Prism gives such a webhook up, so its subject is asked for. A hint
-//! proves nothing and is never published: anyone can send a webhook that is refused.
+//! Hints: the subjects of webhooks that were refused. Prism gives such a webhook up, so its subject is asked for. A
+//! hint proves nothing and is never published: anyone can send a webhook that is refused.
 //!
 //! Bounded: the newest of each trust stay, so that no flood of unsigned webhooks pushes out a signed one.
 
@@ -14,8 +14,8 @@ use crate::subject::{Kind, Step, Subject};
 /// Maximum number of hints of each trust, in memory and in the file.
 pub(super) const HINTS_MAX: usize = 1000;
 
-/// The schema of the hints. `signed`: the signature was right, and the spool took no event. `step`: of the last webhook.
-/// `at_ms`: when the first one was refused. Without comments, as that of the subjects.
+/// The schema of the hints. `signed`: the signature was right, and the spool took no event. `step`: of the last
+/// webhook. `at_ms`: when the first one was refused. Without comments, as that of the subjects.
 pub(super) const SCHEMA: &str = "
     CREATE TABLE hint (
         signed INTEGER NOT NULL, kind TEXT NOT NULL, id TEXT NOT NULL, step TEXT NOT NULL, at_ms INTEGER NOT NULL,

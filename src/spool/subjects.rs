@@ -25,9 +25,9 @@ pub struct Settings {
 }
 
 /// The schema of the subjects. A scan or prediction `began` and `ended`: when (in milliseconds since 1970), who told it
-/// (0: a webhook, 1: the API), and whether that is `trusted`. `open`: it began, and its end is still to come. `last_ms`:
-/// when something was last told. `asked_ms`, `tries` and `next_ms`: when the API was last asked, how often, and when to
-/// ask again. `made`: the last event that the API told, whose webhook may come late.
+/// (0: a webhook, 1: the API), and whether that is `trusted`. `open`: it began, and its end is still to come.
+/// `last_ms`: when something was last told. `asked_ms`, `tries` and `next_ms`: when the API was last asked, how often,
+/// and when to ask again. `made`: the last event that the API told, whose webhook may come late.
 ///
 /// There are no comments in it, because all schemas together should fit into the first page of the file: damage of
 /// another page then leaves every table readable.
@@ -45,9 +45,10 @@ pub(super) const SCHEMA: &str = "
 ";
 
 /// The columns that [`named`] and [`state`] read, and [`save`] writes, in their order.
-pub(super) const COLUMNS: &str = "key, kind, id, began_ms, began_source, began_trusted, ended_ms, ended_source, ended_trusted, \
-                       ended_step, open, last_ms, asked_ms, tries, next_ms, made_seq, made_id, made_step, made_ms, \
-                       made_trusted";
+pub(super) const COLUMNS: &str = concat!(
+    "key, kind, id, began_ms, began_source, began_trusted, ended_ms, ended_source, ended_trusted, ended_step, open, ",
+    "last_ms, asked_ms, tries, next_ms, made_seq, made_id, made_step, made_ms, made_trusted",
+);
 
 /// At most how much of the log one change takes, with the subject that it displaces: a page of the table and two of
 /// the indexes for the one, a page of the table and one of an index for the other.
@@ -203,10 +204,10 @@ impl Follower {
     }
 
     /// Whether something waits to be written. Hints wait for a second.
-    pub(super) fn is_due(&self, now: Instant) -> bool {
+    pub(super) fn is_due(&self) -> bool {
         match self {
             Self::Off | Self::Stale => false,
-            Self::On(following) => !following.notes.is_empty() || following.hints_are_due(now),
+            Self::On(following) => !following.notes.is_empty() || following.hints_are_due(Instant::now()),
         }
     }
 
@@ -350,6 +351,27 @@ pub(super) fn load(connection: &Connection, subject: &Subject) -> Result<Option<
     let mut statement = connection.prepare_cached(&sql)?;
     let values = (subject.key().0, subject.kind().text(), subject.id());
     Ok(statement.query_row(values, |row| Ok(state(row))).optional()?.flatten())
+}
+
+/// Some rows of the subjects, for `spool verify`.
+pub(super) struct Slice {
+    /// The key of the last one.
+    pub last: i64,
+    /// How many of them cannot be understood.
+    pub unclear: u64,
+}
+
+/// Reads rows behind the one with the key `after`; `None` if there are none.
+pub(super) fn slice(connection: &Connection, after: i64, limit: usize) -> Result<Option<Slice>> {
+    let sql = format!("SELECT {COLUMNS} FROM subject WHERE key > ?1 ORDER BY key LIMIT ?2");
+    let mut statement = connection.prepare_cached(&sql)?;
+    let (mut rows, mut slice) = (statement.query((after, limit as i64))?, None);
+    while let Some(row) = rows.next()? {
+        let unclear = slice.map_or(0, |slice: Slice| slice.unclear);
+        let is_clear = named(row).is_some() && state(row).is_some_and(|state| !state.is_open || state.began.is_some());
+        slice = Some(Slice { last: row.get(0)?, unclear: unclear + u64::from(!is_clear) });
+    }
+    Ok(slice)
 }
 
 /// Writes what is known of a subject.

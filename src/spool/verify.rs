@@ -5,6 +5,7 @@ use rusqlite::Connection;
 use super::error::{Result, StoreError};
 use super::ledger::Ledger;
 use super::reader::{self, Collected};
+use super::subjects;
 use super::types::EVENT_OVERHEAD_BYTES;
 
 /// How many events to read at a time.
@@ -30,6 +31,7 @@ pub(super) fn verify(connection: &mut Connection, is_in_use: bool) -> Result<Ver
         check_structure(connection, &mut problems)?;
     }
     check_bodies(connection, &mut problems)?;
+    check_subjects(connection, &mut problems)?;
     let ledger = check_totals(connection, &mut problems)?;
     Ok(Verdict { ledger, problems, is_structure_checked: !is_in_use })
 }
@@ -70,6 +72,26 @@ fn check_bodies(connection: &Connection, problems: &mut Vec<String>) -> Result<(
             Some(_) | None => return Ok(()),
         }
     }
+}
+
+/// In slices, each a short read. A subject that cannot be understood counts as unknown.
+fn check_subjects(connection: &Connection, problems: &mut Vec<String>) -> Result<()> {
+    let (mut unclear, mut after) = (0, i64::MIN);
+    loop {
+        match subjects::slice(connection, after, SLICE) {
+            Ok(Some(slice)) => (unclear, after) = (unclear + slice.unclear, slice.last),
+            Ok(None) => break,
+            Err(cause) if cause.is_damage() => {
+                problems.push(format!("file: what is known of scans and predictions cannot be read: {cause}"));
+                break;
+            }
+            Err(cause) => return Err(cause),
+        }
+    }
+    if unclear > 0 {
+        problems.push(format!("subjects: {unclear} rows cannot be understood, and count as unknown"));
+    }
+    Ok(())
 }
 
 /// Counts the events and reads the totals in one transaction, so that a running relay does not change them meanwhile.

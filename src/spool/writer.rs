@@ -548,7 +548,7 @@ impl Writer {
     }
 
     fn nothing_to_settle(&self) -> bool {
-        self.unsettled.is_empty() && self.shared.delivered.is_empty() && !self.follower.is_due(Instant::now())
+        self.unsettled.is_empty() && self.shared.delivered.is_empty() && !self.follower.is_due()
     }
 
     /// Whether events can be accepted. Tries the disk again if it failed or was full.

@@ -445,6 +445,28 @@ async fn a_spool_of_another_format_is_left_alone() {
     assert_eq!(rows, 1);
 }
 
+/// The files of an older relay that was killed with pending events.
+#[tokio::test]
+async fn a_spool_of_the_format_before_is_converted() {
+    let mut relay = Setup::without_broker().start().await;
+    relay.sigterm();
+    relay.wait().await;
+    let (spool, older) = (relay.setup().spool(), Path::new("tests/samples/spool-format-4/spool.db"));
+    for suffix in ["", "-wal"] {
+        fs::copy(sibling(older, suffix), sibling(&spool, suffix)).unwrap();
+    }
+    let checked = relay.run(&["check", "--offline"]).await;
+    assert!(checked.code == Some(0) && checked.stdout.contains("converts it when it starts"), "{}", checked.stdout);
+    let listed = relay.run(&["spool", "list"]).await;
+    assert!(listed.code == Some(1) && listed.stderr.contains("converts it when it starts"), "{}", listed.stderr);
+    relay.start_again().await;
+    relay.eventually_logs("converted the spool of an older prism-relay").await;
+    relay.post(scan(0)).await.expect(200);
+    assert_eq!(relay.spool().await.pending, 9);
+    let listed = relay.run(&["spool", "list", "--json"]).await;
+    assert_eq!(listed.stdout.matches(r#""source":"webhook""#).count(), 9, "{}", listed.stdout);
+}
+
 #[tokio::test]
 async fn a_file_locked_by_another_process_is_not_waited_for_forever() {
     let relay = Setup::without_broker().start().await;

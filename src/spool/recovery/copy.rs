@@ -178,8 +178,8 @@ fn copy_entries(old: &Connection, sql: &str, rows: &mut BTreeMap<u64, Vec<EntryB
     Ok(false)
 }
 
-/// Copies what is known of subjects. If events are lost, only the open ones: an end that is lost must not count as known
-/// when an operator asks Prism's API for it. Returns whether all of it was readable.
+/// Copies what is known of subjects. If events are lost, only the open ones: an end that is lost must not count as
+/// known when an operator asks Prism's API for it. Returns whether all of it was readable.
 fn copy_subjects(old: &Connection, store: &mut Store, events_are_lost: bool) -> Result<bool> {
     let found =
         readable(old.query_row("SELECT count(*) FROM sqlite_schema WHERE name = 'subject'", [], |row| row.get(0)))?;

@@ -2,6 +2,7 @@
 
 mod faults;
 mod files;
+mod following;
 mod inspect;
 mod model;
 mod recovery;
@@ -61,8 +62,12 @@ struct Opened {
 
 impl Opened {
     fn open(path: &Path, max_bytes: u64, window: Duration) -> Self {
+        Self::with(path, max_bytes, window, None)
+    }
+
+    fn with(path: &Path, max_bytes: u64, window: Duration, subjects: Option<&subjects::Settings>) -> Self {
         let metrics = Arc::new(Metrics::new());
-        let (spool, end) = Spool::open(&settings(path, max_bytes), &deduped(window), None, metrics).unwrap();
+        let (spool, end) = Spool::open(&settings(path, max_bytes), &deduped(window), subjects, metrics).unwrap();
         Self { spool, end }
     }
 

@@ -3,14 +3,18 @@
 use std::collections::{BTreeMap, HashMap};
 
 use bytes::Bytes;
+use jiff::Timestamp;
 use proptest::prelude::*;
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 use uuid::Uuid;
 
 use super::{Opened, WINDOW, event};
-use crate::event::{Event, SubjectKey};
-use crate::spool::{AppendError, EVENT_OVERHEAD_BYTES, Ledger, Receipt, Settlement, Spool, Stored};
+use crate::event::{Envelope, Event, Source, SubjectKey};
+use crate::spool::{
+    AppendError, EVENT_OVERHEAD_BYTES, Ledger, MadeReceipt, Receipt, Settlement, Spool, Stored, subjects,
+};
+use crate::subject::{Kind, Made, News, Progress, State, Step, Subject, Told, Verdict};
 
 #[derive(Clone, Debug)]
 enum Operation {
@@ -21,7 +25,28 @@ enum Operation {
     Park(usize),
     ConfirmParked(usize),
     ConfirmUnknown,
+    /// A webhook about one of a few scans, or an answer of the API, so many minutes later.
+    Tell(Tell),
     Reopen,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Tell {
+    scan: u8,
+    step: Step,
+    source: Source,
+    authentic: bool,
+    minutes: i64,
+    /// Bodies with another number are other ones.
+    body: u8,
+}
+
+fn tell() -> impl Strategy<Value = Tell> {
+    let step = prop_oneof![Just(Step::Began), Just(Step::Succeeded), Just(Step::Failed)];
+    let source = prop_oneof![Just(Source::Webhook), Just(Source::Api)];
+    (0..3u8, step, source, any::<bool>(), 0..40i64, 0..20u8).prop_map(
+        |(scan, step, source, authentic, minutes, body)| Tell { scan, step, source, authentic, minutes, body },
+    )
 }
 
 fn operation() -> impl Strategy<Value = Operation> {
@@ -31,6 +56,7 @@ fn operation() -> impl Strategy<Value = Operation> {
         1 => (0..10usize).prop_map(Operation::Park),
         1 => (0..10usize).prop_map(Operation::ConfirmParked),
         1 => Just(Operation::ConfirmUnknown),
+        6 => tell().prop_map(Operation::Tell),
         1 => Just(Operation::Reopen),
     ]
 }
@@ -41,24 +67,45 @@ struct Model {
     pending: BTreeMap<u64, Event>,
     parked: BTreeMap<u64, Event>,
     seen: HashMap<Bytes, (u64, Uuid)>,
+    subjects: HashMap<Subject, State>,
     ledger: Ledger,
 }
 
 impl Model {
     fn append(&mut self, event: &Event, max_bytes: u64) -> Result<Receipt, AppendError> {
-        if let Some(&(seq, id)) = self.seen.get(&event.body) {
+        let is_webhook = event.source == Source::Webhook;
+        if let Some(&(seq, id)) = self.seen.get(&event.body).filter(|_| is_webhook) {
             self.ledger.duplicates += 1;
             return Ok(Receipt { seq, id, duplicate: true });
+        }
+        let progress = Envelope::parse(&event.body).ok().and_then(|envelope| Progress::of(&envelope));
+        let mut told = None;
+        if let Some(Progress { subject, step }) = progress {
+            let mut state = self.subjects.get(&subject).copied().unwrap_or_default();
+            let by = Told { at_ms: event.accepted_ms, source: event.source, is_trusted: event.authentic };
+            match state.on(&News { seq: self.ledger.accepted + 1, id: event.id, step, told: by }) {
+                Verdict::LateCopy(Made { seq, id, .. }) => {
+                    self.ledger.duplicates += 1;
+                    self.seen.insert(event.body.clone(), (seq, id));
+                    self.subjects.insert(subject, state);
+                    return Ok(Receipt { seq, id, duplicate: true });
+                }
+                Verdict::Known => return Ok(Receipt::of_known(event)),
+                Verdict::New => told = Some((subject, state)),
+            }
         }
         let cost = event.body.len() as u64 + EVENT_OVERHEAD_BYTES;
         if self.ledger.bytes + cost > max_bytes {
             return Err(AppendError::Full);
         }
+        self.subjects.extend(told);
         self.ledger.accepted += 1;
         self.ledger.pending += 1;
         self.ledger.bytes += cost;
         let seq = self.ledger.accepted;
-        self.seen.insert(event.body.clone(), (seq, event.id));
+        if is_webhook {
+            self.seen.insert(event.body.clone(), (seq, event.id));
+        }
         self.pending.insert(seq, event.clone());
         Ok(Receipt { seq, id: event.id, duplicate: false })
     }
@@ -81,6 +128,16 @@ impl Model {
         self.ledger.pending -= 1;
         self.ledger.parked += 1;
     }
+}
+
+fn told(tell: &Tell, at_ms: i64) -> (Event, Progress) {
+    let subject = Subject::new(Kind::Scan, &tell.scan.to_string()).unwrap();
+    let progress = Progress { subject, step: tell.step };
+    let (event_type, Tell { scan, body, .. }) = (progress.event_type(), tell);
+    let body = format!(r#"{{"eventType":"{event_type}","payload":{{"scanId":"{scan}","n":{body}}}}}"#);
+    let (source, authentic) = (tell.source, tell.authentic);
+    let subject = Some(progress.subject.key());
+    (Event { accepted_ms: at_ms, source, authentic, subject, ..event(body) }, progress)
 }
 
 fn nth(events: &BTreeMap<u64, Event>, n: usize) -> Option<u64> {
@@ -107,6 +164,11 @@ async fn check(spool: &Spool, model: &Model) {
     let mut parked = spool.parked_due(i64::MAX, 0, 10_000).await.unwrap().events;
     parked.sort_by_key(|stored| stored.seq);
     assert_eq!(parked, expect(&model.parked));
+    for (subject, state) in &model.subjects {
+        assert_eq!(spool.subject(subject.clone()).await.unwrap().as_ref(), Some(state), "{subject}");
+    }
+    let open = model.subjects.values().filter(|state| state.is_open).count() as u64;
+    assert_eq!(spool.subject_counts(0).await.unwrap().open, open);
     let oldest = model.pending.values().next().map(|event| event.accepted_ms);
     assert_eq!(spool.oldest_pending_ms().await.unwrap(), oldest);
 }
@@ -116,7 +178,9 @@ async fn replay(operations: Vec<Operation>) {
     let folder = TempDir::new().unwrap();
     let path = folder.path().join("spool.db");
     let mut model = Model::default();
-    let mut opened = Opened::open(&path, MAX_BYTES, WINDOW);
+    let subjects = subjects::Settings { max: 1000, keep: WINDOW };
+    let open = || Opened::with(&path, MAX_BYTES, WINDOW, Some(&subjects));
+    let (mut opened, mut now_ms) = (open(), Timestamp::now().as_millisecond());
     for operation in operations {
         let spool = &opened.spool;
         match operation {
@@ -144,15 +208,30 @@ async fn replay(operations: Vec<Operation>) {
                 }
             }
             Operation::ConfirmUnknown => spool.settle(vec![Settlement::Confirmed(1 << 40)]).await,
+            Operation::Tell(tell) => {
+                now_ms += tell.minutes * 60_000;
+                let (event, progress) = told(&tell, now_ms);
+                let expected = model.append(&event, MAX_BYTES);
+                match event.source {
+                    Source::Webhook => assert_eq!(spool.append(event, None).await, expected),
+                    Source::Api => {
+                        let expected = expected.map(|receipt| match receipt.duplicate {
+                            true => MadeReceipt::Known,
+                            false => MadeReceipt::Stored(receipt),
+                        });
+                        assert_eq!(spool.append_made(event, progress).await, expected);
+                    }
+                }
+            }
             Operation::Reopen => {
                 opened.close().await;
-                opened = Opened::open(&path, MAX_BYTES, WINDOW);
+                opened = open();
             }
         }
     }
     check(&opened.spool, &model).await;
     opened.close().await;
-    let opened = Opened::open(&path, MAX_BYTES, WINDOW);
+    let opened = open();
     check(&opened.spool, &model).await;
     opened.close().await;
 }
