@@ -15,7 +15,7 @@ const PERSISTENT: u8 = 2;
 
 /// Maximum length of a value in a header. Longer values are left out, because the body has them as well. All headers
 /// travel in one frame, which lapin does not split and for which RabbitMQ 4.1 guarantees only 8192 bytes. There are at
-/// most nine headers.
+/// most ten headers.
 const HEADER_BYTES_MAX: usize = 512;
 
 /// The arguments of one `basic.publish`, apart from the exchange.
@@ -63,6 +63,7 @@ fn headers(event: &Event, envelope: Option<&Envelope<'_>>, trace: Option<&TraceC
     insert("prism-received-at", received_at(event.accepted_ms).as_deref());
     insert("prism-fingerprint", Some(&event.fingerprint.to_string()));
     insert("prism-verified", Some(if event.authentic { "true" } else { "false" }));
+    insert("prism-source", Some(event.source.text()));
     if let Some(envelope) = envelope {
         insert("prism-subject", envelope.subject().as_deref());
         insert("prism-scan-id", envelope.scan_id.as_deref());
@@ -129,6 +130,7 @@ mod tests {
         assert_eq!(header(&message, "prism-scan-id").unwrap(), "7f2ec6e0-b06d-42b1-b2a1-fff59a458490");
         assert_eq!(header(&message, "prism-state").unwrap(), "READY");
         assert_eq!(header(&message, "prism-verified").unwrap(), "true");
+        assert_eq!(header(&message, "prism-source").unwrap(), "webhook");
         assert!(!format!("{properties:?}").contains("partner-user-42"), "userToken is a secret");
         assert!(!format!("{properties:?}").contains("5304329f"), "userId is not copied");
     }

@@ -320,6 +320,7 @@ fn example(line: &str, name: &str, documented: &[(String, Value)]) -> Option<Val
         ("prism-received-at", Some("2025-10-01T21:26:17.000Z".to_owned())),
         ("prism-fingerprint", Some(Fingerprint::of(line.as_bytes()).to_string())),
         ("prism-verified", Some("true".to_owned())),
+        ("prism-source", Some("webhook".to_owned())),
         ("prism-subject", envelope.subject()),
         ("prism-scan-id", envelope.scan_id.as_deref().map(str::to_owned)),
         ("prism-prediction-id", envelope.prediction_id.as_deref().map(str::to_owned)),

@@ -110,6 +110,7 @@ async fn the_message_carries_the_properties_and_headers_of_the_contract() {
         "prism-prediction-id",
         "prism-received-at",
         "prism-scan-id",
+        "prism-source",
         "prism-state",
         "prism-subject",
         "prism-verified",

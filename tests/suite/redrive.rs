@@ -417,6 +417,7 @@ async fn no_header_of_a_broker_is_left_after_redrive_and_replay() {
             "prism-fingerprint",
             "prism-received-at",
             "prism-scan-id",
+            "prism-source",
             "prism-state",
             "prism-subject",
             "prism-verified",
