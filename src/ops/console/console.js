@@ -360,13 +360,30 @@ function showEvents({ events }) {
     const at = event.accepted_at;
     const state = [icon(DELIVERIES[event.status] ?? "quiet"), texts[event.status] ?? event.status];
     const prediction = event.prediction_id ? second("prediction ", mono(event.prediction_id)) : null;
+    const source = event.source === "api" ? second("by Prism's API") : null;
     return row(
       cell("", "", el("time", { datetime: at, title: at, class: "nowrap" }, clock(at))),
-      cell("", "", event.type),
+      cell("", "", event.type, source),
       cell("", "", mono(event.scan_id || (event.subject ?? "-")), prediction),
       cell("State at Prism:", "wide", event.state ?? "-"),
       cell("", "", el("span", { class: "state" }, ...state)),
       cell("Event id:", "", mono(event.id)));
+  });
+}
+
+const STEPS = { began: "Began", succeeded: "Succeeded", failed: "Failed" };
+
+/** The steps of the scan or prediction that is searched for, with times and sources. */
+function showSubjects({ subjects }) {
+  $("subjects").hidden = !subjects.length;
+  fill($("subjects"), subjects, ({ subject }) => subject, ({ subject, open, order, steps, tries, asked_at: asked }) => {
+    const step = ({ step: name, at, source, verified }) => [
+      `${STEPS[name] ?? name} `, at ? el("time", { datetime: at, title: at }, clock(at)) : "at an unknown time",
+      ` by ${source === "api" ? "Prism's API" : "a webhook"}${verified ? "" : ", not verified"}. `];
+    const questions = tries ? `Prism's API was asked ${count(tries, "time")}, last at ${clock(asked)}. ` : "";
+    const rest = `${open ? "It has not ended. " : ""}${questions}${order ? `The order is impossible: ${order}.` : ""}`;
+    const level = order ? "warning" : open ? "quiet" : "ok";
+    return el("li", {}, icon(level), el("span", {}, mono(subject), second(...steps.flatMap(step), rest)));
   });
 }
 
@@ -749,9 +766,13 @@ let finding = 0;
 
 async function loadEvents() {
   const mine = ++finding;
-  const found = await api(`api/events?find=${encodeURIComponent($("find").value.trim())}`);
+  const find = encodeURIComponent($("find").value.trim());
+  const [found, known] = await Promise.all([
+    api(`api/events?find=${find}`), find ? api(`api/subject?find=${find}`) : { subjects: [] }]);
   // Ignore the answer if a later request was sent meanwhile.
-  if (mine === finding) showEvents(found);
+  if (mine !== finding) return;
+  showEvents(found);
+  showSubjects(known);
 }
 
 let parkedAsked = 0;
