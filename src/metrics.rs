@@ -57,6 +57,8 @@ pub struct Metrics {
     pub log_lines_dropped: Counter,
     /// What events have and the schemas do not describe.
     pub unexpected: Unexpected,
+    /// Scans and predictions that are compared with Prism's API.
+    pub reconcile: ReconcileMetrics,
     /// Valid signatures, by the position of their secret in the list.
     verified: RwLock<Vec<Counter>>,
 }
@@ -77,6 +79,47 @@ impl Unexpected {
     /// The counter of a kind, by its position in the alphabet.
     pub fn of(&self, kind: usize) -> &Counter {
         &self.0[kind]
+    }
+}
+
+/// Scans and predictions that are compared with Prism's API. All 0 while `reconcile.api_key` is not set.
+pub struct ReconcileMetrics {
+    /// Subjects that began and did not end.
+    pub open: Gauge,
+    /// Open subjects that began longer ago than `reconcile.after`.
+    pub overdue: Gauge,
+    /// 1 while the API refuses the key.
+    pub stopped: Gauge,
+    outcomes: [Counter; RECONCILED.len()],
+}
+
+/// What came of comparing a subject with the API, as the label of the counter.
+pub const RECONCILED: [&str; 7] = ["in_step", "repaired", "late", "unknown", "pending", "failed", "refused"];
+
+impl ReconcileMetrics {
+    fn new(recorder: &PrometheusRecorder) -> Self {
+        let gauge = |name, help| gauge(recorder, name, help, &[]);
+        let help = "Scans and predictions that were compared with Prism's API: in_step (nothing is missing), repaired \
+                    (an event that no webhook brought was made), late (the webhook came first), unknown (to the API), \
+                    pending (not ended yet), failed (no usable answer), refused (the key).";
+        Self {
+            open: gauge("prism_relay_subjects_open", "Scans and predictions that began and did not end."),
+            overdue: gauge(
+                "prism_relay_subjects_overdue",
+                "Scans and predictions that began longer ago than reconcile.after and did not end.",
+            ),
+            stopped: gauge(
+                "prism_relay_reconcile_stopped",
+                "1 while Prism's API refuses reconcile.api_key, so that nothing is reconciled.",
+            ),
+            outcomes: RECONCILED
+                .map(|outcome| counter(recorder, "prism_relay_reconciled_total", help, &[("outcome", outcome)])),
+        }
+    }
+
+    /// The counter of an outcome, by its position in [`RECONCILED`].
+    pub fn outcome(&self, position: usize) -> &Counter {
+        &self.outcomes[position]
     }
 }
 
@@ -208,6 +251,7 @@ impl Metrics {
                 &[],
             ),
             unexpected: Unexpected::new(&recorder),
+            reconcile: ReconcileMetrics::new(&recorder),
             verified: Default::default(),
             recorder,
         }

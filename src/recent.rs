@@ -8,7 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use jiff::{SignedDuration, Timestamp};
 use uuid::Uuid;
 
-use crate::event::{DOCUMENTED_TYPES, Envelope, Fingerprint};
+use crate::event::{DOCUMENTED_TYPES, Envelope, Fingerprint, Source};
 
 /// Maximum number of events that are kept; each takes about 300 bytes.
 const LATEST_MAX: usize = 1000;
@@ -85,6 +85,7 @@ pub struct Arrival {
     pub seq: u64,
     pub id: Uuid,
     pub accepted_at: Timestamp,
+    pub source: Source,
     /// The event type; `None`, like the fields below, for a signed body without an envelope.
     pub event_type: Option<Box<str>>,
     pub scan_id: Option<Box<str>>,
@@ -116,21 +117,9 @@ impl Default for Recent {
 }
 
 impl Recent {
-    /// Adds an accepted event.
+    /// Adds an accepted webhook.
     pub fn accepted(&self, seq: u64, id: Uuid, envelope: Option<&Envelope<'_>>, now: Timestamp) {
-        let text = |text: &str| match text.char_indices().nth(TEXT_CHARS_MAX) {
-            Some((end, _)) => Box::from(&text[..end]),
-            None => Box::from(text),
-        };
-        let arrival = Arrival {
-            seq,
-            id,
-            accepted_at: now,
-            event_type: envelope.map(|envelope| text(&envelope.event_type)),
-            scan_id: envelope.and_then(|envelope| envelope.scan_id.as_deref()).map(text),
-            prediction_id: envelope.and_then(|envelope| envelope.prediction_id.as_deref()).map(text),
-            state: envelope.and_then(|envelope| envelope.state.as_deref()).map(text),
-        };
+        let arrival = Arrival::new(seq, id, Source::Webhook, envelope, now);
         {
             let mut counts = locked(&self.counts);
             counts.accepted += 1;
@@ -138,6 +127,11 @@ impl Recent {
             counts.count_type(arrival.event_type.as_deref().unwrap_or("(no event)"), now);
         }
         push(&mut locked(&self.latest), arrival);
+    }
+
+    /// Adds an event that Prism's API told. It is no webhook, so it does not count as one.
+    pub fn made(&self, seq: u64, id: Uuid, envelope: &Envelope<'_>, now: Timestamp) {
+        push(&mut locked(&self.latest), Arrival::new(seq, id, Source::Api, Some(envelope), now));
     }
 
     /// Counts a re-send.
@@ -201,6 +195,25 @@ impl Recent {
     /// Whether an operator removed this event recently.
     pub fn was_removed(&self, id: Uuid) -> bool {
         locked(&self.removed).contains(&id)
+    }
+}
+
+impl Arrival {
+    fn new(seq: u64, id: Uuid, source: Source, envelope: Option<&Envelope<'_>>, now: Timestamp) -> Self {
+        let text = |text: &str| match text.char_indices().nth(TEXT_CHARS_MAX) {
+            Some((end, _)) => Box::from(&text[..end]),
+            None => Box::from(text),
+        };
+        Self {
+            seq,
+            id,
+            accepted_at: now,
+            source,
+            event_type: envelope.map(|envelope| text(&envelope.event_type)),
+            scan_id: envelope.and_then(|envelope| envelope.scan_id.as_deref()).map(text),
+            prediction_id: envelope.and_then(|envelope| envelope.prediction_id.as_deref()).map(text),
+            state: envelope.and_then(|envelope| envelope.state.as_deref()).map(text),
+        }
     }
 }
 

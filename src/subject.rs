@@ -315,7 +315,7 @@ impl State {
     }
 
     /// Whether an answer of the API would tell nothing new.
-    fn knows(&self, step: Step) -> bool {
+    pub(crate) fn knows(&self, step: Step) -> bool {
         match step {
             Step::Began => self.began.is_some() || self.ended.is_some(),
             Step::Succeeded | Step::Failed => !self.is_open && self.ended.is_some_and(|ended| ended.step == step),

@@ -5,14 +5,15 @@ use std::time::Duration;
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
-use hyper::Uri;
+use hyper::header::{AUTHORIZATION, HeaderName};
+use hyper::{Method, Uri};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use thiserror::Error;
 
 use super::settings::Settings;
 use super::url::BrokerUrl;
-use crate::http_client::{HttpClient, Limits, NoAnswer, get, http_client};
+use crate::http_client::{HttpClient, Limits, NoAnswer, ask, http_client};
 use crate::tls;
 
 /// Limits for an answer. A broker with ten thousand queues answers less.
@@ -47,7 +48,7 @@ pub(crate) struct Management {
     client: HttpClient,
     /// The address without `/` at the end.
     base: String,
-    login: String,
+    login: (HeaderName, String),
     vhost: String,
     /// The broker's AMQP port, if the address is a guess: another broker may have its API there.
     guessed_for: Option<u16>,
@@ -65,10 +66,11 @@ impl Management {
         let base = Self::place(broker, url);
         let tls = if base.starts_with("https") { broker.tls.load()? } else { tls::client_without_authorities()? };
         let login = &url.expose().authority.userinfo;
+        let login = format!("{}:{}", login.username, login.password);
         Ok(Self {
             client: http_client(tls),
             base,
-            login: format!("Basic {}", BASE64_STANDARD.encode(format!("{}:{}", login.username, login.password))),
+            login: (AUTHORIZATION, format!("Basic {}", BASE64_STANDARD.encode(login))),
             vhost: url.vhost().to_owned(),
             guessed_for: broker.management_url.is_none().then(|| url.port()),
         })
@@ -99,10 +101,10 @@ impl Management {
     /// The answer of a health check below `/api/health/checks/`: 503 says that something is wrong.
     pub(crate) async fn health_check(&self, path: &str) -> Result<Value, ManagementError> {
         let url = format!("{}/api/health/checks/{path}", self.base);
-        let answer = get(&self.client, &url, Some(&self.login), &LIMITS).await?;
-        match answer.status.as_u16() {
+        let answer = ask(&self.client, Method::GET, &url, Some(&self.login), &LIMITS).await?;
+        match answer.status().as_u16() {
             200 | 503 => {
-                serde_json::from_slice(&answer.body).map_err(|source| ManagementError::Unexpected { url, source })
+                serde_json::from_slice(answer.body()).map_err(|source| ManagementError::Unexpected { url, source })
             }
             status => Err(ManagementError::Refused { url, status }),
         }
@@ -111,11 +113,11 @@ impl Management {
     /// The JSON at this path below `/api/`.
     pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ManagementError> {
         let url = format!("{}/api/{path}", self.base);
-        let answer = get(&self.client, &url, Some(&self.login), &LIMITS).await?;
-        if !answer.status.is_success() {
-            return Err(ManagementError::Refused { url, status: answer.status.as_u16() });
+        let answer = ask(&self.client, Method::GET, &url, Some(&self.login), &LIMITS).await?;
+        if !answer.status().is_success() {
+            return Err(ManagementError::Refused { url, status: answer.status().as_u16() });
         }
-        serde_json::from_slice(&answer.body).map_err(|source| ManagementError::Unexpected { url, source })
+        serde_json::from_slice(answer.body()).map_err(|source| ManagementError::Unexpected { url, source })
     }
 }
 

@@ -4,13 +4,14 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::bail;
-use hyper::Uri;
+use hyper::header::{AUTHORIZATION, HeaderName};
 use hyper::http::uri::{InvalidUri, Scheme};
+use hyper::{Method, Uri};
 use serde_json::Value;
 
 use super::failure::Failure;
 use crate::config::Config;
-use crate::http_client::{HttpClient, Limits, get, http_client};
+use crate::http_client::{HttpClient, Limits, ask, http_client};
 use crate::secret::Secret;
 use crate::text::clean;
 use crate::tls;
@@ -18,11 +19,15 @@ use crate::tls;
 /// Maximum size of an answer, in bytes: far larger than any status.
 const ANSWER_BYTES_MAX: usize = 4 * 1024 * 1024;
 
+/// The header of an action without the operators' token.
+const ACTION_HEADER: HeaderName = HeaderName::from_static("x-prism-token");
+
 /// A resource of the operators' listener.
 pub(super) struct OpsResource {
     client: HttpClient,
     url: String,
-    authorization: Option<String>,
+    /// The header that proves who asks.
+    credential: Option<(HeaderName, String)>,
     limits: Limits,
 }
 
@@ -35,24 +40,43 @@ impl OpsResource {
         };
         let client = http_client(tls::client_without_authorities()?);
         let limits = Limits { deadline, bytes_max: ANSWER_BYTES_MAX };
-        Ok(Self { client, url, authorization: None, limits })
+        Ok(Self { client, url, credential: None, limits })
     }
 
     pub(super) fn with_token(mut self, token: Option<&Secret>) -> Self {
-        self.authorization = token.map(|token| format!("Bearer {}", token.expose()));
+        self.credential = token.map(|token| (AUTHORIZATION, format!("Bearer {}", token.expose())));
         self
+    }
+
+    /// Allows this resource to change something: with the operators' token, or else with the token that the relay gives
+    /// to those who may read.
+    pub(super) async fn for_action(self, config: &Config, base: Option<Uri>) -> Result<Self, Failure> {
+        if config.ops.token.is_some() {
+            return Ok(self.with_token(config.ops.token.as_ref()));
+        }
+        let answer = Self::new(config, base, "/api/action-token", self.limits.deadline)?.get().await?;
+        let token = answer["token"].as_str().unwrap_or_default().to_owned();
+        Ok(Self { credential: Some((ACTION_HEADER, token)), ..self })
     }
 
     /// Returns the body as JSON, or `null` if it is not JSON. A status other than 2xx is an error.
     pub(super) async fn get(&self) -> anyhow::Result<Value> {
-        let Self { client, url, authorization, limits } = self;
-        let answer = get(client, url, authorization.as_deref(), limits).await?;
-        let json: Value = serde_json::from_slice(&answer.body).unwrap_or_default();
-        if answer.status.is_success() {
+        self.ask(Method::GET, &self.url).await
+    }
+
+    /// Posts to this resource with a query, without a body. The answer is that of [`Self::get`].
+    pub(super) async fn post(&self, query: &str) -> anyhow::Result<Value> {
+        self.ask(Method::POST, &format!("{}?{query}", self.url)).await
+    }
+
+    async fn ask(&self, method: Method, url: &str) -> anyhow::Result<Value> {
+        let answer = ask(&self.client, method, url, self.credential.as_ref(), &self.limits).await?;
+        let json: Value = serde_json::from_slice(answer.body()).unwrap_or_default();
+        if answer.status().is_success() {
             return Ok(json);
         }
         let detail = clean(json["detail"].as_str().unwrap_or("not an operators' listener; see ops.listen"));
-        bail!("{url} answers {}: {detail}", answer.status.as_u16());
+        bail!("{url} answers {}: {detail}", answer.status().as_u16());
     }
 }
 

@@ -16,6 +16,7 @@ mod messages;
 mod output;
 mod pace;
 mod pattern;
+mod reconcile;
 mod redrive;
 mod replay;
 mod send;
@@ -83,6 +84,8 @@ enum Command {
     Redrive(redrive::Options),
     /// Publish events of the archive again, selected by time and routing key.
     Replay(replay::Options),
+    /// Ask Prism's API for scans and predictions, and publish what no webhook brought.
+    Reconcile(reconcile::Options),
     /// Explain how the relay answers a captured request, for example with 401.
     Verify(verify::Options),
     /// Inspect the spool, also while the relay runs.
@@ -175,6 +178,7 @@ async fn perform(command: Command, loader: &Loader) -> Result<(), Failure> {
         Command::Topology(action) => topology::run(&loader.client()?, file, action).await,
         Command::Redrive(options) => redrive::run(&loader.client()?, options).await,
         Command::Replay(options) => replay::run(&loader.client()?, options).await,
+        Command::Reconcile(options) => reconcile::run(&loader.client()?, options).await,
         Command::Spool(action) => spool::run(&loader.client()?, action),
         Command::Verify(options) => verify::run(&loader.client()?, &options),
         Command::Health(options) => health::run(&loader.client()?, options).await,

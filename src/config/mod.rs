@@ -18,12 +18,12 @@ use note::Findings;
 pub use note::Note;
 pub use raw::DEFAULT_TOML;
 use raw::Raw;
-pub use secrets::{notify_secret_in, password_in, read_secret, secrets_in, token_in};
+pub use secrets::{api_key_in, notify_secret_in, password_in, read_secret, secrets_in, token_in};
 pub use sections::Purpose;
 use sections::{HOUR, MILLISECOND};
 
 use crate::spool::dedupe;
-use crate::{broker, ingress, logging, ops, publisher, signature, spool, topology, traces};
+use crate::{broker, ingress, logging, ops, publisher, reconcile, signature, spool, topology, traces};
 
 /// The whole configuration, checked.
 #[derive(Debug)]
@@ -36,6 +36,8 @@ pub struct Config {
     pub spool: spool::Settings,
     /// How re-sends are recognised.
     pub dedupe: dedupe::Settings,
+    /// How events that no webhook brought are found.
+    pub reconcile: reconcile::Settings,
     /// Where RabbitMQ is.
     pub broker: broker::Settings,
     /// How events are published.
@@ -131,6 +133,7 @@ fn read(
     let signature = sections::signature(&mut raw, purpose);
     let spool = sections::spool(&mut raw, http.body_bytes_max as u64);
     let dedupe = sections::dedupe(&mut raw);
+    let reconcile = sections::reconcile(&mut raw);
     let (broker, publisher) = sections::broker(&mut raw);
     let topology = sections::topology(&mut raw, &publisher.exchange);
     let ops = sections::ops(&mut raw);
@@ -145,6 +148,7 @@ fn read(
                 signature,
                 spool,
                 dedupe,
+                reconcile,
                 broker,
                 publisher,
                 topology,

@@ -4,8 +4,8 @@
 //! - Line ends and byte order marks at the ends are dropped: editors and `echo` add them.
 //! - Blanks and quotation marks at the ends, control characters and invisible characters are mistakes. With them the
 //!   relay would run with another secret than Prism or the broker has, and refuse every real webhook.
-//! - A signature secret or a token of fewer than [`CHARS_MIN`] characters is a mistake: it can be guessed, or it is not
-//!   the secret at all. The length of a password is RabbitMQ's business.
+//! - A signature secret, a token or a key of fewer than [`CHARS_MIN`] characters is a mistake: it can be guessed, or it
+//!   is not the secret at all. The length of a password is RabbitMQ's business.
 //! - In a file, lines that begin with `#` are comments, and empty lines are skipped.
 
 use std::collections::HashMap;
@@ -25,6 +25,7 @@ enum Kind {
     Signature,
     Password,
     Token,
+    ApiKey,
 }
 
 /// Reads a file with one signature secret per line.
@@ -40,6 +41,11 @@ pub fn password_in(text: &str) -> Result<Secret, String> {
 /// Reads a file that holds the operators' token.
 pub fn token_in(text: &str) -> Result<Secret, String> {
     only_line(text, Kind::Token)
+}
+
+/// Reads a file that holds the key to Prism's API.
+pub fn api_key_in(text: &str) -> Result<Secret, String> {
+    only_line(text, Kind::ApiKey)
 }
 
 /// Reads a file that holds the secret of the notices.
@@ -60,6 +66,11 @@ pub(super) fn password(text: &str) -> Result<Secret, String> {
 /// Checks the operators' token from the configuration.
 pub(super) fn token(text: &str) -> Result<Secret, String> {
     secret(trimmed(text), Kind::Token)
+}
+
+/// Checks the key to Prism's API from the configuration.
+pub(super) fn api_key(text: &str) -> Result<Secret, String> {
+    secret(trimmed(text), Kind::ApiKey)
 }
 
 /// Checks the secret of the notices from the configuration.
@@ -147,7 +158,7 @@ fn secret(text: &str, kind: Kind) -> Result<Secret, String> {
         "begins or ends with a blank".to_owned()
     } else if text.starts_with(is_quotation_mark) || text.ends_with(is_quotation_mark) {
         match kind {
-            Kind::Signature | Kind::Token => "begins or ends with a quotation mark".to_owned(),
+            Kind::Signature | Kind::Token | Kind::ApiKey => "begins or ends with a quotation mark".to_owned(),
             Kind::Password => "begins or ends with a quotation mark; a password that really has one goes \
                                percent-encoded into broker.urls"
                 .to_owned(),
@@ -157,9 +168,9 @@ fn secret(text: &str, kind: Kind) -> Result<Secret, String> {
     } else if kind != Kind::Password && text.chars().count() < CHARS_MIN {
         match kind {
             Kind::Token => format!("is shorter than {CHARS_MIN} characters; make one with: openssl rand -hex 24"),
-            Kind::Signature | Kind::Password => format!("is shorter than {CHARS_MIN} characters"),
+            Kind::Signature | Kind::Password | Kind::ApiKey => format!("is shorter than {CHARS_MIN} characters"),
         }
-    } else if kind == Kind::Token && !text.bytes().all(|byte| byte.is_ascii_graphic()) {
+    } else if matches!(kind, Kind::Token | Kind::ApiKey) && !text.bytes().all(|byte| byte.is_ascii_graphic()) {
         "takes ASCII without blanks".to_owned()
     } else {
         return Ok(Secret::new(text));

@@ -9,14 +9,17 @@ use ipnet::IpNet;
 use jiff::Timestamp;
 
 use super::raw::Raw;
-use super::secrets::{is_invisible, listed_secrets, looks_joined, notify_secret, notify_secret_in};
+use super::secrets::{
+    api_key, api_key_in, is_invisible, listed_secrets, looks_joined, notify_secret, notify_secret_in,
+};
 use super::secrets::{password, password_in, secrets_in, token, token_in};
 use crate::broker::{self, BrokerUrl, SHORT_STRING_BYTES_MAX};
 use crate::ingress::{self, HEALTH_PATH};
 use crate::logging::{self, Format};
+use crate::reconcile::{self, ApiUrl};
 use crate::secret::Secret;
 use crate::signature;
-use crate::spool::{self, Durability, dedupe};
+use crate::spool::{self, Durability, dedupe, subjects};
 use crate::text::chain;
 use crate::tls::{self, ClientFiles, Identity, ServerFiles};
 use crate::topology::{ARCHIVE, ArchiveSpec, DEAD, Declare, Plan, QueueSpec, Spec, UNROUTED};
@@ -141,6 +144,32 @@ pub(super) fn dedupe(raw: &mut Raw) -> dedupe::Settings {
     dedupe::Settings {
         window: window.unwrap_or_default(),
         entries_max: raw.number("dedupe.entries_max", 1..=10_000_000),
+    }
+}
+
+pub(super) fn reconcile(raw: &mut Raw) -> reconcile::Settings {
+    let (api_key_file, api_key) = secret_or_file(raw, "reconcile.api_key", api_key, api_key_in);
+    let api_url = raw.url("reconcile.api_url", ApiUrl::parse);
+    let after = raw.duration("reconcile.after", SECOND..=7 * DAY);
+    let rate = |text: &str| match text.parse() {
+        Ok(rate) if (0.01..=100.0).contains(&rate) => Ok(rate),
+        _ => Err("is not a number of requests per second from 0.01 to 100".to_owned()),
+    };
+    let keep = raw.duration("reconcile.keep", HOUR..=30 * DAY);
+    if keep < after {
+        raw.mistake("reconcile.keep", "is below reconcile.after: a subject would be forgotten before it is overdue");
+    }
+    if api_key.is_some() && api_url.as_ref().is_some_and(|url| !url.is_tls()) {
+        raw.note("reconcile.api_url", "begins with http://: its answers are published with prism-verified false");
+    }
+    reconcile::Settings {
+        api_key,
+        api_key_file,
+        api_url: api_url.unwrap_or_default(),
+        after,
+        interval: raw.duration("reconcile.interval", SECOND..=HOUR),
+        rate: raw.read("reconcile.rate", rate).unwrap_or(1.0),
+        subjects: subjects::Settings { max: raw.number("reconcile.subjects_max", 1000..=1_000_000), keep },
     }
 }
 

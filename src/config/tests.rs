@@ -53,6 +53,52 @@ fn the_defaults_are_those_of_the_contract() {
 }
 
 #[test]
+fn nothing_is_reconciled_without_a_key_and_the_key_is_shown_nowhere() {
+    let config = Config::load(None, [], Purpose::Client).unwrap();
+    let reconcile = config.reconcile;
+    assert!(reconcile.followed().is_none());
+    assert_eq!(reconcile.api_url.as_str(), "https://api.hosted.prismlabs.tech");
+    assert_eq!((reconcile.after, reconcile.interval, reconcile.rate), (900 * SECOND, 60 * SECOND, 1.0));
+    assert_eq!((reconcile.subjects.max, reconcile.subjects.keep), (100_000, 7 * 24 * 3600 * SECOND));
+
+    let key = "prism-key-0123456789";
+    let text = format!("[reconcile]\napi_key = \"{key}\"\napi_url = \"http://127.0.0.1:8089\"\n");
+    let config = load(&text, &[], Purpose::Client).unwrap();
+    assert_eq!(config.reconcile.followed().map(|subjects| subjects.max), Some(100_000));
+    assert!(config.notes.iter().any(|note| note.key == "reconcile.api_url" && note.text.contains("prism-verified")));
+    assert!(!format!("{config:?}").contains(key));
+}
+
+#[test]
+fn every_mistake_of_reconciling_is_named_at_once() {
+    let text = mistakes(
+        "[reconcile]\napi_key = \"hunter2-short\"\napi_url = \"http://prism.example\"\nafter = \"0s\"\n\
+         interval = \"2h\"\n\
+         rate = 0\nsubjects_max = 10\nkeep = \"1m\"\nsince = 1\n",
+        &[],
+    );
+    for expected in [
+        "reconcile.api_key: the value is shorter than 16 characters (set in FILE)",
+        "reconcile.api_url: the value begins with http://, which would send the key in clear text",
+        "reconcile.after: \"0s\" is not between 1s and 7days",
+        "reconcile.interval: \"2h\" is not between 1s and 1h",
+        "reconcile.rate: \"0\" is not a number of requests per second from 0.01 to 100",
+        "reconcile.subjects_max: \"10\" is not a whole number between 1000 and 1000000",
+        "reconcile.keep: \"1m\" is not between 1h and 30days",
+        "reconcile.since: unknown key",
+    ] {
+        assert!(text.contains(expected), "{expected} is missing in:\n{text}");
+    }
+    assert!(!text.contains("hunter2"), "{text}");
+    let text = mistakes("[reconcile]\nafter = \"2h\"\nkeep = \"1h\"\n", &[]);
+    assert!(text.contains("reconcile.keep: is below reconcile.after"), "{text}");
+    let text = mistakes("[reconcile]\napi_key = \"'prism-key-0123456789'\"\n", &[]);
+    assert!(text.contains("reconcile.api_key: the value begins or ends with a quotation mark"), "{text}");
+    let text = mistakes("[reconcile]\napi_key_file = \"/dev/zero\"\n", &[]);
+    assert!(text.contains("reconcile.api_key_file: \"/dev/zero\" is a pipe, a socket or a device"), "{text}");
+}
+
+#[test]
 fn the_example_differs_from_valid_only_by_the_files_that_it_names() {
     let error = load(EXAMPLE, &[], Purpose::Serve).unwrap_err();
     let lines: Vec<_> = error.lines().skip(1).map(|line| line.trim().split(':').next().unwrap()).collect();

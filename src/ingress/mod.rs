@@ -281,7 +281,8 @@ impl WebhookHandler {
         Ok(receipt)
     }
 
-    /// Keeps the subject of a refused webhook. If Prism gives the webhook up, the relay asks Prism's API for the subject.
+    /// Keeps the subject of a refused webhook. If Prism gives the webhook up, the relay asks Prism's API for the
+    /// subject.
     fn hint(&self, envelope: Option<&Envelope<'_>>, trust: HintTrust, now: Timestamp) {
         if let Some(Progress { subject, step }) = envelope.and_then(Progress::of) {
             self.spool.offer_hint(Hint { subject, step, at_ms: now.as_millisecond(), trust, tries: 0 });

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::refusals::{self, Refusing};
 use super::words::{about, ago, count, events, events_are, percent, rate};
+use crate::reconcile::Status;
 use crate::spool::{AppendError, EVENT_OVERHEAD_BYTES, Ledger};
 use crate::text::{grouped, span};
 
@@ -154,6 +155,8 @@ pub(super) struct Facts {
     pub missing: Vec<String>,
     /// Why the relay does not look at the queues.
     pub unwatched: Option<String>,
+    /// How reconciling with Prism's API goes; the default without a key.
+    pub reconcile: Status,
 }
 
 /// Where the spool is going at the current rate.
@@ -696,6 +699,7 @@ impl Facts {
             });
         }
         losses.extend(self.turned_away.losses());
+        losses.extend(self.unreconciled());
         // Stable: among equals the first one counts.
         losses.sort_by_key(|loss| std::cmp::Reverse(loss.level));
         losses
@@ -720,7 +724,10 @@ impl Facts {
                 grouped(removed.saturating_sub(lost))
             ),
         };
-        format!("{accepted} accepted = {confirmed} in RabbitMQ + {pending} waiting + {parked} parked + {removed}")
+        let by_api = self.by_api();
+        format!(
+            "{accepted} accepted = {confirmed} in RabbitMQ + {pending} waiting + {parked} parked + {removed}{by_api}"
+        )
     }
 
     fn workers(&self) -> Answer {
@@ -913,5 +920,6 @@ impl Window {
 }
 
 mod headline;
+mod reconciling;
 #[cfg(test)]
 mod tests;

@@ -39,6 +39,7 @@ use uuid::Uuid;
 use crate::log_limiter::LogLimiter;
 use crate::logging::{self, Filter};
 use crate::metrics;
+use crate::reconcile::Effect;
 use crate::server::{Limits, Peer, Server};
 use crate::text::chain;
 use auth::Denied;
@@ -217,9 +218,15 @@ impl OpsHandler {
                 let find = query(request, "find").unwrap_or_default();
                 json(StatusCode::OK, &json!({ "events": self.view.events(find.trim()).await? }))
             }
+            "/api/subject" => {
+                let find = query(request, "find").unwrap_or_default();
+                json(StatusCode::OK, &self.view.subjects(find.trim()).await?)
+            }
             "/api/parked" => json(StatusCode::OK, &self.view.parked().await?),
             "/api/stream" => self.stream().await,
             "/api/log-filter" => json(StatusCode::OK, &json!({ "filter": logging::filter() })),
+            // For commands on this machine. The console's page has it as well.
+            "/api/action-token" => json(StatusCode::OK, &json!({ "token": self.auth.action_token().expose() })),
             _ => not_found(),
         })
     }
@@ -250,6 +257,31 @@ impl OpsHandler {
         Ok(json(StatusCode::OK, &json!({ "ok": true, "count": count })))
     }
 
+    /// `POST /api/reconcile?subject=<scan:ID or prediction:ID>`, with `&dry_run=true` to change nothing
+    async fn reconcile(&self, request: &Request<Incoming>) -> Response<Answer> {
+        if request.method() != Method::POST {
+            return method_not_allowed("POST");
+        }
+        if let Err(denied) = self.auth.may_act(request.headers()) {
+            return deny(denied);
+        }
+        let effect = match query(request, "dry_run").as_deref() {
+            None | Some("false") => Effect::Repair,
+            Some("true") => Effect::Report,
+            Some(_) => return problem(StatusCode::BAD_REQUEST, "dry_run must be true or false"),
+        };
+        let Some(subject) = query(request, "subject").and_then(|subject| subject.parse().ok()) else {
+            return problem(StatusCode::BAD_REQUEST, "add ?subject= with scan:ID or prediction:ID");
+        };
+        let Some(reconcile) = self.view.reconcile() else {
+            return problem(StatusCode::CONFLICT, "reconcile.api_key is not set, so Prism's API cannot be asked");
+        };
+        match reconcile.ask(subject, effect).await {
+            Some(report) => json(StatusCode::OK, &report),
+            None => problem(StatusCode::SERVICE_UNAVAILABLE, "the relay is shutting down"),
+        }
+    }
+
     /// `POST /api/parked/<id>/<action>`
     async fn post(&self, request: &Request<Incoming>) -> Result<Response<Answer>, ViewError> {
         let parts: Vec<_> = request.uri().path().split('/').skip(1).collect();
@@ -257,6 +289,7 @@ impl OpsHandler {
             ["api", "parked", id, "retry"] => (id, Action::Retry),
             ["api", "parked", id, "remove"] => (id, Action::Remove),
             ["api", "parked", all @ ("retry" | "remove")] => return self.post_to_all(request, all).await,
+            ["api", "reconcile"] => return Ok(self.reconcile(request).await),
             _ => return Ok(method_not_allowed("GET, HEAD")),
         };
         if request.method() != Method::POST {

@@ -29,12 +29,11 @@ use tracing::{debug, info, warn};
 use super::answers::{Headline, Level};
 use super::notices::{Policy, Told};
 use crate::backoff::Backoff;
-use crate::http_client::{HttpClient, http_client, status_of};
+use crate::http_client::{HttpClient, public_client, status_of};
 use crate::secret::Secret;
 use crate::signature::{SIGNATURE_HEADER, TIMESTAMP_HEADER, sign};
 use crate::spool::sibling;
-use crate::text::{chain, hex};
-use crate::tls::{ClientFiles, client_without_authorities};
+use crate::text::hex;
 
 /// Maximum time for one request.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -177,13 +176,7 @@ impl Target {
     }
 
     async fn client(&self) -> Result<HttpClient, String> {
-        let is_https = self.origin.starts_with("https");
-        let tls = off_the_runtime(
-            move || {
-                if is_https { ClientFiles::default().load() } else { client_without_authorities() }
-            },
-        );
-        Ok(http_client(tls.await?.map_err(|error| chain(&error))?))
+        public_client(self.origin.starts_with("https")).await
     }
 
     /// Posts a body. The error says why it was not taken.
@@ -342,14 +335,6 @@ impl Notifier {
     fn last(&self) -> MutexGuard<'_, Option<LastNotice>> {
         self.last.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// Runs `work`, which reads files, on a thread that may wait for the disk: the listener of the operators is served by
-/// the caller's task.
-async fn off_the_runtime<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, String> {
-    let done = timeout(DEADLINE, tokio::task::spawn_blocking(work)).await;
-    let done = done.map_err(|_| format!("reading the system's authorities took more than {DEADLINE:?}"))?;
-    done.map_err(|error| error.to_string())
 }
 
 fn warn_not_kept(file: &Path, error: &io::Error) {

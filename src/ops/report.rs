@@ -15,7 +15,9 @@ use crate::drift::Unexpected;
 use crate::event::{Envelope, subject};
 use crate::publisher::{BrokerState, ConnectionEvent, WatchState};
 use crate::recent::{Arrival, Counts, Tally};
+use crate::reconcile::Status;
 use crate::spool::{Condition, Entry, Ledger, SpoolStatus};
+use crate::subject::{Order, State, Step, Subject, Told};
 
 /// The answer of `/api/status`.
 #[derive(Serialize)]
@@ -57,6 +59,8 @@ pub(super) struct Report {
     pub log_filter: String,
     /// The receiver of the notices, if there is one, and the last notice.
     pub notify: Option<NotifyReport>,
+    /// How reconciling with Prism's API goes; nothing without `reconcile.api_key`.
+    pub reconcile: Option<Status>,
 }
 
 /// Answers of the public listener since the process started.
@@ -172,6 +176,8 @@ pub(super) struct EventReport {
     pub scan_id: Option<String>,
     pub prediction_id: Option<String>,
     pub state: Option<String>,
+    /// `webhook` or `api`.
+    pub source: &'static str,
     pub accepted_at: Timestamp,
     pub status: EventState,
     /// When RabbitMQ confirmed the event; only the latest confirms are kept.
@@ -191,6 +197,41 @@ pub(super) enum EventState {
     Removed,
     /// No longer in the spool, and too old for its outcome to be kept.
     Gone,
+}
+
+/// The answer of `/api/subject`.
+#[derive(Serialize)]
+pub(super) struct SubjectsReport {
+    /// Whether anything is remembered of scans and predictions.
+    pub on: bool,
+    pub subjects: Vec<SubjectReport>,
+}
+
+/// What is known of one scan or prediction.
+#[derive(Serialize)]
+pub(super) struct SubjectReport {
+    pub subject: String,
+    /// Whether it began and did not end.
+    pub open: bool,
+    /// What is wrong with the order of its steps.
+    pub order: Option<&'static str>,
+    /// In the order of their times.
+    pub steps: Vec<StepReport>,
+    /// How often Prism's API was asked for its end, and when it was last.
+    pub tries: u32,
+    pub asked_at: Option<Timestamp>,
+}
+
+/// One step of a scan or a prediction.
+#[derive(Serialize)]
+pub(super) struct StepReport {
+    /// `began`, `succeeded` or `failed`.
+    pub step: &'static str,
+    pub at: Option<Timestamp>,
+    /// `webhook` or `api`.
+    pub source: &'static str,
+    /// Whether it is certainly Prism's: signed, or told by the API over TLS.
+    pub verified: bool,
 }
 
 /// The answer of `/api/parked`.
@@ -303,10 +344,40 @@ impl EventReport {
             scan_id: text(&arrival.scan_id),
             prediction_id: text(&arrival.prediction_id),
             state: text(&arrival.state),
+            source: arrival.source.text(),
             accepted_at: arrival.accepted_at,
             status,
             settled_at,
             waits_behind: None,
+        }
+    }
+}
+
+impl SubjectReport {
+    pub(super) fn new(subject: &Subject, state: &State) -> Self {
+        let time = |ms: i64| Timestamp::from_millisecond(ms).ok();
+        let step = |step: Step, told: Told| StepReport {
+            step: step.text(),
+            at: time(told.at_ms),
+            source: told.source.text(),
+            verified: told.is_trusted,
+        };
+        let began = state.began.map(|told| step(Step::Began, told));
+        let ended = state.ended.map(|ended| step(ended.step, ended.told));
+        let mut steps: Vec<_> = began.into_iter().chain(ended).collect();
+        steps.sort_by_key(|step| step.at);
+        let order = match state.order() {
+            Order::Possible => None,
+            Order::EndWithoutBeginning => Some("it ended, and nothing said that it began"),
+            Order::BeginningAfterEnd => Some("the beginning came after the end"),
+        };
+        Self {
+            subject: subject.to_string(),
+            open: state.is_open,
+            order,
+            steps,
+            tries: state.asked.tries,
+            asked_at: state.asked.last_ms.and_then(time),
         }
     }
 }

@@ -18,7 +18,8 @@ use super::record::{Marks, Point};
 use super::refusals::UNRECOGNISABLE;
 use super::report::{
     BrokerReport, CertificateReport, EventReport, EventState, HistoryReport, LastReport, ParkedEvent, ParkedReport,
-    RefusalReport, Report, SecretReport, SpoolReport, TypeReport, WebhookReport, matches,
+    RefusalReport, Report, SecretReport, SpoolReport, SubjectReport, SubjectsReport, TypeReport, WebhookReport,
+    matches,
 };
 use crate::drift::Drift;
 use crate::health::Health;
@@ -26,9 +27,11 @@ use crate::logging;
 use crate::metrics::Metrics;
 use crate::publisher::{BrokerState, ConnectionEventKind, Status, WatchState};
 use crate::recent::{Arrival, Counts, Losses, Recent};
+use crate::reconcile::Reconcile;
 use crate::server::Admission;
 use crate::signature::Verifier;
 use crate::spool::{ChangeError, Inspector, Ledger, OpenError, ReadError, Spool, Undelivered, sibling};
+use crate::subject::{Kind, Subject};
 use crate::tls;
 use crate::topology::QueueRole;
 
@@ -55,6 +58,8 @@ pub(crate) struct Sources {
     pub tls: Option<Arc<tls::Server>>,
     pub metrics: Arc<Metrics>,
     pub notifier: Arc<Notifier>,
+    /// Nothing without `reconcile.api_key`.
+    pub reconcile: Option<Arc<Reconcile>>,
     /// What tells this relay from its replicas.
     pub identity: Identity,
     /// The configured addresses of RabbitMQ, without passwords.
@@ -214,6 +219,7 @@ impl View {
             certificate: self.certificate(now),
             log_filter: logging::filter(),
             notify: self.sources.notifier.report(),
+            reconcile: self.sources.reconcile.as_ref().map(|reconcile| reconcile.status()),
         }
     }
 
@@ -262,6 +268,7 @@ impl View {
             queues,
             missing: watch.missing,
             unwatched: watch.off,
+            reconcile: self.sources.reconcile.as_ref().map(|reconcile| reconcile.status()).unwrap_or_default(),
         }
     }
 
@@ -309,6 +316,24 @@ impl View {
             EventReport { waits_behind, ..EventReport::new(arrival, state, settled_at) }
         };
         Ok(found.iter().map(report).collect())
+    }
+
+    /// What is known of the scan and the prediction that `find` names by its id or as `scan:ID`.
+    pub(super) async fn subjects(&self, find: &str) -> Result<SubjectsReport, ReadError> {
+        let both = [Kind::Scan, Kind::Prediction].map(|kind| Subject::new(kind, find));
+        let named = find.parse().map_or_else(|_| Vec::from_iter(both.into_iter().flatten()), |subject| vec![subject]);
+        let on = self.sources.reconcile.is_some();
+        let mut subjects = Vec::new();
+        for subject in named.into_iter().filter(|_| on) {
+            let state = self.sources.spool.subject(subject.clone()).await?;
+            subjects.extend(state.map(|state| SubjectReport::new(&subject, &state)));
+        }
+        Ok(SubjectsReport { on, subjects })
+    }
+
+    /// What reconciles with Prism's API, if anything does.
+    pub(super) fn reconcile(&self) -> Option<&Reconcile> {
+        self.sources.reconcile.as_deref()
     }
 
     pub(super) async fn parked(&self) -> Result<ParkedReport, ViewError> {
@@ -474,6 +499,7 @@ mod tests {
             tls: None,
             metrics,
             notifier: Arc::new(notifier),
+            reconcile: None,
             identity: Identity::default(),
             broker_urls: Vec::new(),
         })

@@ -19,6 +19,7 @@ use crate::metrics::Metrics;
 use crate::ops::{self, Notifier, Ops, OpsAuth};
 use crate::publisher::Publisher;
 use crate::recent::Recent;
+use crate::reconcile::{Reconcile, Reconciler};
 use crate::reload::Watched;
 use crate::secret::Secret;
 use crate::server;
@@ -38,6 +39,8 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// The parts of a relay, ready to run.
 pub(super) struct Built {
     pub ingress: Ingress,
+    /// Nothing without `reconcile.api_key`.
+    pub reconciler: Option<Reconciler>,
     pub publisher: Publisher,
     pub ops: Ops,
     pub spool: Spool,
@@ -77,16 +80,13 @@ pub(super) async fn build(config: Config) -> Result<(Built, WriterEnd), RelayErr
 }
 
 async fn assemble(config: Config, spool: Spool, metrics: Arc<Metrics>) -> Result<Built, RelayError> {
-    let sockets = service_manager::listeners()?;
-    let is_handed_over = sockets.http.is_some();
-    let listener = server::listen(config.http.listen, "http.listen", sockets.http).await?;
-    let ops_listener = server::listen(config.ops.listen, "ops.listen", sockets.ops).await?;
+    let Listeners { http: listener, ops: ops_listener, is_handed_over } = listen(&config).await?;
     let ops_is_private = address(&ops_listener, "ops.listen")?.ip().is_loopback();
     warn_of_weak_settings(&config, ops_is_private);
     let announcement = Announcement::new(&config, &listener, &ops_listener)?;
     let identity = identity(&listener)?;
 
-    let Config { http, signature, broker, publisher, topology, ops, notify, traces, log, .. } = config;
+    let Config { http, signature, broker, publisher, topology, ops, notify, traces, log, reconcile, .. } = config;
     let verifier = Arc::new(Verifier::new(&signature.secrets, signature.required, signature.tolerance));
     let tls = http.tls.clone().map(tls::Server::load).transpose()?.map(Arc::new);
     let access = Arc::new(BrokerAccess::new(&broker)?);
@@ -94,11 +94,14 @@ async fn assemble(config: Config, spool: Spool, metrics: Arc<Metrics>) -> Result
     let (recent, drift, stops) = (Arc::new(Recent::default()), Arc::new(Drift::default()), Stops::default());
     let (traces, notify_secret_file) = (Arc::new(Traces::new(&traces)?), notify.secret_file.clone());
     let notifier = Arc::new(Notifier::new(notify, identity.host.clone(), &spool.path()));
+    let reconciler = Reconciler::new(&reconcile, spool.clone(), Arc::clone(&recent), Arc::clone(&metrics));
+    let reconciling = reconciler.as_ref().map(Reconciler::shared);
     let watched = Reloadable {
         secrets: (signature.secrets_file, Arc::clone(&verifier), Arc::clone(&recent)),
         password: (broker.password_file, Arc::clone(&access)),
         token: (ops.token_file, Arc::clone(&auth)),
         notify: (notify_secret_file, Arc::clone(&notifier)),
+        api_key: reconcile.api_key_file.zip(reconciling.clone()),
         http_tls: tls.clone(),
         broker_tls: broker.urls.iter().any(BrokerUrl::uses_tls).then(|| broker.tls.paths()),
     }
@@ -126,6 +129,7 @@ async fn assemble(config: Config, spool: Spool, metrics: Arc<Metrics>) -> Result
         tls: tls.clone(),
         metrics: Arc::clone(&metrics),
         notifier,
+        reconcile: reconciling,
         identity,
         broker_urls: broker.urls.iter().map(BrokerUrl::to_string).collect(),
     };
@@ -133,6 +137,7 @@ async fn assemble(config: Config, spool: Spool, metrics: Arc<Metrics>) -> Result
     service_manager::ready();
     Ok(Built {
         ingress,
+        reconciler,
         publisher,
         ops: Ops::new(ops_listener, auth, sources),
         spool,
@@ -147,6 +152,21 @@ async fn assemble(config: Config, spool: Spool, metrics: Arc<Metrics>) -> Result
     })
 }
 
+struct Listeners {
+    http: TcpListener,
+    ops: TcpListener,
+    /// See [`Built::is_handed_over`].
+    is_handed_over: bool,
+}
+
+async fn listen(config: &Config) -> Result<Listeners, RelayError> {
+    let sockets = service_manager::listeners()?;
+    let is_handed_over = sockets.http.is_some();
+    let http = server::listen(config.http.listen, "http.listen", sockets.http).await?;
+    let ops = server::listen(config.ops.listen, "ops.listen", sockets.ops).await?;
+    Ok(Listeners { http, ops, is_handed_over })
+}
+
 /// What tells this relay from its replicas.
 fn identity(listener: &TcpListener) -> Result<ops::Identity, RelayError> {
     Ok(ops::Identity {
@@ -159,8 +179,8 @@ fn identity(listener: &TcpListener) -> Result<ops::Identity, RelayError> {
 /// interrupts the wait.
 async fn open_spool(config: &Config, metrics: Arc<Metrics>) -> Result<(Spool, WriterEnd), RelayError> {
     info!(path = %config.spool.path.display(), "opening the spool");
-    let (spool, dedupe) = (config.spool.clone(), config.dedupe.clone());
-    let opened = tokio::task::spawn_blocking(move || Spool::open(&spool, &dedupe, None, metrics)).await;
+    let (spool, dedupe, followed) = (config.spool.clone(), config.dedupe.clone(), config.reconcile.followed().cloned());
+    let opened = tokio::task::spawn_blocking(move || Spool::open(&spool, &dedupe, followed.as_ref(), metrics)).await;
     Ok(opened.unwrap_or_else(|ended| std::panic::resume_unwind(ended.into_panic()))?)
 }
 
@@ -197,6 +217,8 @@ struct Reloadable {
     password: (Option<PathBuf>, Arc<BrokerAccess>),
     token: (Option<PathBuf>, Arc<OpsAuth>),
     notify: (Option<PathBuf>, Arc<Notifier>),
+    /// The file of the key to Prism's API.
+    api_key: Option<(PathBuf, Arc<Reconcile>)>,
     http_tls: Option<Arc<tls::Server>>,
     /// The broker's certificate files, if a URL uses TLS.
     broker_tls: Option<Vec<PathBuf>>,
@@ -227,6 +249,10 @@ impl Reloadable {
         if let (Some(file), notifier) = self.notify {
             let replace = move |secret| notifier.set_secret(secret);
             watched.push(secret("notify.secret_file", file, config::notify_secret_in, replace));
+        }
+        if let Some((file, reconcile)) = self.api_key {
+            let replace = move |key| reconcile.set_key(key);
+            watched.push(secret("reconcile.api_key_file", file, config::api_key_in, replace));
         }
         if let Some(tls) = self.http_tls {
             let files = tls.files().paths();

@@ -25,7 +25,19 @@ const HANDOVER_REQUESTS: Duration = Duration::from_secs(2);
 impl Tasks {
     /// Stops everything by `deadline`. Undelivered events stay on disk.
     pub(super) async fn drain(self, deadline: Instant) -> Result<(), RelayError> {
-        let Self { mut ingress, spool, spool_writer, mut publisher, ops, reload, upkeep, traces, stops, .. } = self;
+        let Self {
+            mut ingress,
+            reconciler,
+            spool,
+            spool_writer,
+            mut publisher,
+            ops,
+            reload,
+            upkeep,
+            traces,
+            stops,
+            ..
+        } = self;
         let is_handed_over = self.is_handed_over;
         let begun = Instant::now();
         // Half of the grace at most, so that slow senders leave time for the deliveries. Later requests on an open
@@ -34,6 +46,8 @@ impl Tasks {
         let patience = (deadline - begun) / 2;
         let patience = if is_handed_over { patience.min(HANDOVER_REQUESTS) } else { patience };
         let served = timeout_at(begun + patience, &mut ingress).await;
+        // It has ended as soon as it was told to, and an event that it may have made is in the spool or not at all.
+        reconciler.abort();
         spool.close();
         if served.is_err() {
             warn!(waited = span(patience), "requests are still open: answering 503, or closing their connections");

@@ -44,6 +44,7 @@ impl RelayError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Task {
     Ingress,
+    Reconciler,
     SpoolWriter,
     Publisher,
     Ops,
@@ -56,6 +57,7 @@ impl Task {
     fn purpose(self) -> &'static str {
         match self {
             Self::Ingress => "accepts webhooks",
+            Self::Reconciler => "reconciles with Prism's API",
             Self::SpoolWriter => "writes the spool",
             Self::Publisher => "publishes events",
             Self::Ops => "serves the operators' listener",

@@ -15,6 +15,7 @@ use super::error::{RelayError, Task};
 use crate::logging;
 use crate::metrics::Metrics;
 use crate::publisher::PublisherError;
+use crate::reconcile::Reconciler;
 use crate::reload;
 use crate::service_manager;
 use crate::spool::{Spool, SpoolStatus, WriterEnd};
@@ -31,6 +32,7 @@ const EXPIRY_REMINDER: Duration = Duration::from_secs(24 * 3600);
 /// The running tasks, in the order of the data.
 pub(super) struct Tasks {
     pub ingress: JoinHandle<()>,
+    pub reconciler: JoinHandle<()>,
     pub spool: Spool,
     pub spool_writer: WriterEnd,
     pub publisher: JoinHandle<Result<(), PublisherError>>,
@@ -47,7 +49,7 @@ impl Built {
     /// Spawns the tasks. `hangup` asks for a reload of secrets and certificates.
     #[expect(clippy::disallowed_methods, reason = "this is the owner of the tasks")]
     pub(super) fn run(self, hangup: Signal, spool_writer: WriterEnd) -> Tasks {
-        let Self { ingress, publisher, ops, spool, watched, tls, traces, drift, metrics, stops, .. } = self;
+        let Self { ingress, reconciler, publisher, ops, spool, watched, tls, traces, drift, metrics, stops, .. } = self;
         let (exported, status) = (Arc::clone(&traces), Arc::clone(spool.status()));
         let counters = Arc::clone(&metrics);
         let log_filter = self.log_filter;
@@ -58,6 +60,7 @@ impl Built {
         };
         Tasks {
             ingress: tokio::spawn(ingress.run()),
+            reconciler: tokio::spawn(reconcile(reconciler, stops.ingress.clone())),
             publisher: tokio::spawn(publisher.run(stops.publisher.clone())),
             ops: tokio::spawn(ops.run(CancellationToken::new())),
             reload: tokio::spawn(reload::run(watched, hangup, Arc::clone(&metrics), reset_log_filter)),
@@ -79,6 +82,7 @@ impl Tasks {
     pub(super) async fn failure(&mut self) -> RelayError {
         tokio::select! {
             _ = &mut self.ingress => RelayError::Task(Task::Ingress),
+            _ = &mut self.reconciler => RelayError::Task(Task::Reconciler),
             _ = &mut self.spool_writer => RelayError::Task(Task::SpoolWriter),
             ended = &mut self.publisher => match ended {
                 Ok(Err(error)) => self.publisher_failure(error),
@@ -98,6 +102,14 @@ impl Tasks {
             self.spool.recover_at_next_start();
         }
         RelayError::Publisher(error)
+    }
+}
+
+/// Reconciles until `stop`, if there is a key for it.
+async fn reconcile(reconciler: Option<Reconciler>, stop: CancellationToken) {
+    match reconciler {
+        Some(reconciler) => reconciler.run(stop).await,
+        None => stop.cancelled().await,
     }
 }
 
@@ -153,6 +165,7 @@ pub(super) mod tests {
         let idle = || tokio::spawn(std::future::pending());
         Tasks {
             ingress: idle(),
+            reconciler: idle(),
             ops: idle(),
             reload: idle(),
             upkeep: idle(),

@@ -224,6 +224,11 @@ impl Spool {
         self.reader.run(move |connection| subjects::counts(connection, began_before_ms)).await
     }
 
+    /// How many steps of subjects Prism's API has told since then.
+    pub async fn told_by_api(&self, since_ms: i64) -> Result<u64, ReadError> {
+        self.reader.run(move |connection| subjects::told_by_api(connection, since_ms)).await
+    }
+
     /// Hints of this trust that are due to be asked for, the oldest first.
     pub async fn hints(&self, trust: HintTrust, now_ms: i64, limit: usize) -> Result<Vec<Hint>, ReadError> {
         self.reader.run(move |connection| hints::due(connection, trust, now_ms, limit)).await

@@ -345,6 +345,15 @@ pub(super) fn counts(connection: &Connection, began_before_ms: i64) -> Result<Su
     Ok(statement.query_row([began_before_ms], |row| Ok(SubjectCounts { open: row.get(0)?, overdue: row.get(1)? }))?)
 }
 
+/// How many steps the API has told since then. An event whose subject was forgotten, or that another one replaced, is
+/// not counted.
+pub(super) fn told_by_api(connection: &Connection, since_ms: i64) -> Result<u64> {
+    let sql = "SELECT count(*) FILTER (WHERE began_source = 1 AND began_ms >= ?1)
+                    + count(*) FILTER (WHERE ended_source = 1 AND ended_ms >= ?1)
+               FROM subject INDEXED BY subject_last WHERE last_ms >= ?1";
+    Ok(connection.prepare_cached(sql)?.query_row([since_ms], |row| row.get(0))?)
+}
+
 /// What is known of a subject. A row that cannot be understood counts as none.
 pub(super) fn load(connection: &Connection, subject: &Subject) -> Result<Option<State>> {
     let sql = format!("SELECT {COLUMNS} FROM subject WHERE key = ?1 AND kind = ?2 AND id = ?3");

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 /// Every module of the crate, from the bottom to the top, with all modules that it may use. A line names only modules
 /// above it, so there can be no circle.
-const MAY_USE: [(&str, &[&str]); 33] = [
+const MAY_USE: [(&str, &[&str]); 34] = [
     ("text", &[]),
     ("secret", &[]),
     ("backoff", &[]),
@@ -32,6 +32,22 @@ const MAY_USE: [(&str, &[&str]); 33] = [
     ("problem", &[]),
     ("health", &["problem", "spool"]),
     ("recent", &["event"]),
+    (
+        "reconcile",
+        &[
+            "backoff",
+            "event",
+            "http_client",
+            "log_limiter",
+            "metrics",
+            "recent",
+            "secret",
+            "spool",
+            "subject",
+            "text",
+            "tls",
+        ],
+    ),
     ("drift", &["event", "log_limiter", "metrics", "schemas"]),
     (
         "ingress",
@@ -64,10 +80,12 @@ const MAY_USE: [(&str, &[&str]); 33] = [
             "metrics",
             "publisher",
             "recent",
+            "reconcile",
             "secret",
             "server",
             "signature",
             "spool",
+            "subject",
             "text",
             "tls",
             "topology",
@@ -81,6 +99,7 @@ const MAY_USE: [(&str, &[&str]); 33] = [
             "logging",
             "ops",
             "publisher",
+            "reconcile",
             "secret",
             "signature",
             "spool",
@@ -104,6 +123,7 @@ const MAY_USE: [(&str, &[&str]); 33] = [
             "ops",
             "publisher",
             "recent",
+            "reconcile",
             "reload",
             "secret",
             "server",
@@ -124,10 +144,12 @@ const MAY_USE: [(&str, &[&str]); 33] = [
             "http_client",
             "logging",
             "publisher",
+            "reconcile",
             "relay",
             "secret",
             "signature",
             "spool",
+            "subject",
             "text",
             "tls",
             "topology",
@@ -141,7 +163,22 @@ const MAY_USE: [(&str, &[&str]); 33] = [
 /// Libraries that only these modules may name, so that the spool knows neither HTTP nor AMQP.
 const LIBRARIES: [(&str, &[&str]); 3] = [
     ("lapin", &["broker", "cli", "publisher", "topology"]),
-    ("hyper", &["broker", "cli", "config", "health", "http_client", "ingress", "ops", "problem", "server", "traces"]),
+    (
+        "hyper",
+        &[
+            "broker",
+            "cli",
+            "config",
+            "health",
+            "http_client",
+            "ingress",
+            "ops",
+            "problem",
+            "reconcile",
+            "server",
+            "traces",
+        ],
+    ),
     ("rusqlite", &["spool"]),
 ];
 

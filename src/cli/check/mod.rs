@@ -10,6 +10,7 @@ use std::path::Path;
 use super::failure::Failure;
 use super::output::Printed;
 use crate::config::Config;
+use crate::reconcile;
 use crate::spool::SpoolState;
 use findings::{Finding, Findings, Level};
 
@@ -32,6 +33,7 @@ pub(super) async fn run(config: &Config, file: Option<&Path>, options: Options) 
     if !options.offline {
         broker::check(config, file, &mut findings).await?;
         findings.0.extend(notices(config).await);
+        findings.0.extend(prism_api(config).await);
     }
     let mut printed = Printed::default();
     printed.line(if options.json { serde_json::to_string_pretty(&findings.json())? } else { findings.table() });
@@ -55,6 +57,25 @@ async fn notices(config: &Config) -> Option<Finding> {
         }
         Err(error) => Finding::wrong("notify", format!("no answer from {origin}: {error}"))
             .remedy("correct notify.url, or start its receiver; until then notices do not arrive"),
+    })
+}
+
+/// Whether Prism's API takes the key.
+async fn prism_api(config: &Config) -> Option<Finding> {
+    let url = config.reconcile.api_url.as_str();
+    Some(match reconcile::probe(&config.reconcile).await? {
+        // The scan that is asked for does not exist.
+        Ok(404) => Finding::ok("reconcile", format!("{url} takes reconcile.api_key")),
+        Ok(status @ (401 | 403)) => {
+            Finding::wrong("reconcile", format!("{url} refuses reconcile.api_key: it answers {status}"))
+                .remedy("set the key of this Prism account, for this address: the sandbox has keys of its own")
+        }
+        Ok(status) => {
+            let text = format!("{url} answers {status} for a scan that does not exist, so the key is not checked");
+            Finding::note("reconcile", text).remedy("correct reconcile.api_url, or try again later")
+        }
+        Err(error) => Finding::wrong("reconcile", format!("no answer from {url}: {error}"))
+            .remedy("correct reconcile.api_url, or open the way to it; until then lost webhooks do not come back"),
     })
 }
 

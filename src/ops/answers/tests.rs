@@ -302,6 +302,7 @@ fn the_answers_are_as_serious_as_the_alert_rules() {
     let state = QueueState::Counted { messages: 5, consumers: 0, unattended: 5 * MINUTE };
     let work = |state| vec![Queue { state, ..queue("prism.scan", Role::Work, 0, 0) }];
     let room = |hours: u32| Facts { outlook: Outlook::FullIn(hours * 60 * MINUTE), ..well() };
+    let refused_key = Status { refused_since: Some(jiff::Timestamp::UNIX_EPOCH), ..Status::default() };
     let judged = [
         ("NotReady", Facts { blocker: Some(AppendError::Full), ..well() }),
         ("CertificateExpires", Facts { certificate_days: Some(2.0), ..well() }),
@@ -326,6 +327,8 @@ fn the_answers_are_as_serious_as_the_alert_rules() {
         ("NoWorkers", Facts { queues: work(state), ..well() }),
         ("DeadLetters", Facts { queues: vec![queue("prism.dead", Role::Dead, 1, 0)], ..well() }),
         ("Unrouted", Facts { queues: vec![queue("prism.unrouted", Role::Unrouted, 1, 0)], ..well() }),
+        ("ReconcileRefused", Facts { reconcile: refused_key, ..well() }),
+        ("SubjectsOverdue", Facts { reconcile: Status { stuck: 1, ..Status::default() }, ..well() }),
     ];
     let names = rules.lines().filter_map(|line| line.trim().strip_prefix("- alert: PrismRelay"));
     let is_judged = |name: &str| judged.iter().any(|(alert, _)| *alert == name);
@@ -511,6 +514,7 @@ prop_compose! {
         (queues, missing, certificate_days) in
             (vec(any_queue(), 0..3), vec(Just("queue q".to_owned()), 0..2), option::of(-9.0..40.0)),
         (last_5_minutes, last_30_minutes, last_hour) in (any_window(), any_window(), any_window()),
+        (stuck, is_refused) in (0..3u64, any::<bool>()),
     ) -> Facts {
         let accepted = confirmed + pending + parked + removed + gap;
         let ledger = Ledger { accepted, confirmed, pending, parked, removed, duplicates: 0, bytes: used };
@@ -519,14 +523,53 @@ prop_compose! {
             last_confirm,
             last_accepted, accepted_last_minute: 0, confirmed_last_minute: 0, last_5_minutes, last_30_minutes,
             last_hour, certificate_days, turned_away, queues, missing, unwatched: None,
+            reconcile: Status {
+                stuck, refused_since: is_refused.then_some(jiff::Timestamp::UNIX_EPOCH), ..Status::default()
+            },
         }
     }
 }
 
 #[test]
+fn an_end_that_nothing_tells_and_a_refused_key_are_warnings_with_a_step() {
+    let stuck = Status {
+        open: 9,
+        overdue: 3,
+        stuck: 2,
+        stuck_subjects: vec!["scan:a".to_owned(), "prediction:b".to_owned()],
+        stuck_after_seconds: 1500,
+        by_api_last_day: 3,
+        ..Status::default()
+    };
+    let lost = |reconcile: &Status| {
+        let judgement = judge(&Facts { reconcile: reconcile.clone(), ..well() });
+        let answer = judgement.answers.iter().find(|answer| answer.id == "lost").expect("an answer").clone();
+        (judgement.headline, answer)
+    };
+    let (headline, answer) = lost(&stuck);
+    assert_eq!((headline.level, answer.level, answer.word.as_str()), (Level::Warning, Level::Warning, "Perhaps"));
+    assert_eq!(headline.text, "2 scans or predictions have not ended for more than 25 min.");
+    assert!(answer.detail.contains("for more than 25 min (scan:a, prediction:b). Prism's API"), "{}", answer.detail);
+    assert!(answer.detail.ends_with(" 3 events in the last day came by Prism's API."), "{}", answer.detail);
+    assert_eq!(answer.runbook, Some("PrismRelaySubjectsOverdue"));
+
+    let since = jiff::Timestamp::UNIX_EPOCH;
+    let failing = Some(crate::reconcile::Failing { since, reason: "timed out after 10s".to_owned() });
+    let (_, answer) = lost(&Status { failing: failing.clone(), ..stuck.clone() });
+    assert!(answer.detail.contains("The API gives no answer: timed out after 10s."), "{}", answer.detail);
+    let (headline, _) = lost(&Status { failing, ..Status::default() });
+    assert_eq!(headline.level, Level::Ok, "as long as no end is missing");
+
+    let (headline, answer) = lost(&Status { refused_since: Some(since), ..stuck });
+    assert_eq!((headline.text.as_str(), headline.level), ("Prism's API refuses the key.", Level::Warning));
+    assert!(answer.remedy.is_some_and(|remedy| remedy.contains("reconcile.api_key")));
+    assert_eq!(lost(&Status { overdue: 3, open: 9, ..Status::default() }).0.level, Level::Ok, "they are asked for");
+}
+
+#[test]
 fn every_entry_of_the_runbook_exists() {
     let runbook = include_str!("../../../deploy/runbook.md");
-    let code = include_str!("../answers.rs").to_owned() + include_str!("../refusals.rs");
+    let code = [include_str!("../answers.rs"), include_str!("reconciling.rs"), include_str!("../refusals.rs")].concat();
     let entries: Vec<_> = code.split("\"PrismRelay").skip(1).filter_map(|rest| rest.split('"').next()).collect();
     assert!(entries.len() > 20, "{entries:?}");
     for entry in entries {
@@ -603,6 +646,8 @@ proptest! {
             (lost > 0, aged(last_lost, Level::Problem)),
             (waiting > 0, Level::Warning),
             (unrecognisable > 0, aged(last_unrecognisable, Level::Warning)),
+            (facts.reconcile.refused_since.is_some(), Level::Warning),
+            (facts.reconcile.stuck > 0, Level::Warning),
         ];
         let expected = expected.iter().filter(|(is_so, _)| *is_so).map(|(_, level)| *level).max();
         prop_assert_eq!(facts.lost().level, expected.unwrap_or(Level::Ok));

@@ -231,14 +231,6 @@ fn a_notice_is_kept_in_the_room_that_the_start_made() {
     }
 }
 
-#[tokio::test]
-async fn reading_the_authorities_does_not_hold_up_the_listener() {
-    let (answered, answer) = std::sync::mpsc::channel();
-    let slow = off_the_runtime(move || answer.recv_timeout(WAIT));
-    let (read, ()) = tokio::join!(slow, async move { answered.send(()).unwrap() });
-    assert_eq!(read, Ok(Ok(())));
-}
-
 fn kept_notice(text: &str) -> Kept {
     let notice = Notice {
         level: Level::Warning,
