@@ -14,6 +14,9 @@ use crate::subject::{Kind, Step, Subject};
 /// Maximum number of hints of each trust, in memory and in the file.
 pub(super) const HINTS_MAX: usize = 1000;
 
+/// Maximum time for which a question to the API is put off; the pauses between two questions are shorter.
+const PUT_OFF_MS_MAX: i64 = 2 * 3_600_000;
+
 /// The schema of the hints. `signed`: the signature was right, and the spool took no event. `step`: of the last
 /// webhook. `at_ms`: when the first one was refused. Without comments, as that of the subjects.
 pub(super) const SCHEMA: &str = "
@@ -121,11 +124,18 @@ pub(super) fn insert(connection: &Connection, hints: &[Hint]) -> Result<()> {
 /// Hints of this trust that are due, the oldest first.
 pub(super) fn due(connection: &Connection, trust: HintTrust, now_ms: i64, limit: usize) -> Result<Vec<Hint>> {
     let mut statement = connection.prepare_cached(
-        "SELECT kind, id, step, at_ms, tries FROM hint WHERE signed = ?1 AND next_ms <= ?2
-         ORDER BY at_ms, kind, id LIMIT ?3",
+        "SELECT kind, id, step, at_ms, tries FROM hint WHERE signed = ?1 AND next_ms NOT BETWEEN ?2 AND ?3
+         ORDER BY at_ms, kind, id LIMIT ?4",
     )?;
-    let hints = statement.query_map((is_signed(trust), now_ms, limit as i64), |row| Ok(hint(row, trust)))?;
+    let (soonest, latest) = put_off_until(now_ms);
+    let hints = statement.query_map((is_signed(trust), soonest, latest, limit as i64), |row| Ok(hint(row, trust)))?;
     Ok(hints.filter_map(rusqlite::Result::transpose).collect::<rusqlite::Result<_>>()?)
+}
+
+/// The first and the last time until which a question can have been put off: a later one was written before the clock
+/// was set back, and does not count.
+pub(super) fn put_off_until(now_ms: i64) -> (i64, i64) {
+    (now_ms.saturating_add(1), now_ms.saturating_add(PUT_OFF_MS_MAX))
 }
 
 pub(super) fn put_off(connection: &Connection, subject: &Subject, trust: HintTrust, next_ms: i64) -> Result<()> {

@@ -330,10 +330,12 @@ pub(super) fn overdue(
 ) -> Result<Vec<(Subject, State)>> {
     let sql = format!(
         "SELECT {COLUMNS} FROM subject INDEXED BY subject_open
-         WHERE open = 1 AND began_ms <= ?1 AND next_ms <= ?2 ORDER BY began_ms, next_ms LIMIT ?3"
+         WHERE open = 1 AND began_ms <= ?1 AND next_ms NOT BETWEEN ?2 AND ?3 ORDER BY began_ms, next_ms LIMIT ?4"
     );
     let mut statement = connection.prepare_cached(&sql)?;
-    let found = statement.query_map((began_before_ms, now_ms, limit as i64), |row| Ok(named(row).zip(state(row))))?;
+    let (soonest, latest) = hints::put_off_until(now_ms);
+    let found =
+        statement.query_map((began_before_ms, soonest, latest, limit as i64), |row| Ok(named(row).zip(state(row))))?;
     Ok(found.filter_map(rusqlite::Result::transpose).collect::<rusqlite::Result<_>>()?)
 }
 

@@ -257,6 +257,8 @@ async fn overdue_subjects_are_found_until_they_end_are_unknown_or_wait() {
     let asked = spool.state("waiting").await.unwrap().asked;
     assert_eq!((asked.last_ms, asked.tries, asked.next_ms), (Some(now), 2, now + 2));
     assert_eq!(spool.state("ended").await.unwrap().asked.tries, 0, "only open subjects are asked for");
+    // The clock was set back since it was asked for.
+    assert_eq!(spool.overdue(START, now - 3 * 60 * MINUTE).await, ["older", "old", "waiting"]);
     // It is asked for again if it begins again.
     spool.webhook("unknown", Began, 1, START).await;
     assert_eq!(spool.overdue(START, now).await.len(), 3);
