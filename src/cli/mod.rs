@@ -16,6 +16,7 @@ mod messages;
 mod output;
 mod pace;
 mod pattern;
+mod prism_api;
 mod reconcile;
 mod redrive;
 mod replay;

@@ -1,4 +1,5 @@
-//! `send`: sends webhooks as Prism does, with its retries, and reports how many events were accepted and how fast.
+//! `send`: sends webhooks as Prism does, with its retries, and reports how many events were accepted and how fast. With
+//! `--serve-api` it answers as Prism's API for their scans, too.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -24,6 +25,7 @@ use super::http::listener_url;
 use super::messages::queue_name;
 use super::output::{Progress, say};
 use super::pace::rate;
+use super::prism_api::{EVENTS_MAX, PrismApi};
 use super::vectors;
 use crate::config::Config;
 use crate::event::DOCUMENTED_TYPES;
@@ -52,6 +54,12 @@ pub(super) struct Options {
     /// Event type to send, repeatable [default: the six documented types]
     #[arg(long = "type", value_name = "TYPE")]
     types: Vec<String>,
+    /// Scan of all events [default: a new one for each event]
+    #[arg(long, value_name = "ID", conflicts_with = "body")]
+    scan: Option<String>,
+    /// Prediction of all Future Me events [default: a new one for each event]
+    #[arg(long, value_name = "ID", conflicts_with = "body")]
+    prediction: Option<String>,
     /// Number of events to send [default: one of each type]
     #[arg(long)]
     count: Option<NonZeroU64>,
@@ -73,11 +81,15 @@ pub(super) struct Options {
     /// Give up an event after its first failure, unlike Prism
     #[arg(long)]
     no_retry: bool,
+    /// Serve Prism's API at reconcile.api_url (loopback only) for the scans of these events, also of those that are given
+    /// up, until Ctrl-C
+    #[arg(long)]
+    serve_api: bool,
     /// Test a worker: publish the test messages to this new queue, and report what the worker did with each
     #[arg(long, value_name = "QUEUE", value_parser = queue_name, requires = "vectors")]
     to_queue: Option<ShortString>,
     /// The test messages that are built in (with --to-queue)
-    #[arg(long, requires = "to_queue", conflicts_with_all = ["url", "types", "count", "rate", "body"])]
+    #[arg(long, requires = "to_queue", conflicts_with_all = ["url", "types", "count", "rate", "body", "serve_api"])]
     vectors: bool,
     /// With --to-queue: how long to wait for the worker, and then for its answers
     #[arg(long, value_name = "DURATION", default_value = "1m", value_parser = humantime::parse_duration)]
@@ -128,6 +140,11 @@ pub(super) async fn run(config: &Config, options: Options) -> Result<(), Failure
     let fixed_body = fixed_body.map(Bytes::from);
     let count = options.count.map_or(if fixed_body.is_some() { 1 } else { types.len() as u64 }, NonZeroU64::get);
 
+    if options.serve_api && count > EVENTS_MAX {
+        return Err(Failure::Usage(format!("--serve-api remembers at most {EVENTS_MAX} events: lower --count")));
+    }
+    let api = if options.serve_api { Some(PrismApi::serve(config).await?) } else { None };
+
     let secrets = config.signature.secrets.len();
     let signed = if secret.is_some() { format!("signed with secret 1 of {secrets}") } else { "unsigned".to_owned() };
     if !options.json {
@@ -135,14 +152,25 @@ pub(super) async fn run(config: &Config, options: Options) -> Result<(), Failure
     }
     let retries: &[Duration] = if options.no_retry { &[] } else { &RETRIES };
     let sender = Arc::new(Sender { client, url, secret, retries });
-    let body = |index: u64| match &fixed_body {
-        Some(body) => body.clone(),
-        None => payload(&types[(index % types.len() as u64) as usize], index),
+    let ids = Ids { scan: options.scan, prediction: options.prediction };
+    let body = |index: u64| {
+        let kind = &types[(index % types.len() as u64) as usize];
+        let body = fixed_body.clone().unwrap_or_else(|| payload(kind, index, &ids));
+        if let Some(api) = &api {
+            api.note(&body);
+        }
+        body
     };
     let started = Instant::now();
     let fates = send_all(&sender, count, options.rate, options.concurrency.get(), body).await;
     let summary = Summary::new(&fates, started.elapsed());
     say(&if options.json { summary.json(&sender).to_string() } else { summary.text() });
+    if let Some(api) = api {
+        if !options.json {
+            say(&api.description());
+        }
+        api.until_interrupted().await?;
+    }
     if fates.iter().any(|fate| fate.latency.is_none()) { Err(Failure::Reported) } else { Ok(()) }
 }
 
@@ -249,21 +277,29 @@ impl Sender {
     }
 }
 
-/// An event as Prism sends it, with new ids.
-fn payload(event_type: &str, index: u64) -> Bytes {
+/// The ids that all events share.
+#[derive(Default)]
+struct Ids {
+    scan: Option<String>,
+    prediction: Option<String>,
+}
+
+/// An event as Prism sends it, with new ids unless they are given.
+fn payload(event_type: &str, index: u64, ids: &Ids) -> Bytes {
     let state = match event_type.rsplit('.').next() {
         Some("started") => "PROCESSING",
         Some("failed") => "FAILED",
         _ => "READY",
     };
+    let id = |given: &Option<String>| given.clone().unwrap_or_else(|| Uuid::now_v7().to_string());
     let mut payload = json!({
-        "scanId": Uuid::now_v7(),
+        "scanId": id(&ids.scan),
         "userId": Uuid::now_v7(),
         "userToken": format!("sample-user-{index}"),
         "state": state,
     });
     if event_type.starts_with("body_shape_prediction.") {
-        payload["bodyShapePredictionId"] = json!(Uuid::now_v7());
+        payload["bodyShapePredictionId"] = json!(id(&ids.prediction));
     }
     Bytes::from(json!({ "eventType": event_type, "payload": payload }).to_string())
 }
@@ -357,7 +393,7 @@ mod tests {
     #[test]
     fn every_payload_is_an_envelope_of_its_type() {
         for event_type in DOCUMENTED_TYPES.iter().copied().chain(["capture_data.validation.failed"]) {
-            let body = payload(event_type, 1);
+            let body = payload(event_type, 1, &Ids::default());
             let envelope = Envelope::parse(&body).unwrap();
             assert_eq!(envelope.event_type, event_type);
             assert_eq!(envelope.prediction_id.is_some(), event_type.starts_with("body_shape_prediction."));
