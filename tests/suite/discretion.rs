@@ -6,13 +6,14 @@
 use serde_json::json;
 
 use crate::harness::http::{now, sign};
-use crate::harness::marks::{PASSWORD, USER_TOKEN, indiscretion};
+use crate::harness::marks::{API_KEY, HEALTH, PASSWORD, USER_TOKEN, indiscretion};
 use crate::harness::samples::of_type;
 use crate::harness::{Client, Node, Raw, SECRET, Setup, Vhost, eventually};
 
 #[test]
 fn the_search_finds_each_mark() {
-    for mark in [SECRET, PASSWORD, USER_TOKEN] {
+    let health = json!(HEALTH).to_string();
+    for mark in [SECRET, PASSWORD, USER_TOKEN, API_KEY, &health] {
         assert!(indiscretion(&format!("a line\nwith {mark}\n")).is_some_and(|(found, _)| found == mark));
         assert!(indiscretion(&format!("{:?}", format!("as bytes {mark}").as_bytes())).is_some());
     }

@@ -32,6 +32,7 @@ mod power;
 mod process;
 mod queues;
 mod quickstart;
+mod reconcile;
 mod redrive;
 mod replay;
 mod replicas;

@@ -7,6 +7,12 @@ use super::setup::SECRET;
 pub const PASSWORD: &str = "marked-pass-6d1f";
 /// The `userToken` in the vendor's samples and in the suite's own events.
 pub const USER_TOKEN: &str = "partner-user-42";
+/// The key of [`super::PrismApi`].
+pub const API_KEY: &str = "marked-api-key-51f0";
+/// Every health value that [`super::PrismApi`] knows.
+pub const HEALTH: f64 = 73.184_620_9;
+/// [`HEALTH`], as JSON has it.
+const HEALTH_TEXT: &str = "73.1846209";
 /// The start of each `userToken` that `prism-relay send` makes up.
 const SAMPLE_USER: &str = "sample-user-";
 
@@ -20,7 +26,7 @@ pub fn assert_discreet(place: &str, text: &str) {
 
 /// A mark that the text contains, and the line that contains it.
 pub fn indiscretion(text: &str) -> Option<(&'static str, &str)> {
-    [SECRET, PASSWORD, USER_TOKEN, SAMPLE_USER].into_iter().find_map(|mark| {
+    [SECRET, PASSWORD, USER_TOKEN, SAMPLE_USER, API_KEY, HEALTH_TEXT].into_iter().find_map(|mark| {
         let bytes = format!("{:?}", mark.as_bytes());
         let bytes = bytes.trim_matches(['[', ']']);
         let line = text.lines().find(|line| line.contains(mark) || line.contains(bytes))?;

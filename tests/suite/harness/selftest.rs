@@ -20,11 +20,12 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
 use super::eventually::{eventually, eventually_within, poll};
-use super::http::sign;
+use super::http::{sign, tls_config};
 use super::leash::{self, Leash};
+use super::marks::{API_KEY, HEALTH};
 use super::relay::sum;
 use super::scratch::Scratch;
-use super::{Answer, Client, Delivery, Node, Raw, SECRET, Setup, Vhost, Wire};
+use super::{Answer, Client, Delivery, Node, PrismApi, Raw, SECRET, Setup, Trouble, Vhost, Wire};
 
 // -- waiting ----------------------------------------------------------------------------------------------------------
 
@@ -43,6 +44,40 @@ async fn eventually_returns_the_value_or_reports_what_was_last_seen() {
 
     let hangs = poll(Duration::from_millis(60), async || std::future::pending::<Result<(), &str>>().await);
     assert_eq!(hangs.await.unwrap_err(), "nothing (then a probe that did not end)");
+}
+
+// -- Prism's API ------------------------------------------------------------------------------------------------------
+
+#[tokio::test]
+async fn the_stand_in_for_prisms_api_answers_with_tls_key_and_version_and_makes_trouble() {
+    let api = PrismApi::start();
+    api.scan("scan-1", "READY");
+    let client = Client::tls(tls_config(Some(&api.authority()), None));
+    let get = async |path: &str, key: &str, accept: &str| {
+        let (url, key) = (format!("{}{path}", api.url()), format!("Bearer {key}"));
+        client.send(hyper::Method::GET, &url, &[("authorization", &key), ("accept", accept)], "").await.unwrap()
+    };
+    let version = "application/json;v=1";
+    let scan = get("/scans/scan-1", API_KEY, version).await.expect(200).json();
+    assert_eq!((&scan["id"], &scan["status"], &scan["weight"]), (&json!("scan-1"), &json!("READY"), &json!(HEALTH)));
+    get("/scans/scan-1", "another-key", version).await.expect(401);
+    get("/scans/scan-1", API_KEY, "application/json").await.expect(406);
+    get("/scans/scan-2", API_KEY, version).await.expect(404);
+    api.set_trouble(Trouble::TooMany(7));
+    let limited = get("/scans/scan-1", API_KEY, version).await.expect(429);
+    assert_eq!(limited.header("retry-after"), Some("7"));
+    api.set_trouble(Trouble::Huge);
+    assert!(get("/scans/scan-1", API_KEY, version).await.expect(200).body.len() > 3 * 1024 * 1024);
+    api.set_trouble(Trouble::Garbage);
+    assert!(serde_json::from_slice::<Value>(&get("/scans/scan-1", API_KEY, version).await.expect(200).body).is_err());
+    api.set_trouble(Trouble::Silence);
+    let silent = get("/scans/scan-1", API_KEY, version);
+    let (answer, ()) = tokio::join!(silent, async {
+        api.eventually_asked("/scans/scan-1", 7).await;
+        api.set_trouble(Trouble::AnotherId);
+    });
+    assert_eq!(answer.expect(200).json()["id"], "another-id");
+    assert_eq!((api.requests(), api.most_at_a_time()), (8, 1));
 }
 
 // -- processes --------------------------------------------------------------------------------------------------------
