@@ -4,6 +4,7 @@
 
 mod book;
 mod faults;
+mod lost;
 mod spool;
 mod traffic;
 
