@@ -492,6 +492,7 @@ EOF
   printf '\n%sYour own event%s: README.md, "Send your own event"\n' "$bold" "$plain"
   printf '%sWorkers%s: deploy/workers/README.md, with AMQP_URL=%s\n' "$bold" "$plain" "$worker_url"
   printf '%sWatch events%s: %s.quickstart/prism-relay tail\n' "$bold" "$plain" "$here"
+  printf '%sEvents that Prism gave up on%s: deploy/reconcile.md, "Try it", with a stand-in for Prism'"'"'s API\n' "$bold" "$plain"
   if [[ -x $state/rabbitmqctl ]]; then
     printf '%sQueue lengths%s: %s.quickstart/rabbitmqctl list_queues name messages\n' "$bold" "$plain" "$here"
   fi

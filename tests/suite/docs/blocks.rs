@@ -39,6 +39,7 @@ async fn every_toml_block_is_a_configuration() {
         ("secrets", "whsec_0123456789abcdef\n".to_owned()),
         ("rabbitmq-password", "0123456789abcdef\n".to_owned()),
         ("ops-token", "0123456789abcdef\n".to_owned()),
+        ("prism-api-key", "0123456789abcdef\n".to_owned()),
     ];
     for (name, content) in contents {
         fs::write(files.path().join(name), content).expect("write a file of the configuration");
