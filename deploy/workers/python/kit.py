@@ -16,8 +16,8 @@ import sqlite3
 import sys
 import time
 
-import pika
-from pika.exceptions import AMQPError
+import pika  # type: ignore  # it has no types
+from pika.exceptions import AMQPError  # type: ignore
 
 from prism_types import BodyShapePredictionPayload, Envelope, ScanPayload
 
@@ -47,7 +47,8 @@ class Message:
         """The parsed body. Raises GiveUp if it is not an event."""
         if self._event is None:
             try:
-                event = json.loads(self.body)  # accepts a byte order mark
+                # Without a byte order mark, and without NaN, which is not JSON.
+                event = json.loads(self.body.decode("utf-8-sig"), parse_constant=_refuse)
             except (ValueError, RecursionError):
                 raise GiveUp("the body is not JSON") from None  # without the body, which contains a userToken
             if not isinstance(event, dict) or not isinstance(event.get("eventType"), str):
@@ -81,6 +82,10 @@ class Message:
             if not isinstance(payload.get(field), str):
                 raise GiveUp(f"the payload's {field} is missing or not a string")
         return payload
+
+
+def _refuse(word):
+    raise ValueError(word)
 
 
 class SqliteStore:

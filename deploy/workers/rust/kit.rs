@@ -23,12 +23,11 @@ use lapin::options::{
 };
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{Confirmation, Connection, ConnectionProperties, uri::AMQPUri};
-use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use tokio::signal::{ctrl_c, unix};
 use tokio::time::{sleep, timeout};
 
-use super::types::{BodyShapePredictionPayload, Envelope, ScanPayload};
+use super::types::{BodyShapePredictionPayload, Envelope, Fields, ScanPayload};
 
 /// Any error that a retry may repair.
 pub type BoxError = Box<dyn Error + Send + Sync>;
@@ -117,20 +116,21 @@ pub enum Payload {
 impl Message {
     /// The parsed body. Gives up if it is not an event.
     pub fn event(&self) -> Result<Envelope, Failure> {
-        let body = self.body.strip_prefix("\u{feff}".as_bytes()).unwrap_or(&self.body);
+        let body = std::str::from_utf8(&self.body).ok().map(|body| body.strip_prefix('\u{feff}').unwrap_or(body));
         // Without serde's reason, which may quote the body: it contains a userToken.
-        serde_json::from_slice(body).map_err(|_| Failure::GiveUp("the body is not an event".to_owned()))
+        let fields = body.and_then(Fields::parse).ok_or("the body is not an event");
+        fields.map_err(str::to_owned).and_then(Envelope::try_from).map_err(Failure::GiveUp)
     }
 
     /// The payload, typed. Gives up if a documented field is missing or not a string.
     pub fn payload(&self) -> Result<Payload, Failure> {
         let event = self.event()?;
         // By the type, not by the routing key: a retried message comes back with another routing key.
-        let kind = self.property.clone().unwrap_or_else(|| event.event_type.text());
+        let kind = self.property.clone().filter(|kind| !kind.is_empty()).unwrap_or_else(|| event.event_type.text());
         if kind.starts_with("scan.processing.") {
-            typed(event).map(Payload::Scan)
+            event.payload.try_into().map(Payload::Scan).map_err(Failure::GiveUp)
         } else if kind.starts_with("body_shape_prediction.processing.") {
-            typed(event).map(Payload::Prediction)
+            event.payload.try_into().map(Payload::Prediction).map_err(Failure::GiveUp)
         } else {
             Ok(Payload::Other(event))
         }
@@ -140,11 +140,6 @@ impl Message {
     pub fn is_verified(&self) -> bool {
         self.headers.get("prism-verified").is_some_and(|value| value == "true")
     }
-}
-
-fn typed<T: DeserializeOwned>(event: Envelope) -> Result<T, Failure> {
-    serde_json::from_value(Value::Object(event.payload))
-        .map_err(|_| Failure::GiveUp("a documented field of the payload is missing or not a string".to_owned()))
 }
 
 impl From<&Delivery> for Message {
@@ -180,6 +175,10 @@ pub fn first_key(routing_key: &str, kind: Option<&str>) -> String {
     own.or(kind.filter(is_key)).unwrap_or("invalid.event_type").to_owned()
 }
 
+fn is_uuid(text: &str) -> bool {
+    text.split('-').map(str::len).eq([8, 4, 4, 4, 12]) && text.chars().all(|c| c.is_ascii_hexdigit() || c == '-')
+}
+
 /// Does the work of one message. A panic of the handler is an error like any other.
 pub async fn settle(
     message: &Message,
@@ -187,8 +186,7 @@ pub async fn settle(
     store: &impl Store,
 ) -> Outcome {
     let work = async || {
-        let is_uuid = message.id.len() == 36 && message.id.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-');
-        if !is_uuid {
+        if !is_uuid(&message.id) {
             return Err(Failure::GiveUp("the message_id is not a UUID".to_owned())); // it did not come from the relay
         }
         if store.is_done(&message.id).await? {

@@ -5,11 +5,13 @@ use std::cell::Cell;
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use hmac::{Hmac, KeyInit, Mac};
-use serde_json::{Value, json};
+use serde::Serialize;
+use serde_json::Value;
 use sha2::Sha256;
 
 use super::kit::{Failure, Message, Payload, first_key, settle};
 use super::sqlite_store::SqliteStore;
+use super::types::{Fields, text};
 
 fn vectors(text: &str) -> Vec<Value> {
     serde_json::from_str(text).expect("the vectors are JSON")
@@ -20,32 +22,44 @@ fn messages() -> Vec<Value> {
 }
 
 fn message(fields: &Value) -> Message {
-    let text = |name: &str| fields[name].as_str().map(str::to_owned);
+    let own = |name: &str| fields[name].as_str().map(str::to_owned);
     let pad = "x".repeat(usize::try_from(fields["pad"].as_u64().unwrap_or(0)).expect("a short text"));
-    let body = match text("body") {
+    let body = match own("body") {
         Some(body) => body.replace("PAD", &pad).into_bytes(),
-        None => BASE64_STANDARD.decode(text("body_base64").expect("a body")).expect("base64"),
+        None => BASE64_STANDARD.decode(own("body_base64").expect("a body")).expect("base64"),
     };
     Message {
-        id: text("message_id").unwrap_or_default(),
-        property: text("type"),
+        id: own("message_id").unwrap_or_default(),
+        property: own("type"),
         body,
         headers: fields["headers"].as_object().cloned().unwrap_or_default(),
         redelivered: fields["redelivered"] == true,
     }
 }
 
-/// No field, state or type is lost on a round trip.
+/// No field, state or type is lost on a round trip, and no value is changed that is not typed.
+fn assert_same(typed: &impl Serialize, sent: &Fields) {
+    let written = serde_json::to_string(typed).expect("the types are JSON");
+    let Fields(written) = Fields::parse(&written).expect("the types are objects");
+    assert!(written.keys().eq(sent.0.keys()));
+    for (name, value) in sent.0.iter().filter(|(name, _)| *name != "payload") {
+        match text(value) {
+            Some(sent) => assert_eq!(text(&written[name]), Some(sent)),
+            None => assert_eq!(written[name].get(), value.get()),
+        }
+    }
+}
+
 async fn check(message: &Message) -> Result<(), Failure> {
-    let text = String::from_utf8(message.body.clone()).expect("the body is text");
-    let sent: Value = serde_json::from_str(text.trim_start_matches('\u{feff}')).expect("the body is JSON");
-    let payload = match message.payload()? {
-        Payload::Scan(scan) => json!(scan),
-        Payload::Prediction(prediction) => json!(prediction),
+    let body = String::from_utf8(message.body.clone()).expect("the body is text");
+    let sent = Fields::parse(body.trim_start_matches('\u{feff}')).expect("the body is an object");
+    let payload = Fields::parse(sent.0["payload"].get()).expect("the payload is an object");
+    match message.payload()? {
+        Payload::Scan(scan) => assert_same(&scan, &payload),
+        Payload::Prediction(prediction) => assert_same(&prediction, &payload),
         Payload::Other(_) => return Err(Failure::GiveUp("no handler for this type".to_owned())),
-    };
-    assert_eq!(payload, sent["payload"]);
-    assert_eq!(json!(message.event()?), sent);
+    }
+    assert_same(&message.event()?, &sent);
     Ok(())
 }
 
