@@ -23,6 +23,9 @@ const ORIGINAL_KEY: &str = "prism-original-key";
 /// Header of a dead letter that a worker published: the worker's queue and why it gave up.
 const GAVE_UP: &str = "prism-gave-up";
 
+/// Header of a message of `send --to-queue`: the name of the test case.
+pub(super) const TEST: &str = "prism-test";
+
 /// Headers that a broker writes about the history of a message, in any version up to RabbitMQ 4.3, and those of its
 /// plugins for federation and shovels, and those of commands and workers. A new publish has none of them.
 const PAST: [&str; 9] = [
@@ -234,6 +237,11 @@ fn published_again(old: &BasicProperties, without: impl Fn(&str) -> bool) -> Bas
         timestamp with_timestamp, kind with_type, app_id with_app_id,
     );
     new
+}
+
+/// Whether test messages may get into a queue of this name.
+pub(super) fn is_test_queue(name: &ShortString) -> bool {
+    name.as_str().contains("test")
 }
 
 /// Parses an option that names a queue.

@@ -18,7 +18,8 @@ use super::delayed;
 use super::failure::Failure;
 use super::interrupt::Interrupt;
 use super::messages::{
-    Format, first_key, fresh, header, matches, number, original_key, print, put_back, queue_name, time_of,
+    Format, TEST, first_key, fresh, header, is_test_queue, matches, number, original_key, print, put_back, queue_name,
+    time_of,
 };
 use super::output::{Progress, say};
 use super::pace::{Pace, rate};
@@ -54,6 +55,9 @@ pub(super) struct Options {
     /// Only events accepted within this time, such as 10m or 2h
     #[arg(long, value_name = "AGE", value_parser = humantime::parse_duration)]
     newer_than: Option<Duration>,
+    /// Only test messages of send --to-queue, which are left otherwise (to a queue with `test` in its name)
+    #[arg(long, requires = "to")]
+    tests: bool,
     /// Stop after this many events
     #[arg(long)]
     count: Option<NonZeroU64>,
@@ -74,11 +78,21 @@ pub(super) async fn run(config: &Config, options: Options) -> Result<(), Failure
     let broker = connect(config, "prism-relay redrive").await?;
     let deadline = config.publisher.confirm_timeout;
     let transfer = Transfer::open(&broker, deadline, options.rate).await?;
-    let (total, printed, left) = (None, 0, 0);
-    let mut redrive =
-        Redrive { options: &options, to: &to, broker: &broker, deadline, transfer, copies: None, total, printed, left };
+    let mut redrive = Redrive {
+        options: &options,
+        to: &to,
+        broker: &broker,
+        deadline,
+        transfer,
+        copies: None,
+        total: None,
+        printed: 0,
+        left: 0,
+        tests_left: 0,
+    };
     let outcome = while_connected(&broker, redrive.run()).await;
-    let (moved, left, total) = (redrive.moved(), redrive.left, redrive.total);
+    let (total, left) = (redrive.total, redrive.left + redrive.tests_left);
+    let summary = total.map(|total| redrive.summary(total));
     let url = broker.url.clone();
     broker.close().await;
     // These runs put messages back, or met a queue whose messages may have been put back.
@@ -88,14 +102,17 @@ pub(super) async fn run(config: &Config, options: Options) -> Result<(), Failure
         let _ = writeln!(io::stderr().lock(), "{note}");
     }
     // Without a total the queue was not opened, which the error explains.
-    if let Some(total) = total {
-        say(&summary(&options, &to, moved, left, total));
+    if let Some(summary) = summary {
+        say(&summary);
     }
     Ok(outcome?)
 }
 
 fn check_usage(config: &Config, options: &Options, to: &Destination) -> Result<(), Failure> {
     let from = options.from.as_str();
+    if options.tests && !options.to.as_ref().is_some_and(is_test_queue) {
+        return Err(Failure::Usage("--tests moves only to a queue with `test` in its name".to_owned()));
+    }
     if matches!(to, Destination::Queue(to) if *to == options.from) {
         return Err(Failure::Usage("--from and --to are the same queue".to_owned()));
     }
@@ -109,18 +126,6 @@ fn check_usage(config: &Config, options: &Options, to: &Destination) -> Result<(
              would get them again"
         ))),
         _ => Ok(()),
-    }
-}
-
-fn summary(options: &Options, to: &Destination, moved: u64, left: u64, total: u64) -> String {
-    let from = &options.from;
-    if options.dry_run {
-        return format!("{moved} of {total} in {from} would be moved to {to}");
-    }
-    let text = format!("{moved} moved from {from} to {to}, {left} did not match");
-    match total.saturating_sub(moved + left) {
-        0 => text,
-        rest => format!("{text}, {rest} not looked at"),
     }
 }
 
@@ -141,6 +146,8 @@ struct Redrive<'a> {
     printed: u64,
     /// Messages that do not match the options.
     left: u64,
+    /// Test messages that the options do not ask for. Workers must not get them from a queue of events.
+    tests_left: u64,
 }
 
 impl Redrive<'_> {
@@ -159,7 +166,16 @@ impl Redrive<'_> {
             && let Some(delivery) = reader.next().await?
         {
             if was_returned_often(&delivery) {
-                self.put_back(&mut reader, delivery).await?;
+                self.put_back(reader.queue, delivery).await?;
+                reader.left += 1; // the copy comes later
+                continue;
+            }
+            if is_test(&delivery) && !options.tests {
+                self.tests_left += 1;
+                // A consumer with many unacknowledged messages gets no more.
+                if matches!(reader.source, Source::Consume(_)) {
+                    self.put_back(reader.queue, delivery).await?;
+                }
                 continue;
             }
             let wanted = wanted(options, &delivery, now);
@@ -181,19 +197,32 @@ impl Redrive<'_> {
         Ok(reader.close().await?)
     }
 
-    /// Replaces a message with a copy at the end of its queue. The delivery count of the copy starts at 0. The reader
-    /// gets the copy later.
-    async fn put_back(&mut self, reader: &mut QueueReader<'_>, delivery: Delivery) -> anyhow::Result<()> {
-        let to = Destination::Queue(reader.queue.clone());
+    /// Replaces a message with a copy at the end of its queue. The delivery count of the copy starts at 0.
+    async fn put_back(&mut self, queue: &ShortString, delivery: Delivery) -> anyhow::Result<()> {
+        let to = Destination::Queue(queue.clone());
         let (key, properties) = (original_key(&delivery)?, put_back(&delivery.properties));
         let copies = match &mut self.copies {
             Some(copies) => copies,
             none => none.insert(Transfer::open(self.broker, self.deadline, None).await?),
         };
         copies.add(Outgoing { to, key, properties, delivery }).await?;
-        copies.flush().await?;
-        reader.left += 1;
-        Ok(())
+        Ok(copies.flush().await?)
+    }
+
+    fn summary(&self, total: u64) -> String {
+        let (Options { from, dry_run, .. }, to, moved) = (self.options, self.to, self.moved());
+        let tests = match self.tests_left {
+            0 => String::new(),
+            tests => format!(", {tests} test messages left (--tests --to QUEUE moves them)"),
+        };
+        if *dry_run {
+            return format!("{moved} of {total} in {from} would be moved to {to}{tests}");
+        }
+        let text = format!("{moved} moved from {from} to {to}, {} did not match{tests}", self.left);
+        match total.saturating_sub(moved + self.left + self.tests_left) {
+            0 => text,
+            rest => format!("{text}, {rest} not looked at"),
+        }
     }
 }
 
@@ -287,15 +316,20 @@ impl<'a> QueueReader<'a> {
 
 impl Options {
     fn takes_all(&self) -> bool {
-        let Self { pattern, subject, older_than, newer_than, count, dry_run, .. } = self;
+        let Self { pattern, subject, older_than, newer_than, tests, count, dry_run, .. } = self;
         let filtered = pattern.is_some() || subject.is_some() || older_than.is_some() || newer_than.is_some();
-        !filtered && count.is_none() && !dry_run
+        !filtered && !tests && count.is_none() && !dry_run
     }
 }
 
 /// Whether the broker may soon drop the message because it was returned too often.
 fn was_returned_often(delivery: &Delivery) -> bool {
     number(&delivery.properties, "x-delivery-count").unwrap_or(0) >= RETURNS_MAX
+}
+
+/// Whether `send --to-queue` made the message.
+fn is_test(delivery: &Delivery) -> bool {
+    delivery.properties.headers().as_ref().is_some_and(|headers| headers.inner().contains_key(TEST))
 }
 
 fn wanted(options: &Options, delivery: &Delivery, now: Timestamp) -> bool {
@@ -305,7 +339,8 @@ fn wanted(options: &Options, delivery: &Delivery, now: Timestamp) -> bool {
     let age_is = |test: fn(Duration, Duration) -> bool, limit: Option<Duration>| {
         limit.is_none_or(|limit| age().is_some_and(|age| test(age.try_into().unwrap_or_default(), limit)))
     };
-    options.pattern.as_ref().is_none_or(|pattern| matches(pattern, &kind()))
+    options.tests == is_test(delivery)
+        && options.pattern.as_ref().is_none_or(|pattern| matches(pattern, &kind()))
         && options.subject.as_ref().is_none_or(|subject| header(properties, "prism-subject").as_ref() == Some(subject))
         && age_is(|age, limit| age > limit, options.older_than)
         && age_is(|age, limit| age < limit, options.newer_than)

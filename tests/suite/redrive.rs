@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use lapin::BasicProperties;
+use lapin::options::BasicPublishOptions;
 use lapin::types::{AMQPValue, FieldTable};
 use serde_json::json;
 
@@ -599,4 +600,46 @@ async fn a_replay_with_a_rate_is_interrupted_and_goes_on_where_it_stopped() {
     assert_eq!(rest, archived[1..]);
     let nothing = relay.run(&[&replay[..], &["--offset", "1000000"]].concat()).await;
     assert!(nothing.code == Some(0) && nothing.stdout.starts_with("0 events"), "{nothing:?}");
+}
+
+/// A worker that publishes what it gives up, and does not know the header, puts messages of `send --to-queue` there.
+#[tokio::test]
+async fn test_messages_among_dead_letters_never_get_into_a_queue_of_events() {
+    let vhost = Vhost::new(Node::shared().await).await;
+    let relay = Relay::start(&vhost).await;
+    relay.eventually_connected().await;
+    // More than a consumer may leave unacknowledged.
+    let channel = vhost.connect().await.create_channel().await.unwrap();
+    let mut headers = FieldTable::default();
+    headers.insert("prism-test".into(), AMQPValue::LongString("unknown-state".into()));
+    let properties = BasicProperties::default().with_type("scan.test".into()).with_headers(headers);
+    for _ in 0..510 {
+        let options = BasicPublishOptions::default();
+        let (exchange, key) = ("prism.dead".into(), "scan.test".into());
+        drop(channel.basic_publish(exchange, key, options, b"{}", properties.clone()).await.unwrap());
+    }
+    vhost.eventually_depth("prism.dead", 510).await;
+    relay.post(scan(1)).await.expect(200);
+    vhost.reject("prism.scan").await;
+    vhost.eventually_depth("prism.dead", 511).await;
+    let note = "510 test messages left (--tests --to QUEUE moves them)";
+    let redrive = async |arguments: &[&str], code: i32, expected: &str| {
+        let ended = relay.run(&[&["redrive"], arguments].concat()).await;
+        assert!(ended.code == Some(code), "{ended:?}");
+        assert!([ended.stdout.as_str(), &ended.stderr].concat().contains(expected), "{ended:?}");
+    };
+    let dry = format!("1 of 511 in prism.dead would be moved to prism.events, {note}");
+    redrive(&["--dry-run"], 0, &dry).await;
+    redrive(&[], 0, &format!("1 moved from prism.dead to prism.events, 0 did not match, {note}")).await;
+    assert_eq!(vhost.messages("prism.scan", 1).await[0].text(), scan(1));
+    redrive(&["--type", "scan.#"], 0, &format!("0 moved from prism.dead to prism.events, 0 did not match, {note}"))
+        .await;
+    vhost.assert_empty("prism.scan").await;
+
+    redrive(&["--tests"], 64, "--to").await;
+    redrive(&["--tests", "--to", "prism.scan"], 64, "`test` in its name").await;
+    vhost.create_queue("worker.test", json!({})).await;
+    redrive(&["--tests", "--to", "worker.test"], 0, "510 moved from prism.dead to worker.test").await;
+    vhost.assert_empty("prism.dead").await;
+    vhost.assert_empty("prism.scan").await;
 }
