@@ -101,13 +101,13 @@ need_modules() {
   rm -rf "$folder" && mv "$folder.partial" "$folder"
 }
 
-# Installs the generator of the Python worker's types.
+# Installs the generator and the checker of the Python worker's types.
 need_python_tools() {
   local folder=${XDG_CACHE_HOME:-$HOME/.cache}/prism-relay/python
   export PRISM_TEST_PYTHON_TOOLS=$folder/bin
   if cmp -s tests/types.requirements.txt "$folder/requirements.txt"; then return; fi
   need_package python3-venv /usr/lib/python3*/ensurepip
-  echo "Fetching the generator of the Python worker's types ..."
+  echo "Fetching the generator and the checker of the Python worker's types ..."
   rm -rf "$folder" && python3 -m venv "$folder"
   "$folder/bin/pip" install --quiet --disable-pip-version-check --requirement tests/types.requirements.txt
   cp tests/types.requirements.txt "$folder/requirements.txt"

@@ -21,6 +21,7 @@ use lapin::options::BasicConsumeOptions;
 use lapin::types::FieldTable;
 use serde_json::{Value, json};
 
+use crate::harness::marks::PASSWORD;
 use crate::harness::program::Program;
 use crate::harness::scratch::Scratch;
 use crate::harness::{Node, Relay, Setup, Vhost, eventually, leash, samples};
@@ -80,7 +81,7 @@ async fn a_worker_that_gives_up_during_an_alarm_does_the_next_message_and_stops(
     node.memory_alarm(true).await;
     let mut workers = Vec::new();
     for (vhost, out, program, arguments) in &started {
-        workers.push(Worker::start_on("prism.scan", program, arguments, vhost, out.path()));
+        workers.push(Worker::start_on("prism.scan", program, arguments, &vhost.url(), out.path()));
     }
     for mut worker in workers {
         worker.eventually_prints("gave up evil scan.a: the message_id is not a UUID", 1).await;
@@ -111,7 +112,8 @@ async fn long_work_is_finished_and_acknowledged_also_during_a_stop() {
         vhost.create_queue("prism.scan", json!({ "x-queue-type": "quorum" })).await;
         let script = scratch.path().join(file);
         std::fs::write(&script, text).unwrap();
-        let mut worker = Worker::start(program, &[script.to_str().unwrap(), &source("")], &vhost, scratch.path()).await;
+        let mut worker =
+            Worker::start(program, &[script.to_str().unwrap(), &source("")], &vhost.url(), scratch.path()).await;
         let id = "019a0000-0000-7000-8000-000000000001";
         let properties = BasicProperties::default().with_message_id(id.into()).with_type("scan.a".into());
         vhost.publish_with("", "prism.scan", r#"{"eventType":"scan.a","payload":{}}"#, properties).await;
@@ -147,7 +149,7 @@ async fn a_message_of_a_partition_that_is_given_up_after_a_retry_is_redriven_to_
     let file = relay.folder().join("work.py");
     std::fs::write(&file, script).unwrap();
     let arguments = [file.to_str().unwrap(), &source("")];
-    let mut worker = Worker::start_on(&queue, "/usr/bin/python3", &arguments, &vhost, relay.folder());
+    let mut worker = Worker::start_on(&queue, "/usr/bin/python3", &arguments, &vhost.url(), relay.folder());
     worker.eventually_prints(&format!("failed {id} scan.processing.succeeded: later"), 1).await;
     worker.eventually_prints(&format!("gave up {id} scan.processing.succeeded: gone"), 1).await;
     worker.program.signal("TERM");
@@ -217,15 +219,15 @@ struct Worker {
 }
 
 impl Worker {
-    async fn start(program: &str, arguments: &[&str], vhost: &Vhost, out: &Path) -> Self {
-        let worker = Self::start_on("prism.scan", program, arguments, vhost, out);
+    async fn start(program: &str, arguments: &[&str], url: &str, out: &Path) -> Self {
+        let worker = Self::start_on("prism.scan", program, arguments, url, out);
         worker.eventually_prints("consuming prism.scan", 1).await;
         worker
     }
 
-    fn start_on(queue: &str, program: &str, arguments: &[&str], vhost: &Vhost, out: &Path) -> Self {
+    fn start_on(queue: &str, program: &str, arguments: &[&str], url: &str, out: &Path) -> Self {
         let mut command = leash::command(program);
-        command.args(arguments).env("AMQP_URL", vhost.url()).env("QUEUE", queue).env("OUT", out);
+        command.args(arguments).env("AMQP_URL", url).env("QUEUE", queue).env("OUT", out);
         with_node_modules(&mut command);
         Self { program: Program::start(command), out: out.to_owned() }
     }
@@ -245,6 +247,19 @@ impl Worker {
         let files = std::fs::read_dir(&self.out).unwrap().map(|file| file.unwrap().file_name().into_string().unwrap());
         files.map(|name| name.strip_suffix(".json").expect("only complete files").to_owned()).collect()
     }
+}
+
+/// The URL of a new user with the rights that `security.md` names for a worker.
+async fn url_of_a_worker(vhost: &Vhost, queue: &str) -> String {
+    new_user(vhost, "", ("^$", "^prism\\.dead$", &format!("^{}$", queue.replace('.', "\\.")))).await
+}
+
+/// The URL of a new user with a tag, and with permissions to configure, write and read.
+async fn new_user(vhost: &Vhost, tag: &str, (configure, write, read): (&str, &str, &str)) -> String {
+    let user = format!("user{}", uuid::Uuid::now_v7().simple());
+    Node::shared().await.create_user_with_tag(&user, PASSWORD, tag).await;
+    vhost.permit(&user, configure, write, read).await;
+    vhost.url_for(&user, PASSWORD, vhost.address())
 }
 
 fn with_node_modules(command: &mut Command) {
@@ -267,7 +282,8 @@ async fn the_life_of_a_message(program: &str, arguments: &[&str]) {
     std::fs::create_dir(&out).unwrap();
 
     // A delivered message is done.
-    let mut worker = Worker::start(program, arguments, &vhost, &out).await;
+    let url = url_of_a_worker(&vhost, "prism.scan").await;
+    let mut worker = Worker::start(program, arguments, &url, &out).await;
     let first = post(&relay, 0).await;
     worker.eventually_prints(&format!("done {first} scan.processing.succeeded"), 1).await;
     assert_eq!(worker.files(), [first.clone()].into());
@@ -348,9 +364,13 @@ async fn stop_in_the_middle_of_the_work(worker: &mut Worker, relay: &Relay, vhos
 async fn play_the_vectors(program: &str, arguments: &[&str], relay: &Relay, vhost: &Vhost) {
     let out = relay.folder().join("vectors");
     std::fs::create_dir(&out).unwrap();
-    let mut worker = Worker::start_on(TEST_QUEUE, program, arguments, vhost, &out);
+    let url = url_of_a_worker(vhost, TEST_QUEUE).await;
+    let mut worker = Worker::start_on(TEST_QUEUE, program, arguments, &url, &out);
     let dead = vhost.depth("prism.dead").await;
-    let played = relay.run(&["send", "--to-queue", TEST_QUEUE, "--vectors", "--json"]).await;
+    let own = "^(prism\\.scan\\.test-1|amq\\.default$)";
+    let url = new_user(vhost, "management", (own, own, own)).await;
+    let tester = setup(vhost).await.set("broker.urls", json!([url]));
+    let played = tester.run(&["send", "--to-queue", TEST_QUEUE, "--vectors", "--json"]).await;
     let report: Value = serde_json::from_str(&played.stdout).unwrap_or_else(|error| panic!("{error}: {played:?}"));
     assert_eq!((played.code, &report["wrong"]), (Some(0), &json!(0)), "{report:#}");
     let cases = report["cases"].as_array().unwrap();
@@ -387,7 +407,7 @@ async fn a_worker_that_settles_nothing_or_everything_wrongly_is_found() {
     // A worker whose work fails rejects everything.
     let nowhere = relay.folder().join("nowhere");
     let script = source("python/worker.py");
-    let worker = Worker::start_on(TEST_QUEUE, "/usr/bin/python3", &[&script], &vhost, &nowhere);
+    let worker = Worker::start_on(TEST_QUEUE, "/usr/bin/python3", &[&script], &vhost.url(), &nowhere);
     let (report, _) = play("1m").await;
     assert_eq!(seen(&report, "scan-succeeded"), Some(json!("reject")), "{report:#}");
     drop(worker);
@@ -502,17 +522,66 @@ async fn the_types_of_python_and_node_are_generated_from_the_schemas() {
     }
 }
 
-#[tokio::test]
-async fn the_node_worker_agrees_with_its_types() {
-    let modules = std::env::var("PRISM_TEST_NODE_MODULES").expect("tests/run.sh sets it");
+/// A copy of the files of a worker, without anything of the repository around it.
+fn alone(folder: &str) -> Scratch {
     let scratch = Scratch::new();
-    for file in std::fs::read_dir(source("node")).unwrap().map(Result::unwrap).filter(|file| file.path().is_file()) {
+    for file in std::fs::read_dir(source(folder)).unwrap().map(Result::unwrap).filter(|file| file.path().is_file()) {
         std::fs::copy(file.path(), scratch.path().join(file.file_name())).unwrap();
     }
-    std::os::unix::fs::symlink(&modules, scratch.path().join("node_modules")).unwrap();
-    let mut command = Command::new(format!("{modules}/.bin/tsc"));
-    command.arg("--project").arg(scratch.path());
-    output(command).await;
+    scratch
+}
+
+#[tokio::test]
+async fn the_folders_of_python_and_node_start_alone_and_agree_with_their_types() {
+    let (python, node) = (alone("python"), alone("node"));
+    let modules = std::env::var("PRISM_TEST_NODE_MODULES").expect("tests/run.sh sets it");
+    std::os::unix::fs::symlink(&modules, node.path().join("node_modules")).unwrap();
+    for (program, folder, file) in [("/usr/bin/python3", &python, "worker.py"), ("node", &node, "worker.js")] {
+        let file = folder.path().join(file);
+        let nowhere = "amqp://127.0.0.1:1/";
+        let mut worker = Worker::start_on("prism.scan", program, &[file.to_str().unwrap()], nowhere, folder.path());
+        eventually("the worker to try to connect", async || {
+            let words = worker.program.stderr();
+            if words.iter().any(|line| line.starts_with("connection: ")) { Ok(()) } else { Err(words.join("\n")) }
+        })
+        .await;
+        worker.program.signal("TERM");
+        assert_eq!(worker.program.wait().await.code, Some(0));
+    }
+    let mut tsc = Command::new(format!("{modules}/.bin/tsc"));
+    tsc.arg("--project").arg(node.path());
+    output(tsc).await;
+
+    let tools = std::env::var("PRISM_TEST_PYTHON_TOOLS").expect("tests/run.sh sets it");
+    let mypy = || {
+        let mut mypy = Command::new(format!("{tools}/mypy"));
+        mypy.current_dir(python.path()).args(["--no-incremental", "."]);
+        mypy
+    };
+    output(mypy()).await;
+    let misspelt = "import kit\ndef work(message: kit.Message) -> None:\n    print(message.scan()['scanID'])\n";
+    std::fs::write(python.path().join("misspelt.py"), misspelt).unwrap();
+    let found = mypy().output().unwrap();
+    assert!(!found.status.success() && String::from_utf8_lossy(&found.stdout).contains("scanID"), "{found:?}");
+}
+
+/// With the relay's versions, and without the TLS of lapin's default features, so that nothing is downloaded. The other
+/// features are those of the folder's own `Cargo.toml`.
+#[tokio::test]
+async fn the_folder_of_rust_compiles_alone() {
+    let (folder, root) = (alone("rust"), Path::new(env!("CARGO_MANIFEST_DIR")));
+    std::fs::copy(root.join("Cargo.lock"), folder.path().join("Cargo.lock")).unwrap();
+    let manifest = folder.path().join("Cargo.toml");
+    let text = std::fs::read_to_string(&manifest).unwrap();
+    let without_tls = r#"lapin = { version = "4.12", default-features = false, features = ["default-runtime"] }"#;
+    let changed = text.replace(r#"lapin = "4.12""#, without_tls);
+    assert_ne!(text, changed);
+    std::fs::write(manifest, changed).unwrap();
+    let mut cargo = Command::new(env!("CARGO"));
+    // Kept, so that only the first run compiles the dependencies.
+    cargo.current_dir(folder.path()).env("CARGO_TARGET_DIR", root.join("target/worker-alone"));
+    cargo.args(["check", "--quiet", "--offline"]);
+    output(cargo).await;
 }
 
 #[test]
@@ -589,7 +658,7 @@ async fn something_new_from_prism_shows_up_and_breaks_no_worker() {
     relay.eventually_connected().await;
     let out = relay.folder().join("out");
     std::fs::create_dir(&out).unwrap();
-    let worker = Worker::start("/usr/bin/python3", &[&source("python/worker.py")], &vhost, &out).await;
+    let worker = Worker::start("/usr/bin/python3", &[&source("python/worker.py")], &vhost.url(), &out).await;
     let body = json!({
         "eventType": "scan.processing.paused", "eventVersion": 2,
         "payload": { "scanId": "s", "userId": "u", "userToken": "t", "state": "PAUSED" },

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 try:
-    import pika  # noqa: F401
+    import pika  # type: ignore  # noqa: F401
 except ImportError:
     sys.exit(f"{sys.executable} has no pika. Make an environment that has it, and run this worker with its python:\n"
              "  python3 -m venv venv && venv/bin/pip install -r deploy/workers/python/requirements.txt")
@@ -29,17 +29,17 @@ class Files:
         pass
 
 
-def on_scan(message):
+def on_scan(message: kit.Message):
     scan = message.scan()  # typed: scan["scanId"], scan["state"]; a new state is a string like the others
     save(message)
 
 
-def on_prediction(message):
+def on_prediction(message: kit.Message):
     prediction = message.prediction()
     save(message)
 
 
-def save(message):
+def save(message: kit.Message):
     """Writes a temporary file and renames it, so that the file is complete or absent."""
     path = OUT / f"{message.id}.json"
     temporary = path.with_suffix(f".{os.urandom(8).hex()}.tmp")

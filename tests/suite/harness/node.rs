@@ -233,7 +233,13 @@ impl Node {
 
     /// Creates a user without any permission.
     pub async fn create_user(&self, name: &str, password: &str) {
-        self.management.put(&format!("users/{}", encode(name)), json!({"password": password, "tags": ""})).await;
+        self.create_user_with_tag(name, password, "").await;
+    }
+
+    /// The tag decides what the user may ask the management API.
+    pub async fn create_user_with_tag(&self, name: &str, password: &str, tag: &str) {
+        let body = json!({"password": password, "tags": tag});
+        self.management.put(&format!("users/{}", encode(name)), body).await;
     }
 
     /// Sets the permissions of a user: regular expressions for configure, write and read.
