@@ -478,7 +478,7 @@ fn texts(path: &std::path::Path) -> Vec<(String, String)> {
     let mut texts = Vec::new();
     for table in tables {
         let mut select = file.prepare(&format!("SELECT * FROM \"{table}\"")).unwrap();
-        let columns: Vec<_> = select.column_names().into_iter().map(|name| format!("{table}.{name}")).collect();
+        let columns: Vec<_> = select.column_names().map(|name| format!("{table}.{name}")).collect();
         let mut rows = select.query([]).unwrap();
         while let Some(row) = rows.next().unwrap() {
             for (index, column) in columns.iter().enumerate() {

@@ -370,8 +370,8 @@ impl fmt::Display for Verdict {
         let Self { lost, twice, out_of_order, .. } = self;
         write!(
             f,
-            "{lives} scans and predictions, {given_up} webhooks given up, ends by webhook {ends_by_webhook}, by the API \
-             {ends_by_api}, late webhooks recognised {late}, never heard of {never_heard_of}, further copies of a \
+            "{lives} scans and predictions, {given_up} webhooks given up, ends by webhook {ends_by_webhook}, by the \
+             API {ends_by_api}, late webhooks recognised {late}, never heard of {never_heard_of}, further copies of a \
              message {copies}; LOST {lost}, TWICE {twice}, OUT OF ORDER {out_of_order}"
         )
     }
