@@ -81,8 +81,8 @@ pub(super) struct Options {
     /// Give up an event after its first failure, unlike Prism
     #[arg(long)]
     no_retry: bool,
-    /// Serve Prism's API at reconcile.api_url (loopback only) for the scans of these events, also of those that are given
-    /// up, until Ctrl-C
+    /// Serve Prism's API at reconcile.api_url (loopback only) for the scans of these events, also of those that are
+    /// given up, until Ctrl-C
     #[arg(long)]
     serve_api: bool,
     /// Test a worker: publish the test messages to this new queue, and report what the worker did with each

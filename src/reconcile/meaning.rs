@@ -48,8 +48,17 @@ pub(super) fn meaning(
     if state.is_some_and(|state| state.knows(step)) {
         return if step.is_end() { Meaning::Known } else { Meaning::Pending };
     }
+    let updated_at = updated_at.and_then(|text| text.parse::<Timestamp>().ok());
+    // The webhook of the beginning may come after that of the end, which then is no news.
+    let told_end = state.and_then(|state| state.ended).filter(|ended| ended.step == step);
+    let told_at = told_end.and_then(|ended| Timestamp::from_millisecond(ended.told.at_ms).ok());
+    if told_end.is_some_and(|ended| ended.told.is_trusted)
+        && updated_at.zip(told_at).is_some_and(|(updated_at, told_at)| updated_at <= told_at)
+    {
+        return Meaning::Older;
+    }
     let Some(not_before) = not_before else { return Meaning::Missing(step) };
-    match updated_at.and_then(|text| text.parse::<Timestamp>().ok()) {
+    match updated_at {
         None => Meaning::Undated,
         Some(at) if at < not_before.saturating_sub(OLDER_AT_MOST).unwrap_or(not_before) => Meaning::Older,
         Some(_) => Meaning::Missing(step),
@@ -139,6 +148,19 @@ mod tests {
         ] {
             assert_eq!(meaning("READY", updated_at, None, Some(named_at)), expected, "{updated_at:?}");
             assert_eq!(meaning("READY", updated_at, None, None), Meaning::Missing(Step::Succeeded), "a signed sign");
+        }
+    }
+
+    #[test]
+    fn an_end_that_a_webhook_told_is_not_missing_because_the_beginning_came_after_it() {
+        let reopened = State { is_open: true, ..ended(Step::Succeeded) };
+        for (status, updated_at, expected) in [
+            ("READY", Some("1970-01-01T00:00:00Z"), Meaning::Older),
+            ("READY", Some("1970-01-01T00:00:01Z"), Meaning::Missing(Step::Succeeded)),
+            ("READY", None, Meaning::Missing(Step::Succeeded)),
+            ("FAILED", Some("1970-01-01T00:00:00Z"), Meaning::Missing(Step::Failed)),
+        ] {
+            assert_eq!(meaning(status, updated_at, Some(&reopened), None), expected, "{status} {updated_at:?}");
         }
     }
 

@@ -95,6 +95,8 @@ pub(super) struct Schedule {
     backoff: Backoff,
     /// Whether the API refused the key.
     is_refused: bool,
+    /// The signed subject that the API answered 403 for last, if it has answered nothing else since.
+    forbidden: Option<Subject>,
     /// Whether the last question was an operator's.
     is_after_order: bool,
     questions: VecDeque<Question>,
@@ -111,6 +113,7 @@ impl Schedule {
             pause_until: now,
             backoff: Backoff::new(PAUSE_MIN, PAUSE_MAX),
             is_refused: false,
+            forbidden: None,
             is_after_order: false,
             questions: VecDeque::new(),
         }
@@ -178,10 +181,18 @@ impl Schedule {
             Reply::Body(_) | Reply::Unknown => {
                 self.backoff.reset();
                 self.pause_until = now;
-                self.is_refused = false;
+                (self.is_refused, self.forbidden) = (false, None);
             }
             Reply::KeyRefused => self.is_refused = true,
-            Reply::Forbidden => self.is_refused |= question.is_certain(),
+            Reply::Forbidden if question.is_certain() => {
+                // One subject may be closed to a key that is good for the others; two in a row are the key's fault.
+                let subject = Some(question.subject.clone());
+                self.is_refused |= self.forbidden.is_some() && self.forbidden != subject;
+                self.forbidden = subject;
+            }
+            // Anyone can name a subject that the API does not answer for. The others do not wait for it.
+            Reply::Forbidden => {}
+            Reply::Unusable(_) if question.is_unsigned_hint() => {}
             Reply::Busy(asked_for) => {
                 let own = self.backoff.next(random);
                 self.busy_until = now + asked_for.unwrap_or_default().clamp(own, LONGEST);
@@ -192,7 +203,9 @@ impl Schedule {
 
     /// A new key is in use.
     pub(super) fn on_new_key(&mut self, now: Instant) {
-        self.is_refused = false;
+        (self.is_refused, self.forbidden) = (false, None);
+        (self.busy_until, self.pause_until) = (now, now);
+        self.backoff.reset();
         self.next_look = now;
     }
 
@@ -204,8 +217,13 @@ impl Schedule {
 
 impl Question {
     /// Whether the subject is certainly one of this account: Prism named it in a signed webhook that was accepted.
-    fn is_certain(&self) -> bool {
+    pub(super) fn is_certain(&self) -> bool {
         matches!(self.reason, Reason::Overdue { is_trusted: true, .. })
+    }
+
+    /// Whether an unsigned webhook that was refused is all that there is of the subject.
+    pub(super) fn is_unsigned_hint(&self) -> bool {
+        matches!(self.reason, Reason::Hint { trust: HintTrust::Unsigned, .. })
     }
 
     /// The time of the sign of the subject, if it may not be Prism's.
@@ -225,14 +243,16 @@ impl Question {
         let (at_ms, later) = (now.as_millisecond(), |tries| later(now, interval, tries, random));
         match self.reason {
             Reason::Overdue { is_trusted, tries, .. } => match conclusion {
-                Conclusion::Made(Step::Began) | Conclusion::Pending | Conclusion::Unusable | Conclusion::Undecided => {
-                    Some(Note::Asked { subject, at_ms, next_ms: later(tries) })
-                }
-                Conclusion::Unknown | Conclusion::Older => Some(Note::Closed { subject }),
                 Conclusion::Forbidden if !is_trusted => Some(Note::Closed { subject }),
+                // After a 403 as well, so that the same subject does not come first again.
+                Conclusion::Made(Step::Began)
+                | Conclusion::Pending
+                | Conclusion::Unusable
+                | Conclusion::Undecided
+                | Conclusion::Forbidden => Some(Note::Asked { subject, at_ms, next_ms: later(tries) }),
+                Conclusion::Unknown | Conclusion::Older => Some(Note::Closed { subject }),
                 Conclusion::Made(Step::Succeeded | Step::Failed)
                 | Conclusion::Known
-                | Conclusion::Forbidden
                 | Conclusion::KeyRefused
                 | Conclusion::Busy => None,
             },
@@ -377,23 +397,49 @@ mod tests {
     }
 
     #[test]
-    fn a_subject_that_the_key_is_not_for_stops_the_others_only_if_prism_signed_it() {
+    fn the_key_is_refused_by_a_403_for_two_signed_subjects_in_a_row_and_for_nothing_less() {
         let start = Instant::now();
-        for (reason, stops) in [
-            (Reason::Overdue { is_trusted: true, began_ms: 0, tries: 0 }, true),
-            (Reason::Overdue { is_trusted: false, began_ms: 0, tries: 0 }, false),
-            (Reason::Hint { trust: HintTrust::Signed, at_ms: 0, tries: 0 }, false),
-            (Reason::Hint { trust: HintTrust::Unsigned, at_ms: 0, tries: 0 }, false),
-            (Reason::Operator, false),
+        let forbidden = |schedule: &mut Schedule, id, reason: &Reason| {
+            let question = Question { subject: subject(id), reason: reason.clone() };
+            schedule.on_reply(&Reply::Forbidden, &question, start, 0.5);
+            let note = question.note(Conclusion::Forbidden, Timestamp::UNIX_EPOCH, INTERVAL, 0.5);
+            (schedule.is_refused(), note)
+        };
+        for reason in [
+            Reason::Overdue { is_trusted: false, began_ms: 0, tries: 0 },
+            Reason::Hint { trust: HintTrust::Signed, at_ms: 0, tries: 0 },
+            Reason::Hint { trust: HintTrust::Unsigned, at_ms: 0, tries: 0 },
+            Reason::Operator,
         ] {
             let mut schedule = with_questions(start);
-            let question = Question { subject: subject("other"), reason };
-            schedule.on_reply(&Reply::Forbidden, &question, start, 0.5);
-            assert_eq!(schedule.is_refused(), stops, "{question:?}");
-            let note = question.note(Conclusion::Forbidden, Timestamp::UNIX_EPOCH, INTERVAL, 0.5);
+            assert!(!forbidden(&mut schedule, "one", &reason).0, "{reason:?}");
+            let (is_refused, note) = forbidden(&mut schedule, "two", &reason);
+            assert!(!is_refused, "{reason:?}");
             let is_dropped = matches!(note, Some(Note::HintDone { .. } | Note::Closed { .. }));
-            assert_eq!(is_dropped, !stops && question.reason != Reason::Operator, "{question:?}");
+            assert_eq!(is_dropped, reason != Reason::Operator, "{reason:?}");
         }
+        let signed = Reason::Overdue { is_trusted: true, began_ms: 0, tries: 0 };
+        let mut schedule = with_questions(start);
+        for _ in 0..2 {
+            let (is_refused, note) = forbidden(&mut schedule, "one", &signed);
+            assert!(!is_refused, "the others can still be asked for");
+            assert!(matches!(note, Some(Note::Asked { .. })), "it does not come first again");
+        }
+        schedule.on_reply(&body(), &Question { subject: subject("good"), reason: signed.clone() }, start, 0.5);
+        assert!(!forbidden(&mut schedule, "two", &signed).0, "the key was good for another one");
+        assert!(forbidden(&mut schedule, "three", &signed).0);
+        schedule.on_new_key(start);
+        assert!(!schedule.is_refused());
+    }
+
+    #[test]
+    fn what_a_stranger_names_holds_up_no_other_question() {
+        let start = Instant::now();
+        let mut schedule = with_questions(start);
+        let reason = Reason::Hint { trust: HintTrust::Unsigned, at_ms: 0, tries: 0 };
+        let question = Question { subject: subject("forged"), reason };
+        schedule.on_reply(&Reply::Unusable("400".to_owned()), &question, start, 0.5);
+        assert!(matches!(schedule.next(start + Duration::from_secs(1)), Next::Ask(_)));
     }
 
     #[test]

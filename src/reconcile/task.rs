@@ -128,7 +128,7 @@ impl Reconciler {
             match self.schedule.next(Instant::now()) {
                 Next::Look => {
                     if let Err(error) = self.look().await {
-                        self.warn("look", &chain(&error), "cannot look up what is overdue; trying again");
+                        self.on_unreadable(&error);
                     }
                 }
                 Next::Ask(question) => {
@@ -148,8 +148,28 @@ impl Reconciler {
             () = self.shared.new_key.notified() => {
                 info!("reconcile.api_key was replaced");
                 self.schedule.on_new_key(Instant::now());
+                self.shared.status.change(|status| status.refused_since = None);
+                self.metrics.reconcile.stopped.set(0.0);
             }
             () = sleep_until(until.into()) => {}
+        }
+    }
+
+    /// The spool cannot say what is overdue, so nothing is asked. Damage is repaired by the next start.
+    fn on_unreadable(&mut self, error: &ReadError) {
+        let reason = chain(error);
+        let finding = Finding::because(Conclusion::Undecided, format!("the spool cannot be read: {reason}"));
+        self.show_failure(&finding, Timestamp::now());
+        if error.is_damage() {
+            self.spool.recover_at_next_start();
+            if let Some(unreported) = self.log_limiter.due("damage", Instant::now()) {
+                error!(
+                    reason,
+                    unreported,
+                    "the spool's table of scans and predictions is damaged: events that webhooks lose do not come \
+                     back. Webhooks are accepted and delivered. Restart the relay: the next start repairs the file"
+                );
+            }
         }
     }
 
@@ -348,7 +368,17 @@ impl Reconciler {
         if let Some(note) = question.note(conclusion, Timestamp::now(), self.settings.interval, fastrand::f64()) {
             self.spool.note(note).await;
         }
-        self.show(finding);
+        if conclusion == Conclusion::Unknown && question.is_certain() {
+            self.warn(
+                "unknown",
+                &question.subject.to_string(),
+                "Prism's API does not know a scan or prediction that a signed webhook named; it is not asked for \
+                 again. Check that reconcile.api_url and reconcile.api_key are those of the account that sends the webhooks",
+            );
+        }
+        if !question.is_unsigned_hint() {
+            self.show(finding);
+        }
     }
 
     fn show(&self, finding: &Finding) {
