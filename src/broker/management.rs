@@ -103,9 +103,7 @@ impl Management {
         let url = format!("{}/api/health/checks/{path}", self.base);
         let answer = ask(&self.client, Method::GET, &url, Some(&self.login), &LIMITS).await?;
         match answer.status().as_u16() {
-            200 | 503 => {
-                serde_json::from_slice(answer.body()).map_err(|source| ManagementError::Unexpected { url, source })
-            }
+            200 | 503 => read(answer.body()).map_err(|source| ManagementError::Unexpected { url, source }),
             status => Err(ManagementError::Refused { url, status }),
         }
     }
@@ -117,8 +115,14 @@ impl Management {
         if !answer.status().is_success() {
             return Err(ManagementError::Refused { url, status: answer.status().as_u16() });
         }
-        serde_json::from_slice(answer.body()).map_err(|source| ManagementError::Unexpected { url, source })
+        read(answer.body()).map_err(|source| ManagementError::Unexpected { url, source })
     }
+}
+
+/// Reads an answer. A field that occurs twice counts with its last value: RabbitMQ 3.10 sends `online` twice for a
+/// queue that has lost its leader.
+fn read<T: DeserializeOwned>(json: &[u8]) -> Result<T, serde_json::Error> {
+    serde_json::from_slice::<Value>(json).and_then(serde_json::from_value)
 }
 
 /// RabbitMQ's default.
@@ -130,4 +134,19 @@ fn default_address(url: &BrokerUrl) -> String {
 /// Encodes a text as one segment of a path (RFC 3986).
 pub(crate) fn encoded(segment: &str) -> String {
     percent_encoding::utf8_percent_encode(segment, percent_encoding::NON_ALPHANUMERIC).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_field_that_occurs_twice_counts_with_its_last_value() {
+        #[derive(serde::Deserialize)]
+        struct Queue {
+            online: Vec<String>,
+        }
+        let queue: Queue = read(br#"{"online":["a","b"],"online":["a"]}"#).unwrap();
+        assert_eq!(queue.online, ["a"]);
+    }
 }
