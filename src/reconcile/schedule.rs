@@ -95,8 +95,6 @@ pub(super) struct Schedule {
     backoff: Backoff,
     /// Whether the API refused the key.
     is_refused: bool,
-    /// The signed subject that the API answered 403 for last, if it has answered nothing else since.
-    forbidden: Option<Subject>,
     /// Whether the last question was an operator's.
     is_after_order: bool,
     questions: VecDeque<Question>,
@@ -113,7 +111,6 @@ impl Schedule {
             pause_until: now,
             backoff: Backoff::new(PAUSE_MIN, PAUSE_MAX),
             is_refused: false,
-            forbidden: None,
             is_after_order: false,
             questions: VecDeque::new(),
         }
@@ -181,15 +178,10 @@ impl Schedule {
             Reply::Body(_) | Reply::Unknown => {
                 self.backoff.reset();
                 self.pause_until = now;
-                (self.is_refused, self.forbidden) = (false, None);
+                self.is_refused = false;
             }
             Reply::KeyRefused => self.is_refused = true,
-            Reply::Forbidden if question.is_certain() => {
-                // One subject may be closed to a key that is good for the others; two in a row are the key's fault.
-                let subject = Some(question.subject.clone());
-                self.is_refused |= self.forbidden.is_some() && self.forbidden != subject;
-                self.forbidden = subject;
-            }
+            Reply::Forbidden if question.is_certain() => self.is_refused = true,
             // Anyone can name a subject that the API does not answer for. The others do not wait for it.
             Reply::Forbidden => {}
             Reply::Unusable(_) if question.is_unsigned_hint() => {}
@@ -203,7 +195,7 @@ impl Schedule {
 
     /// A new key is in use.
     pub(super) fn on_new_key(&mut self, now: Instant) {
-        (self.is_refused, self.forbidden) = (false, None);
+        self.is_refused = false;
         (self.busy_until, self.pause_until) = (now, now);
         self.backoff.reset();
         self.next_look = now;
@@ -397,39 +389,26 @@ mod tests {
     }
 
     #[test]
-    fn the_key_is_refused_by_a_403_for_two_signed_subjects_in_a_row_and_for_nothing_less() {
+    fn a_403_refuses_the_key_only_for_a_signed_subject_and_that_one_does_not_come_first_again() {
         let start = Instant::now();
-        let forbidden = |schedule: &mut Schedule, id, reason: &Reason| {
-            let question = Question { subject: subject(id), reason: reason.clone() };
-            schedule.on_reply(&Reply::Forbidden, &question, start, 0.5);
-            let note = question.note(Conclusion::Forbidden, Timestamp::UNIX_EPOCH, INTERVAL, 0.5);
-            (schedule.is_refused(), note)
-        };
-        for reason in [
-            Reason::Overdue { is_trusted: false, began_ms: 0, tries: 0 },
-            Reason::Hint { trust: HintTrust::Signed, at_ms: 0, tries: 0 },
-            Reason::Hint { trust: HintTrust::Unsigned, at_ms: 0, tries: 0 },
-            Reason::Operator,
+        for (reason, is_refused) in [
+            (Reason::Overdue { is_trusted: true, began_ms: 0, tries: 0 }, true),
+            (Reason::Overdue { is_trusted: false, began_ms: 0, tries: 0 }, false),
+            (Reason::Hint { trust: HintTrust::Signed, at_ms: 0, tries: 0 }, false),
+            (Reason::Hint { trust: HintTrust::Unsigned, at_ms: 0, tries: 0 }, false),
+            (Reason::Operator, false),
         ] {
             let mut schedule = with_questions(start);
-            assert!(!forbidden(&mut schedule, "one", &reason).0, "{reason:?}");
-            let (is_refused, note) = forbidden(&mut schedule, "two", &reason);
-            assert!(!is_refused, "{reason:?}");
+            let question = Question { subject: subject("other"), reason };
+            schedule.on_reply(&Reply::Forbidden, &question, start, 0.5);
+            assert_eq!(schedule.is_refused(), is_refused, "{question:?}");
+            let note = question.note(Conclusion::Forbidden, Timestamp::UNIX_EPOCH, INTERVAL, 0.5);
+            assert_eq!(matches!(note, Some(Note::Asked { .. })), is_refused, "{question:?}");
             let is_dropped = matches!(note, Some(Note::HintDone { .. } | Note::Closed { .. }));
-            assert_eq!(is_dropped, reason != Reason::Operator, "{reason:?}");
+            assert_eq!(is_dropped, !is_refused && question.reason != Reason::Operator, "{question:?}");
+            schedule.on_new_key(start);
+            assert!(!schedule.is_refused());
         }
-        let signed = Reason::Overdue { is_trusted: true, began_ms: 0, tries: 0 };
-        let mut schedule = with_questions(start);
-        for _ in 0..2 {
-            let (is_refused, note) = forbidden(&mut schedule, "one", &signed);
-            assert!(!is_refused, "the others can still be asked for");
-            assert!(matches!(note, Some(Note::Asked { .. })), "it does not come first again");
-        }
-        schedule.on_reply(&body(), &Question { subject: subject("good"), reason: signed.clone() }, start, 0.5);
-        assert!(!forbidden(&mut schedule, "two", &signed).0, "the key was good for another one");
-        assert!(forbidden(&mut schedule, "three", &signed).0);
-        schedule.on_new_key(start);
-        assert!(!schedule.is_refused());
     }
 
     #[test]

@@ -373,7 +373,7 @@ impl Reconciler {
                 "unknown",
                 &question.subject.to_string(),
                 "Prism's API does not know a scan or prediction that a signed webhook named; it is not asked for \
-                 again. Check that reconcile.api_url and reconcile.api_key are those of the account that sends the webhooks",
+                 again. Check that reconcile.api_url and reconcile.api_key belong to the account of the webhooks",
             );
         }
         if !question.is_unsigned_hint() {
