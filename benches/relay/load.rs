@@ -1,6 +1,6 @@
 //! The senders: signed webhooks that are built before the clock starts, so that sending them costs little.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream as BlockingStream};
@@ -81,30 +81,36 @@ pub struct Sent {
     pub per_second: f64,
     /// The share of one processor that the senders used, 0 to 1. Below 1, the server was the bottleneck.
     pub busy: f64,
+    /// The median time to the 200.
+    pub p50: Duration,
 }
 
 /// Sends all webhooks. Each connection sends the next one when the last one is answered. Panics unless the answer is
 /// 200.
 pub fn closed_loop(address: SocketAddr, webhooks: &Webhooks, connections: usize) -> Sent {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().expect("a runtime for the senders");
-    let next = Cell::new(0);
+    let (next, took) = (Cell::new(0), RefCell::new(Vec::with_capacity(webhooks.len())));
     let (started, cpu) = (Instant::now(), own_cpu());
     let send = async || {
         let mut stream = TcpStream::connect(address).await.expect("connect");
         stream.set_nodelay(true).expect("set TCP_NODELAY");
         let mut answer = Vec::with_capacity(4096);
         while next.get() < webhooks.len() {
-            let index = next.replace(next.get() + 1);
+            let (index, began) = (next.replace(next.get() + 1), Instant::now());
             stream.write_all(webhooks.get(index)).await.expect("send a webhook");
             answer.clear();
             while !is_complete(&answer) {
                 assert!(stream.read_buf(&mut answer).await.expect("read an answer") > 0, "the connection was closed");
             }
+            took.borrow_mut().push(began.elapsed());
         }
     };
     runtime.block_on(LocalSet::new().run_until(futures_util::future::join_all((0..connections).map(|_| send()))));
     let seconds = started.elapsed().as_secs_f64();
-    Sent { per_second: webhooks.len() as f64 / seconds, busy: (own_cpu() - cpu).as_secs_f64() / seconds }
+    let (per_second, busy) = (webhooks.len() as f64 / seconds, (own_cpu() - cpu).as_secs_f64() / seconds);
+    let mut took = took.into_inner();
+    took.sort_unstable();
+    Sent { per_second, busy, p50: took[took.len() / 2] }
 }
 
 /// When a webhook was sent, and how long the answer took.

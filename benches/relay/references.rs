@@ -23,6 +23,7 @@ use lapin::{BasicProperties, Channel, Connection, ConnectionProperties};
 use prism_relay::event::{Envelope, Event, Fingerprint, Source};
 use prism_relay::publisher::message::Message;
 use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
 
 use crate::harness::leash;
 use crate::harness::program::Program;
@@ -34,6 +35,10 @@ pub const REFERENCE: &str = "--reference";
 
 /// Publishes in flight: the relay's default `broker.window`.
 const WINDOW: usize = 1000;
+
+/// The places in the window of the relay that stores nothing. Without a limit, lapin would search ever more publishes
+/// for each confirm.
+static IN_FLIGHT: Semaphore = Semaphore::const_new(WINDOW);
 
 /// A server in its own process that reads each body and answers with as many bytes as the relay.
 pub struct Reference {
@@ -101,6 +106,7 @@ async fn answer(request: Request<Incoming>, channel: Option<Channel>) -> Result<
     assert!(!body.is_empty());
     if let Some(channel) = channel {
         tokio::spawn(async move {
+            let _place = IN_FLIGHT.acquire().await.expect("the semaphore is never closed");
             let (options, properties) = (BasicPublishOptions::default(), BasicProperties::default());
             let properties = properties.with_delivery_mode(2);
             let sent = channel.basic_publish("prism.events".into(), "scan.a".into(), options, &body, properties).await;
