@@ -48,7 +48,8 @@ impl ApiUrl {
         let not_an_address = || "is not an address such as https://api.hosted.prismlabs.tech".to_owned();
         let uri: Uri = text.parse().map_err(|_| not_an_address())?;
         let (Some(scheme), Some(authority)) = (uri.scheme_str(), uri.authority()) else { return Err(not_an_address()) };
-        if uri.query().is_some() || authority.host().is_empty() {
+        // The address is the beginning of others. What stands behind a `#` is never sent.
+        if uri.query().is_some() || text.contains('#') || authority.host().is_empty() {
             return Err(not_an_address());
         }
         if authority.as_str().contains('@') {
@@ -113,6 +114,7 @@ mod tests {
             ("api.hosted.prismlabs.tech", "is not an address"),
             ("https://", "is not an address"),
             ("https://host/?key=1", "is not an address"),
+            ("https://host/#x", "is not an address"),
             ("https://user:password-of-ours@host", "contains a login"),
         ] {
             let error = ApiUrl::parse(text).unwrap_err();

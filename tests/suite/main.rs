@@ -33,6 +33,7 @@ mod process;
 mod queues;
 mod quickstart;
 mod reconcile;
+mod reconcile_commands;
 mod redrive;
 mod replay;
 mod replicas;

@@ -32,6 +32,7 @@ impl Facts {
             let number = count(*stuck, "scan or prediction has", "scans or predictions have");
             let why = match failing {
                 Some(failing) => format!("The API gives no answer: {}.", failing.reason),
+                None if refused_since.is_some() => "The API is not asked for their ends.".to_owned(),
                 None => "Prism's API does not know their ends either.".to_owned(),
             };
             losses.push(Loss {
