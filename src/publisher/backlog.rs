@@ -3,6 +3,7 @@
 
 use std::collections::{HashMap, VecDeque};
 
+use super::window::Lane;
 use crate::event::SubjectKey;
 use crate::spool::Stored;
 
@@ -90,6 +91,14 @@ impl Backlog {
     /// Gives back the memory of a body.
     pub(super) fn release(&mut self, bytes: usize) {
         self.bytes -= bytes;
+    }
+
+    /// This event is not published, but parked. It came from here if it was pending.
+    pub(super) fn untried(&mut self, stored: &Stored, lane: Lane) {
+        if lane == Lane::Pending {
+            self.release(stored.event.body.len());
+            self.parked(stored.event.subject);
+        }
     }
 
     /// The published event of this subject was delivered: the next one may go.

@@ -55,6 +55,13 @@ impl PublisherError {
             | Self::Spool(_) => false,
         }
     }
+
+    /// The broker refused a message, with this many in flight. The next session tries at once, because this one found
+    /// something out, unless the spool cannot record (`settles`) what it found out: the message is refused again.
+    pub(super) fn after_refusal(reply: &str, in_flight: usize, settles: bool) -> Self {
+        let reply = reply.to_owned();
+        if in_flight > 0 && settles { Self::Refused(reply) } else { Self::Rejected(reply) }
+    }
 }
 
 /// Why deliveries over one connection ended.
@@ -67,5 +74,21 @@ pub(super) struct Interruption {
 impl From<PublisherError> for Interruption {
     fn from(error: PublisherError) -> Self {
         Self { error, connection_worked: false }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn after_a_refusal_the_next_session_tries_at_once_only_if_something_was_found_out_and_recorded() {
+        for (in_flight, settles, at_once) in [(1, true, true), (0, true, false), (1, false, false)] {
+            match PublisherError::after_refusal("why", in_flight, settles) {
+                PublisherError::Refused(reply) => assert!(at_once && reply == "why"),
+                PublisherError::Rejected(reply) => assert!(!at_once && reply == "why"),
+                error => panic!("{error}"),
+            }
+        }
     }
 }

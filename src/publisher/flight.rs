@@ -7,8 +7,9 @@ use std::task::Poll;
 use lapin::Channel;
 use lapin::options::BasicPublishOptions;
 
+use super::error::PublisherError;
 use super::message::Message;
-use super::outcome::PublishOutcome;
+use super::outcome::Answer;
 use super::window::Confirmed;
 use crate::traces::PublishSpan;
 
@@ -16,7 +17,7 @@ use crate::traces::PublishSpan;
 pub(super) enum Completion {
     Published {
         seq: u64,
-        outcome: PublishOutcome,
+        answer: Result<Answer, PublisherError>,
     },
     /// Every completion queued before this marker has been yielded.
     Marker(Vec<Confirmed<PublishSpan>>),
@@ -35,7 +36,7 @@ pub(super) async fn publish(channel: Channel, exchange: &str, seq: u64, message:
             Ok(confirm) => confirm.await,
             Err(error) => Err(error),
         };
-        Completion::Published { seq, outcome: PublishOutcome::new(confirmation) }
+        Completion::Published { seq, answer: Answer::read(confirmation) }
     });
     match poll_fn(|context| Poll::Ready(publishing.as_mut().poll(context))).await {
         Poll::Pending => publishing,

@@ -12,6 +12,7 @@ mod lags;
 pub mod message;
 mod outcome;
 mod pacing;
+mod parking;
 mod parking_log;
 mod read_ahead;
 mod refusals;

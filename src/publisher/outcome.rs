@@ -5,19 +5,15 @@ use lapin::{Confirmation, ErrorKind};
 use uuid::Uuid;
 
 use super::error::PublisherError;
+use super::window::Verdict;
 use crate::broker::{concerns_a_channel, reply_code, reply_text};
 
-/// The outcome of one publish.
+/// The broker's answer to one publish.
 #[derive(Debug)]
-pub(super) enum PublishOutcome {
-    /// The broker has the message, and so has a queue unless the broker returned it.
-    Acked(Option<ReturnedMessage>),
-    /// The broker rejected the message.
-    Nacked(Option<ReturnedMessage>),
-    /// The channel failed before the outcome was known.
-    Failed(lapin::Error),
-    /// The channel is not in confirm mode, which is a bug.
-    NotConfirmed,
+pub(super) struct Answer {
+    /// An ack: the broker has the message, and so has a queue unless the broker returned it.
+    pub verdict: Verdict,
+    pub returned: Option<ReturnedMessage>,
 }
 
 /// A message that reached no queue. lapin attaches it to whichever confirm completes next, so only its id shows which
@@ -29,14 +25,19 @@ pub(super) struct ReturnedMessage {
     pub reason: String,
 }
 
-impl PublishOutcome {
-    pub(super) fn new(result: Result<Confirmation, lapin::Error>) -> Self {
-        match result {
-            Ok(Confirmation::Ack(returned)) => Self::Acked(returned.map(ReturnedMessage::new)),
-            Ok(Confirmation::Nack(returned)) => Self::Nacked(returned.map(ReturnedMessage::new)),
-            Ok(Confirmation::NotRequested) => Self::NotConfirmed,
-            Err(error) => Self::Failed(error),
-        }
+impl Answer {
+    /// An error if the channel failed before the broker answered.
+    pub(super) fn read(result: Result<Confirmation, lapin::Error>) -> Result<Self, PublisherError> {
+        let (verdict, returned) = match result {
+            Ok(Confirmation::Ack(returned)) => (Verdict::Acked, returned),
+            Ok(Confirmation::Nack(returned)) => (Verdict::Nacked, returned),
+            // A bug.
+            Ok(Confirmation::NotRequested) => {
+                return Err(PublisherError::Lost("the channel is not in confirm mode".to_owned()));
+            }
+            Err(error) => return Err(classify(&error)),
+        };
+        Ok(Self { verdict, returned: returned.map(ReturnedMessage::new) })
     }
 }
 
@@ -100,11 +101,12 @@ mod tests {
     }
 
     #[test]
-    fn an_outcome_is_what_the_broker_confirmed() {
-        assert!(matches!(PublishOutcome::new(Ok(Confirmation::Ack(None))), PublishOutcome::Acked(None)));
-        assert!(matches!(PublishOutcome::new(Ok(Confirmation::Nack(None))), PublishOutcome::Nacked(None)));
-        assert!(matches!(PublishOutcome::new(Ok(Confirmation::NotRequested)), PublishOutcome::NotConfirmed));
+    fn an_answer_is_what_the_broker_confirmed() {
+        let verdict = |confirmation| Answer::read(Ok(confirmation)).map(|answer| answer.verdict);
+        assert!(matches!(verdict(Confirmation::Ack(None)), Ok(Verdict::Acked)));
+        assert!(matches!(verdict(Confirmation::Nack(None)), Ok(Verdict::Nacked)));
+        assert!(matches!(verdict(Confirmation::NotRequested), Err(PublisherError::Lost(_))));
         let lost = ErrorKind::InvalidConnectionState(lapin::ConnectionState::Closed).into();
-        assert!(matches!(PublishOutcome::new(Err(lost)), PublishOutcome::Failed(_)));
+        assert!(matches!(Answer::read(Err(lost)), Err(PublisherError::Lost(_))));
     }
 }

@@ -5,7 +5,10 @@
 
 use std::time::{Duration, Instant};
 
+use super::message::routing_key;
 use super::refusals::{Blame, Refusals};
+use super::window::{Flight, Lane};
+use crate::event::Envelope;
 
 /// An event that closed the channel this often, each time alone in flight, is the culprit if the broker's reply names
 /// none. Twice, because a channel may also close for another reason.
@@ -32,13 +35,21 @@ struct Suspect {
 }
 
 /// An event that was in flight when the broker closed the channel over a message.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Accused<'a> {
+#[derive(Clone, Debug)]
+pub(super) struct Accused {
     pub seq: u64,
-    pub key: &'a str,
+    pub key: String,
     pub bytes: usize,
     /// Whether it was parked before: then one strike is enough.
     pub parked: bool,
+}
+
+impl<T> From<&Flight<T>> for Accused {
+    fn from(Flight { stored, lane, .. }: &Flight<T>) -> Self {
+        let body = &stored.event.body;
+        let key = routing_key(Envelope::parse(body).ok().as_ref()).to_owned();
+        Self { seq: stored.seq, key, bytes: body.len(), parked: *lane == Lane::Parked }
+    }
 }
 
 impl Default for Pacing {
@@ -57,17 +68,11 @@ impl Pacing {
     ///
     /// The reply names the key or the limit of the size, which concerns all events that have it. Otherwise the smaller
     /// window finds the culprit.
-    pub(super) fn on_refusal(
-        &mut self,
-        reply: &str,
-        accused: &[Accused<'_>],
-        keep: Duration,
-        now: Instant,
-    ) -> Vec<u64> {
+    pub(super) fn on_refusal(&mut self, reply: &str, accused: &[Accused], keep: Duration, now: Instant) -> Vec<u64> {
         self.limit = 1;
         let blame = Blame::parse(reply);
         let culprits: Vec<_> =
-            accused.iter().filter(|event| blame.concerns(event.key, event.bytes)).map(|event| event.seq).collect();
+            accused.iter().filter(|event| blame.concerns(&event.key, event.bytes)).map(|event| event.seq).collect();
         if !culprits.is_empty() {
             self.refusals.remember(&blame, reply, keep, now);
             return culprits;
@@ -93,13 +98,25 @@ impl Pacing {
         self.limit = self.limit.saturating_add(1);
     }
 
-    pub(super) fn is_parked_retry_due(&self, interval: Duration, now: Instant) -> bool {
-        self.parked_tried_at.is_none_or(|at| now.saturating_duration_since(at) >= interval)
-    }
-
-    /// An operator asks for a retry, which begins a new round: everything is really tried.
-    pub(super) fn on_retry_request(&mut self) {
-        self.retrying = false;
+    /// Whether to look for parked events that are due for a retry. `settles`: the spool can record a delivery; while it
+    /// cannot, the same events would be tried without end. `take_request`: whether an operator asks for a retry.
+    pub(super) fn is_retry_due(
+        &mut self,
+        parked: u64,
+        settles: bool,
+        take_request: impl FnOnce() -> bool,
+        interval: Duration,
+        now: Instant,
+    ) -> bool {
+        if parked == 0 || !settles {
+            return false;
+        }
+        let requested = take_request();
+        if requested {
+            // A new round: everything is really tried.
+            self.retrying = false;
+        }
+        requested || self.parked_tried_at.is_none_or(|at| now.saturating_duration_since(at) >= interval)
     }
 
     /// Some of the parked events are about to be retried. In each round a refused key or size is tried once more.
@@ -119,17 +136,23 @@ impl Pacing {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::event::INVALID_BODY;
+    use crate::publisher::tests::stored_with;
 
     const KEEP: Duration = Duration::from_secs(60);
     const NONE: [u64; 0] = [];
     const KEY_REFUSED: &str = "write access to topic 'b' in exchange 'e' in vhost '/' refused for user 'u'";
 
-    fn accused(seq: u64, key: &str) -> Accused<'_> {
-        Accused { seq, key, bytes: 100, parked: false }
+    fn accused(seq: u64, key: &str) -> Accused {
+        Accused { seq, key: key.to_owned(), bytes: 100, parked: false }
     }
 
-    fn refuse(pacing: &mut Pacing, reply: &str, accused: &[Accused<'_>]) -> Vec<u64> {
+    fn refuse(pacing: &mut Pacing, reply: &str, accused: &[Accused]) -> Vec<u64> {
         pacing.on_refusal(reply, accused, KEEP, Instant::now())
+    }
+
+    fn is_due(pacing: &mut Pacing, requested: bool, now: Instant) -> bool {
+        pacing.is_retry_due(1, true, || requested, KEEP, now)
     }
 
     #[test]
@@ -195,12 +218,33 @@ mod tests {
 
     #[test]
     fn parked_events_are_retried_at_once_and_then_at_the_interval() {
-        let (mut pacing, start, interval) = (Pacing::default(), Instant::now(), Duration::from_secs(60));
-        assert!(pacing.is_parked_retry_due(interval, start));
+        let (mut pacing, start) = (Pacing::default(), Instant::now());
+        assert!(is_due(&mut pacing, false, start));
         pacing.on_retry();
         pacing.on_parked_tried(start);
-        assert!(!pacing.is_parked_retry_due(interval, start + interval / 2));
-        assert!(pacing.is_parked_retry_due(interval, start + interval));
+        assert!(!is_due(&mut pacing, false, start + KEEP / 2));
+        assert!(is_due(&mut pacing, true, start + KEEP / 2), "an operator asks for a retry");
+        assert!(is_due(&mut pacing, false, start + KEEP));
+    }
+
+    #[test]
+    fn a_request_for_a_retry_is_kept_until_there_is_an_event_whose_delivery_can_be_recorded() {
+        let (mut pacing, now) = (Pacing::default(), Instant::now());
+        for (parked, settles) in [(0, true), (1, false)] {
+            assert!(!pacing.is_retry_due(parked, settles, || panic!("the request is lost"), KEEP, now));
+        }
+    }
+
+    #[test]
+    fn an_event_in_flight_is_accused_with_the_key_and_the_size_of_its_message() {
+        for (body, lane, expected) in [
+            (r#"{"eventType":"scan.ended"}"#, Lane::Pending, ("scan.ended", 26, false)),
+            ("no JSON", Lane::Parked, (INVALID_BODY, 7, true)),
+        ] {
+            let flight = Flight { stored: stored_with(5, None, body), lane, published_at: Instant::now(), span: () };
+            let Accused { seq, key, bytes, parked } = Accused::from(&flight);
+            assert_eq!((seq, (key.as_str(), bytes, parked)), (5, expected));
+        }
     }
 
     #[test]
@@ -214,7 +258,7 @@ mod tests {
         refuse(&mut pacing, KEY_REFUSED, &[accused(1, "b")]);
         pacing.on_retry();
         assert!(is_refused(&pacing), "the next batch of the same round");
-        pacing.on_retry_request();
+        assert!(is_due(&mut pacing, true, now));
         pacing.on_retry();
         assert!(!is_refused(&pacing), "an operator asks for a retry during the round");
         refuse(&mut pacing, KEY_REFUSED, &[accused(1, "b")]);

@@ -3,6 +3,8 @@
 use tokio::task::JoinHandle;
 
 use super::backlog::Backlog;
+use super::window::Lane;
+use crate::event::SubjectKey;
 use crate::spool::{PendingBatch, ReadError, Spool};
 
 /// Maximum bytes of bodies in memory, read ahead and in flight. One event is always allowed, however large.
@@ -143,7 +145,7 @@ impl ReadAhead {
     pub(super) async fn check_spool(&mut self) -> Result<(), ReadError> {
         if self.recheck && self.spool.status().takes_settlements() {
             self.recheck = false;
-            self.on_parked_delivered();
+            self.validity = Validity::StaleUntilCommit;
         }
         if let Some(removed) = self.removed
             && !self.is_stale()
@@ -160,9 +162,13 @@ impl ReadAhead {
         self.validity = self.validity.max(Validity::Stale);
     }
 
-    /// A parked event was delivered: others may have waited for it.
-    pub(super) fn on_parked_delivered(&mut self) {
-        self.validity = Validity::StaleUntilCommit;
+    /// An event was delivered: the next one of its subject may go, and events behind a parked one are read.
+    pub(super) fn on_delivered(&mut self, lane: Lane, subject: Option<SubjectKey>) {
+        match lane {
+            Lane::Pending => self.backlog.delivered(subject),
+            Lane::Parked if subject.is_some() => self.validity = Validity::StaleUntilCommit,
+            Lane::Parked => {}
+        }
     }
 
     /// Whether the events in memory must be read again before any of them is published.

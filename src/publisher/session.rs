@@ -1,5 +1,6 @@
-//! One channel's life: publishes events, waits for their outcomes, and ends at the first fault. What the outcomes mean
-//! is decided in [`super::window`], which event may go next in [`super::backlog`].
+//! One channel's life: publishes events, waits for their outcomes, and ends at the first fault. Only the select loop
+//! and I/O. Decided elsewhere: what is next, and what outcomes mean, in [`super::window`]; which event may go in
+//! [`super::backlog`]; how many events in [`super::pacing`]; what is parked in [`super::parking`].
 
 use std::future::ready;
 use std::pin::Pin;
@@ -13,18 +14,18 @@ use lapin::{Channel, Event as LapinEvent};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
-use uuid::Uuid;
 
 use super::error::{Interruption, PublisherError};
 use super::flight::{self, Completion, PublishFuture};
 use super::message::{self, Message};
-use super::outcome::{PublishOutcome, ReturnedMessage, classify};
+use super::outcome::{Answer, ReturnedMessage, classify};
 use super::pacing::{Accused, Pacing};
+use super::parking::{Group, Parking, Reason};
 use super::parking_log::{Cause, ParkingLog};
 use super::read_ahead::ReadAhead;
 use super::settings::Settings;
 use super::status::Status;
-use super::window::{Ended, Flight, Lane, Settled, Verdict, Window};
+use super::window::{Ended, Flight, Lane, Next, Settled, Window};
 use crate::broker::{BrokerConnection, concerns_a_channel};
 use crate::event::Envelope;
 use crate::metrics::Metrics;
@@ -65,10 +66,6 @@ pub(super) struct Session<'a> {
     completions: FuturesUnordered<PublishFuture>,
     /// Parked events are due for a retry.
     retry_due: bool,
-    /// The broker blocks publishers.
-    blocked: bool,
-    /// The start of the session, or the end of the last alarm. Confirm deadlines count from here at the earliest.
-    unblocked_at: Instant,
     /// The broker gave an answer that clears the connection of blame, so the next try need not wait longer.
     connection_worked: bool,
 }
@@ -80,17 +77,17 @@ impl<'a> Session<'a> {
         channel: Channel,
         pacing: &'a mut Pacing,
     ) -> Self {
+        let mut window = Window::default();
+        window.set_blocked(broker.connection.status().blocked(), Instant::now());
         Self {
             parts,
             broker,
             channel,
             pacing,
             pending: ReadAhead::new(parts.spool.clone(), parts.settings.window),
-            window: Window::default(),
+            window,
             completions: FuturesUnordered::new(),
             retry_due: false,
-            blocked: broker.connection.status().blocked(),
-            unblocked_at: Instant::now(),
             connection_worked: false,
         }
     }
@@ -105,20 +102,12 @@ impl<'a> Session<'a> {
         self.parts.spool.flush().await;
         let mut end = self.work(events, drain).await;
         self.wind_up(&end).await;
-        let flights: Vec<_> = std::mem::take(&mut self.window).into_flights().collect();
+        let flights = self.window.take_flights();
         self.parts.metrics.publish.lost.increment(flights.len() as u64);
-        if let Err(PublisherError::Refused(reason)) = &end
-            && !self.on_refusal(reason, &flights).await
-        {
-            end = Err(PublisherError::Rejected(reason.clone()));
-        }
-        // Nothing else is published during a retry, so the next one must not follow at once.
-        if matches!(end, Err(PublisherError::ConfirmTimeout(_))) {
-            let retried = flights.iter().filter(|flight| flight.lane == Lane::Parked);
-            let tried: Vec<_> = retried.map(|flight| Settlement::Tried(flight.stored.seq)).collect();
-            if !tried.is_empty() {
-                self.parts.spool.settle(tried).await;
-            }
+        match &end {
+            Err(PublisherError::Refused(reply)) => end = Err(self.on_refusal(reply, &flights).await),
+            Err(PublisherError::ConfirmTimeout(_)) => self.record(Parking::unconfirmed(&flights)).await,
+            _ => {}
         }
         self.parts.status.set_in_flight(0);
         for flight in flights {
@@ -146,11 +135,8 @@ impl<'a> Session<'a> {
                 self.retry_due = false;
             }
             self.fill().await?;
-            if draining && (self.is_idle() || self.blocked) {
-                return Ok(());
-            }
-            if self.window.is_nacked() && self.completions.is_empty() {
-                return Err(PublisherError::Nacked);
+            if let Some(end) = self.window.end(draining, self.pending.is_empty()) {
+                return end;
             }
             tokio::select! {
                 // Completions first: after a channel error they carry the broker's reason. The connection error that
@@ -175,21 +161,15 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Whether nothing is pending that could be delivered and nothing is in flight.
-    fn is_idle(&self) -> bool {
-        self.pending.is_empty() && self.completions.is_empty()
-    }
-
     /// Publishes as many events as the window allows, and reads ahead.
     async fn fill(&mut self) -> Result<(), ReadError> {
-        if !self.blocked && self.window.is_open() {
-            // Nothing more is published until the events in flight are settled.
-            if (self.pending.is_stale() || self.retry_due) && self.window.is_empty() {
-                self.start_over().await?;
-            }
-            if !self.pending.is_stale() && !self.retry_due && self.window.is_open() {
-                self.publish_pending().await;
-            }
+        match self.next() {
+            Next::ReadAgain => self.pending.read_again().await,
+            Next::RetryParked => self.retry_parked().await?,
+            Next::Publish | Next::Wait => {}
+        }
+        if self.next() == Next::Publish {
+            self.publish_pending().await;
         }
         self.pending.read_on();
         self.parts.status.set_in_flight(self.window.in_flight());
@@ -197,23 +177,23 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    async fn publish_pending(&mut self) {
-        let window = self.pacing.window(self.parts.settings.window);
-        let mut parked = Parked::default();
-        while self.window.in_flight() < window
-            && let Some(stored) = self.pending.backlog().pop()
-        {
-            self.publish(stored, Lane::Pending, &mut parked).await;
-        }
-        self.settle_parked(parked).await;
+    fn next(&self) -> Next {
+        self.window.next(self.pending.is_stale(), self.retry_due)
     }
 
-    /// Reads pending events again, or retries parked ones. Nothing is in flight.
-    async fn start_over(&mut self) -> Result<(), ReadError> {
-        if self.pending.is_stale() {
-            self.pending.read_again().await;
-            return Ok(());
+    async fn publish_pending(&mut self) {
+        let limit = self.pacing.window(self.parts.settings.window);
+        let mut parking = Parking::default();
+        while self.window.in_flight() < limit
+            && let Some(stored) = self.pending.backlog().pop()
+        {
+            self.publish(stored, Lane::Pending, &mut parking).await;
         }
+        self.record(parking).await;
+    }
+
+    /// Retries the parked events that are due. Nothing is in flight.
+    async fn retry_parked(&mut self) -> Result<(), ReadError> {
         self.retry_due = false;
         self.pacing.on_retry();
         // The outcomes of the last round must be committed, or the same events would be read once more.
@@ -221,51 +201,36 @@ impl<'a> Session<'a> {
         let retry_ms = i64::try_from(self.parts.settings.parked_retry.as_millis()).unwrap_or(i64::MAX);
         let count = self.parts.settings.window.min(PARKED_BATCH);
         let now_ms = Timestamp::now().as_millisecond();
-        let Batch { events, mut more } = self.parts.spool.parked_due(now_ms, retry_ms, count).await?;
-        let window = self.pacing.window(count);
-        let mut parked = Parked::default();
-        for stored in events {
-            // Events that are not published, because the broker would refuse them, do not count.
-            if self.window.in_flight() >= window {
-                more = true;
-                break;
-            }
-            self.publish(stored, Lane::Parked, &mut parked).await;
+        let Batch { events, more } = self.parts.spool.parked_due(now_ms, retry_ms, count).await?;
+        let (limit, mut events) = (self.pacing.window(count), events.into_iter());
+        let mut parking = Parking::default();
+        while self.window.in_flight() < limit
+            && let Some(stored) = events.next()
+        {
+            self.publish(stored, Lane::Parked, &mut parking).await;
         }
-        if !more {
+        if !more && events.len() == 0 {
             self.pacing.on_parked_tried(Instant::now());
         }
-        self.settle_parked(parked).await;
+        self.record(parking).await;
         Ok(())
     }
 
-    /// Whether to look for parked events that are due for a retry.
     fn is_retry_due(&mut self) -> bool {
-        let status = self.parts.spool.status();
-        // While the spool cannot record a delivery, the same events would be tried without end.
-        if status.ledger().parked == 0 || !status.takes_settlements() {
-            return false;
-        }
-        if self.parts.status.take_retry_request() {
-            self.pacing.on_retry_request();
-            return true;
-        }
-        self.pacing.is_parked_retry_due(self.parts.settings.parked_retry, Instant::now())
+        let (spool, status) = (self.parts.spool.status(), &self.parts.status);
+        let (parked, settles) = (spool.ledger().parked, spool.takes_settlements());
+        let (interval, now) = (self.parts.settings.parked_retry, Instant::now());
+        self.pacing.is_retry_due(parked, settles, || status.take_retry_request(), interval, now)
     }
 
     /// Publishes an event, or parks it if it is damaged or the broker would refuse it.
-    async fn publish(&mut self, stored: Stored, lane: Lane, parked: &mut Parked) {
-        if !stored.event.is_intact() {
-            // Workers must not get a body that Prism did not sign.
-            let reason = "damaged: the body does not match its fingerprint".to_owned();
-            return self.park_untried(&stored, lane, Cause::Damaged, reason, parked);
-        }
+    async fn publish(&mut self, stored: Stored, lane: Lane, parking: &mut Parking) {
         let (seq, event, exchange) = (stored.seq, &stored.event, &self.parts.settings.exchange);
         let envelope = Envelope::parse(&event.body).ok();
         let key = message::routing_key(envelope.as_ref());
-        if let Some(reason) = self.pacing.refusals.reason(key, event.body.len(), Instant::now()) {
-            let reason = format!("refused: {reason}");
-            return self.park_untried(&stored, lane, Cause::Refused, reason, parked);
+        if let Some(reason) = Reason::against(event, key, &self.pacing.refusals, Instant::now()) {
+            self.pending.backlog().untried(&stored, lane);
+            return parking.untried(&stored, lane, reason);
         }
         let span = self.parts.traces.start_publish(event, exchange, key);
         let message = Message::new(event, envelope.as_ref(), span.context(event).as_ref());
@@ -274,39 +239,22 @@ impl<'a> Session<'a> {
         self.completions.push(publishing);
     }
 
-    fn park_untried(&mut self, stored: &Stored, lane: Lane, cause: Cause, reason: String, parked: &mut Parked) {
-        let seq = stored.seq;
-        match lane {
-            Lane::Pending => {
-                self.pending.backlog().release(stored.event.body.len());
-                self.pending.backlog().parked(stored.event.subject);
-                parked.add(cause, stored.event.id, &reason);
-                parked.settlements.push(Settlement::Parked { seq, reason });
+    /// Logs and records what was parked.
+    async fn record(&mut self, Parking { settlements, groups }: Parking) {
+        for Group { cause, count, example, reason } in groups {
+            if cause == Cause::Refused {
+                self.parts.metrics.publish.refused.increment(count);
             }
-            Lane::Parked => parked.settlements.push(Settlement::Tried(seq)),
+            self.parts.parking_log.parked(cause, count, example, &reason);
         }
-    }
-
-    /// Records the events that [`Self::publish`] parked.
-    async fn settle_parked(&mut self, parked: Parked) {
-        if !parked.settlements.is_empty() {
-            self.log_parked(&parked);
-            self.parts.spool.settle(parked.settlements).await;
-        }
-    }
-
-    fn log_parked(&self, parked: &Parked) {
-        for ParkedEvents { cause, count, example, reason } in &parked.events {
-            if *cause == Cause::Refused {
-                self.parts.metrics.publish.refused.increment(*count);
-            }
-            self.parts.parking_log.parked(*cause, *count, *example, reason);
+        if !settlements.is_empty() {
+            self.parts.spool.settle(settlements).await;
         }
     }
 
     async fn on_completion(&mut self, completion: Completion) -> Result<(), PublisherError> {
         match completion {
-            Completion::Published { seq, outcome } => self.on_outcome(seq, outcome).await?,
+            Completion::Published { seq, answer } => self.on_answer(seq, answer?).await,
             Completion::Marker(batch) => self.window.marker(batch),
         }
         let settled = self.window.settle();
@@ -314,15 +262,7 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    async fn on_outcome(&mut self, seq: u64, outcome: PublishOutcome) -> Result<(), PublisherError> {
-        let (verdict, returned) = match outcome {
-            PublishOutcome::Acked(returned) => (Verdict::Acked, returned),
-            PublishOutcome::Nacked(returned) => (Verdict::Nacked, returned),
-            PublishOutcome::Failed(error) => return Err(classify(&error)),
-            PublishOutcome::NotConfirmed => {
-                return Err(PublisherError::Lost("the channel is not in confirm mode".to_owned()));
-            }
-        };
+    async fn on_answer(&mut self, seq: u64, Answer { verdict, returned }: Answer) {
         if let Some(ReturnedMessage { id, reason }) = returned {
             self.parts.metrics.publish.returned.increment(1);
             self.parts.status.request_look();
@@ -331,32 +271,23 @@ impl<'a> Session<'a> {
                 None => error!(%reason, "the broker returned a message that the relay did not publish"),
             }
         }
-        let Some(Ended { lane, body_bytes, nacked }) =
-            self.window.outcome(seq, verdict, Timestamp::now().as_millisecond())
-        else {
-            return Ok(());
+        let now_ms = Timestamp::now().as_millisecond();
+        let Some(Ended { lane, released, nacked }) = self.window.outcome(seq, verdict, now_ms) else { return };
+        self.pending.backlog().release(released);
+        let Some(span) = nacked else {
+            self.connection_worked = true;
+            if !self.window.is_nacked() {
+                self.pacing.on_confirm();
+            }
+            return;
         };
-        if lane == Lane::Pending {
-            self.pending.backlog().release(body_bytes);
+        span.failed("nacked");
+        self.parts.metrics.publish.nacked.increment(1);
+        self.parts.status.on_nack();
+        match lane {
+            Lane::Pending => self.pacing.on_nack(),
+            Lane::Parked => self.parts.spool.settle(vec![Settlement::Tried(seq)]).await,
         }
-        match nacked {
-            None => {
-                self.connection_worked = true;
-                if !self.window.is_nacked() {
-                    self.pacing.on_confirm();
-                }
-            }
-            Some(span) => {
-                span.failed("nacked");
-                self.parts.metrics.publish.nacked.increment(1);
-                self.parts.status.on_nack();
-                match lane {
-                    Lane::Pending => self.pacing.on_nack(),
-                    Lane::Parked => self.parts.spool.settle(vec![Settlement::Tried(seq)]).await,
-                }
-            }
-        }
-        Ok(())
     }
 
     /// Records events that were delivered or returned, and lets the next ones of their subjects go.
@@ -364,27 +295,19 @@ impl<'a> Session<'a> {
         if settled.is_empty() {
             return;
         }
-        let settlements = settled.settlements();
+        let parking = Parking::settled(&settled);
         let Settled { delivered, returned, unconfirmed_returns } = settled;
         let metrics = &self.parts.metrics.publish;
         metrics.confirmed.increment(delivered.len() as u64);
         self.parts.status.on_delivered(delivered.iter().map(|event| (event.seq, event.lag)));
         for event in delivered {
-            match event.lane {
-                Lane::Pending => self.pending.backlog().delivered(event.subject),
-                Lane::Parked if event.subject.is_some() => self.pending.on_parked_delivered(),
-                Lane::Parked => {}
-            }
+            self.pending.on_delivered(event.lane, event.subject);
             metrics.delivery_lag.record(event.lag);
             event.span.confirmed();
         }
-        let mut parked = Parked::default();
         for (event, reason) in returned {
             match event.lane {
-                Lane::Pending => {
-                    self.pending.backlog().parked(event.subject);
-                    parked.add(Cause::Returned, event.id, &reason);
-                }
+                Lane::Pending => self.pending.backlog().parked(event.subject),
                 Lane::Parked => {
                     debug!(id = %event.id, seq = event.seq, reason, "no queue takes this event: still parked")
                 }
@@ -394,21 +317,19 @@ impl<'a> Session<'a> {
         for id in unconfirmed_returns {
             warn!(%id, "the broker returned an event without confirming it; the event is published again");
         }
-        self.log_parked(&parked);
-        self.parts.spool.settle(settlements).await;
+        self.record(parking).await;
     }
 
     fn on_connection_event(&mut self, event: LapinEvent) -> Result<(), PublisherError> {
         match event {
             LapinEvent::ConnectionBlocked(reason) => {
                 warn!(reason, "the broker blocks publishers; events are kept on disk");
-                self.blocked = true;
+                self.window.set_blocked(true, Instant::now());
                 self.parts.status.on_blocked(Some(reason));
             }
             LapinEvent::ConnectionUnblocked => {
                 info!("the broker accepts publishes again");
-                self.blocked = false;
-                self.unblocked_at = Instant::now();
+                self.window.set_blocked(false, Instant::now());
                 // An operator may have removed events meanwhile.
                 self.pending.on_removal();
                 self.parts.status.on_blocked(None);
@@ -425,17 +346,7 @@ impl<'a> Session<'a> {
         if !self.broker.connection.status().connected() {
             return Err(PublisherError::Lost("the connection is closed".to_owned()));
         }
-        // A blocked broker keeps what it has and confirms it after the alarm. Publishing it again over another
-        // connection would deliver it twice.
-        if let Some(oldest) = self.window.oldest()
-            && !self.blocked
-        {
-            let limit = self.parts.settings.confirm_timeout;
-            if oldest.max(self.unblocked_at).elapsed() > limit {
-                return Err(PublisherError::ConfirmTimeout(limit));
-            }
-        }
-        Ok(())
+        self.window.check_deadline(self.parts.settings.confirm_timeout, Instant::now())
     }
 
     /// Ends the publishes in flight and settles what has an outcome by then. The next session publishes the rest again.
@@ -458,69 +369,22 @@ impl<'a> Session<'a> {
     async fn rest(&mut self) {
         while let Some(completion) = self.completions.next().await {
             match completion {
-                Completion::Published { seq, outcome } => {
-                    // Most fail with the connection, whose error is known already.
-                    let _ = self.on_outcome(seq, outcome).await;
-                }
+                Completion::Published { seq, answer: Ok(answer) } => self.on_answer(seq, answer).await,
+                // It failed with the connection, whose error is known already.
+                Completion::Published { answer: Err(_), .. } => {}
                 Completion::Marker(batch) => self.window.marker(batch),
             }
         }
     }
 
-    /// The broker closed the channel over a message: parks the culprits, if they are known by now. Returns whether the
-    /// next session may try at once, because this one found something out.
-    async fn on_refusal(&mut self, reason: &str, flights: &[Flight<PublishSpan>]) -> bool {
-        let envelopes: Vec<_> = flights.iter().map(|flight| Envelope::parse(&flight.stored.event.body).ok()).collect();
-        let accused: Vec<_> = flights.iter().zip(&envelopes).map(accused).collect();
+    /// The broker closed the channel over a message: parks the culprits, if they are known by now. Returns why the
+    /// session ended.
+    async fn on_refusal(&mut self, reply: &str, flights: &[Flight<PublishSpan>]) -> PublisherError {
+        let accused: Vec<_> = flights.iter().map(Accused::from).collect();
         let keep = self.parts.settings.parked_retry;
-        let culprits = self.pacing.on_refusal(reason, &accused, keep, Instant::now());
-        let mut parked = Parked::default();
-        for flight in flights.iter().filter(|flight| culprits.contains(&flight.stored.seq)) {
-            let (seq, id) = (flight.stored.seq, flight.stored.event.id);
-            let reason = format!("refused: {reason}");
-            match flight.lane {
-                Lane::Pending => parked.add(Cause::Refused, id, &reason),
-                Lane::Parked => debug!(%id, seq, reason, "the broker still refuses this event"),
-            }
-            parked.settlements.push(Settlement::Parked { seq, reason });
-        }
-        self.settle_parked(parked).await;
-        // What the spool cannot record is published again, and refused again.
-        !flights.is_empty() && self.parts.spool.status().takes_settlements()
-    }
-}
-
-/// What the pacing has to know of an event in flight.
-fn accused<'a>((flight, envelope): (&Flight<PublishSpan>, &'a Option<Envelope<'a>>)) -> Accused<'a> {
-    Accused {
-        seq: flight.stored.seq,
-        key: message::routing_key(envelope.as_ref()),
-        bytes: flight.stored.event.body.len(),
-        parked: flight.lane == Lane::Parked,
-    }
-}
-
-/// Events that were parked together.
-#[derive(Default)]
-struct Parked {
-    settlements: Vec<Settlement>,
-    /// Newly parked events, for the log.
-    events: Vec<ParkedEvents>,
-}
-
-/// Events parked for one cause.
-struct ParkedEvents {
-    cause: Cause,
-    count: u64,
-    example: Uuid,
-    reason: String,
-}
-
-impl Parked {
-    fn add(&mut self, cause: Cause, example: Uuid, reason: &str) {
-        match self.events.iter_mut().find(|events| events.cause == cause) {
-            Some(events) => events.count += 1,
-            None => self.events.push(ParkedEvents { cause, count: 1, example, reason: reason.to_owned() }),
-        }
+        let culprits = self.pacing.on_refusal(reply, &accused, keep, Instant::now());
+        debug!(?culprits, reply, "the broker refuses events");
+        self.record(Parking::refused(flights, &culprits, reply)).await;
+        PublisherError::after_refusal(reply, flights.len(), self.parts.spool.status().takes_settlements())
     }
 }

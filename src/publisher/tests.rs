@@ -11,13 +11,17 @@ use uuid::Uuid;
 
 use super::backlog::Backlog;
 use super::read_ahead::ReadAhead;
-use super::window::{Flight, Lane, Settled, Verdict, Window};
+use super::window::{Flight, Lane, Next, Settled, Verdict, Window};
 use crate::event::{Event, Fingerprint, Source, SubjectKey};
 use crate::metrics::Metrics;
 use crate::spool::{self, Settlement, Spool, Stored};
 
 fn stored(seq: u64, subject: Option<i64>) -> Stored {
-    let body = Bytes::from_static(b"{}");
+    stored_with(seq, subject, "{}")
+}
+
+pub(super) fn stored_with(seq: u64, subject: Option<i64>, body: &'static str) -> Stored {
+    let body = Bytes::from_static(body.as_bytes());
     let event = Event {
         id: Uuid::from_u128(u128::from(seq)),
         accepted_ms: 0,
@@ -145,7 +149,7 @@ impl World {
     }
 
     fn fill(&mut self, window: usize) {
-        while self.window.is_open()
+        while self.window.next(false, false) == Next::Publish
             && self.window.in_flight() < window
             && let Some(stored) = self.backlog.pop()
         {
@@ -154,7 +158,7 @@ impl World {
     }
 
     fn retry(&mut self) {
-        if self.window.is_open() && self.window.is_empty() {
+        if self.window.next(false, true) == Next::RetryParked {
             let parked: Vec<_> =
                 self.spool.iter().filter(|(_, kept)| kept.parked).map(|(seq, kept)| (*seq, kept.subject)).collect();
             for (seq, subject) in parked {
@@ -216,7 +220,7 @@ impl World {
                     self.window.returned(id, "no route".to_owned());
                 }
                 let ended = self.window.outcome(seq, verdict, 0).expect("an event in flight");
-                self.backlog.release(if ended.lane == Lane::Pending { ended.body_bytes } else { 0 });
+                self.backlog.release(ended.released);
                 if verdict == Verdict::Nacked {
                     self.in_flight.remove(&seq);
                 }
@@ -285,7 +289,7 @@ impl World {
             Step::Take(first, count) => self.take(first, count),
             Step::Fail { complete } => self.fail(complete),
         }
-        if self.window.is_nacked() && self.window.is_empty() {
+        if self.window.end(false, false).is_some() {
             self.fail(true);
         }
     }
@@ -350,6 +354,17 @@ fn a_released_event_goes_before_younger_ones() {
     assert_eq!(backlog.pop().map(|stored| stored.seq), Some(2));
 }
 
+#[test]
+fn a_pending_event_that_is_parked_without_a_publish_frees_its_memory_and_holds_its_subject_back() {
+    let mut backlog = Backlog::default();
+    [1, 2].into_iter().for_each(|seq| backlog.enter(stored(seq, Some(7))));
+    let first = backlog.pop().unwrap();
+    backlog.untried(&first, Lane::Parked);
+    assert_eq!((backlog.bytes(), backlog.len()), (4, 1), "a parked event is not from here");
+    backlog.untried(&first, Lane::Pending);
+    assert_eq!((backlog.bytes(), backlog.len(), backlog.left_out_so_far().count), (0, 0, 1));
+}
+
 /// The delivery of a parked event was confirmed, but the disk could not record it before the connection was lost.
 #[tokio::test]
 async fn what_waited_for_a_parked_event_is_read_once_the_disk_has_recorded_its_delivery() {
@@ -387,7 +402,10 @@ async fn what_waited_for_a_parked_event_is_read_once_the_disk_has_recorded_its_d
     assert!(!pending.is_stale());
     // The same over the old connection.
     let mut earlier = ReadAhead::new(spool.clone(), 10);
-    earlier.on_parked_delivered();
+    earlier.on_delivered(Lane::Parked, None);
+    assert!(!earlier.is_stale(), "no event waits for one without a subject");
+    earlier.on_delivered(Lane::Parked, Some(SubjectKey(7)));
+    assert!(earlier.is_stale());
     earlier.read_again().await;
     assert!(!earlier.is_stale(), "the other subjects go on");
 

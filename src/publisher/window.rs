@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
+use super::error::PublisherError;
 use crate::event::SubjectKey;
 use crate::spool::{Settlement, Stored};
 
@@ -57,6 +58,17 @@ pub(super) struct Confirmed<T> {
 pub(super) enum Verdict {
     Acked,
     Nacked,
+}
+
+/// What the session does next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Next {
+    /// Waits for outcomes, or for the broker to accept publishes again.
+    Wait,
+    /// Reads pending events again before any of them is published.
+    ReadAgain,
+    RetryParked,
+    Publish,
 }
 
 /// Events whose fate is final.
@@ -107,6 +119,10 @@ pub(super) struct Window<T> {
     retrying: usize,
     /// The broker nacked a pending event: nothing is published until the session ends.
     nacked: bool,
+    /// The broker blocks publishers.
+    blocked: bool,
+    /// The end of the last alarm. Deadlines count from here at the earliest.
+    unblocked_at: Option<Instant>,
 }
 
 impl<T> Default for Window<T> {
@@ -119,6 +135,8 @@ impl<T> Default for Window<T> {
             returned: HashMap::new(),
             retrying: 0,
             nacked: false,
+            blocked: false,
+            unblocked_at: None,
         }
     }
 }
@@ -130,7 +148,7 @@ impl<T> Window<T> {
     }
 
     /// Whether every publish has its outcome and is settled.
-    pub(super) fn is_empty(&self) -> bool {
+    fn is_empty(&self) -> bool {
         self.is_complete() && self.held.is_empty()
     }
 
@@ -139,9 +157,26 @@ impl<T> Window<T> {
         self.flights.is_empty() && self.markers == 0 && self.confirmed.is_empty()
     }
 
-    /// Whether a pending event may be published: no event was returned or nacked, and no parked event is retried.
-    pub(super) fn is_open(&self) -> bool {
-        !self.nacked && self.returned.is_empty() && self.retrying == 0
+    /// What may be done now. `stale`: the events in memory may no longer be those of the spool. `retry_due`: parked
+    /// events are due for a retry.
+    pub(super) fn next(&self, stale: bool, retry_due: bool) -> Next {
+        let is_open = !self.blocked && !self.nacked && self.returned.is_empty() && self.retrying == 0;
+        match (stale, retry_due) {
+            _ if !is_open => Next::Wait,
+            (false, false) => Next::Publish,
+            // Nothing more is published until the events in flight are settled.
+            _ if !self.is_empty() => Next::Wait,
+            (true, _) => Next::ReadAgain,
+            (false, true) => Next::RetryParked,
+        }
+    }
+
+    /// How the session ends, if it ends now. `draining`: it ends once nothing is left that could be delivered.
+    pub(super) fn end(&self, draining: bool, nothing_pending: bool) -> Option<Result<(), PublisherError>> {
+        if draining && (self.blocked || nothing_pending && self.is_empty()) {
+            return Some(Ok(()));
+        }
+        (self.nacked && self.is_empty()).then_some(Err(PublisherError::Nacked))
     }
 
     /// Whether the broker nacked a pending event. The session ends when the window is empty.
@@ -149,9 +184,25 @@ impl<T> Window<T> {
         self.nacked
     }
 
-    /// When the publish that waits longest was published.
-    pub(super) fn oldest(&self) -> Option<Instant> {
-        self.flights.values().map(|flight| flight.published_at).min()
+    /// The broker blocks publishers from `now` on, or accepts publishes.
+    pub(super) fn set_blocked(&mut self, blocked: bool, now: Instant) {
+        self.blocked = blocked;
+        if !blocked {
+            self.unblocked_at = Some(now);
+        }
+    }
+
+    /// Fails if an outcome has taken longer than `limit`. A blocked broker keeps what it has and confirms it after the
+    /// alarm: publishing it again over another connection would deliver it twice.
+    pub(super) fn check_deadline(&self, limit: Duration, now: Instant) -> Result<(), PublisherError> {
+        let oldest = self.flights.values().map(|flight| flight.published_at).min();
+        let waits = |since: Instant| now.saturating_duration_since(since) > limit;
+        match oldest {
+            Some(oldest) if !self.blocked && waits(self.unblocked_at.map_or(oldest, |at| oldest.max(at))) => {
+                Err(PublisherError::ConfirmTimeout(limit))
+            }
+            _ => Ok(()),
+        }
     }
 
     pub(super) fn published(&mut self, flight: Flight<T>) {
@@ -164,10 +215,11 @@ impl<T> Window<T> {
         self.returned.insert(id, reason);
     }
 
-    /// The outcome of a publish. Gives the event back; the caller drops its body.
+    /// The outcome of a publish.
     pub(super) fn outcome(&mut self, seq: u64, verdict: Verdict, now_ms: i64) -> Option<Ended<T>> {
         let Flight { stored, lane, span, .. } = self.flights.remove(&seq)?;
-        let (subject, body_bytes) = (stored.event.subject, stored.event.body.len());
+        let subject = stored.event.subject;
+        let released = if lane == Lane::Pending { stored.event.body.len() } else { 0 };
         let span = match verdict {
             Verdict::Acked => {
                 // Zero if the clock was set back.
@@ -185,7 +237,7 @@ impl<T> Window<T> {
                 Some(span)
             }
         };
-        Some(Ended { lane, body_bytes, nacked: span })
+        Some(Ended { lane, released, nacked: span })
     }
 
     /// The events confirmed since the last call, for a marker to be queued behind all completions so far.
@@ -228,8 +280,8 @@ impl<T> Window<T> {
     }
 
     /// The events whose publish has no outcome, in the order of acceptance.
-    pub(super) fn into_flights(self) -> impl Iterator<Item = Flight<T>> {
-        self.flights.into_values()
+    pub(super) fn take_flights(&mut self) -> Vec<Flight<T>> {
+        std::mem::take(&mut self.flights).into_values().collect()
     }
 
     fn settle_held(&mut self) -> Settled<T> {
@@ -257,7 +309,135 @@ impl<T> Window<T> {
 #[derive(Debug)]
 pub(super) struct Ended<T> {
     pub lane: Lane,
-    pub body_bytes: usize,
+    /// The memory that it gives back to the backlog, which the body of a parked event never took.
+    pub released: usize,
     /// Present if the broker nacked it.
     pub nacked: Option<T>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::publisher::tests::stored_with;
+
+    const LIMIT: Duration = Duration::from_secs(30);
+
+    /// A window with one event in flight.
+    fn window(lane: Lane, published_at: Instant) -> Window<()> {
+        let mut window = Window::default();
+        window.published(Flight { stored: stored_with(1, None, "{}"), lane, published_at, span: () });
+        window
+    }
+
+    fn blocked<T>(mut window: Window<T>, now: Instant) -> Window<T> {
+        window.set_blocked(true, now);
+        window
+    }
+
+    fn ended(mut window: Window<()>, verdict: Verdict) -> Window<()> {
+        window.outcome(1, verdict, 0).expect("an event in flight");
+        window
+    }
+
+    #[test]
+    fn pending_events_are_read_again_and_parked_ones_retried_only_with_nothing_in_flight() {
+        let now = Instant::now();
+        let empty = || Window::<()>::default();
+        let pending = || window(Lane::Pending, now);
+        let returned = |mut window: Window<()>| {
+            window.returned(Uuid::nil(), "no route".to_owned());
+            window
+        };
+        // With nothing else to do; stale; a retry is due; both.
+        for (name, window, expected) in [
+            ("empty", empty(), [Next::Publish, Next::ReadAgain, Next::RetryParked, Next::ReadAgain]),
+            ("a pending event", pending(), [Next::Publish, Next::Wait, Next::Wait, Next::Wait]),
+            (
+                "an unsettled event",
+                ended(pending(), Verdict::Acked),
+                [Next::Publish, Next::Wait, Next::Wait, Next::Wait],
+            ),
+            ("a parked event", window(Lane::Parked, now), [Next::Wait; 4]),
+            (
+                "a nacked parked event",
+                ended(window(Lane::Parked, now), Verdict::Nacked),
+                [Next::Publish, Next::ReadAgain, Next::RetryParked, Next::ReadAgain],
+            ),
+            ("a nacked pending event", ended(pending(), Verdict::Nacked), [Next::Wait; 4]),
+            ("a return", returned(pending()), [Next::Wait; 4]),
+            ("blocked", blocked(empty(), now), [Next::Wait; 4]),
+        ] {
+            let next = [(false, false), (true, false), (false, true), (true, true)]
+                .map(|(stale, retry_due)| window.next(stale, retry_due));
+            assert_eq!(next, expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_session_ends_drained_or_after_a_nack_but_not_before_everything_in_flight_has_its_outcome() {
+        let now = Instant::now();
+        let empty = Window::<()>::default;
+        let in_flight = || window(Lane::Pending, now);
+        let two = |mut window: Window<()>| {
+            window.published(Flight {
+                stored: stored_with(2, None, "{}"),
+                lane: Lane::Pending,
+                published_at: now,
+                span: (),
+            });
+            window
+        };
+        // Not draining; draining, with events pending; with none.
+        for (name, window, expected) in [
+            ("empty", empty(), [None, None, Some("drained")]),
+            ("in flight", in_flight(), [None; 3]),
+            ("blocked", blocked(in_flight(), now), [None, Some("drained"), Some("drained")]),
+            ("nacked", ended(in_flight(), Verdict::Nacked), [Some("nacked"), Some("nacked"), Some("drained")]),
+            ("nacked, another in flight", ended(two(in_flight()), Verdict::Nacked), [None; 3]),
+        ] {
+            let end = [(false, true), (true, false), (true, true)].map(|(draining, nothing_pending)| {
+                window.end(draining, nothing_pending).map(|end| match end {
+                    Ok(()) => "drained",
+                    Err(PublisherError::Nacked) => "nacked",
+                    Err(error) => panic!("{error}"),
+                })
+            });
+            assert_eq!(end, expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_deadline_counts_from_the_publish_or_the_end_of_an_alarm() {
+        let start = Instant::now();
+        let (tick, mut window) = (Duration::from_millis(1), window(Lane::Pending, start));
+        let is_over = |window: &Window<()>, now| match window.check_deadline(LIMIT, now) {
+            Ok(()) => false,
+            Err(PublisherError::ConfirmTimeout(limit)) => limit == LIMIT,
+            Err(error) => panic!("{error}"),
+        };
+        assert!(!is_over(&Window::default(), start + 2 * LIMIT));
+        assert!(!is_over(&window, start + LIMIT) && is_over(&window, start + LIMIT + tick));
+        window.set_blocked(true, start + tick);
+        assert!(!is_over(&window, start + 2 * LIMIT), "a blocked broker confirms after the alarm");
+        window.set_blocked(false, start + 3 * LIMIT);
+        assert!(!is_over(&window, start + 4 * LIMIT) && is_over(&window, start + 4 * LIMIT + tick));
+        // A publish after the alarm.
+        let mut younger = Window::default();
+        younger.set_blocked(false, start);
+        younger.published(Flight {
+            stored: stored_with(2, None, "{}"),
+            lane: Lane::Pending,
+            published_at: start + LIMIT,
+            span: (),
+        });
+        assert!(!is_over(&younger, start + 2 * LIMIT) && is_over(&younger, start + 2 * LIMIT + tick));
+    }
+
+    #[test]
+    fn only_a_pending_event_gives_back_memory() {
+        for (lane, released) in [(Lane::Pending, 2), (Lane::Parked, 0)] {
+            let ended = window(lane, Instant::now()).outcome(1, Verdict::Acked, 0).expect("an event in flight");
+            assert_eq!(ended.released, released);
+        }
+    }
 }
