@@ -28,6 +28,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytesize::ByteSize;
+use futures_util::FutureExt;
 use lapin::Channel;
 use lapin::options::ConfirmSelectOptions;
 use tokio::time::timeout;
@@ -52,7 +53,7 @@ use pacing::Pacing;
 use parking_log::ParkingLog;
 use session::{ConnectionEvents, Parts, Session};
 use stall::{Backlog, Line, Stall};
-use watch::{Watch, Watched};
+use watch::{ASK_AGAIN, Watch, Watched};
 
 /// Parts of the errors for a channel too many: RabbitMQ's, after which it closes the connection, and lapin's own.
 const CHANNEL_LIMITS: [&str; 2] = ["number of channels opened", "the maximum number of channels"];
@@ -181,16 +182,16 @@ impl Publisher {
             false => info!(%url, pending, "connected to the broker"),
         }
         let api = self.access.management(&broker.url).ok();
-        let mut watch = looks.map(|channel| watch.over(&broker, channel, api, self.watched()));
-        // Another nack may end this session before it has seen which queue is to blame.
-        if let Some(watch) = watch.as_mut().filter(|_| self.parts.status.was_nacked()) {
-            watch.look_early(drain).await;
-        }
-        let watching = async {
-            match watch {
-                Some(watch) => watch.run().await,
-                None => std::future::pending().await,
+        let watching = match looks {
+            Some(channel) => {
+                let mut watch = watch.over(&broker, channel, api, self.watched());
+                // Another nack may end this session before it has seen which queue is to blame.
+                if self.parts.status.was_nacked() {
+                    watch.look_early(drain).await;
+                }
+                watch.run().left_future()
             }
+            None => self.watch_apart(index, watch).right_future(),
         };
         tokio::select! {
             ended = self.deliver_over(&broker, channel, pacing, drain) => ended?,
@@ -228,6 +229,23 @@ impl Publisher {
                     return Err(PublisherError::Refused(reason).into());
                 }
                 (error, _) => return Err(Interruption { error, ..interruption }),
+            }
+        }
+    }
+
+    /// Watches over a connection of its own, once the broker allows the user another channel.
+    async fn watch_apart(&self, index: usize, watch: &mut Watch) -> Infallible {
+        let watched = self.watched();
+        let mut backoff = Backoff::new(watched.interval, ASK_AGAIN);
+        loop {
+            tokio::time::sleep(backoff.next(fastrand::f64())).await;
+            let Ok(broker) = self.access.open(index, "prism-relay watch").await else { continue };
+            let opened = timeout(watched.limit, broker.connection.create_channel()).await;
+            let Ok(Ok(channel)) = opened else { continue };
+            backoff.reset();
+            let mut watch = watch.over(&broker, channel, self.access.management(&broker.url).ok(), watched);
+            while broker.connection.status().connected() {
+                watch.look_and_wait().await;
             }
         }
     }

@@ -1,8 +1,9 @@
 //! Looks at queues, exchanges and bindings while the relay delivers, and reports what is missing and what cannot take
 //! messages.
 //!
-//! It has a channel of its own on the publisher's connection. Where the broker does not allow a second channel, it is
-//! off for that connection. It never deletes anything.
+//! It has a channel of its own on the publisher's connection. Where the broker does not allow a second channel, it asks
+//! for one over a connection of its own: RabbitMQ closes the connection that opens a channel too many. It never deletes
+//! anything.
 
 use std::convert::Infallible;
 use std::time::{Duration, Instant};
@@ -36,9 +37,10 @@ const NACK_COUNTS_FOR: u32 = 4;
 /// How long the management API is left alone after it refused a login: RabbitMQ logs each one.
 const API_PAUSE: Duration = Duration::from_secs(600);
 
-/// How long after the broker did not allow a second channel a new connection asks for one again. The channels of a dead
-/// connection may have counted, until the broker noticed.
-const OFF_AT_LEAST: Duration = Duration::from_secs(300);
+/// How long after the broker did not allow a second channel a new connection of the publisher asks for one again, and
+/// the longest time between two tries over a connection of its own. The channels of a dead connection may have counted,
+/// until the broker noticed.
+pub(super) const ASK_AGAIN: Duration = Duration::from_secs(300);
 
 /// What the watch needs from its publisher.
 #[derive(Clone, Copy)]
@@ -94,18 +96,18 @@ pub(super) struct ConnectionWatch<'a> {
 impl Watch {
     /// Whether the next connection opens a channel for looks.
     pub(super) fn is_on(&self, now: Instant) -> bool {
-        self.off.as_ref().is_none_or(|(_, since)| now.saturating_duration_since(*since) >= OFF_AT_LEAST)
+        self.off.as_ref().is_none_or(|(_, since)| now.saturating_duration_since(*since) >= ASK_AGAIN)
     }
 
-    /// The broker did not allow a channel for looks: the next connections go without, for some minutes.
+    /// The broker did not allow a channel for looks: the publisher's next connections go without, for some minutes.
     pub(super) fn turn_off(&mut self, why: &str, watched: &Watched<'_>, now: Instant) {
         match &self.off {
             Some((before, _)) if before == why => debug!(why, "queues and bindings are still not watched"),
             _ => warn!(
                 why,
                 "queues and bindings are not watched: the broker does not allow this user another channel. Webhooks \
-                 are not affected; to see missing queues and counts, allow the user two channels for each relay and \
-                 restart the relay. A connection that is opened after five minutes tries it again"
+                 are not affected; to see missing queues and counts, allow the user two channels for each relay. \
+                 The relay asks again over a second connection, after five minutes at the latest"
             ),
         }
         self.off = Some((why.to_owned(), now));
@@ -142,12 +144,17 @@ impl ConnectionWatch<'_> {
     /// Looks at every interval, and when a look is requested.
     pub(super) async fn run(mut self) -> Infallible {
         loop {
-            self.look().await;
-            tokio::time::sleep(PAUSE).await;
-            tokio::select! {
-                () = tokio::time::sleep(self.watched.interval.saturating_sub(PAUSE)) => {}
-                () = self.watched.status.look_requested() => {}
-            }
+            self.look_and_wait().await;
+        }
+    }
+
+    /// Looks, and waits until the next look is due.
+    pub(super) async fn look_and_wait(&mut self) {
+        self.look().await;
+        tokio::time::sleep(PAUSE).await;
+        tokio::select! {
+            () = tokio::time::sleep(self.watched.interval.saturating_sub(PAUSE)) => {}
+            () = self.watched.status.look_requested() => {}
         }
     }
 
@@ -165,7 +172,7 @@ impl ConnectionWatch<'_> {
     }
 
     /// Looks once. If the connection fails, the session reports it.
-    pub(super) async fn look(&mut self) {
+    async fn look(&mut self) {
         // lapin writes nothing meanwhile, so every question would wait.
         if self.watched.status.snapshot().blocked.is_some() {
             return;
@@ -439,7 +446,7 @@ mod tests {
         assert!(watch.is_on(now) && gauge(1));
         watch.turn_off("the maximum number of channels", &watched, now);
         assert!(gauge(0) && status.watch().off.is_some() && status.watch().missing.is_empty());
-        let later = [Duration::ZERO, OFF_AT_LEAST / 2, OFF_AT_LEAST].map(|after| watch.is_on(now + after));
+        let later = [Duration::ZERO, ASK_AGAIN / 2, ASK_AGAIN].map(|after| watch.is_on(now + after));
         assert_eq!(later, [false, false, true]);
     }
 

@@ -687,14 +687,15 @@ async fn messages_and_consumers_of_each_queue_are_counted_over_amqp() {
 
 /// RabbitMQ closes the connection over a channel too many.
 #[tokio::test]
-async fn a_user_who_may_open_one_channel_only_gets_deliveries_and_no_watch() {
+async fn a_user_who_may_open_one_channel_only_gets_deliveries_and_no_watch_until_it_may_open_two() {
     let node = Node::shared().await;
     let vhost = Vhost::new(node).await;
     let user = format!("user{}", uuid::Uuid::now_v7().simple());
     node.create_user(&user, "password").await;
     vhost.permit(&user, ".*", ".*", ".*").await;
     node.ctl(&["set_user_limits", &user, r#"{"max-channels":1}"#]).await;
-    let relay = Setup::new(&vhost.url_for(&user, "password", vhost.address())).start().await;
+    let setup = Setup::new(&vhost.url_for(&user, "password", vhost.address()));
+    let relay = setup.set("broker.watch_interval", "1s").start().await;
     relay.eventually_logs("queues and bindings are not watched").await;
     for number in 0..3 {
         relay.post(event(number)).await.expect(200);
@@ -702,5 +703,11 @@ async fn a_user_who_may_open_one_channel_only_gets_deliveries_and_no_watch() {
     vhost.messages("prism.scan", 3).await;
     let status = relay.status().await;
     assert!(status["watch"]["off"].as_str().unwrap().contains("number of channels"), "{status}");
-    assert_eq!(status["broker"]["connects"], 1, "the connection that was refused counts as none");
+    node.ctl(&["clear_user_limits", &user, "max-channels"]).await;
+    relay.eventually_logs("queues and bindings are watched again").await;
+    vhost.delete_queue("prism.scan").await;
+    relay.eventually_logs("declared again what was missing on the broker").await;
+    let status = relay.status().await;
+    assert!(status["watch"]["off"].is_null(), "{status}");
+    assert_eq!(status["broker"]["connects"], 1, "neither the connection that was refused nor the watch's own counts");
 }
