@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::message::routing_key;
 use super::refusals::{Blame, Refusals};
-use super::window::{Flight, Lane};
+use super::window::{Ended, Flight, Lane};
 use crate::event::Envelope;
 
 /// An event that closed the channel this often, each time alone in flight, is the culprit if the broker's reply names
@@ -90,12 +90,14 @@ impl Pacing {
         vec![seq]
     }
 
-    pub(super) fn on_nack(&mut self) {
-        self.limit = 1;
-    }
-
-    pub(super) fn on_confirm(&mut self) {
-        self.limit = self.limit.saturating_add(1);
+    /// A publish has an outcome. A nack of a pending event narrows the window until the session ends; a confirm widens
+    /// it.
+    pub(super) fn on_outcome<T>(&mut self, ended: &Ended<T>) {
+        if ended.after_nack {
+            self.limit = 1;
+        } else if ended.nacked.is_none() {
+            self.limit = self.limit.saturating_add(1);
+        }
     }
 
     /// Whether to look for parked events that are due for a retry. `settles`: the spool can record a delivery; while it
@@ -151,6 +153,14 @@ mod tests {
         pacing.on_refusal(reply, accused, KEEP, Instant::now())
     }
 
+    fn ended(after_nack: bool) -> Ended<()> {
+        Ended { lane: Lane::Pending, released: 0, nacked: None, after_nack }
+    }
+
+    fn confirm(pacing: &mut Pacing, after_nack: bool) {
+        pacing.on_outcome(&ended(after_nack));
+    }
+
     fn is_due(pacing: &mut Pacing, requested: bool, now: Instant) -> bool {
         pacing.is_retry_due(1, true, || requested, KEEP, now)
     }
@@ -179,7 +189,7 @@ mod tests {
             // Everything before the culprit is confirmed, one by one, and the window grows.
             let mut window = pacing.window(1000);
             while first + window <= 700 {
-                pacing.on_confirm();
+                confirm(&mut pacing, false);
                 first += 1;
                 window = pacing.window(1000);
             }
@@ -205,14 +215,17 @@ mod tests {
     }
 
     #[test]
-    fn after_a_nack_the_window_opens_with_each_confirm() {
+    fn after_a_nack_the_window_opens_with_each_confirm_of_the_next_session() {
         let mut pacing = Pacing::default();
-        pacing.on_confirm();
+        confirm(&mut pacing, false);
         assert_eq!(pacing.window(1000), 1000);
-        pacing.on_nack();
+        pacing.on_outcome(&Ended { nacked: Some(()), ..ended(true) });
+        confirm(&mut pacing, true);
         assert_eq!(pacing.window(1000), 1);
-        pacing.on_confirm();
-        pacing.on_confirm();
+        pacing.on_outcome(&Ended { lane: Lane::Parked, nacked: Some(()), ..ended(false) });
+        assert_eq!(pacing.window(1000), 1, "a parked event");
+        confirm(&mut pacing, false);
+        confirm(&mut pacing, false);
         assert_eq!((pacing.window(1000), pacing.window(2)), (3, 2));
     }
 

@@ -25,7 +25,7 @@ use super::parking_log::{Cause, ParkingLog};
 use super::read_ahead::ReadAhead;
 use super::settings::Settings;
 use super::status::Status;
-use super::window::{Ended, Flight, Lane, Next, Settled, Window};
+use super::window::{Flight, Lane, Next, Settled, Window};
 use crate::broker::{BrokerConnection, concerns_a_channel};
 use crate::event::Envelope;
 use crate::metrics::Metrics;
@@ -272,21 +272,18 @@ impl<'a> Session<'a> {
             }
         }
         let now_ms = Timestamp::now().as_millisecond();
-        let Some(Ended { lane, released, nacked }) = self.window.outcome(seq, verdict, now_ms) else { return };
-        self.pending.backlog().release(released);
-        let Some(span) = nacked else {
+        let Some(ended) = self.window.outcome(seq, verdict, now_ms) else { return };
+        self.pending.backlog().release(ended.released);
+        self.pacing.on_outcome(&ended);
+        let Some(span) = ended.nacked else {
             self.connection_worked = true;
-            if !self.window.is_nacked() {
-                self.pacing.on_confirm();
-            }
             return;
         };
         span.failed("nacked");
         self.parts.metrics.publish.nacked.increment(1);
         self.parts.status.on_nack();
-        match lane {
-            Lane::Pending => self.pacing.on_nack(),
-            Lane::Parked => self.parts.spool.settle(vec![Settlement::Tried(seq)]).await,
+        if ended.lane == Lane::Parked {
+            self.parts.spool.settle(vec![Settlement::Tried(seq)]).await;
         }
     }
 

@@ -179,11 +179,6 @@ impl<T> Window<T> {
         (self.nacked && self.is_empty()).then_some(Err(PublisherError::Nacked))
     }
 
-    /// Whether the broker nacked a pending event. The session ends when the window is empty.
-    pub(super) fn is_nacked(&self) -> bool {
-        self.nacked
-    }
-
     /// The broker blocks publishers from `now` on, or accepts publishes.
     pub(super) fn set_blocked(&mut self, blocked: bool, now: Instant) {
         self.blocked = blocked;
@@ -237,7 +232,7 @@ impl<T> Window<T> {
                 Some(span)
             }
         };
-        Some(Ended { lane, released, nacked: span })
+        Some(Ended { lane, released, nacked: span, after_nack: self.nacked })
     }
 
     /// The events confirmed since the last call, for a marker to be queued behind all completions so far.
@@ -313,6 +308,8 @@ pub(super) struct Ended<T> {
     pub released: usize,
     /// Present if the broker nacked it.
     pub nacked: Option<T>,
+    /// The broker nacked a pending event: this one, or one before.
+    pub after_nack: bool,
 }
 
 #[cfg(test)]
@@ -431,6 +428,22 @@ mod tests {
             span: (),
         });
         assert!(!is_over(&younger, start + 2 * LIMIT) && is_over(&younger, start + 2 * LIMIT + tick));
+    }
+
+    #[test]
+    fn every_outcome_after_the_nack_of_a_pending_event_shows_it() {
+        for (first, lane, expected) in [
+            (Verdict::Nacked, Lane::Pending, [true, true]),
+            (Verdict::Nacked, Lane::Parked, [false, false]),
+            (Verdict::Acked, Lane::Pending, [false, false]),
+        ] {
+            let now = Instant::now();
+            let mut window = window(lane, now);
+            window.published(Flight { stored: stored_with(2, None, "{}"), lane, published_at: now, span: () });
+            let outcomes = [(1, first), (2, Verdict::Acked)];
+            let after_nack = outcomes.map(|(seq, verdict)| window.outcome(seq, verdict, 0).unwrap().after_nack);
+            assert_eq!(after_nack, expected, "{first:?} {lane:?}");
+        }
     }
 
     #[test]
