@@ -1,9 +1,14 @@
 //! What webhooks and Prism's API tell about a scan or a prediction: it began, and it ended. Pure; takes the time.
 //!
 //! Prism gives a webhook up after 35 s. The relay then asks Prism's API, and publishes the event that no webhook told.
-//! The webhook may still come: [`State::on`] decides whether a webhook is such a late copy. When in doubt it is not, so
-//! that no event of Prism is dropped: only one webhook for each event that the API told, only within an hour, only as
-//! long as the subject has not begun again, and a signed webhook only if the API's answer is as trustworthy.
+//! The webhook may still come: [`State::on`] decides whether a webhook is such a late copy. When in doubt it is not,
+//! because a late copy is not published:
+//!
+//! - It is the first webhook of the subject after the event of the API, and tells the same step. Any other webhook
+//!   before it, such as the beginning of a second run, shows that the subject has moved on.
+//! - It comes within [`LATE_MS`] of the change that the API told.
+//! - An unsigned webhook may be a stranger's, so it counts for unsigned ones only. A signed webhook is a late copy only
+//!   of an answer over TLS.
 
 use std::fmt;
 use std::str::FromStr;
@@ -16,9 +21,9 @@ use crate::event::{Envelope, Source, SubjectKey};
 /// Maximum length of the id of a subject. Prism's ids have 36 characters.
 const ID_BYTES_MAX: usize = 128;
 
-/// How long after an event that the API told its webhook counts as a late copy. Prism sends for 35 s; a clock that is
-/// corrected, a proxy that holds requests back and a relay that is stopped add to that.
-const LATE_MS: u64 = 3_600_000;
+/// How long after a change that the API told its webhook may come. Prism sends for 35 s. The time of the change is by
+/// Prism's clock, and clocks differ.
+const LATE_MS: u64 = 300_000;
 
 /// How long after an end the webhook of the beginning may arrive for the first time, because it was refused before:
 /// more than the 35 s for which Prism sends.
@@ -138,6 +143,8 @@ pub struct Progress {
     pub subject: Subject,
     /// How far it is.
     pub step: Step,
+    /// Since when, in milliseconds since 1970. Only the API says that.
+    pub since_ms: Option<i64>,
 }
 
 impl Progress {
@@ -148,7 +155,7 @@ impl Progress {
             let step = Step::ALL.into_iter().find(|step| event_type(kind, *step) == envelope.event_type)?;
             Some((kind, step, id.as_deref()?))
         })?;
-        Some(Self { subject: Subject::new(kind, id)?, step })
+        Some(Self { subject: Subject::new(kind, id)?, step, since_ms: None })
     }
 
     /// The documented event type.
@@ -197,10 +204,51 @@ pub struct Made {
     pub id: Uuid,
     /// The step that it tells.
     pub step: Step,
-    /// When it was accepted, in milliseconds since 1970.
-    pub at_ms: i64,
-    /// Whether the API answered over TLS.
-    pub is_trusted: bool,
+    /// Since when the subject has been there, in milliseconds since 1970; at the latest when the event was accepted.
+    pub since_ms: i64,
+    /// Which webhooks can be copies of it.
+    pub copies: Copies,
+}
+
+/// Which webhooks can be late copies of an event that the API told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Copies {
+    /// Unsigned ones: the API answered without TLS.
+    Unsigned,
+    /// The next one, signed or not.
+    Any,
+    /// The next signed one: an unsigned one came before.
+    Signed,
+}
+
+impl Copies {
+    fn include(self, is_signed: bool) -> bool {
+        match self {
+            Self::Unsigned => !is_signed,
+            Self::Any => true,
+            Self::Signed => is_signed,
+        }
+    }
+
+    /// Which ones still can be after a webhook.
+    fn after(self, is_signed: bool) -> Option<Self> {
+        match (self, is_signed) {
+            (Self::Any | Self::Signed, false) => Some(Self::Signed),
+            (Self::Any | Self::Signed, true) | (Self::Unsigned, _) => None,
+        }
+    }
+}
+
+impl Made {
+    fn is_copied_by(&self, news: &News) -> bool {
+        let is_in_time = near(self.since_ms, news.told.at_ms, LATE_MS);
+        self.step == news.step && is_in_time && self.copies.include(news.told.is_trusted)
+    }
+
+    /// What is left of it after a webhook.
+    fn after(self, is_signed: bool) -> Option<Self> {
+        self.copies.after(is_signed).map(|copies| Self { copies, ..self })
+    }
 }
 
 /// How often the API was asked about an open subject.
@@ -217,7 +265,8 @@ pub struct Asked {
 /// What is known of one subject.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct State {
-    /// Its beginning, if it was told. While the subject is open this is the beginning that waits for its end.
+    /// The beginning of its last run, if it was told. While the subject is open this is the beginning that waits for
+    /// its end.
     pub began: Option<Told>,
     /// Its last end, if it was told.
     pub ended: Option<Ended>,
@@ -251,6 +300,8 @@ pub struct News {
     pub id: Uuid,
     /// What it tells.
     pub step: Step,
+    /// Since when the subject is there, if the event says that, in milliseconds since 1970.
+    pub since_ms: Option<i64>,
     /// Who tells it.
     pub told: Told,
 }
@@ -269,25 +320,27 @@ pub enum Verdict {
 impl State {
     /// Takes in an event, and decides whether it is published. Nothing changes if the API tells what is known.
     pub fn on(&mut self, news: &News) -> Verdict {
-        match news.told.source {
+        let News { seq, id, step, since_ms, told } = *news;
+        match told.source {
             Source::Webhook => {
-                if let Some(made) = self.made.filter(|made| self.is_late_copy(made, news)) {
-                    self.made = None;
-                    self.last_ms = news.told.at_ms;
+                let copied = self.made.filter(|made| made.is_copied_by(news));
+                self.made = self.made.and_then(|made| made.after(told.is_trusted));
+                if let Some(made) = copied {
+                    self.last_ms = told.at_ms;
                     return Verdict::LateCopy(made);
                 }
             }
-            Source::Api if self.knows(news.step) => return Verdict::Known,
-            Source::Api => {}
+            Source::Api if self.knows(step) => return Verdict::Known,
+            Source::Api => {
+                let since_ms = since_ms.map_or(told.at_ms, |since_ms| since_ms.min(told.at_ms));
+                let copies = if told.is_trusted { Copies::Any } else { Copies::Unsigned };
+                self.made = Some(Made { seq, id, step, since_ms, copies });
+            }
         }
-        self.last_ms = news.told.at_ms;
-        match news.step {
-            Step::Began => self.begin(news.told),
-            Step::Succeeded | Step::Failed => self.end(Ended { step: news.step, told: news.told }),
-        }
-        if news.told.source == Source::Api {
-            let News { seq, id, step, told } = *news;
-            self.made = Some(Made { seq, id, step, at_ms: told.at_ms, is_trusted: told.is_trusted });
+        self.last_ms = told.at_ms;
+        match step {
+            Step::Began => self.begin(told),
+            Step::Succeeded | Step::Failed => self.end(Ended { step, told }),
         }
         Verdict::New
     }
@@ -301,19 +354,6 @@ impl State {
         }
     }
 
-    fn is_late_copy(&self, made: &Made, news: &News) -> bool {
-        let is_in_time = near(made.at_ms, news.told.at_ms, LATE_MS);
-        let is_as_trusted = made.is_trusted || !news.told.is_trusted;
-        // What came after the event may belong to a second run, whose events are not late copies. Only shortly after
-        // the end it is more likely that the webhooks of one run come in another order.
-        let is_overtaken = match news.step {
-            Step::Began => !self.is_open,
-            Step::Succeeded | Step::Failed => self.began.is_some_and(|began| began.at_ms >= made.at_ms),
-        };
-        let is_of_this_run = !is_overtaken || self.ended_just_before(news.told.at_ms);
-        made.step == news.step && is_in_time && is_as_trusted && is_of_this_run
-    }
-
     /// Whether an answer of the API would tell nothing new.
     pub(crate) fn knows(&self, step: Step) -> bool {
         match step {
@@ -323,12 +363,12 @@ impl State {
     }
 
     fn begin(&mut self, told: Told) {
-        // The first beginning, which was refused before and comes after the end.
-        if self.began.is_none() && self.ended_just_before(told.at_ms) {
+        // The beginning of the run that has just ended, if no webhook told it: it was refused before, and comes late.
+        let is_unheard = self.began.is_none_or(|began| began.source == Source::Api);
+        if !self.is_open && is_unheard && self.ended_just_before(told.at_ms) {
             self.began = Some(told);
             return;
         }
-        self.made = None;
         let is_more_trusted = self.began.is_none_or(|began| told.is_trusted && !began.is_trusted);
         // While the subject is open, the first beginning counts: repeated ones would put off the question for its end.
         if !self.is_open || is_more_trusted {
@@ -338,12 +378,14 @@ impl State {
     }
 
     fn end(&mut self, ended: Ended) {
-        // The webhook of a beginning may arrive after the end.
-        self.made = self.made.filter(|made| made.step == Step::Began);
         let (told, source) = (ended.told, ended.told.source);
         let is_known_better = !self.is_open && self.ended.is_some_and(|known| known.told.is_trusted);
         if is_known_better && !told.is_trusted && source == Source::Webhook {
             return;
+        }
+        // An end after an end is that of another run, whose beginning nothing has told yet.
+        if !self.is_open && self.ended.is_some() {
+            self.began = None;
         }
         self.ended = Some(ended);
         // An unsigned end does not hide that a signed beginning has no signed end. The API is asked for the end, and

@@ -30,8 +30,8 @@ pub(super) enum Meaning {
 }
 
 /// `state`: what the relay knows of the subject. `not_before`: the time of an unsigned sign of the subject, if that is
-/// all there is. Then the status must have changed since: whoever names an old scan must not get its end published
-/// again.
+/// all there is. Then the status must have changed since: a stranger who names an old scan must not get its end
+/// published again.
 pub(super) fn meaning(
     status: &str,
     updated_at: Option<&str>,
@@ -169,7 +169,7 @@ mod tests {
         let scan = r#"{"id":"s1","status":"READY","userId":"u1","userToken":"a \"quoted\" token","weight":81.5}"#;
         let scan = Scan::read(scan.as_bytes(), "s1").unwrap();
         let made = |kind, id: &str, step, status: &str| {
-            let progress = Progress { subject: Subject::new(kind, id).unwrap(), step };
+            let progress = Progress { subject: Subject::new(kind, id).unwrap(), step, since_ms: None };
             let body = body(&progress, status, &scan, "s1");
             let envelope = Envelope::parse(&body).unwrap();
             assert_eq!(Progress::of(&envelope), Some(progress), "it tells what it was made for");

@@ -75,7 +75,7 @@ pub(crate) struct Status {
     pub open: u64,
     /// Open subjects that began longer ago than `reconcile.after`.
     pub overdue: u64,
-    /// Overdue subjects that the API was asked about, and that have not ended all the same.
+    /// Overdue subjects that the API was asked about, and that have not ended.
     pub stuck: u64,
     /// A few of those, the longest open first.
     pub stuck_subjects: Vec<String>,

@@ -49,7 +49,7 @@ pub(crate) struct Reconciler {
     shared: Arc<Reconcile>,
     orders: mpsc::Receiver<Order>,
     schedule: Schedule,
-    /// Made anew for each look.
+    /// Made again for each look.
     client: Option<HttpClient>,
     /// Statuses that are not documented, and that the log has named.
     named: HashSet<String>,
@@ -246,7 +246,8 @@ impl Reconciler {
         let updated_at = shown.updated_at.as_deref();
         let finding = match meaning(&shown.status, updated_at, state.as_ref(), question.not_before()) {
             Meaning::Missing(step) => {
-                let progress = Progress { subject: subject.clone(), step };
+                let since_ms = updated_at.and_then(|text| text.parse().ok()).map(Timestamp::as_millisecond);
+                let progress = Progress { subject: subject.clone(), step, since_ms };
                 match effect {
                     Effect::Report => {
                         let event = Some(progress.event_type());

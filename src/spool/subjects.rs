@@ -13,7 +13,7 @@ use uuid::Uuid;
 use super::error::Result;
 use super::hints::{self, Hint, HintBox, HintTrust};
 use crate::event::{Event, Source};
-use crate::subject::{Asked, Ended, Kind, Made, News, Progress, State, Step, Subject, Told, Verdict};
+use crate::subject::{Asked, Copies, Ended, Kind, Made, News, Progress, State, Step, Subject, Told, Verdict};
 
 /// The settings of what is kept about subjects.
 #[derive(Clone, Debug)]
@@ -27,7 +27,8 @@ pub struct Settings {
 /// The schema of the subjects. A scan or prediction `began` and `ended`: when (in milliseconds since 1970), who told it
 /// (0: a webhook, 1: the API), and whether that is `trusted`. `open`: it began, and its end is still to come.
 /// `last_ms`: when something was last told. `asked_ms`, `tries` and `next_ms`: when the API was last asked, how often,
-/// and when to ask again. `made`: the last event that the API told, whose webhook may come late.
+/// and when to ask again. `made`: the last event that the API told, whose webhook may come late: since when the subject
+/// is there (`made_ms`), and which webhooks can be copies of it (`made_trusted`; 0: unsigned ones, 1: any, 2: signed ones).
 ///
 /// There are no comments in it, because all schemas together should fit into the first page of the file: damage of
 /// another page then leaves every table readable.
@@ -183,7 +184,8 @@ impl Follower {
         let known = load(connection, &progress.subject)?;
         let mut state = known.unwrap_or_default();
         let told = Told { at_ms: event.accepted_ms, source: event.source, is_trusted: event.authentic };
-        let verdict = state.on(&News { seq, id: event.id, step: progress.step, told });
+        let (step, since_ms) = (progress.step, progress.since_ms);
+        let verdict = state.on(&News { seq, id: event.id, step, since_ms, told });
         Ok(Some(Judged { subject: &progress.subject, state, is_new: known.is_none(), verdict }))
     }
 
@@ -412,8 +414,8 @@ pub(super) fn save(connection: &Connection, subject: &Subject, known: &State) ->
         made.map(|made| made.seq),
         made.map(|made| *made.id.as_bytes()),
         made.map(|made| made.step.text()),
-        made.map(|made| made.at_ms),
-        made.map(|made| made.is_trusted),
+        made.map(|made| made.since_ms),
+        made.map(|made| made.copies as i64),
     ])?;
     Ok(())
 }
@@ -437,8 +439,8 @@ pub(super) fn state(row: &Row<'_>) -> Option<State> {
             seq,
             id: Uuid::from_bytes(row.get(16).ok()?),
             step: step(17)?,
-            at_ms: row.get(18).ok()?,
-            is_trusted: row.get(19).ok()?,
+            since_ms: row.get(18).ok()?,
+            copies: copies(row.get(19).ok()?)?,
         }),
         None => None,
     };
@@ -457,6 +459,10 @@ fn told(row: &Row<'_>, first: usize) -> Option<Option<Told>> {
     let Some(at_ms) = row.get(first).ok()? else { return Some(None) };
     let (source, is_trusted) = (source(row.get(first + 1).ok()?), row.get(first + 2).ok()?);
     Some(Some(Told { at_ms, source, is_trusted }))
+}
+
+fn copies(number: i64) -> Option<Copies> {
+    [Copies::Unsigned, Copies::Any, Copies::Signed].into_iter().find(|copies| *copies as i64 == number)
 }
 
 /// The number of a source in the file.

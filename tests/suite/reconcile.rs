@@ -243,7 +243,7 @@ async fn what_a_webhook_told_while_the_api_was_asked_is_not_published_again_also
 }
 
 #[tokio::test]
-async fn a_second_run_of_a_scan_is_published_whoever_told_of_the_first_one() {
+async fn a_second_run_of_a_scan_is_published_also_after_the_api_told_the_end_of_the_first_one() {
     let (vhost, api) = (Vhost::new(Node::shared().await).await, PrismApi::start());
     let mut relay = relay_for(&vhost, &api).await;
     api.scan("scan-a", "READY");

@@ -140,7 +140,7 @@ async fn names_and_queues_come_from_the_configuration() {
     assert_eq!(vhost.messages("prism.unrouted", 1).await[0].exchange, "my.events");
 }
 
-/// An archive and a tail watch; a queue that is not there makes its events unrouted all the same.
+/// An archive and a tail watch; a queue that is not there makes its events unrouted anyway.
 #[tokio::test]
 async fn a_tap_takes_nothing_away() {
     let vhost = Vhost::new(Node::shared().await).await;

@@ -20,9 +20,13 @@ fn scan(id: &str) -> Subject {
     Subject::new(Kind::Scan, id).unwrap()
 }
 
+fn progress(id: &str, step: Step) -> Progress {
+    Progress { subject: scan(id), step, since_ms: None }
+}
+
 /// The body of an event; bodies with another `n` are other ones.
 fn body(id: &str, step: Step, n: u32) -> Bytes {
-    let progress = Progress { subject: scan(id), step };
+    let progress = progress(id, step);
     Bytes::from(format!(r#"{{"eventType":"{}","payload":{{"scanId":"{id}","n":{n}}}}}"#, progress.event_type()))
 }
 
@@ -64,7 +68,7 @@ impl Following {
     async fn api(&self, id: &str, step: Step, at_ms: i64, authentic: bool) -> MadeReceipt {
         let now = Timestamp::from_millisecond(at_ms).unwrap();
         let event = Event::made(body(id, step, 0), scan(id).key(), authentic, now);
-        self.spool().append_made(event, Progress { subject: scan(id), step }).await.unwrap()
+        self.spool().append_made(event, progress(id, step)).await.unwrap()
     }
 
     async fn stored(&self, id: &str, step: Step, at_ms: i64) -> Receipt {
@@ -228,7 +232,7 @@ async fn a_full_spool_changes_no_subject_and_recognises_late_copies() {
         assert_eq!(refused, Err(AppendError::Full));
     }
     let refused = Event::made(body("b", Failed, 0), scan("b").key(), true, Timestamp::UNIX_EPOCH);
-    let refused = spool.spool().append_made(refused, Progress { subject: scan("b"), step: Failed }).await;
+    let refused = spool.spool().append_made(refused, progress("b", Failed)).await;
     assert_eq!(refused, Err(AppendError::Full));
     assert_eq!((spool.state("a").await, spool.state("b").await), (before, None));
     let late = spool.webhook("a", Succeeded, 1, START + 3).await;
