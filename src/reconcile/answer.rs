@@ -14,9 +14,9 @@ use serde::de::DeserializeOwned;
 const FIELD_BYTES_MAX: usize = 4096;
 
 /// What a request brought. Not printable, because a body has a `userToken` and health data.
-pub(super) enum Reply {
-    /// 200 with this body.
-    Body(Bytes),
+pub(super) enum Reply<T> {
+    /// 200 with this.
+    Found(T),
     /// 404: the API knows no such scan or prediction.
     Unknown,
     /// 401: the API does not accept the key.
@@ -31,10 +31,10 @@ pub(super) enum Reply {
     Silent(String),
 }
 
-impl Reply {
+impl Reply<Bytes> {
     pub(super) fn of(response: Response<Bytes>, now: Timestamp) -> Self {
         match response.status() {
-            StatusCode::OK => Self::Body(response.into_body()),
+            StatusCode::OK => Self::Found(response.into_body()),
             StatusCode::NOT_FOUND => Self::Unknown,
             StatusCode::UNAUTHORIZED => Self::KeyRefused,
             StatusCode::FORBIDDEN => Self::Forbidden,
@@ -42,6 +42,19 @@ impl Reply {
                 Self::Busy(retry_after(response.headers(), now))
             }
             status => Self::Unusable(format!("Prism's API answered {}", status.as_u16())),
+        }
+    }
+
+    /// Reads the body. One that cannot be read makes the reply unusable.
+    pub(super) fn read<T>(self, read: impl FnOnce(&[u8]) -> Result<T, String>) -> Reply<T> {
+        match self {
+            Self::Found(body) => read(&body).map_or_else(Reply::Unusable, Reply::Found),
+            Self::Unknown => Reply::Unknown,
+            Self::KeyRefused => Reply::KeyRefused,
+            Self::Forbidden => Reply::Forbidden,
+            Self::Busy(pause) => Reply::Busy(pause),
+            Self::Unusable(why) => Reply::Unusable(why),
+            Self::Silent(why) => Reply::Silent(why),
         }
     }
 }
@@ -166,7 +179,8 @@ mod tests {
             }
             Reply::of(response.body(Bytes::from_static(b"{}")).unwrap(), now)
         };
-        assert!(matches!(reply(200, None), Reply::Body(_)));
+        assert!(matches!(reply(200, None), Reply::Found(_)));
+        assert!(matches!(reply(404, None).read(|body| Scan::read(body, "s1")), Reply::Unknown));
         assert!(matches!(reply(404, None), Reply::Unknown));
         assert!(matches!(reply(401, None), Reply::KeyRefused));
         assert!(matches!(reply(403, None), Reply::Forbidden));

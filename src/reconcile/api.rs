@@ -10,11 +10,10 @@ use hyper::header::{ACCEPT, AUTHORIZATION, HeaderValue, USER_AGENT};
 use jiff::Timestamp;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, PercentEncode, utf8_percent_encode};
 
-use super::answer::Reply;
+use super::answer::{Prediction, Reply, Scan};
 use super::settings::ApiUrl;
 use crate::http_client::{HttpClient, Limits, answer_of, public_client};
 use crate::secret::Secret;
-use crate::subject::{Kind, Subject};
 use crate::tls::Peer;
 
 /// A scan has a few hundred bytes, and links to its files.
@@ -54,17 +53,15 @@ impl PrismApi {
         public_client(self.url.is_tls()).await
     }
 
-    /// Asks for a subject.
-    pub(super) async fn subject(&self, client: &HttpClient, subject: &Subject) -> Reply {
-        match subject.kind() {
-            Kind::Scan => self.scan(client, subject.id()).await,
-            Kind::Prediction => self.get(client, &format!("/body-shape-prediction/{}", encoded(subject.id()))).await,
-        }
+    /// Asks for a scan.
+    pub(super) async fn scan(&self, client: &HttpClient, id: &str) -> Reply<Scan> {
+        self.get(client, &format!("/scans/{}", encoded(id))).await.read(|body| Scan::read(body, id))
     }
 
-    /// Asks for a scan.
-    pub(super) async fn scan(&self, client: &HttpClient, id: &str) -> Reply {
-        self.get(client, &format!("/scans/{}", encoded(id))).await
+    /// Asks for a prediction.
+    pub(super) async fn prediction(&self, client: &HttpClient, id: &str) -> Reply<Prediction> {
+        let reply = self.get(client, &format!("/body-shape-prediction/{}", encoded(id))).await;
+        reply.read(|body| Prediction::read(body, id))
     }
 
     /// Whether the API takes the key: its status for a scan that does not exist.
@@ -74,7 +71,7 @@ impl PrismApi {
         answer.map(|answer| answer.status().as_u16())
     }
 
-    async fn get(&self, client: &HttpClient, path: &str) -> Reply {
+    async fn get(&self, client: &HttpClient, path: &str) -> Reply<Bytes> {
         let request = match self.request(path) {
             Ok(request) => request,
             Err(error) => return Reply::Unusable(error),

@@ -172,10 +172,10 @@ impl Schedule {
     }
 
     /// Takes the outcome of a request.
-    pub(super) fn on_reply(&mut self, reply: &Reply, question: &Question, now: Instant, random: f64) {
+    pub(super) fn on_reply<T>(&mut self, reply: &Reply<T>, question: &Question, now: Instant, random: f64) {
         self.next_request = now + self.gap;
         match reply {
-            Reply::Body(_) | Reply::Unknown => {
+            Reply::Found(_) | Reply::Unknown => {
                 self.backoff.reset();
                 self.pause_until = now;
                 self.is_refused = false;
@@ -280,6 +280,7 @@ mod tests {
     use proptest::collection::vec;
     use proptest::prelude::{Just, Strategy, any, prop_assert, prop_assert_eq, prop_oneof, proptest};
 
+    use super::super::answer::Scan;
     use super::super::settings::ApiUrl;
     use super::*;
     use crate::event::Source;
@@ -331,8 +332,8 @@ mod tests {
         }
     }
 
-    fn body() -> Reply {
-        Reply::Body(bytes::Bytes::new())
+    fn body() -> Reply<()> {
+        Reply::Found(())
     }
 
     #[test]
@@ -360,7 +361,7 @@ mod tests {
         let start = Instant::now();
         let mut schedule = with_questions(start);
         let question = ask(&mut schedule, start);
-        schedule.on_reply(&Reply::KeyRefused, &question, start, 0.5);
+        schedule.on_reply(&Reply::<()>::KeyRefused, &question, start, 0.5);
         for minute in 1..1000 {
             let now = start + minute * INTERVAL;
             assert_eq!(schedule.next(now), Next::Look, "counting goes on");
@@ -378,13 +379,13 @@ mod tests {
         let start = Instant::now();
         let mut schedule = with_questions(start);
         let question = ask(&mut schedule, start);
-        schedule.on_reply(&Reply::KeyRefused, &question, start, 0.5);
+        schedule.on_reply(&Reply::<()>::KeyRefused, &question, start, 0.5);
         let operator = Question { subject: subject("named"), reason: Reason::Operator };
         let at = schedule.operator_may_ask(start).unwrap();
         assert_eq!(at, start + Duration::from_secs_f64(1.0 / RATE), "at the rate");
-        schedule.on_reply(&Reply::Forbidden, &operator, at, 0.5);
+        schedule.on_reply(&Reply::<()>::Forbidden, &operator, at, 0.5);
         assert!(schedule.is_refused(), "not by another refusal");
-        schedule.on_reply(&Reply::Unknown, &operator, at, 0.5);
+        schedule.on_reply(&Reply::<()>::Unknown, &operator, at, 0.5);
         assert!(!schedule.is_refused());
     }
 
@@ -400,7 +401,7 @@ mod tests {
         ] {
             let mut schedule = with_questions(start);
             let question = Question { subject: subject("other"), reason };
-            schedule.on_reply(&Reply::Forbidden, &question, start, 0.5);
+            schedule.on_reply(&Reply::<()>::Forbidden, &question, start, 0.5);
             assert_eq!(schedule.is_refused(), is_refused, "{question:?}");
             let note = question.note(Conclusion::Forbidden, Timestamp::UNIX_EPOCH, INTERVAL, 0.5);
             assert_eq!(matches!(note, Some(Note::Asked { .. })), is_refused, "{question:?}");
@@ -417,7 +418,7 @@ mod tests {
         let mut schedule = with_questions(start);
         let reason = Reason::Hint { trust: HintTrust::Unsigned, at_ms: 0, tries: 0 };
         let question = Question { subject: subject("forged"), reason };
-        schedule.on_reply(&Reply::Unusable("400".to_owned()), &question, start, 0.5);
+        schedule.on_reply(&Reply::<()>::Unusable("400".to_owned()), &question, start, 0.5);
         assert!(matches!(schedule.next(start + Duration::from_secs(1)), Next::Ask(_)));
     }
 
@@ -433,7 +434,7 @@ mod tests {
         ] {
             let mut schedule = with_questions(start);
             let question = ask(&mut schedule, start);
-            schedule.on_reply(&Reply::Busy(asked_for.map(Duration::from_secs)), &question, start, 0.0);
+            schedule.on_reply(&Reply::<()>::Busy(asked_for.map(Duration::from_secs)), &question, start, 0.0);
             let mut now = start;
             while now < start + pause {
                 match schedule.next(now) {
@@ -456,7 +457,7 @@ mod tests {
         let (mut schedule, mut now, mut pauses) = (schedule(start), start, Vec::new());
         let question = Question { subject: subject("s"), reason: Reason::Operator };
         for _ in 0..10 {
-            schedule.on_reply(&Reply::Silent(String::new()), &question, now, 1.0);
+            schedule.on_reply(&Reply::<()>::Silent(String::new()), &question, now, 1.0);
             pauses.push(schedule.pause_until - now);
             now = schedule.pause_until;
         }
@@ -464,8 +465,20 @@ mod tests {
         assert!(pauses.windows(2).all(|pair| pair[0] <= pair[1]), "{pauses:?}");
         assert!(schedule.operator_may_ask(now).is_ok());
         schedule.on_reply(&body(), &question, now, 1.0);
-        schedule.on_reply(&Reply::Unusable(String::new()), &question, now, 1.0);
+        schedule.on_reply(&Reply::<()>::Unusable(String::new()), &question, now, 1.0);
         assert_eq!(schedule.pause_until - now, PAUSE_MIN, "a success ends the row");
+    }
+
+    #[test]
+    fn garbage_with_status_200_is_a_failure_in_the_row() {
+        let start = Instant::now();
+        let (mut schedule, question) = (schedule(start), Question { subject: subject("s"), reason: Reason::Operator });
+        let pauses = [1, 2, 3].map(|_| {
+            let garbage = Reply::Found(bytes::Bytes::from_static(b"<html>")).read(|body| Scan::read(body, "s"));
+            schedule.on_reply(&garbage, &question, start, 1.0);
+            schedule.pause_until - start
+        });
+        assert!(pauses[0] < pauses[1] && pauses[1] < pauses[2], "{pauses:?}");
     }
 
     #[test]
@@ -506,7 +519,7 @@ mod tests {
         0..7_u8
     }
 
-    fn reply(number: u8) -> Reply {
+    fn reply(number: u8) -> Reply<()> {
         match number {
             0 => body(),
             1 => Reply::Unknown,

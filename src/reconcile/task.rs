@@ -273,24 +273,21 @@ impl Reconciler {
     /// The subject as the API shows it. The error is the end of the question.
     async fn shown(&mut self, question: &Question) -> Result<Shown, Finding> {
         let subject = &question.subject;
-        let reply = self.request(question, Ask::Subject).await;
-        let unusable = |why| Finding::because(Conclusion::Unusable, why);
-        let body = body_of(reply)?;
-        let shown = match subject.kind() {
-            Kind::Scan => Scan::read(&body, subject.id()).map(|scan| Shown {
-                status: scan.status.clone(),
-                updated_at: scan.updated_at.clone(),
-                scan_id: subject.id().to_owned(),
-                scan: Some(scan),
-            }),
-            Kind::Prediction => Prediction::read(&body, subject.id()).map(|prediction| Shown {
-                status: prediction.status,
-                updated_at: prediction.updated_at,
-                scan_id: prediction.scan_id,
-                scan: None,
-            }),
-        };
-        shown.map_err(unusable)
+        Ok(match subject.kind() {
+            Kind::Scan => {
+                let scan = found(self.scan(question, subject.id()).await)?;
+                Shown {
+                    status: scan.status.clone(),
+                    updated_at: scan.updated_at.clone(),
+                    scan_id: subject.id().to_owned(),
+                    scan: Some(scan),
+                }
+            }
+            Kind::Prediction => {
+                let Prediction { status, updated_at, scan_id, .. } = found(self.prediction(question).await)?;
+                Shown { status, updated_at, scan_id, scan: None }
+            }
+        })
     }
 
     /// Makes the missing event, and hands it to the spool.
@@ -331,22 +328,28 @@ impl Reconciler {
         sleep_until(self.schedule.next_request().into()).await;
         match Subject::new(Kind::Scan, scan_id) {
             None => Err(unusable("the answer of Prism's API has a scanId that cannot be asked for".to_owned())),
-            Some(scan) => match self.request(question, Ask::Scan(scan.id())).await {
+            Some(scan) => match self.scan(question, scan.id()).await {
                 Reply::Unknown => Err(unusable("Prism's API does not know the scan of the prediction".to_owned())),
-                reply => Scan::read(&body_of(reply)?, scan.id()).map_err(unusable),
+                reply => found(reply),
             },
         }
     }
 
-    /// One request, and what it means for the next ones.
-    async fn request(&mut self, question: &Question, ask: Ask<'_>) -> Reply {
-        let (shared, client) = (Arc::clone(&self.shared), self.client().await);
-        let reply = match client {
+    /// Asks for the scan of a question, or for that of its prediction.
+    async fn scan(&mut self, question: &Question, id: &str) -> Reply<Scan> {
+        let reply = match self.client().await {
+            Ok(client) => self.shared.api.scan(&client, id).await,
             Err(error) => Reply::Silent(error),
-            Ok(client) => match ask {
-                Ask::Subject => shared.api.subject(&client, &question.subject).await,
-                Ask::Scan(id) => shared.api.scan(&client, id).await,
-            },
+        };
+        self.schedule.on_reply(&reply, question, Instant::now(), fastrand::f64());
+        reply
+    }
+
+    /// Asks for the prediction of a question.
+    async fn prediction(&mut self, question: &Question) -> Reply<Prediction> {
+        let reply = match self.client().await {
+            Ok(client) => self.shared.api.prediction(&client, question.subject.id()).await,
+            Err(error) => Reply::Silent(error),
         };
         self.schedule.on_reply(&reply, question, Instant::now(), fastrand::f64());
         reply
@@ -445,19 +448,10 @@ impl Reconciler {
     }
 }
 
-/// What a request asks for.
-#[derive(Clone, Copy)]
-enum Ask<'a> {
-    /// The subject of the question.
-    Subject,
-    /// The scan of a prediction, by its id.
-    Scan(&'a str),
-}
-
-/// The body of an answer. The error is the end of the question.
-fn body_of(reply: Reply) -> Result<bytes::Bytes, Finding> {
+/// What the API found. The error is the end of the question.
+fn found<T>(reply: Reply<T>) -> Result<T, Finding> {
     Err(match reply {
-        Reply::Body(body) => return Ok(body),
+        Reply::Found(found) => return Ok(found),
         Reply::Unknown => Finding::new(Conclusion::Unknown),
         Reply::KeyRefused => Finding::because(Conclusion::KeyRefused, "Prism's API refuses reconcile.api_key (401)"),
         Reply::Forbidden => {
