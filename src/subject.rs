@@ -2,13 +2,9 @@
 //!
 //! Prism gives a webhook up after 35 s. The relay then asks Prism's API, and publishes the event that no webhook told.
 //! The webhook may still come: [`State::on`] decides whether a webhook is such a late copy. When in doubt it is not,
-//! because a late copy is not published:
-//!
-//! - It is the first webhook of the subject after the event of the API, and tells the same step. Any other webhook
-//!   before it, such as the beginning of a second run, shows that the subject has moved on.
-//! - It comes within [`LATE_MS`] of the change that the API told.
-//! - An unsigned webhook may be a stranger's, so it counts for unsigned ones only. A signed webhook is a late copy only
-//!   of an answer over TLS.
+//! because a late copy is not published: only one webhook for each event that the API told, of the same step, within
+//! [`LATE_MS`], as long as the subject has not begun again. A signed webhook is a late copy only of an answer over TLS.
+//! An unsigned one may be a stranger's, so it takes the place of unsigned ones only.
 
 use std::fmt;
 use std::str::FromStr;
@@ -21,9 +17,9 @@ use crate::event::{Envelope, Source, SubjectKey};
 /// Maximum length of the id of a subject. Prism's ids have 36 characters.
 const ID_BYTES_MAX: usize = 128;
 
-/// How long after a change that the API told its webhook may come. Prism sends for 35 s. The time of the change is by
-/// Prism's clock, and clocks differ.
-const LATE_MS: u64 = 300_000;
+/// How long after an event that the API told its webhook may come. Prism sends for 35 s; a clock that is corrected, a
+/// proxy that holds requests back and a relay that is stopped add to that.
+const LATE_MS: u64 = 600_000;
 
 /// How long after an end the webhook of the beginning may arrive for the first time, because it was refused before:
 /// more than the 35 s for which Prism sends.
@@ -143,8 +139,6 @@ pub struct Progress {
     pub subject: Subject,
     /// How far it is.
     pub step: Step,
-    /// Since when, in milliseconds since 1970. Only the API says that.
-    pub since_ms: Option<i64>,
 }
 
 impl Progress {
@@ -155,7 +149,7 @@ impl Progress {
             let step = Step::ALL.into_iter().find(|step| event_type(kind, *step) == envelope.event_type)?;
             Some((kind, step, id.as_deref()?))
         })?;
-        Some(Self { subject: Subject::new(kind, id)?, step, since_ms: None })
+        Some(Self { subject: Subject::new(kind, id)?, step })
     }
 
     /// The documented event type.
@@ -204,8 +198,8 @@ pub struct Made {
     pub id: Uuid,
     /// The step that it tells.
     pub step: Step,
-    /// Since when the subject has been there, in milliseconds since 1970; at the latest when the event was accepted.
-    pub since_ms: i64,
+    /// When it was accepted, in milliseconds since 1970.
+    pub at_ms: i64,
     /// Which webhooks can be copies of it.
     pub copies: Copies,
 }
@@ -240,12 +234,7 @@ impl Copies {
 }
 
 impl Made {
-    fn is_copied_by(&self, news: &News) -> bool {
-        let is_in_time = near(self.since_ms, news.told.at_ms, LATE_MS);
-        self.step == news.step && is_in_time && self.copies.include(news.told.is_trusted)
-    }
-
-    /// What is left of it after a webhook.
+    /// What is left of it after a webhook that is its copy, or that shows that the subject has moved on.
     fn after(self, is_signed: bool) -> Option<Self> {
         self.copies.after(is_signed).map(|copies| Self { copies, ..self })
     }
@@ -300,8 +289,6 @@ pub struct News {
     pub id: Uuid,
     /// What it tells.
     pub step: Step,
-    /// Since when the subject is there, if the event says that, in milliseconds since 1970.
-    pub since_ms: Option<i64>,
     /// Who tells it.
     pub told: Told,
 }
@@ -320,27 +307,26 @@ pub enum Verdict {
 impl State {
     /// Takes in an event, and decides whether it is published. Nothing changes if the API tells what is known.
     pub fn on(&mut self, news: &News) -> Verdict {
-        let News { seq, id, step, since_ms, told } = *news;
+        let News { seq, id, step, told } = *news;
         match told.source {
             Source::Webhook => {
-                let copied = self.made.filter(|made| made.is_copied_by(news));
-                self.made = self.made.and_then(|made| made.after(told.is_trusted));
-                if let Some(made) = copied {
+                if let Some(made) = self.made.filter(|made| self.is_late_copy(made, news)) {
+                    self.made = made.after(told.is_trusted);
                     self.last_ms = told.at_ms;
                     return Verdict::LateCopy(made);
                 }
             }
             Source::Api if self.knows(step) => return Verdict::Known,
-            Source::Api => {
-                let since_ms = since_ms.map_or(told.at_ms, |since_ms| since_ms.min(told.at_ms));
-                let copies = if told.is_trusted { Copies::Any } else { Copies::Unsigned };
-                self.made = Some(Made { seq, id, step, since_ms, copies });
-            }
+            Source::Api => {}
         }
         self.last_ms = told.at_ms;
         match step {
             Step::Began => self.begin(told),
             Step::Succeeded | Step::Failed => self.end(Ended { step, told }),
+        }
+        if told.source == Source::Api {
+            let copies = if told.is_trusted { Copies::Any } else { Copies::Unsigned };
+            self.made = Some(Made { seq, id, step, at_ms: told.at_ms, copies });
         }
         Verdict::New
     }
@@ -354,6 +340,14 @@ impl State {
         }
     }
 
+    /// What shows that the subject has moved on has cleared `made` before.
+    fn is_late_copy(&self, made: &Made, news: &News) -> bool {
+        let is_in_time = near(made.at_ms, news.told.at_ms, LATE_MS);
+        // The webhook of a beginning may arrive after that of the end, but only shortly after.
+        let is_overtaken = news.step == Step::Began && !self.is_open && !self.ended_just_before(news.told.at_ms);
+        made.step == news.step && is_in_time && made.copies.include(news.told.is_trusted) && !is_overtaken
+    }
+
     /// Whether an answer of the API would tell nothing new.
     pub(crate) fn knows(&self, step: Step) -> bool {
         match step {
@@ -364,11 +358,13 @@ impl State {
 
     fn begin(&mut self, told: Told) {
         // The beginning of the run that has just ended, if no webhook told it: it was refused before, and comes late.
+        // The webhook of the end may follow.
         let is_unheard = self.began.is_none_or(|began| began.source == Source::Api);
         if !self.is_open && is_unheard && self.ended_just_before(told.at_ms) {
             self.began = Some(told);
             return;
         }
+        self.made = self.made.and_then(|made| made.after(told.is_trusted));
         let is_more_trusted = self.began.is_none_or(|began| told.is_trusted && !began.is_trusted);
         // While the subject is open, the first beginning counts: repeated ones would put off the question for its end.
         if !self.is_open || is_more_trusted {
@@ -383,6 +379,9 @@ impl State {
         if is_known_better && !told.is_trusted && source == Source::Webhook {
             return;
         }
+        // The webhook of a beginning may arrive after the end.
+        self.made =
+            self.made.and_then(|made| if made.step.is_end() { made.after(told.is_trusted) } else { Some(made) });
         // An end after an end is that of another run, whose beginning nothing has told yet.
         if !self.is_open && self.ended.is_some() {
             self.began = None;

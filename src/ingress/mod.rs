@@ -284,7 +284,7 @@ impl WebhookHandler {
     /// Keeps the subject of a refused webhook. If Prism gives the webhook up, the relay asks Prism's API for the
     /// subject.
     fn hint(&self, envelope: Option<&Envelope<'_>>, trust: HintTrust, now: Timestamp) {
-        if let Some(Progress { subject, step, .. }) = envelope.and_then(Progress::of) {
+        if let Some(Progress { subject, step }) = envelope.and_then(Progress::of) {
             self.spool.offer_hint(Hint { subject, step, at_ms: now.as_millisecond(), trust, tries: 0 });
         }
     }

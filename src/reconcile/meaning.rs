@@ -169,7 +169,7 @@ mod tests {
         let scan = r#"{"id":"s1","status":"READY","userId":"u1","userToken":"a \"quoted\" token","weight":81.5}"#;
         let scan = Scan::read(scan.as_bytes(), "s1").unwrap();
         let made = |kind, id: &str, step, status: &str| {
-            let progress = Progress { subject: Subject::new(kind, id).unwrap(), step, since_ms: None };
+            let progress = Progress { subject: Subject::new(kind, id).unwrap(), step };
             let body = body(&progress, status, &scan, "s1");
             let envelope = Envelope::parse(&body).unwrap();
             assert_eq!(Progress::of(&envelope), Some(progress), "it tells what it was made for");

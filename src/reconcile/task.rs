@@ -246,8 +246,7 @@ impl Reconciler {
         let updated_at = shown.updated_at.as_deref();
         let finding = match meaning(&shown.status, updated_at, state.as_ref(), question.not_before()) {
             Meaning::Missing(step) => {
-                let since_ms = updated_at.and_then(|text| text.parse().ok()).map(Timestamp::as_millisecond);
-                let progress = Progress { subject: subject.clone(), step, since_ms };
+                let progress = Progress { subject: subject.clone(), step };
                 match effect {
                     Effect::Report => {
                         let event = Some(progress.event_type());

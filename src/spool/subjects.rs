@@ -27,8 +27,8 @@ pub struct Settings {
 /// The schema of the subjects. A scan or prediction `began` and `ended`: when (in milliseconds since 1970), who told it
 /// (0: a webhook, 1: the API), and whether that is `trusted`. `open`: it began, and its end is still to come.
 /// `last_ms`: when something was last told. `asked_ms`, `tries` and `next_ms`: when the API was last asked, how often,
-/// and when to ask again. `made`: the last event that the API told, whose webhook may come late: since when the subject
-/// is there (`made_ms`), and which webhooks can be copies of it (`made_trusted`; 0: unsigned ones, 1: any, 2: signed ones).
+/// and when to ask again. `made`: the last event that the API told, whose webhook may come late, and which webhooks can
+/// be copies of it (`made_trusted`; 0: unsigned ones, 1: any, 2: signed ones).
 ///
 /// There are no comments in it, because all schemas together should fit into the first page of the file: damage of
 /// another page then leaves every table readable.
@@ -184,8 +184,7 @@ impl Follower {
         let known = load(connection, &progress.subject)?;
         let mut state = known.unwrap_or_default();
         let told = Told { at_ms: event.accepted_ms, source: event.source, is_trusted: event.authentic };
-        let (step, since_ms) = (progress.step, progress.since_ms);
-        let verdict = state.on(&News { seq, id: event.id, step, since_ms, told });
+        let verdict = state.on(&News { seq, id: event.id, step: progress.step, told });
         Ok(Some(Judged { subject: &progress.subject, state, is_new: known.is_none(), verdict }))
     }
 
@@ -414,7 +413,7 @@ pub(super) fn save(connection: &Connection, subject: &Subject, known: &State) ->
         made.map(|made| made.seq),
         made.map(|made| *made.id.as_bytes()),
         made.map(|made| made.step.text()),
-        made.map(|made| made.since_ms),
+        made.map(|made| made.at_ms),
         made.map(|made| made.copies as i64),
     ])?;
     Ok(())
@@ -439,7 +438,7 @@ pub(super) fn state(row: &Row<'_>) -> Option<State> {
             seq,
             id: Uuid::from_bytes(row.get(16).ok()?),
             step: step(17)?,
-            since_ms: row.get(18).ok()?,
+            at_ms: row.get(18).ok()?,
             copies: copies(row.get(19).ok()?)?,
         }),
         None => None,

@@ -21,7 +21,7 @@ fn scan(id: &str) -> Subject {
 }
 
 fn progress(id: &str, step: Step) -> Progress {
-    Progress { subject: scan(id), step, since_ms: None }
+    Progress { subject: scan(id), step }
 }
 
 /// The body of an event; bodies with another `n` are other ones.

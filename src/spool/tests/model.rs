@@ -80,10 +80,10 @@ impl Model {
         }
         let progress = Envelope::parse(&event.body).ok().and_then(|envelope| Progress::of(&envelope));
         let mut told = None;
-        if let Some(Progress { subject, step, since_ms }) = progress {
+        if let Some(Progress { subject, step }) = progress {
             let mut state = self.subjects.get(&subject).copied().unwrap_or_default();
             let by = Told { at_ms: event.accepted_ms, source: event.source, is_trusted: event.authentic };
-            match state.on(&News { seq: self.ledger.accepted + 1, id: event.id, step, since_ms, told: by }) {
+            match state.on(&News { seq: self.ledger.accepted + 1, id: event.id, step, told: by }) {
                 Verdict::LateCopy(Made { seq, id, .. }) => {
                     self.ledger.duplicates += 1;
                     self.seen.insert(event.body.clone(), (seq, id));
@@ -132,7 +132,7 @@ impl Model {
 
 fn told(tell: &Tell, at_ms: i64) -> (Event, Progress) {
     let subject = Subject::new(Kind::Scan, &tell.scan.to_string()).unwrap();
-    let progress = Progress { subject, step: tell.step, since_ms: None };
+    let progress = Progress { subject, step: tell.step };
     let (event_type, Tell { scan, body, .. }) = (progress.event_type(), tell);
     let body = format!(r#"{{"eventType":"{event_type}","payload":{{"scanId":"{scan}","n":{body}}}}}"#);
     let (source, authentic) = (tell.source, tell.authentic);
