@@ -366,7 +366,12 @@ impl Reconciler {
     async fn conclude(&mut self, question: &Question, finding: &Finding) {
         let conclusion = finding.conclusion;
         let outcome = Outcome::of(conclusion, &question.reason);
-        self.metrics.reconcile.outcome(outcome.position()).increment(1);
+        let metrics = &self.metrics.reconcile;
+        let counter = match question.reason {
+            Reason::Overdue { .. } | Reason::Hint { .. } => metrics.of_schedule(outcome.position()),
+            Reason::Operator => metrics.of_operator(outcome.position()),
+        };
+        counter.increment(1);
         debug!(subject = %question.subject, outcome = outcome.text(), why = finding.why, "compared with Prism's API");
         if let Some(note) = question.note(conclusion, Timestamp::now(), self.settings.interval, fastrand::f64()) {
             self.spool.note(note).await;
