@@ -88,6 +88,8 @@ pub struct ReconcileMetrics {
     pub open: Gauge,
     /// Open subjects that began longer ago than `reconcile.after`.
     pub overdue: Gauge,
+    /// Open subjects that were forgotten because there were more than `reconcile.subjects_max`.
+    pub evicted: Counter,
     /// 1 while the API refuses the key.
     pub stopped: Gauge,
     by_schedule: [Counter; RECONCILED.len()],
@@ -114,6 +116,13 @@ impl ReconcileMetrics {
             overdue: gauge(
                 "prism_relay_subjects_overdue",
                 "Scans and predictions that began longer ago than reconcile.after and did not end.",
+            ),
+            evicted: counter(
+                recorder,
+                "prism_relay_subjects_evicted_total",
+                "Scans and predictions that had not ended and were forgotten, because there were more than \
+                 reconcile.subjects_max.",
+                &[],
             ),
             stopped: gauge(
                 "prism_relay_reconcile_stopped",

@@ -134,6 +134,8 @@ pub(super) struct Following {
     uncommitted: u64,
     /// Subjects that the transaction in progress changed.
     changed: u64,
+    /// Open subjects that the transaction in progress forgets because there are too many.
+    evicted: u64,
     notes: Vec<Note>,
     /// Notes written in the transaction in progress.
     noted: usize,
@@ -164,6 +166,7 @@ impl Follower {
             stored,
             uncommitted: stored,
             changed: 0,
+            evicted: 0,
             notes: Vec::new(),
             noted: 0,
             offered,
@@ -233,15 +236,20 @@ impl Follower {
         }
     }
 
-    pub(super) fn commit(&mut self) {
+    /// Returns how many open subjects were evicted.
+    pub(super) fn commit(&mut self) -> u64 {
         match self {
-            Self::Off => {}
-            Self::Stale => *self = Self::Off,
+            Self::Off => 0,
+            Self::Stale => {
+                *self = Self::Off;
+                0
+            }
             Self::On(following) => {
                 following.stored = following.uncommitted;
                 following.changed = 0;
                 following.notes.drain(..std::mem::take(&mut following.noted));
                 following.hints.clear();
+                std::mem::take(&mut following.evicted)
             }
         }
     }
@@ -249,7 +257,7 @@ impl Follower {
     pub(super) fn roll_back(&mut self) {
         if let Self::On(following) = self {
             following.uncommitted = following.stored;
-            (following.changed, following.noted) = (0, 0);
+            (following.changed, following.evicted, following.noted) = (0, 0, 0);
         }
     }
 }
@@ -287,6 +295,10 @@ impl Following {
     fn forget(&mut self, connection: &Connection, wall_ms: i64) -> Result<()> {
         let room = self.changed + FORGOTTEN_AT_ONCE;
         let excess = self.uncommitted.saturating_sub(self.settings.max as u64).min(room);
+        if excess > 0 {
+            let sql = "SELECT count(*) FROM (SELECT open FROM subject ORDER BY last_ms, key LIMIT ?1) WHERE open = 1";
+            self.evicted = connection.prepare_cached(sql)?.query_row([excess], |row| row.get(0))?;
+        }
         let mut statement = connection.prepare_cached(
             "DELETE FROM subject WHERE key IN
                  (SELECT key FROM subject WHERE last_ms < ?1 ORDER BY last_ms, key LIMIT ?2)",

@@ -400,7 +400,8 @@ impl Writer {
             Ok(()) => {
                 self.is_locked = false;
                 self.window.commit();
-                self.follower.commit();
+                let evicted = self.follower.commit();
+                self.report_evicted_subjects(evicted);
                 for seq in &transaction.settled.noted {
                     self.unsettled.remove(seq);
                 }
@@ -515,6 +516,19 @@ impl Writer {
                 unreported,
                 "answering webhooks 503: the write-ahead log of the spool fills spool.max_bytes, because another \
                  process reads the spool file (a backup, sqlite3); stop that process"
+            );
+        }
+    }
+
+    fn report_evicted_subjects(&self, evicted: u64) {
+        self.shared.metrics.reconcile.evicted.increment(evicted);
+        if evicted > 0
+            && let Some(evicted) = self.log_limiter.add("evicted-subjects", evicted, Instant::now())
+        {
+            warn!(
+                evicted,
+                "forgot scans and predictions that have not ended, because there are more than \
+                 reconcile.subjects_max: the relay does not ask Prism's API for their ends; raise it"
             );
         }
     }

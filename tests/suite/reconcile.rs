@@ -423,6 +423,22 @@ async fn a_key_that_is_refused_is_reported_once_and_asked_with_no_more_until_it_
     }
 }
 
+#[tokio::test]
+async fn scans_that_have_not_ended_and_are_too_many_are_counted_and_reported() {
+    let api = PrismApi::start();
+    let setup = api.asked_by(Setup::without_broker()).set("reconcile.after", "1h").set("reconcile.subjects_max", 1000);
+    let relay = setup.start().await;
+    for number in 0..1010 {
+        relay.post(started(&number.to_string())).await.expect(200);
+    }
+    relay.eventually_metric("prism_relay_subjects_evicted_total", &[], 10.0).await;
+    relay.eventually_metric("prism_relay_subjects_open", &[], 1000.0).await;
+    let line = relay.eventually_logs("forgot scans and predictions that have not ended").await;
+    assert_eq!((&line["level"], &line["evicted"]), (&json!("WARN"), &json!(1)));
+    let lines = relay.logs().into_iter().filter(|line| line["evicted"].is_number()).count();
+    assert_eq!(lines, 1, "at most one a minute");
+}
+
 // -- discretion -------------------------------------------------------------------------------------------------------
 
 /// The harness searches log, status, metrics and all output for the key, the user's token and the health values.

@@ -91,6 +91,13 @@ impl Following {
         self.spool().hints(trust, START, 2 * HINTS_MAX).await.unwrap()
     }
 
+    /// Open subjects that were evicted.
+    fn evicted(&self) -> u64 {
+        let text = self.opened.metrics.render();
+        let count = text.lines().find_map(|line| line.strip_prefix("prism_relay_subjects_evicted_total "));
+        count.expect("the metric is there from the start").parse().unwrap()
+    }
+
     fn accepted(&self) -> u64 {
         self.spool().status().ledger().accepted
     }
@@ -279,6 +286,7 @@ async fn subjects_are_bounded_by_number_and_by_age() {
         spool.webhook(&n.to_string(), Began, 0, now + i64::from(n)).await;
     }
     assert_eq!(count(&spool).await, 50);
+    assert_eq!(spool.evicted(), 70);
     assert_eq!((spool.state("69").await, spool.state("70").await.is_some()), (None, true));
     spool.opened.close().await;
     // A lower limit, after a restart.
@@ -288,6 +296,11 @@ async fn subjects_are_bounded_by_number_and_by_age() {
         spool.spool().flush().await;
     }
     assert_eq!(count(&spool).await, 10);
+    assert_eq!(spool.evicted(), 40);
+    // One that has ended, or is forgotten for its age, is not evicted.
+    spool.webhook("ended", Failed, 0, now - MINUTE).await;
+    spool.spool().flush().await;
+    assert_eq!(spool.state("ended").await, None);
     let old = now - 8 * 24 * 60 * MINUTE;
     spool.webhook("old", Began, 0, old).await;
     spool.spool().note(Note::Purge { now_ms: now }).await;

@@ -58,6 +58,7 @@ async fn eventually(holds: impl Fn() -> bool) {
 struct Opened {
     spool: Spool,
     end: WriterEnd,
+    metrics: Arc<Metrics>,
 }
 
 impl Opened {
@@ -67,8 +68,9 @@ impl Opened {
 
     fn with(path: &Path, max_bytes: u64, window: Duration, subjects: Option<&subjects::Settings>) -> Self {
         let metrics = Arc::new(Metrics::new());
-        let (spool, end) = Spool::open(&settings(path, max_bytes), &deduped(window), subjects, metrics).unwrap();
-        Self { spool, end }
+        let (settings, counts) = (settings(path, max_bytes), Arc::clone(&metrics));
+        let (spool, end) = Spool::open(&settings, &deduped(window), subjects, counts).unwrap();
+        Self { spool, end, metrics }
     }
 
     async fn close(self) {
