@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 use anyhow::anyhow;
 use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::text::span;
+
 /// How often progress is printed where standard error is not a terminal.
 const PROGRESS_EVERY: Duration = Duration::from_secs(10);
 
@@ -77,7 +79,7 @@ pub(super) struct Progress {
 
 impl Progress {
     pub(super) fn new(count: u64, what: &'static str) -> Self {
-        let template = format!("{{bar:40}} {{pos}}/{{len}} {what}, {{per_sec}}, {{eta}} left");
+        let template = format!("{{bar:40}} {{pos}}/{{len}} {what}, {{per_sec}}, {{eta}} left{{msg}}");
         let style = ProgressStyle::with_template(&template).unwrap_or_else(|_| ProgressStyle::default_bar());
         let printed_at = (!io::stderr().is_terminal()).then(Instant::now);
         Self { bar: ProgressBar::new(count).with_style(style), what, printed_at }
@@ -98,6 +100,23 @@ impl Progress {
         }
         *printed_at = now;
         Some(format!("{done} of {} {}", self.bar.length().unwrap_or(done), self.what))
+    }
+
+    /// Waits, and shows why and how long still; elsewhere than on a terminal, once.
+    pub(super) async fn pause(&self, why: &str, length: Duration) {
+        let until = Instant::now() + length;
+        if self.printed_at.is_some() {
+            let _ = writeln!(io::stderr(), "{why}: going on in {}", span(length));
+        }
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            self.bar.set_message(format!("; {why}: {}", span(left)));
+            tokio::time::sleep(left.min(Duration::from_secs(1))).await;
+        }
+        self.bar.set_message("");
     }
 
     /// Prints with the bar out of the way.

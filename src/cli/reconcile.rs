@@ -4,7 +4,7 @@
 use std::io::{self, IsTerminal, Read};
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use hyper::Uri;
 use serde::Deserialize;
 
@@ -14,11 +14,13 @@ use super::interrupt::Interrupt;
 use super::output::{Progress, say};
 use crate::config::Config;
 use crate::subject::{Kind, Subject};
-use crate::text::clean;
+use crate::text::{clean, span};
 
 /// Maximum time for one answer: a prediction takes two requests at `reconcile.rate`, and another question may come
 /// first.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(600);
+/// Maximum time of pauses for Prism's API without an answer in between: twice the longest one that the relay keeps.
+const PAUSES_MAX: Duration = Duration::from_secs(2 * 3600);
 /// Maximum size of standard input: more than 300,000 ids.
 const INPUT_BYTES_MAX: u64 = 16 * 1024 * 1024;
 /// Mistakes in standard input that are shown.
@@ -56,7 +58,7 @@ pub(super) async fn run(config: &Config, options: Options) -> Result<(), Failure
     let mut progress = Progress::new(subjects.len() as u64, "scans and predictions");
     let mut outcome = Ok(());
     for subject in &subjects {
-        let answer = match interrupt.or(ask(&relay, subject, options.dry_run)).await {
+        let answer = match interrupt.or(answer(&relay, subject, options.dry_run, &progress)).await {
             Ok(Ok(answer)) => answer,
             Ok(Err(error)) => {
                 outcome = Err(error.into());
@@ -119,14 +121,40 @@ struct Answer {
     subject: String,
     outcome: String,
     text: String,
+    /// How long Prism's API is not to be asked, if that is why there is no answer.
+    pause_seconds: Option<u64>,
 }
 
 impl Answer {
     /// What to print; nothing if no event is missing.
     fn line(&self) -> Option<String> {
-        let Self { subject, outcome, text } = self;
+        let Self { subject, outcome, text, .. } = self;
         (outcome != "in_step").then(|| clean(&format!("{outcome:<9} {subject}: {text}")))
     }
+}
+
+/// Asks until there is an answer. Keeps the pauses that Prism's API asks for, within [`PAUSES_MAX`].
+async fn answer(
+    relay: &OpsResource,
+    subject: &Subject,
+    is_dry_run: bool,
+    progress: &Progress,
+) -> anyhow::Result<Answer> {
+    let mut paused = Duration::ZERO;
+    loop {
+        let answer = ask(relay, subject, is_dry_run).await?;
+        let Some(pause) = answer.pause_seconds.map(Duration::from_secs) else { return Ok(answer) };
+        paused = match longer(paused, pause) {
+            Some(paused) => paused,
+            None => bail!("Prism's API asks for pauses of more than {}; run this again later", span(PAUSES_MAX)),
+        };
+        progress.pause("Prism's API asks for a pause", pause).await;
+    }
+}
+
+/// The time of all pauses with this one; `None` if that is too long.
+fn longer(paused: Duration, pause: Duration) -> Option<Duration> {
+    paused.checked_add(pause).filter(|all| *all <= PAUSES_MAX)
 }
 
 async fn ask(relay: &OpsResource, subject: &Subject, is_dry_run: bool) -> anyhow::Result<Answer> {
@@ -189,12 +217,20 @@ mod tests {
     }
 
     #[test]
+    fn pauses_without_an_answer_in_between_are_limited() {
+        assert_eq!(longer(PAUSES_MAX / 2, PAUSES_MAX / 2), Some(PAUSES_MAX));
+        assert_eq!(longer(PAUSES_MAX / 2, PAUSES_MAX / 2 + Duration::from_secs(1)), None);
+        assert_eq!(longer(Duration::ZERO, Duration::MAX), None);
+    }
+
+    #[test]
     fn the_summary_counts_each_answer_once() {
         let mut counts = Counts::default();
         let answer = |outcome: &str| Answer {
             subject: "scan:a".to_owned(),
             outcome: outcome.to_owned(),
             text: "why\u{1b}".to_owned(),
+            pause_seconds: None,
         };
         for outcome in ["in_step", "pending", "late", "repaired", "unknown", "failed", "refused", "new"] {
             counts.add(&answer(outcome));

@@ -64,6 +64,8 @@ pub(crate) struct Report {
     pub event: Option<&'static str>,
     /// The status of the subject in the API, if it answered.
     pub state: Option<String>,
+    /// The rest of the pause that the API asks for, if that is why there is no answer, in seconds.
+    pub pause_seconds: Option<u64>,
     /// One sentence.
     pub text: String,
 }

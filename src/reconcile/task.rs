@@ -216,7 +216,7 @@ impl Reconciler {
                 self.answer(&question, order.effect).await
             }
             Err(left) => {
-                let why = format!("Prism's API asks for a pause; try again in {}", span(left + Duration::from_secs(1)));
+                let why = format!("Prism's API asks for a pause; try again in {}", span(whole_seconds(left)));
                 Finding::because(Conclusion::Busy, why)
             }
         };
@@ -224,8 +224,10 @@ impl Reconciler {
             Effect::Repair => self.conclude(&question, &finding).await,
             Effect::Report => self.show(&finding),
         }
+        let is_busy = finding.conclusion == Conclusion::Busy;
+        let pause = self.schedule.operator_may_ask(Instant::now()).err().filter(|_| is_busy);
         // The operator may be gone.
-        let _ = order.answer.send(report(&question, &finding, order.effect));
+        let _ = order.answer.send(report(&question, &finding, order.effect, pause));
     }
 
     /// Asks the API, and takes in the missing event.
@@ -468,7 +470,7 @@ fn found<T>(reply: Reply<T>) -> Result<T, Finding> {
 }
 
 /// The answer to an operator.
-fn report(question: &Question, finding: &Finding, effect: Effect) -> Report {
+fn report(question: &Question, finding: &Finding, effect: Effect, pause: Option<Duration>) -> Report {
     let Finding { conclusion, event, state, why } = finding;
     let text = match (conclusion, event) {
         (Conclusion::Made(_), Some(event)) if effect == Effect::Report => format!("{event} is missing"),
@@ -491,6 +493,12 @@ fn report(question: &Question, finding: &Finding, effect: Effect) -> Report {
         outcome: Outcome::of(*conclusion, &question.reason),
         event: *event,
         state: state.clone(),
+        pause_seconds: pause.map(|left| whole_seconds(left).as_secs()),
         text,
     }
+}
+
+/// Rounds up, so that a wait of that length is long enough.
+fn whole_seconds(left: Duration) -> Duration {
+    Duration::from_secs(left.as_secs() + 1)
 }

@@ -7,9 +7,9 @@ use serde_json::{Value, json};
 
 use crate::harness::browser::Browser;
 use crate::harness::marks::API_KEY;
-use crate::harness::program::Ended;
+use crate::harness::program::{Ended, Program};
 use crate::harness::samples::{event, of_scan};
-use crate::harness::{Client, Node, PrismApi, Relay, Setup, Trouble, Vhost};
+use crate::harness::{Client, Node, PrismApi, Relay, Setup, Trouble, Vhost, eventually};
 
 const STARTED: &str = "scan.processing.started";
 const SUCCEEDED: &str = "scan.processing.succeeded";
@@ -86,10 +86,38 @@ async fn an_operator_names_scans_and_predictions_and_the_relay_takes_in_what_is_
     let expected =
         ["failed    scan:scan-a: Prism's API answered 500", "1 asked: 0 in step, 0 repaired, 0 unknown, 1 failed"];
     assert_eq!((failed.code, lines(&failed)), (Some(1), expected.to_vec()));
+}
+
+#[tokio::test]
+async fn a_list_of_an_operator_goes_on_after_the_pause_that_the_api_asks_for_and_can_be_interrupted_in_it() {
+    let (vhost, api) = (Vhost::new(Node::shared().await).await, PrismApi::start());
+    let relay = asked_only(&vhost, &api).start().await;
+    let named = ["reconcile", "--url", relay.ops(), "--scan", "scan-a", "--scan", "scan-b"];
+    api.scan("scan-a", "READY");
+    api.scan("scan-b", "READY");
+    api.set_trouble(Trouble::TooMany(1));
+    let mut command = relay.setup().launch(&named);
+    eventually_pauses(&command).await;
+    api.set_trouble(Trouble::None);
+    let done = command.wait().await;
+    let last = "2 asked: 0 in step, 2 repaired, 0 unknown, 0 failed";
+    assert_eq!((done.code, lines(&done).pop()), (Some(0), Some(last)), "{done:?}");
+
     api.set_trouble(Trouble::TooMany(600));
-    reconcile(&relay, &["--scan", "scan-a"]).await;
-    let busy = reconcile(&relay, &["--scan", "scan-a"]).await;
-    assert!(busy.code == Some(1) && busy.stdout.contains("asks for a pause; try again in "), "{busy:?}");
+    let mut command = relay.setup().launch(&named);
+    eventually_pauses(&command).await;
+    command.signal("INT");
+    let stopped = command.wait().await;
+    let last = "0 asked: 0 in step, 0 repaired, 0 unknown, 0 failed; 2 not asked";
+    assert_eq!((stopped.code, lines(&stopped).pop()), (Some(1), Some(last)), "{stopped:?}");
+}
+
+async fn eventually_pauses(command: &Program) {
+    eventually("a pause", async || {
+        let said = command.stderr().join("\n");
+        if said.contains("Prism's API asks for a pause: going on in ") { Ok(()) } else { Err(said) }
+    })
+    .await;
 }
 
 /// The status of an order that proves nothing of its sender.
