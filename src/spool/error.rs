@@ -25,6 +25,8 @@ pub enum OpenError {
     OtherName { path: PathBuf },
     #[error("{path} is damaged; the relay recovers it when it starts: try again afterwards")]
     Damaged { path: PathBuf },
+    #[error("{path} cannot be opened, because its disk is full; its events are kept: free space there and start again")]
+    NoRoom { path: PathBuf, source: FileError },
     #[error("{path} cannot be used as a spool")]
     Sqlite { path: PathBuf, source: FileError },
     #[error("{path} is an SQLite file, but not a spool of prism-relay")]

@@ -38,6 +38,11 @@ fn existing(path: &Path) -> PathBuf {
     found.unwrap_or(Path::new(".")).to_owned()
 }
 
+/// Whether there is no room to open or convert a spool. A disk that does not say counts as one with room.
+pub(super) fn is_full(path: &Path) -> bool {
+    !may_fit(path, FIRST_BYTES)
+}
+
 /// Bytes that this user can still write; nothing if the disk does not say.
 pub(super) fn free(path: &Path) -> u64 {
     try_free(path).unwrap_or(0)

@@ -451,10 +451,7 @@ async fn a_spool_of_the_format_before_is_converted() {
     let mut relay = Setup::without_broker().start().await;
     relay.sigterm();
     relay.wait().await;
-    let (spool, older) = (relay.setup().spool(), Path::new("tests/samples/spool-format-4/spool.db"));
-    for suffix in ["", "-wal"] {
-        fs::copy(sibling(older, suffix), sibling(&spool, suffix)).unwrap();
-    }
+    put_format_4(&relay.setup().spool());
     let checked = relay.run(&["check", "--offline"]).await;
     assert!(checked.code == Some(0) && checked.stdout.contains("converts it when it starts"), "{}", checked.stdout);
     let listed = relay.run(&["spool", "list"]).await;
@@ -465,6 +462,45 @@ async fn a_spool_of_the_format_before_is_converted() {
     assert_eq!(relay.spool().await.pending, 9);
     let listed = relay.run(&["spool", "list", "--json"]).await;
     assert_eq!(listed.stdout.matches(r#""source":"webhook""#).count(), 9, "{}", listed.stdout);
+}
+
+/// Puts the files of a relay of format 4, which was killed with eight pending events, in the place of the spool.
+fn put_format_4(spool: &Path) {
+    let older = Path::new("tests/samples/spool-format-4/spool.db");
+    for suffix in ["", "-wal"] {
+        fs::copy(sibling(older, suffix), sibling(spool, suffix)).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_spool_of_the_format_before_is_converted_on_a_full_disk_with_the_reserve_and_kept_without() {
+    let setup = Setup::without_broker();
+    let disk = SmallDisk::mount(setup.folder(), "30m");
+    let mut relay = setup.set("spool.path", disk.spool()).start().await;
+    relay.sigterm();
+    relay.wait().await;
+    let spool = PathBuf::from(disk.spool());
+    put_format_4(&spool);
+    fs::remove_file(sibling(&spool, ".reserve")).unwrap();
+    disk.fill(0);
+    for _ in 0..2 {
+        let ended = relay.run(&["serve"]).await;
+        assert_eq!(ended.code, Some(1), "{ended:?}");
+        let says = "cannot be opened, because its disk is full; its events are kept: free space there and start again";
+        assert!(ended.stderr.contains(says), "{ended:?}");
+    }
+    disk.free();
+    relay.start_again().await;
+    relay.eventually_logs("converted the spool of an older prism-relay").await;
+    assert_eq!(relay.spool().await.pending, 8);
+
+    relay.sigterm();
+    relay.wait().await;
+    put_format_4(&spool);
+    disk.fill(0);
+    relay.start_again().await;
+    relay.eventually_logs("freed the reserve of the spool to start").await;
+    assert_eq!(relay.spool().await.pending, 8);
 }
 
 #[tokio::test]

@@ -20,6 +20,7 @@ use super::files::{Lock, RESERVE, create_private, sibling, sync_folder, unless_m
 use super::log_mark::LogMark;
 use super::reader::open_read_only;
 use super::settings::Durability;
+use super::space;
 use super::store::{BUSY_TIMEOUT, Store, unusable};
 
 /// Suffix of an empty file that asks the next start to recover the spool. The relay creates it when it finds damage
@@ -100,10 +101,10 @@ pub(super) fn open(path: &Path, durability: Durability, lock: &mut Lock) -> Resu
     recover(path, durability, &cause, lock)
 }
 
-/// Opens the file. On a full disk the reserve makes room for the index of the log: a relay that starts can deliver, and
-/// that makes room for the rest.
+/// Opens the file. On a full disk the reserve makes room for the index of the log and for the conversion of an older
+/// spool: a relay that starts can deliver, and that makes room for the rest.
 fn open_store(path: &Path, durability: Durability) -> Result<Store, OpenError> {
-    match Store::open(path, durability) {
+    let opened = match Store::open(path, durability) {
         Err(OpenError::Sqlite { source, .. })
             if source.cause().may_lack_space() && fs::remove_file(sibling(path, RESERVE)).is_ok() =>
         {
@@ -111,7 +112,13 @@ fn open_store(path: &Path, durability: Durability) -> Result<Store, OpenError> {
             Store::open(path, durability)
         }
         outcome => outcome,
-    }
+    };
+    opened.map_err(|error| match error {
+        OpenError::Sqlite { path, source } if source.cause().may_lack_space() && space::is_full(&path) => {
+            OpenError::NoRoom { path, source }
+        }
+        error => error,
+    })
 }
 
 /// Reports a lost write-ahead log: the file says that later commits are in the log, and there is no log. Counts one
