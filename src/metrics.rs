@@ -92,8 +92,9 @@ pub struct ReconcileMetrics {
     pub evicted: Counter,
     /// 1 while the API refuses the key.
     pub stopped: Gauge,
-    by_schedule: [Counter; RECONCILED.len()],
-    by_operator: [Counter; RECONCILED.len()],
+    outcomes: [Counter; RECONCILED.len()],
+    /// Events that an operator's question brought. They are in the outcomes as well.
+    pub by_operator: Counter,
 }
 
 /// What came of comparing a subject with the API, as the label of the counter.
@@ -104,13 +105,7 @@ impl ReconcileMetrics {
         let gauge = |name, help| gauge(recorder, name, help, &[]);
         let help = "Scans and predictions that were compared with Prism's API: in_step (nothing is missing), repaired \
                     (an event that no webhook brought was made), late (the webhook came first), unknown (to the API), \
-                    pending (not ended yet), failed (no usable answer), refused (the key). By: schedule (the relay by itself) or \
-                    operator (prism-relay reconcile).";
-        let count = |by| {
-            RECONCILED.map(|outcome| {
-                counter(recorder, "prism_relay_reconciled_total", help, &[("outcome", outcome), ("by", by)])
-            })
-        };
+                    pending (not ended yet), failed (no usable answer), refused (the key).";
         Self {
             open: gauge("prism_relay_subjects_open", "Scans and predictions that began and did not end."),
             overdue: gauge(
@@ -128,19 +123,20 @@ impl ReconcileMetrics {
                 "prism_relay_reconcile_stopped",
                 "1 while Prism's API refuses reconcile.api_key, so that nothing is reconciled.",
             ),
-            by_schedule: count("schedule"),
-            by_operator: count("operator"),
+            outcomes: RECONCILED
+                .map(|outcome| counter(recorder, "prism_relay_reconciled_total", help, &[("outcome", outcome)])),
+            by_operator: counter(
+                recorder,
+                "prism_relay_reconciled_by_operator_total",
+                "Events that prism-relay reconcile brought; they count as repaired as well.",
+                &[],
+            ),
         }
     }
 
-    /// The counter of an outcome of what the relay asked by itself, by its position in [`RECONCILED`].
-    pub fn of_schedule(&self, position: usize) -> &Counter {
-        &self.by_schedule[position]
-    }
-
-    /// The counter of an outcome of what an operator asked, by its position in [`RECONCILED`].
-    pub fn of_operator(&self, position: usize) -> &Counter {
-        &self.by_operator[position]
+    /// The counter of an outcome, by its position in [`RECONCILED`].
+    pub fn outcome(&self, position: usize) -> &Counter {
+        &self.outcomes[position]
     }
 }
 

@@ -369,11 +369,10 @@ impl Reconciler {
         let conclusion = finding.conclusion;
         let outcome = Outcome::of(conclusion, &question.reason);
         let metrics = &self.metrics.reconcile;
-        let counter = match question.reason {
-            Reason::Overdue { .. } | Reason::Hint { .. } => metrics.of_schedule(outcome.position()),
-            Reason::Operator => metrics.of_operator(outcome.position()),
-        };
-        counter.increment(1);
+        metrics.outcome(outcome.position()).increment(1);
+        if question.reason == Reason::Operator && matches!(conclusion, Conclusion::Made(_)) {
+            metrics.by_operator.increment(1);
+        }
         debug!(subject = %question.subject, outcome = outcome.text(), why = finding.why, "compared with Prism's API");
         if let Some(note) = question.note(conclusion, Timestamp::now(), self.settings.interval, fastrand::f64()) {
             self.spool.note(note).await;
