@@ -80,11 +80,9 @@ pub(super) async fn build(config: Config) -> Result<(Built, WriterEnd), RelayErr
 }
 
 async fn assemble(config: Config, spool: Spool, metrics: Arc<Metrics>) -> Result<Built, RelayError> {
-    let Listeners { http: listener, ops: ops_listener, is_handed_over } = listen(&config).await?;
-    let ops_is_private = address(&ops_listener, "ops.listen")?.ip().is_loopback();
+    let Listeners { http: listener, ops: ops_listener, ops_is_private, is_handed_over, announcement, identity } =
+        listen(&config).await?;
     warn_of_weak_settings(&config, ops_is_private);
-    let announcement = Announcement::new(&config, &listener, &ops_listener)?;
-    let identity = identity(&listener)?;
 
     let Config { http, signature, broker, publisher, topology, ops, notify, traces, log, reconcile, .. } = config;
     let verifier = Arc::new(Verifier::new(&signature.secrets, signature.required, signature.tolerance));
@@ -155,8 +153,12 @@ async fn assemble(config: Config, spool: Spool, metrics: Arc<Metrics>) -> Result
 struct Listeners {
     http: TcpListener,
     ops: TcpListener,
+    /// Whether only this machine reaches the operators' listener.
+    ops_is_private: bool,
     /// See [`Built::is_handed_over`].
     is_handed_over: bool,
+    announcement: Announcement,
+    identity: ops::Identity,
 }
 
 async fn listen(config: &Config) -> Result<Listeners, RelayError> {
@@ -164,7 +166,9 @@ async fn listen(config: &Config) -> Result<Listeners, RelayError> {
     let is_handed_over = sockets.http.is_some();
     let http = server::listen(config.http.listen, "http.listen", sockets.http).await?;
     let ops = server::listen(config.ops.listen, "ops.listen", sockets.ops).await?;
-    Ok(Listeners { http, ops, is_handed_over })
+    let ops_is_private = address(&ops, "ops.listen")?.ip().is_loopback();
+    let (announcement, identity) = (Announcement::new(config, &http, &ops)?, identity(&http)?);
+    Ok(Listeners { http, ops, ops_is_private, is_handed_over, announcement, identity })
 }
 
 /// What tells this relay from its replicas.
