@@ -205,6 +205,15 @@ impl Relay {
         self.eventually_metric("prism_relay_broker_connected", &[], 1.0).await;
     }
 
+    /// Until the first look at the queues and exchanges is over.
+    pub async fn eventually_watching(&self) {
+        eventually("a look at the queues", async || {
+            let watch = self.status().await["watch"].clone();
+            if watch["looked_at"].is_string() { Ok(()) } else { Err(watch) }
+        })
+        .await;
+    }
+
     /// Waits until every accepted event is confirmed, parked or removed.
     pub async fn eventually_nothing_pending(&self) {
         eventually("no pending events", async || match self.spool().await {
