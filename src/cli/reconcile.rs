@@ -4,7 +4,7 @@
 use std::io::{self, IsTerminal, Read};
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use hyper::Uri;
 use serde::Deserialize;
 
@@ -64,8 +64,8 @@ pub(super) async fn run(config: &Config, options: Options) -> Result<(), Failure
                 outcome = Err(error.into());
                 break;
             }
-            Err(interrupted) => {
-                outcome = Err(interrupted.into());
+            Err(_) => {
+                outcome = Err(anyhow!("interrupted; run this again for the rest").into());
                 break;
             }
         };

@@ -108,6 +108,7 @@ async fn a_list_of_an_operator_goes_on_after_the_pause_that_the_api_asks_for_and
     let stopped = command.wait().await;
     let last = "0 asked: 0 in step, 0 repaired, 0 unknown, 0 failed; 2 not asked";
     assert_eq!((stopped.code, lines(&stopped).pop()), (Some(1), Some(last)), "{stopped:?}");
+    assert!(stopped.stderr.contains("interrupted; run this again for the rest"), "{stopped:?}");
 }
 
 async fn eventually_pauses(command: &Program) {
