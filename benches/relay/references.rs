@@ -33,6 +33,9 @@ use crate::load;
 /// The argument that makes this program a [`Reference`]; the URL of a broker may follow.
 pub const REFERENCE: &str = "--reference";
 
+/// The fanout that the relay publishes to by default, which hands on to `prism.events`.
+pub const EXCHANGE: &str = "prism.webhooks";
+
 /// Publishes in flight: the relay's default `broker.window`.
 const WINDOW: usize = 1000;
 
@@ -109,7 +112,7 @@ async fn answer(request: Request<Incoming>, channel: Option<Channel>) -> Result<
             let _place = IN_FLIGHT.acquire().await.expect("the semaphore is never closed");
             let (options, properties) = (BasicPublishOptions::default(), BasicProperties::default());
             let properties = properties.with_delivery_mode(2);
-            let sent = channel.basic_publish("prism.events".into(), "scan.a".into(), options, &body, properties).await;
+            let sent = channel.basic_publish(EXCHANGE.into(), "scan.a".into(), options, &body, properties).await;
             assert!(sent.expect("publish").await.expect("a confirm").is_ack());
         });
     }
@@ -118,17 +121,16 @@ async fn answer(request: Request<Incoming>, channel: Option<Channel>) -> Result<
     Ok(response.expect("a response"))
 }
 
-/// Publishes `count` messages, built before the clock starts, on one channel with confirms. Returns the confirms per
-/// second, without the first twentieth. `whole`: the messages are those that the relay would publish; otherwise their
-/// only property is the delivery mode.
-pub async fn lapin_alone(vhost: &Vhost, count: usize, whole: bool) -> f64 {
-    let mut messages: VecDeque<_> = (0..count).map(|number| message(number, whole)).collect();
+/// Publishes `count` messages, as the relay would publish them and built before the clock starts, on one channel with
+/// confirms. Returns the confirms per second, without the first twentieth.
+pub async fn lapin_alone(vhost: &Vhost, count: usize, exchange: &str) -> f64 {
+    let mut messages: VecDeque<_> = (0..count).map(message).collect();
     let connection = vhost.connect().await;
     let channel = connection.create_channel().await.expect("a channel");
     channel.confirm_select(ConfirmSelectOptions::default()).await.expect("confirm mode");
     let publish = async |Message { routing_key, properties, body }: Message| {
         let options = BasicPublishOptions { mandatory: true, immediate: false };
-        let confirm = channel.basic_publish("prism.events".into(), routing_key, options, &body, properties).await;
+        let confirm = channel.basic_publish(exchange.into(), routing_key, options, &body, properties).await;
         assert!(confirm.expect("publish").await.expect("a confirm").is_ack());
     };
     let (mut confirmed, mut in_flight) = (0, FuturesUnordered::new());
@@ -148,7 +150,7 @@ pub async fn lapin_alone(vhost: &Vhost, count: usize, whole: bool) -> f64 {
     (count - count / 20) as f64 / warm.elapsed().as_secs_f64()
 }
 
-fn message(number: usize, whole: bool) -> Message {
+fn message(number: usize) -> Message {
     let body = Bytes::from(load::body(&uuid::Uuid::now_v7().to_string(), number));
     let event = Event {
         id: uuid::Uuid::now_v7(),
@@ -160,11 +162,7 @@ fn message(number: usize, whole: bool) -> Message {
         subject: None,
         body,
     };
-    let mut message = Message::new(&event, Envelope::parse(&event.body).ok().as_ref(), None);
-    if !whole {
-        message.properties = BasicProperties::default().with_delivery_mode(2);
-    }
-    message
+    Message::new(&event, Envelope::parse(&event.body).ok().as_ref(), None)
 }
 
 /// Times of single writes of one page with an fsync in this folder, sorted.
