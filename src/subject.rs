@@ -2,8 +2,8 @@
 //!
 //! Prism gives a webhook up after 35 s. The relay then asks Prism's API, and publishes the event that no webhook told.
 //! The webhook may still come: [`State::on`] decides whether a webhook is such a late copy. When in doubt it is not,
-//! because a late copy is not published: only one webhook for each event that the API told, of the same step, within ten
-//! minutes, as long as the subject has not begun again. A signed webhook is a late copy only of an answer over TLS.
+//! because a late copy is not published: only one webhook for each event that the API told, of the same step, within
+//! ten minutes, as long as the subject has not begun again. A signed webhook is a late copy only of an answer over TLS.
 //! An unsigned one may be a stranger's, so it takes the place of unsigned ones only.
 
 use std::fmt;
